@@ -1,0 +1,44 @@
+"""MixMask for self-supervised training loops: filled masks and a λ-weighted loss.
+
+Two lines around an existing criterion::
+
+    mixed = mixmask.mix_batch(x_q, masks)
+    loss = criterion(q, k) + mixmask.lambda_weighted_loss(criterion, encode(mixed.images), k, mixed)
+"""
+
+from mixmask import losses
+from mixmask.losses.lambda_weighted import lambda_weighted_loss
+from mixmask.masks import (
+    BlockMaskGenerator,
+    DiscreteMaskGenerator,
+    block_masks,
+    cells_to_pixels,
+    discrete_masks,
+)
+from mixmask.mixing import (
+    MixedBatch,
+    MixMask,
+    cutmix_batch,
+    erase_batch,
+    mix_batch,
+    mixup_batch,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMaskGenerator",
+    "DiscreteMaskGenerator",
+    "MixMask",
+    "MixedBatch",
+    "__version__",
+    "block_masks",
+    "cells_to_pixels",
+    "cutmix_batch",
+    "discrete_masks",
+    "erase_batch",
+    "lambda_weighted_loss",
+    "losses",
+    "mix_batch",
+    "mixup_batch",
+]

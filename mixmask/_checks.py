@@ -1,0 +1,113 @@
+"""Checks of what users pass in: expected, got, fix; always before anything changes."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Ratio = float | tuple[float, float]
+
+
+def check_images(images: Tensor, *, partners: bool) -> None:
+    """Refuse anything but a batch (N, C, H, W) of floating or uint8 images.
+
+    Args:
+        images: What the user passed.
+        partners: Whether each image needs another one to be mixed with (N of at least 2).
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor (N, C, H, W), got {type(images).__name__}; "
+            "stack the images with torch.stack first"
+        )
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be (N, C, H, W), got {tuple(images.shape)}; "
+            "add the missing axis with images[None] or mix each crop of a list by itself"
+        )
+    if images.numel() == 0:
+        raise ValueError(f"images must not be empty, got {tuple(images.shape)}; skip empty batches")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(
+            f"images must be floating or uint8, got {images.dtype}; convert them with .float()"
+        )
+    if partners and len(images) == 1:
+        raise ValueError(
+            "a batch of one image has nobody to mix with; "
+            "use at least two images, or drop_last=True in the loader"
+        )
+
+
+def check_grid_size(grid_size: int) -> None:
+    """Refuse a grid on which a mask could be neither partly kept nor partly filled."""
+    if isinstance(grid_size, bool) or not isinstance(grid_size, numbers.Integral):
+        raise TypeError(f"grid_size must be an integer, got {grid_size!r}; use for instance 8")
+    if grid_size < 2:
+        raise ValueError(
+            f"grid_size must be at least 2, got {grid_size}; the paper uses 2 at 32 px, "
+            "4 at 64 px and 8 at 224 px"
+        )
+
+
+def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
+    """Return a ratio as bounds (low, high): a number inside (0, 1) or a range within [0, 1]."""
+    fix = "use a number such as 0.5, or a range such as (0.25, 0.75)"
+    if isinstance(ratio, numbers.Real) and not isinstance(ratio, bool):
+        if not 0 < ratio < 1:
+            raise ValueError(f"ratio must lie strictly between 0 and 1, got {ratio}; {fix}")
+        return float(ratio), float(ratio)
+    if not (
+        isinstance(ratio, tuple | list)
+        and len(ratio) == 2
+        and all(isinstance(bound, numbers.Real) for bound in ratio)
+    ):
+        raise TypeError(f"ratio must be a number or a range (low, high), got {ratio!r}; {fix}")
+    low, high = ratio
+    if not 0 <= low <= high <= 1 or low == high and low in (0, 1):
+        raise ValueError(
+            f"a range of ratios must satisfy 0 <= low <= high <= 1, got {ratio}; {fix}"
+        )
+    return float(low), float(high)
+
+
+def check_count(n: int) -> None:
+    """Refuse a negative or fractional number of masks."""
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
+        raise TypeError(f"the number of masks must be an integer, got {n!r}; pass len(images)")
+    if n < 0:
+        raise ValueError(f"the number of masks must not be negative, got {n}; pass len(images)")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse generators of a device: draws are made on the host so that devices agree."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}; "
+            "use torch.Generator().manual_seed(seed)"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must be a CPU generator, got one on {generator.device}; masks and partners "
+            "are drawn on the host, so that a seed means the same on every device: "
+            "use torch.Generator().manual_seed(seed)"
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a value that is not a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}; use for instance 1.0")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}; use for instance 1.0")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not one of the choices."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")

@@ -1,0 +1,414 @@
+"""Mixed batches: MixMask (paper, eq. 1-3), Un-Mix's mixtures, and erasing as in MSCN.
+
+Every function returns the same `MixedBatch`, so one loss serves them all. `lam` is the share
+of an image's own content everywhere in this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mixmask._checks import (
+    Ratio,
+    check_choice,
+    check_generator,
+    check_images,
+    check_positive,
+)
+from mixmask.masks import (
+    BlockMaskGenerator,
+    DiscreteMaskGenerator,
+    MaskGenerator,
+    cells_to_pixels,
+)
+
+Partner = str | Tensor
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """What was mixed with what, and by how much; all that the loss needs to know.
+
+    Attributes:
+        images: (N, C, H, W) mixed images, in the dtype and memory format of the originals.
+        lam: () or (N,) float32, the share of each image's own content, measured on the mask.
+        partner: (N,) int64, the index of the image that each one was mixed with.
+        mask: (H, W) or (N, H, W) bool, True for own pixels; None for mixup, which has none.
+    """
+
+    images: Tensor
+    lam: Tensor
+    partner: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.partner)
+
+
+def mix_batch(
+    images: Tensor,
+    masks: MaskGenerator | Tensor,
+    *,
+    partner: Partner = "reverse",
+    generator: torch.Generator | None = None,
+) -> MixedBatch:
+    r"""Fill the masked-out part of each image from its partner (MixMask, eq. 1 and 3).
+
+    $m_i = M_i \odot x_i + (1 - M_i) \odot x_{\pi(i)}$ with $\lambda_i = mean(M_i)$. Pixels are
+    chosen, never computed: NaN or infinite pixels stay where they are.
+
+    Args:
+        images: (N, C, H, W) with N of at least 2, floating or uint8, any memory format.
+        masks: A generator, of which one mask is drawn for the whole batch; or a bool tensor
+            at cell or pixel size, (h, w) for a shared mask or (N, h, w) for one a sample.
+        partner: "reverse" pairs i with N - 1 - i (in an odd batch, the middle three trade
+            places in a ring, so that nobody meets itself); "random" draws a random ring
+            through the batch, in which nobody meets itself either; or an index tensor (N,).
+        generator: A CPU generator for the mask and the partners. Default: torch's global one.
+
+    Returns:
+        A `MixedBatch`, its `lam` () for a shared mask and (N,) for one a sample.
+
+    Raises:
+        ValueError: If a shape, an index or the generator does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+
+    Source:
+        MixMask, section 3.1 and eq. 1-3.
+
+    Example:
+        >>> images = torch.rand(8, 3, 32, 32)
+        >>> mixed = mix_batch(images, BlockMaskGenerator(grid_size=4))
+        >>> mixed.images.shape, mixed.lam.item(), mixed.partner.tolist()
+        (torch.Size([8, 3, 32, 32]), 0.5, [7, 6, 5, 4, 3, 2, 1, 0])
+    """
+    check_images(images, partners=True)
+    index = _partner_index(partner, len(images), images.device, generator)
+    mask = _pixel_mask(masks, images, generator)
+    lam = mask.mean(dim=(-2, -1), dtype=torch.float32)
+    return MixedBatch(_fill(images, mask, index), lam, index, mask)
+
+
+def mixup_batch(
+    images: Tensor,
+    *,
+    alpha: float = 1.0,
+    per_sample: bool = False,
+    partner: Partner = "reverse",
+    generator: torch.Generator | None = None,
+) -> MixedBatch:
+    r"""Blend each image with its partner: Un-Mix's global mixture, $\lambda x + (1-\lambda)x_\pi$.
+
+    Args:
+        images: (N, C, H, W) with N of at least 2, floating or uint8 (rounded).
+        alpha: Parameter of the symmetric Beta distribution that the shares follow.
+        per_sample: One share a sample instead of one for the batch.
+        partner: See `mix_batch`.
+        generator: A CPU generator. Default: torch's global one.
+
+    Returns:
+        A `MixedBatch` without a mask.
+
+    Raises:
+        ValueError: If a shape, an index, `alpha` or the generator does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+
+    Source:
+        Zhang et al., "mixup"; Shen et al., "Un-Mix", section 3.
+
+    Example:
+        >>> mixup_batch(torch.rand(8, 3, 32, 32), per_sample=True).lam.shape
+        torch.Size([8])
+    """
+    check_images(images, partners=True)
+    n = len(images)
+    index = _partner_index(partner, n, images.device, generator)
+    lam = _beta((n,) if per_sample else (), alpha, generator).to(images.device, non_blocking=True)
+    share = lam.view(-1, 1, 1, 1) if per_sample else lam
+    work = images if images.is_floating_point() else images.float()
+    share = share.to(work.dtype)
+    mixed = share * work + (1 - share) * work.index_select(0, index)
+    if not images.is_floating_point():
+        mixed = mixed.round().to(images.dtype)
+    return MixedBatch(mixed, lam, index)
+
+
+def cutmix_batch(
+    images: Tensor,
+    *,
+    alpha: float = 1.0,
+    per_sample: bool = False,
+    partner: Partner = "reverse",
+    generator: torch.Generator | None = None,
+) -> MixedBatch:
+    """Paste a box of the partner into each image: Un-Mix's regional mixture.
+
+    The box has the area (1 - share) of the image, a uniform centre and is clipped at the
+    border; `lam` is measured after clipping.
+
+    Args:
+        images: (N, C, H, W) with N of at least 2, floating or uint8.
+        alpha: Parameter of the symmetric Beta distribution that the shares follow.
+        per_sample: One box a sample instead of one for the batch.
+        partner: See `mix_batch`.
+        generator: A CPU generator. Default: torch's global one.
+
+    Returns:
+        A `MixedBatch`; its mask is False inside the box.
+
+    Raises:
+        ValueError: If a shape, an index, `alpha` or the generator does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+
+    Source:
+        Yun et al., "CutMix"; Shen et al., "Un-Mix", section 3.
+
+    Example:
+        >>> mixed = cutmix_batch(torch.rand(8, 3, 32, 32))
+        >>> bool(mixed.lam == mixed.mask.float().mean())
+        True
+    """
+    check_images(images, partners=True)
+    n, _, height, width = images.shape
+    index = _partner_index(partner, n, images.device, generator)
+    count = n if per_sample else 1
+    side = (1 - _beta((count,), alpha, generator)).sqrt()
+    centres = torch.rand(2, count, generator=generator, device="cpu")
+    rows = _outside(height, side, centres[0])
+    columns = _outside(width, side, centres[1])
+    mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")
+    return mix_batch(images, mask if per_sample else mask[0], partner=index)
+
+
+def erase_batch(
+    images: Tensor,
+    masks: MaskGenerator | Tensor,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> MixedBatch:
+    """Replace the masked-out part of each image by Gaussian noise, as MSCN does.
+
+    Each image is its own partner, so the loss weighs nothing and asks for the image itself.
+
+    Args:
+        images: (N, C, H, W), floating; normalised images suit the default noise.
+        masks: As for `mix_batch`.
+        mean: Mean of the noise, in the images' units.
+        std: Standard deviation of the noise, in the images' units; 0 fills with `mean`.
+        generator: A CPU generator. Default: torch's global one.
+
+    Returns:
+        A `MixedBatch` whose partners are the images themselves; `lam` is the share kept.
+
+    Raises:
+        ValueError: If a shape or the generator does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+
+    Source:
+        Jing et al., "Masked Siamese ConvNets", section 3; MixMask, section 3.1.
+
+    Example:
+        >>> erase_batch(torch.rand(2, 3, 32, 32), BlockMaskGenerator(4)).partner.tolist()
+        [0, 1]
+    """
+    check_images(images, partners=False)
+    if not images.is_floating_point():
+        raise TypeError(
+            f"erase_batch needs floating images, got {images.dtype}; normalise them first, "
+            "the noise is drawn in their units"
+        )
+    mask = _pixel_mask(masks, images, generator)
+    noise = _noise_like(images, generator).mul_(std).add_(mean)
+    kept = rearrange(mask, "... h w -> ... 1 h w")
+    lam = mask.mean(dim=(-2, -1), dtype=torch.float32)
+    index = torch.arange(len(images), device=images.device)
+    return MixedBatch(torch.where(kept, images, noise), lam, index, mask)
+
+
+class MixMask(nn.Module):
+    """A mask generator and `mix_batch` as one module, for loops built from a config file.
+
+    Args:
+        grid_size: Cells along a side; the paper's best are 2, 4, 8 at 32, 64, 224 pixels.
+        ratio: Share of own pixels, or a range (low, high).
+        pattern: "block" or "discrete".
+        per_sample: One mask a sample instead of one for the batch.
+        partner: "reverse" or "random".
+        roll: Shift block masks by a random offset, so that no place is favoured.
+
+    Raises:
+        ValueError: If an option is out of range, at construction.
+
+    Example:
+        >>> mix = MixMask(grid_size=4, per_sample=True)
+        >>> mix(torch.rand(8, 3, 32, 32)).lam.shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        grid_size: int = 8,
+        ratio: Ratio = 0.5,
+        pattern: str = "block",
+        *,
+        per_sample: bool = False,
+        partner: str = "reverse",
+        roll: bool = False,
+    ) -> None:
+        """Check and store the options."""
+        super().__init__()
+        check_choice("pattern", pattern, ("block", "discrete"))
+        check_choice("partner", partner, ("reverse", "random"))
+        if roll and pattern == "discrete":
+            raise ValueError("roll=True is for blocks: discrete masks favour no place anyway")
+        self.masks: MaskGenerator = (
+            BlockMaskGenerator(grid_size, ratio, roll=roll)
+            if pattern == "block"
+            else DiscreteMaskGenerator(grid_size, ratio)
+        )
+        self.per_sample = per_sample
+        self.partner = partner
+
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> MixedBatch:
+        """Mix a batch (N, C, H, W); see `mix_batch`."""
+        masks: MaskGenerator | Tensor = self.masks
+        if self.per_sample:
+            check_images(images, partners=True)
+            masks = self.masks(len(images), device=images.device, generator=generator)
+        return mix_batch(images, masks, partner=self.partner, generator=generator)
+
+    def extra_repr(self) -> str:
+        """Show the options in the printed module."""
+        return f"{self.masks}, per_sample={self.per_sample}, partner={self.partner!r}"
+
+
+def _partner_index(
+    partner: Partner, n: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Return the partners as an index tensor (n,) on the device."""
+    if isinstance(partner, Tensor):
+        return _check_partner(partner, n).to(device, non_blocking=True)
+    check_choice("partner", partner, ("reverse", "random"))
+    if partner == "reverse":
+        return _reverse(n, device)
+    check_generator(generator)
+    ring = torch.randperm(n, generator=generator, device="cpu")
+    return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1)).to(device, non_blocking=True)
+
+
+def _reverse(n: int, device: torch.device) -> Tensor:
+    index = torch.arange(n - 1, -1, -1, device=device)
+    if n % 2 == 0:
+        return index
+    # Reversal would pair the middle of an odd batch with itself.
+    middle = n // 2
+    ends = index[: middle - 1], index[middle + 2 :]
+    ring = torch.arange(middle - 1, middle + 2, device=device).roll(-1)
+    return torch.cat([ends[0], ring, ends[1]])
+
+
+def _check_partner(partner: Tensor, n: int) -> Tensor:
+    if partner.is_floating_point() or partner.is_complex() or partner.dtype == torch.bool:
+        raise TypeError(f"partner must hold integer indices, got {partner.dtype}; use torch.long")
+    if partner.shape != (n,):
+        raise ValueError(
+            f"partner must be ({n},), one index an image, got {tuple(partner.shape)}; "
+            "draw it with torch.randperm(len(images))"
+        )
+    # Looking at values on a device would wait for it; there, indexing itself is checked.
+    if partner.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(partner.min()), int(partner.max())
+        if low < 0 or high >= n:
+            raise ValueError(
+                f"partner must lie within 0 ... {n - 1}, got {low} ... {high}; "
+                "draw it with torch.randperm(len(images))"
+            )
+    return partner.long()
+
+
+def _pixel_mask(
+    masks: MaskGenerator | Tensor, images: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Return the masks to apply at pixel size, drawn first if they come from a generator."""
+    check_generator(generator)
+    if isinstance(masks, Tensor):
+        _check_masks(masks, len(images))
+        masks = masks.to(images.device, non_blocking=True)
+    elif callable(masks):
+        masks = masks(device=images.device, generator=generator)
+    else:
+        raise TypeError(
+            f"masks must be a generator or a bool tensor, got {type(masks).__name__}; "
+            "use for instance BlockMaskGenerator(grid_size=8)"
+        )
+    return cells_to_pixels(masks, *images.shape[-2:])
+
+
+def _check_masks(masks: Tensor, n: int) -> None:
+    if masks.dtype != torch.bool:
+        raise TypeError(
+            f"masks must be bool, got {masks.dtype}; use masks > 0.5, or mixup_batch for soft ones"
+        )
+    if masks.ndim not in (2, 3) or (masks.ndim == 3 and len(masks) != n):
+        raise ValueError(
+            f"masks must be (h, w) or (N, h, w) with N = {n}, got {tuple(masks.shape)}; "
+            "draw masks(len(images))"
+        )
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    """Take pixels from the images where the mask is True, and from their partners elsewhere."""
+    kept = rearrange(mask, "... h w -> ... 1 h w")
+    partners = images.index_select(0, index)
+    plain = images.device.type == "cpu" and not (
+        images.requires_grad or torch.compiler.is_compiling() or images.is_complex()
+    )
+    if not plain:
+        return torch.where(kept, images, partners)
+    # Eager torch.where on a CPU is not vectorised for a bool condition. Choosing by bits,
+    # ((partner ^ own) & ~mask) ^ own, is, and it is exact for every dtype and for NaN.
+    bits = _BITS[images.element_size()]
+    own, mixed = images.view(bits), partners.view(bits)
+    mixed.bitwise_xor_(own).bitwise_and_(kept.to(bits) - 1).bitwise_xor_(own)
+    return partners
+
+
+def _beta(shape: tuple[int, ...], alpha: float, generator: torch.Generator | None) -> Tensor:
+    """Draw from Beta(alpha, alpha) on the host, as a ratio of two gamma variables."""
+    check_positive("alpha", alpha)
+    check_generator(generator)
+    gamma = torch._standard_gamma(
+        torch.full((2, *shape), alpha, dtype=torch.float64, device="cpu"), generator=generator
+    )
+    # The tiny summand keeps a very small alpha from dividing zero by zero.
+    tiny = torch.finfo(gamma.dtype).tiny
+    return ((gamma[0] + tiny) / (gamma.sum(dim=0) + 2 * tiny)).float()
+
+
+def _outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
+    """Mark the pixels of an axis outside CutMix's box: (n, length) bool."""
+    half = (length * side).long() // 2
+    middle = (length * centre).long()
+    pixel = torch.arange(length)
+    low, high = (middle - half).clamp(0, length), (middle + half).clamp(0, length)
+    return (pixel < low[:, None]) | (pixel >= high[:, None])
+
+
+def _noise_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw standard Gaussian noise on the images' device; from a seed if there is a generator."""
+    if generator is None:
+        return torch.randn_like(images)
+    check_generator(generator)
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    on_device = torch.Generator(images.device).manual_seed(seed)
+    return torch.empty_like(images).normal_(generator=on_device)
