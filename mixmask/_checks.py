@@ -66,10 +66,8 @@ def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
     ):
         raise TypeError(f"ratio must be a number or a range (low, high), got {ratio!r}; {fix}")
     low, high = ratio
-    if not 0 <= low <= high <= 1 or low == high and low in (0, 1):
-        raise ValueError(
-            f"a range of ratios must satisfy 0 <= low <= high <= 1, got {ratio}; {fix}"
-        )
+    if not 0 <= low <= high <= 1 or low == high in (0, 1):
+        raise ValueError(f"ratio needs 0 <= low <= high <= 1, got {ratio}; {fix}")
     return float(low), float(high)
 
 
