@@ -1,0 +1,1 @@
+"""Reference trainers: one readable file a method, and the loop that runs them."""

@@ -1,0 +1,386 @@
+"""The loop that trains a method: views, terms, optimiser, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import pickle
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixmask.trainers.config import MoCoConfig
+from mixmask.trainers.moco import MoCo, Term
+from mixmask.trainers.parts import build_mixtures, fold_seed
+from mixmask.views import RandomView
+
+# Measures a backbone; the flag asks for everything, as before and after a run.
+Monitor = Callable[[nn.Module, bool], dict[str, float]]
+Row = dict[str, float]
+
+
+@dataclass
+class Views:
+    """What the network saw in the first step: up to eight of each, (n, 3, S, S) on the CPU."""
+
+    query: Tensor
+    mixed: list[Tensor]
+    key: Tensor
+
+
+def pretrain(
+    config: MoCoConfig,
+    images: Tensor,
+    out: Path,
+    *,
+    monitor: Monitor | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[MoCo, list[Row]]:
+    """Train a method on images, leaving `metrics.csv` and `last.pt` in the run folder.
+
+    Every step's randomness follows from (seed, rank, step), so a run that was stopped and
+    resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
+    finished and saved first.
+
+    Args:
+        config: The run's options.
+        images: (N, 3, H, W) uint8, N of at least the batch size.
+        out: The run folder; it must exist.
+        monitor: Measures the backbone before, every `config.monitor` epochs, and at the end.
+        resume: Go on from the newest whole checkpoint in `out`.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained method and the rows of `metrics.csv`.
+
+    Raises:
+        ValueError: If the images are fewer than a batch, or there is nothing to resume.
+        FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
+        KeyboardInterrupt: If the run was interrupted, once it is saved.
+    """
+    run = _Run.build(config, images, out)
+    main = run.accelerator.is_main_process
+    if resume:
+        run.load()
+    elif monitor and main:
+        run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
+        run.write_csv()
+
+    total = run.steps * config.epochs
+    bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
+    with bar, _finish_steps() as stop_requested:
+        for epoch in range(run.step // run.steps + 1, config.epochs + 1):
+            row = _train_epoch(run, epoch, bar, stop_requested)
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"the loss became {row['loss']} in epoch {epoch}; {run.last} holds the epoch "
+                    "before: lower --lr, or use --precision fp32"
+                )
+            last = epoch == config.epochs
+            due = last or (config.monitor > 0 and epoch % config.monitor == 0)
+            if monitor and due and main:
+                row.update(monitor(run.model.backbone, last))
+            run.rows.append(row)
+            run.save()
+    return run.model, run.rows
+
+
+def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], bool]) -> Row:
+    """Train one epoch, or what a resumed run has left of it, and return its row."""
+    config, model, accelerator = run.config, run.model, run.accelerator
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    order = _epoch_order(config.seed, epoch, len(run.images))
+    meter = _Meter(config.batch_size * processes)
+    lr = 0.0
+    model.train()
+    for i in range(run.step % run.steps, run.steps):
+        start = (i * processes + rank) * config.batch_size
+        index = order[start : start + config.batch_size]
+        batch = run.images[index.to(run.images.device)]
+
+        seed = fold_seed(config.seed, rank, run.step)
+        torch.manual_seed(seed)  # kornia draws from torch's global generator.
+        x_q, x_k = run.view(batch), run.view(batch)
+        terms = model.terms(x_q, x_k, torch.Generator().manual_seed(seed))
+        for term in _autocast(accelerator, terms):
+            accelerator.backward(term.loss)
+            meter.add(term)
+        _average_gradients(accelerator, model)
+        lr = learning_rate(config, run.step / (run.steps * config.epochs))
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        model.after_step()
+
+        run.step += 1
+        meter.steps += 1
+        bar.update()
+        if meter.steps % 10 == 0 or i + 1 == run.steps:
+            bar.set_postfix_str(meter.summary())
+        if stop_requested():
+            run.save()
+            raise KeyboardInterrupt
+    return {"epoch": epoch, "step": run.step, **meter.row(), "lr": lr}
+
+
+def random_view(config: MoCoConfig) -> RandomView:
+    """Build the random view that a configuration describes."""
+    return RandomView(
+        config.image_size,
+        min_scale=config.min_scale,
+        jitter=config.jitter,
+        hue=config.hue,
+        grey=config.grey,
+        blur=config.blur,
+    )
+
+
+def first_views(config: MoCoConfig, images: Tensor, count: int = 8) -> Views:
+    """Draw what a step sees: views for queries, mixed views, and views for keys.
+
+    Args:
+        config: The run's options.
+        images: (N, 3, H, W) uint8.
+        count: How many images, if there are so many.
+    """
+    seed = fold_seed(config.seed, "picture")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batch = images[order[:count]].cpu()
+    torch.manual_seed(seed)
+    view = random_view(config)
+    x_q, x_k = view(batch), view(batch)
+    generator = torch.Generator().manual_seed(seed)
+    mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
+    return Views(x_q, mixed, x_k)
+
+
+def learning_rate(config: MoCoConfig, done: float) -> float:
+    """Return the learning rate when a share `done` of the run, 0 ... 1, lies behind.
+
+    Example:
+        >>> from mixmask.trainers.config import MoCoConfig
+        >>> round(learning_rate(MoCoConfig(lr=0.1), 0.5), 3)
+        0.05
+    """
+    if done < config.warmup:
+        return config.lr * done / config.warmup
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(done >= milestone for milestone in (0.6, 0.8))
+    done = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else done
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(fold_seed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def _autocast(accelerator: Accelerator, terms: Iterator[Term]) -> Iterator[Term]:
+    """Compute each term under the run's precision, and hand it out outside of it."""
+    while True:
+        with accelerator.autocast():
+            term = next(terms, None)
+        if term is None:
+            return
+        yield term
+
+
+def _average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
+    """Average the summed gradients over processes, once a step whatever the number of terms."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+
+
+@contextmanager
+def _finish_steps() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    requested = False
+    previous: dict[signal.Signals, Any] = {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        del frame
+        requested = True
+        signal.signal(number, previous[signal.Signals(number)])
+
+    try:
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            previous[sent] = signal.signal(sent, request)
+    except ValueError:  # Not in the main thread, where signals never arrive.
+        previous.clear()
+    try:
+        yield lambda: requested
+    finally:
+        for sent, handler in previous.items():
+            signal.signal(sent, handler)
+
+
+class _Meter:
+    """Means over an epoch, kept on the device until somebody looks."""
+
+    def __init__(self, images_a_step: int) -> None:
+        self.images_a_step = images_a_step
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.clean = self.mixed = self.lam = torch.zeros(())
+        self.views = 0
+
+    def add(self, term: Term) -> None:
+        loss = term.loss.detach().float()
+        if term.lam is None:
+            self.clean = self.clean.to(loss.device) + loss
+        else:
+            self.mixed = self.mixed.to(loss.device) + loss
+            self.lam = self.lam.to(loss.device) + term.lam
+            self.views += 1
+
+    def row(self) -> Row:
+        steps = max(self.steps, 1)
+        seconds = time.perf_counter() - self.began
+        clean, mixed = float(self.clean) / steps, float(self.mixed) / steps
+        return {
+            "loss": clean + mixed,
+            "loss_clean": clean,
+            "loss_mixed": mixed,
+            "lam": float(self.lam) / self.views if self.views else 1.0,
+            "images_per_s": steps * self.images_a_step / seconds,
+            "seconds": seconds,
+        }
+
+    def summary(self) -> str:
+        row = self.row()
+        return f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
+
+
+@dataclass
+class _Run:
+    """All that a run is made of, where it stands, and its files."""
+
+    config: MoCoConfig
+    accelerator: Accelerator
+    model: MoCo
+    optimizer: Any
+    view: RandomView
+    images: Tensor
+    steps: int
+    out: Path
+    rows: list[Row] = field(default_factory=list)
+    step: int = 0
+
+    @classmethod
+    def build(cls, config: MoCoConfig, images: Tensor, out: Path) -> _Run:
+        """Build a run at its first step; the seed alone decides its weights."""
+        precision = "no" if config.precision == "fp32" else config.precision
+        accelerator = Accelerator(mixed_precision=precision)
+        steps = len(images) // (config.batch_size * accelerator.num_processes)
+        if steps == 0:
+            raise ValueError(
+                f"--batch-size {config.batch_size} is more than the {len(images)} images there "
+                f"are for {accelerator.num_processes} process(es); use a smaller one"
+            )
+        torch.manual_seed(fold_seed(config.seed, "weights"))
+        model = MoCo(config, gather=accelerator.gather)
+        model = model.to(memory_format=torch.channels_last).to(accelerator.device)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+        )
+        return cls(
+            config,
+            accelerator,
+            model,
+            accelerator.prepare(optimizer),
+            random_view(config).to(accelerator.device),
+            images.to(accelerator.device),
+            steps,
+            out,
+        )
+
+    @property
+    def last(self) -> Path:
+        return self.out / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.out / "previous.pt"
+
+    def save(self) -> None:
+        """Write checkpoint and metrics; a crash at any moment leaves one whole checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        temporary = self.out / "last.pt.tmp"
+        with temporary.open("wb") as file:
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "rows": self.rows,
+            }
+            if self.accelerator.scaler is not None:
+                content["scaler"] = self.accelerator.scaler.state_dict()
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.last.exists():
+            self.last.replace(self.previous)
+        temporary.replace(self.last)
+        self.write_csv()
+
+    def load(self) -> None:
+        """Restore the newest whole checkpoint, naming any damaged one."""
+        content = self._read()
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.step, self.rows = content["step"], content["rows"]
+
+    def _read(self) -> dict[str, Any]:
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            content = _load_whole(path)
+            if content is not None:
+                return content
+        raise ValueError(f"{self.out} holds no whole checkpoint; start it again with --out")
+
+    def write_csv(self) -> None:
+        """Write all rows, each epoch anew, so that a resumed run leaves no row twice."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        temporary = self.out / "metrics.csv.tmp"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.out / "metrics.csv")
+
+
+def _load_whole(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint, or warn, with its name, that it is damaged."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"{path} is damaged ({reason}); looking for an older one", stacklevel=2)
+        return None
+    return content

@@ -1,0 +1,205 @@
+"""Parts that methods share: backbones, heads, momentum, the queue, split batch norm, mixtures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.masks import MaskGenerator
+from mixmask.mixing import MixedBatch, MixMask, cutmix_batch, erase_batch, mixup_batch
+from mixmask.trainers.config import RunConfig
+
+Mixture = Callable[[Tensor, torch.Generator], MixedBatch]
+
+
+# Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
+_NARROW: dict[str, Any] = {
+    "layers": (1, 1, 1, 1),
+    "channels": (16, 32, 64, 128),
+    "stem_type": "deep",
+    "stem_width": 8,
+    "avg_down": True,
+    "zero_init_last": False,
+}
+
+
+def fold_seed(*parts: int | str) -> int:
+    """Hash a seed and a position (rank, step, ...) into one seed, the same on every machine.
+
+    Example:
+        >>> fold_seed(0, 1) != fold_seed(1, 0)
+        True
+    """
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
+    """Build an untrained backbone that returns pooled features (N, `num_features`).
+
+    Args:
+        arch: A name that timm knows, or "narrow": four blocks of 16 to 128 channels.
+        small_stem: Replace a ResNet's stem by a 3x3 convolution of stride 1, for small images.
+
+    Raises:
+        ValueError: If there is no such backbone; the message names the nearest ones.
+    """
+    import timm
+
+    known = timm.list_models()
+    if arch != "narrow" and arch not in known:
+        near = ", ".join(get_close_matches(arch, ["narrow", *known], 3))
+        raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
+    options = _NARROW if arch == "narrow" else {}
+    model: Any = timm.create_model(
+        "resnet18" if arch == "narrow" else arch, num_classes=0, **options
+    )
+    if arch == "narrow":
+        model.maxpool = nn.Identity()
+    elif small_stem:
+        if not isinstance(getattr(model, "maxpool", None), nn.MaxPool2d):
+            raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    backbone: nn.Module = model
+    return backbone
+
+
+def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:
+    """Build MoCo's projection head: linear (v1), or with a hidden layer of the same width (v2)."""
+    if not mlp:
+        return nn.Linear(features, dim)
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are taken over parts of the batch, as on several devices.
+
+    With shuffled keys this hides from a query which images share statistics with its key
+    (He et al., "MoCo", section 3.3). Running statistics are the mean over the parts.
+    """
+
+    def __init__(self, features: int, splits: int) -> None:
+        """Store the number of parts."""
+        super().__init__(features)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, H, W); N must be a multiple of the parts while training."""
+        if not self.training:
+            return super().forward(x)
+        n, c, h, w = x.shape
+        if n % self.splits:
+            raise ValueError(
+                f"a batch of {n} cannot be split into {self.splits} parts for batch norm; "
+                "use a multiple, or --bn-splits 1"
+            )
+        # Interleaved parts become channels: sample i goes to part i mod splits.
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
+        out = nn.functional.batch_norm(
+            x.reshape(n // self.splits, self.splits * c, h, w),
+            mean,
+            var,
+            self.weight.repeat(self.splits),
+            self.bias.repeat(self.splits),
+            training=True,
+            momentum=self.momentum or 0.1,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
+        self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
+        return out.view(n, c, h, w)
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Replace every `BatchNorm2d` inside a module, in place, by one that splits the batch."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            split = SplitBatchNorm2d(child.num_features, splits)
+            split.load_state_dict(child.state_dict())
+            # timm's norm layers carry their activation; what follows must not lose it.
+            after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            setattr(module, name, nn.Sequential(split, *after) if after else split)
+        else:
+            split_batch_norm(child, splits)
+
+
+@torch.no_grad()
+def update_momentum(online: nn.Module, target: nn.Module, momentum: float) -> None:
+    """Move the target's parameters towards the online ones: t <- m t + (1 - m) o."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
+
+
+class Queue(nn.Module):
+    """The keys of past batches, unit vectors (K, dim), oldest overwritten first.
+
+    K may be any number: a batch that reaches the end goes on at the start, and of a batch
+    larger than the queue the last K keys stay.
+    """
+
+    keys: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        """Fill the queue with random directions."""
+        super().__init__()
+        self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Put in a batch of keys (N, dim)."""
+        size = len(self.keys)
+        keys = keys[-size:]
+        places = (self.position + torch.arange(len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
+        self.position.add_(len(keys)).remainder_(size)
+
+
+def build_mixtures(config: RunConfig) -> list[Mixture]:
+    """Return what makes the mixed views of a step, in order; empty for `--mix none`.
+
+    "both" pairs Un-Mix by reversal with MixMask by a random ring, so that an image meets two
+    different partners.
+    """
+    partner = "random" if config.mix == "both" else "reverse"
+    mask = MixMask(
+        config.grid_size,
+        config.ratio,
+        config.pattern,
+        per_sample=config.per_sample,
+        partner=partner,
+        roll=config.roll,
+    )
+
+    def mixmask(images: Tensor, generator: torch.Generator) -> MixedBatch:
+        mixed: MixedBatch = mask(images, generator=generator)
+        return mixed
+
+    def erase(images: Tensor, generator: torch.Generator) -> MixedBatch:
+        masks: MaskGenerator | Tensor = mask.masks
+        if config.per_sample:
+            masks = mask.masks(len(images), device=images.device, generator=generator)
+        return erase_batch(images, masks, generator=generator)
+
+    mixtures: dict[str, list[Mixture]] = {
+        "none": [],
+        "mixmask": [mixmask],
+        "unmix": [unmix],
+        "both": [unmix, mixmask],
+        "erase": [erase],
+    }
+    return mixtures[config.mix]
+
+
+def unmix(images: Tensor, generator: torch.Generator) -> MixedBatch:
+    """Mix globally or regionally, with equal odds and a uniform share (Shen et al., "Un-Mix")."""
+    globally = torch.rand((), generator=generator) < 0.5
+    return (mixup_batch if globally else cutmix_batch)(images, generator=generator)
