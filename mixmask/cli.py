@@ -55,12 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
-    from mixmask.trainers.config import load_config, moco_config, save_config
+    from mixmask.trainers.config import load_config, moco_config
     from mixmask.trainers.data import load_data
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.visualize import figure_curves, figure_views, save_figure
 
     if threads is not None:
+        if threads < 1:
+            raise ValueError(
+                f"--threads must be at least 1, got {threads}; use the number of cores"
+            )
         torch.set_num_threads(threads)
     if resume is not None:
         if given or out is not None:
@@ -73,16 +77,21 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
         config = moco_config(**given)
         out = _new_folder(out, config)
     data = load_data(config.data, config.image_size)
-    monitor = _monitor(data)
-    _say_start(config, data, out)
-    if resume is None:
-        out.mkdir(parents=True, exist_ok=True)
-        save_config(config, out / "config.json")
+
+    def start() -> None:
+        _say_start(config, data, out)
         views = first_views(config, data.train.images)
         save_figure(figure_views(views.query, views.mixed, views.key), out / "views.png")
 
     began = time.perf_counter()
-    _, rows = pretrain(config, data.train.images, out, monitor=monitor, resume=resume is not None)
+    _, rows = pretrain(
+        config,
+        data.train.images,
+        out,
+        monitor=_monitor(data),
+        on_start=start,
+        resume=resume is not None,
+    )
     save_figure(figure_curves(rows), out / "curves.png")
     _say_end(rows, out, time.perf_counter() - began)
 

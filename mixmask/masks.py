@@ -29,8 +29,9 @@ _ATTEMPTS = 10
 # unless there are so few masks that a round costs the same with all of them.
 _ATTEMPTS_A_ROUND = 2
 _FEW = 512
-# Cells are kept as bits of int64 words; the sign stays free.
-_WORD_BITS = 62
+# Cells are kept as bits of int64 words, a row of the grid never split over two.
+_WORD_BITS = 64
+_LARGEST_GRID = 62
 
 
 class MaskGenerator(Protocol):
@@ -95,17 +96,7 @@ def block_masks(
         (torch.Size([3, 4, 4]), [4, 4, 4])
     """
     check_count(n)
-    check_grid_size(grid_size)
-    low, high = ratio_bounds(ratio)
-    if grid_size > _WORD_BITS:
-        raise ValueError(
-            f"block masks need a grid_size of at most {_WORD_BITS}, got {grid_size}; "
-            "the paper finds grids above 16 too fine at every image size"
-        )
-    check_positive("min_cells", min_cells)
-    check_positive("min_aspect", min_aspect)
-    if min_aspect > 1:
-        raise ValueError(f"min_aspect must be at most 1, got {min_aspect}; use its inverse")
+    low, high = _check_block_options(grid_size, ratio, min_cells, min_aspect)
     seed = _draw_seed(generator)
     masks = _block_masks(seed, n, grid_size, low, high, min_cells, min_aspect, exact, roll)
     return _move(masks, device)
@@ -171,7 +162,7 @@ class BlockMaskGenerator:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        self(0)
+        _check_block_options(self.grid_size, self.ratio, self.min_cells, self.min_aspect)
 
     def __call__(
         self,
@@ -247,6 +238,8 @@ def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:
         >>> cells_to_pixels(torch.tensor([[True, False]]), 1, 5).int().tolist()
         [[1, 1, 1, 0, 0]]
     """
+    if masks.ndim < 2:
+        raise ValueError(f"masks must be (..., h, w), got {tuple(masks.shape)}")
     h, w = masks.shape[-2:]
     if h > height or w > width or 0 in (h, w):
         raise ValueError(
@@ -258,6 +251,23 @@ def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height, device=masks.device) * h // height
     columns = torch.arange(width, device=masks.device) * w // width
     return masks.index_select(-2, rows).index_select(-1, columns)
+
+
+def _check_block_options(
+    grid_size: int, ratio: Ratio, min_cells: int, min_aspect: float
+) -> tuple[float, float]:
+    """Refuse bad options of block masks; return the bounds of the ratio."""
+    check_grid_size(grid_size)
+    if grid_size > _LARGEST_GRID:
+        raise ValueError(
+            f"block masks need a grid_size of at most {_LARGEST_GRID}, got {grid_size}; "
+            "the paper finds grids above 16 too fine at every image size"
+        )
+    check_positive("min_cells", min_cells)
+    check_positive("min_aspect", min_aspect)
+    if min_aspect > 1:
+        raise ValueError(f"min_aspect must be at most 1, got {min_aspect}; use its inverse")
+    return ratio_bounds(ratio)
 
 
 def _draw_seed(generator: torch.Generator | None) -> Tensor:
@@ -352,7 +362,7 @@ def _lay_blocks(
         top = (start[0, :, :, None] - first_row).clamp(0, rows_a_word)
         bottom = ((start + sides)[0, :, :, None] - first_row).clamp(0, rows_a_word)
         columns = ((1 << sides[1]) - 1) << start[1]
-        blocks = (ladder[bottom] - ladder[top]) * columns[:, :, None]
+        blocks = (ladder.take(bottom) - ladder.take(top)) * columns[:, :, None]
         added = _count_bits(blocks & ~words[:, None]).sum(dim=2)
 
         fits &= torch.arange(attempts) < _ATTEMPTS - refusals
@@ -376,7 +386,7 @@ def _lay_blocks(
 
 
 def _count_bits(words: Tensor) -> Tensor:
-    """Count the ones in each int64 of at most 62 bits, summing ever wider fields in place."""
+    """Count the ones in each int64, summing ever wider fields in place."""
     words = words - (words >> 1 & 0x5555555555555555)
     words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
     words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F

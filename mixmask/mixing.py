@@ -224,6 +224,8 @@ def erase_batch(
             f"erase_batch needs floating images, got {images.dtype}; normalise them first, "
             "the noise is drawn in their units"
         )
+    if not 0 <= std < float("inf"):
+        raise ValueError(f"std must be at least 0, got {std}; 0 fills with the mean")
     mask = _pixel_mask(masks, images, generator)
     noise = _noise_like(images, generator).mul_(std).add_(mean)
     kept = rearrange(mask, "... h w -> ... 1 h w")
@@ -295,6 +297,11 @@ def _partner_index(
     """Return the partners as an index tensor (n,) on the device."""
     if isinstance(partner, Tensor):
         return _check_partner(partner, n).to(device, non_blocking=True)
+    if not isinstance(partner, str):
+        raise TypeError(
+            f"partner must be 'reverse', 'random' or an index tensor, got "
+            f"{type(partner).__name__}; use torch.tensor(partner)"
+        )
     check_choice("partner", partner, ("reverse", "random"))
     if partner == "reverse":
         return _reverse(n, device)
@@ -339,7 +346,6 @@ def _pixel_mask(
     """Return the masks to apply at pixel size, drawn first if they come from a generator."""
     check_generator(generator)
     if isinstance(masks, Tensor):
-        _check_masks(masks, len(images))
         masks = masks.to(images.device, non_blocking=True)
     elif callable(masks):
         masks = masks(device=images.device, generator=generator)
@@ -348,6 +354,7 @@ def _pixel_mask(
             f"masks must be a generator or a bool tensor, got {type(masks).__name__}; "
             "use for instance BlockMaskGenerator(grid_size=8)"
         )
+    _check_masks(masks, len(images))
     return cells_to_pixels(masks, *images.shape[-2:])
 
 
@@ -369,15 +376,15 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     """Take pixels from the images where the mask is True, and from their partners elsewhere."""
     kept = rearrange(mask, "... h w -> ... 1 h w")
-    partners = images.index_select(0, index)
     plain = images.device.type == "cpu" and not (
         images.requires_grad or torch.compiler.is_compiling() or images.is_complex()
     )
     if not plain:
-        return torch.where(kept, images, partners)
+        return torch.where(kept, images, images.index_select(0, index))
     # Eager torch.where on a CPU is not vectorised for a bool condition. Choosing by bits,
     # ((partner ^ own) & ~mask) ^ own, is, and it is exact for every dtype and for NaN.
     bits = _BITS[images.element_size()]
+    partners = torch.index_select(images, 0, index, out=torch.empty_like(images))
     own, mixed = images.view(bits), partners.view(bits)
     mixed.bitwise_xor_(own).bitwise_and_(kept.to(bits) - 1).bitwise_xor_(own)
     return partners

@@ -80,6 +80,11 @@ class InfoNCE:
         """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
         check_choice("reduction", self.reduction, ("mean", "none"))
+        if self.negatives is not None and not isinstance(self.negatives, Tensor):
+            raise TypeError(
+                f"negatives must be a tensor (K, C), got {type(self.negatives).__name__}; "
+                "stack the keys with torch.stack"
+            )
         if self.negatives is not None and (self.negatives.ndim != 2 or 0 in self.negatives.shape):
             raise ValueError(
                 f"negatives must be (K, C), got {tuple(self.negatives.shape)}; a queue that is "
@@ -124,6 +129,8 @@ class InfoNCE:
                 f"z and target must both be (N, C), got {tuple(z.shape)} and "
                 f"{tuple(target.shape)}; flatten features to one row an image"
             )
+        if z.numel() == 0:
+            raise ValueError(f"z must not be empty, got {tuple(z.shape)}; skip empty batches")
         if not z.is_floating_point():
             raise TypeError(f"z must be floating, got {z.dtype}; pass embeddings, not indices")
         negatives = self.negatives
@@ -143,10 +150,12 @@ class InfoNCE:
     def _similarity(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the scaled similarity of matching rows, (N,), in at least float32."""
         wide = torch.promote_types(z.dtype, torch.float32)
-        return einsum(z.to(wide), target.to(wide), "n c, n c -> n") / self.temperature
+        # No einsum: autocast would run it in half precision.
+        return (z.to(wide) * target.to(wide)).sum(dim=1) / self.temperature
 
     def _in_batch(self, z: Tensor, target: Tensor) -> Tensor:
-        logits = einsum(z, target, "n c, k c -> n k") / self.temperature
+        wide = torch.promote_types(z.dtype, torch.float32)
+        logits = einsum(z, target.to(z.dtype), "n c, k c -> n k").to(wide) / self.temperature
         labels = torch.arange(len(z), device=z.device)
         return F.cross_entropy(logits, labels, reduction="none")
 
@@ -214,9 +223,10 @@ class _LogSumExp(torch.autograd.Function):
 
 def _matmul_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
     """Return the dtype in which a plain matrix product of the two would run."""
-    if torch.is_autocast_enabled(z.device.type):
+    promoted = torch.promote_types(z.dtype, negatives.dtype)
+    if torch.is_autocast_enabled(z.device.type) and promoted != torch.float64:
         return torch.get_autocast_dtype(z.device.type)
-    return torch.promote_types(z.dtype, negatives.dtype)
+    return promoted
 
 
 def _chunks(negatives: Tensor, rows: int) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ def lambda_weighted_loss(
                 f"{tuple(tensor.shape)}; pass the embeddings of this batch, before any gathering"
             )
     lam = mixed.lam.to(z_mixed.device)
-    if isinstance(criterion, SharingCriterion):
+    if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
         other = target.index_select(0, mixed.partner) if switch else None
         return criterion.weighted(z_mixed, target, other, lam).mean()
     own = _checked(criterion(z_mixed, target), lam, n)

@@ -19,10 +19,11 @@ from zipfile import BadZipFile
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixmask.trainers.config import MoCoConfig
+from mixmask.trainers.config import MoCoConfig, save_config
 from mixmask.trainers.moco import MoCo, Term
 from mixmask.trainers.parts import build_mixtures, fold_seed
 from mixmask.views import RandomView
@@ -47,10 +48,11 @@ def pretrain(
     out: Path,
     *,
     monitor: Monitor | None = None,
+    on_start: Callable[[], None] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[MoCo, list[Row]]:
-    """Train a method on images, leaving `metrics.csv` and `last.pt` in the run folder.
+    """Train a method on images, leaving `config.json`, `metrics.csv` and `last.pt` in the folder.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
     resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
@@ -59,8 +61,9 @@ def pretrain(
     Args:
         config: The run's options.
         images: (N, 3, H, W) uint8, N of at least the batch size.
-        out: The run folder; it must exist.
+        out: The run folder, made if need be.
         monitor: Measures the backbone before, every `config.monitor` epochs, and at the end.
+        on_start: Called when the options are found good and the folder is there.
         resume: Go on from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
 
@@ -76,7 +79,12 @@ def pretrain(
     main = run.accelerator.is_main_process
     if resume:
         run.load()
-    elif monitor and main:
+    elif main:
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, out / "config.json")
+    if on_start and main:
+        on_start()
+    if monitor and main and not resume:
         run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
         run.write_csv()
 
@@ -96,6 +104,8 @@ def pretrain(
                 row.update(monitor(run.model.backbone, last))
             run.rows.append(row)
             run.save()
+            if stop_requested() and not last:
+                raise KeyboardInterrupt
     return run.model, run.rows
 
 
@@ -104,7 +114,8 @@ def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], b
     config, model, accelerator = run.config, run.model, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
     order = _epoch_order(config.seed, epoch, len(run.images))
-    meter = _Meter(config.batch_size * processes)
+    meter = run.meter
+    meter.start(config.batch_size * processes)
     lr = 0.0
     model.train()
     for i in range(run.step % run.steps, run.steps):
@@ -132,9 +143,10 @@ def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], b
         bar.update()
         if meter.steps % 10 == 0 or i + 1 == run.steps:
             bar.set_postfix_str(meter.summary())
-        if stop_requested():
+        if stop_requested() and i + 1 < run.steps:
             run.save()
             raise KeyboardInterrupt
+    run.meter = _Meter()
     return {"epoch": epoch, "step": run.step, **meter.row(), "lr": lr}
 
 
@@ -173,7 +185,7 @@ def learning_rate(config: MoCoConfig, done: float) -> float:
     """Return the learning rate when a share `done` of the run, 0 ... 1, lies behind.
 
     Example:
-        >>> from mixmask.trainers.config import MoCoConfig
+        >>> from mixmask.trainers.config import MoCoConfig, save_config
         >>> round(learning_rate(MoCoConfig(lr=0.1), 0.5), 3)
         0.05
     """
@@ -233,41 +245,51 @@ def _finish_steps() -> Iterator[Callable[[], bool]]:
             signal.signal(sent, handler)
 
 
+@dataclass
 class _Meter:
-    """Means over an epoch, kept on the device until somebody looks."""
+    """Means over an epoch: sums that stay on the device until somebody looks."""
 
-    def __init__(self, images_a_step: int) -> None:
+    steps: int = 0
+    views: int = 0
+    clean: Tensor | float = 0.0
+    mixed: Tensor | float = 0.0
+    lam: Tensor | float = 0.0
+    seconds: float = 0.0
+    began: float = 0.0
+    images_a_step: int = 0
+
+    def start(self, images_a_step: int) -> None:
         self.images_a_step = images_a_step
-        self.began = time.perf_counter()
-        self.steps = 0
-        self.clean = self.mixed = self.lam = torch.zeros(())
-        self.views = 0
+        self.began = time.perf_counter() - self.seconds
 
     def add(self, term: Term) -> None:
-        loss = term.loss.detach().float()
         if term.lam is None:
-            self.clean = self.clean.to(loss.device) + loss
+            self.clean = self.clean + term.loss.detach().float()
         else:
-            self.mixed = self.mixed.to(loss.device) + loss
-            self.lam = self.lam.to(loss.device) + term.lam
+            self.mixed = self.mixed + term.loss.detach().float()
+            self.lam = self.lam + term.lam
             self.views += 1
 
     def row(self) -> Row:
-        steps = max(self.steps, 1)
-        seconds = time.perf_counter() - self.began
+        steps, self.seconds = max(self.steps, 1), time.perf_counter() - self.began
         clean, mixed = float(self.clean) / steps, float(self.mixed) / steps
         return {
             "loss": clean + mixed,
             "loss_clean": clean,
             "loss_mixed": mixed,
             "lam": float(self.lam) / self.views if self.views else 1.0,
-            "images_per_s": steps * self.images_a_step / seconds,
-            "seconds": seconds,
+            "images_per_s": steps * self.images_a_step / self.seconds,
+            "seconds": self.seconds,
         }
 
     def summary(self) -> str:
         row = self.row()
         return f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
+
+    def state(self) -> dict[str, float]:
+        sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam")}
+        self.row()  # Brings the seconds up to date.
+        return {"steps": self.steps, "views": self.views, "seconds": self.seconds, **sums}
 
 
 @dataclass
@@ -284,11 +306,13 @@ class _Run:
     out: Path
     rows: list[Row] = field(default_factory=list)
     step: int = 0
+    meter: _Meter = field(default_factory=_Meter)
 
     @classmethod
     def build(cls, config: MoCoConfig, images: Tensor, out: Path) -> _Run:
         """Build a run at its first step; the seed alone decides its weights."""
         precision = "no" if config.precision == "fp32" else config.precision
+        AcceleratorState._reset_state()  # An earlier run in this process may have had another.
         accelerator = Accelerator(mixed_precision=precision)
         steps = len(images) // (config.batch_size * accelerator.num_processes)
         if steps == 0:
@@ -335,6 +359,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "rows": self.rows,
+                "meter": self.meter.state(),
             }
             if self.accelerator.scaler is not None:
                 content["scaler"] = self.accelerator.scaler.state_dict()
@@ -354,6 +379,7 @@ class _Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.step, self.rows = content["step"], content["rows"]
+        self.meter = _Meter(**content["meter"])
 
     def _read(self) -> dict[str, Any]:
         for path in (self.last, self.previous):

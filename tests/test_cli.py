@@ -1,0 +1,191 @@
+"""The command line as a user meets it: files, exit codes, and one line for what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixmask import cli
+
+TINY = ["--epochs", "1", "--batch-size", "8", "--image-size", "16", "--queue-size", "16"]
+RUN_FILES = {"config.json", "curves.png", "last.pt", "metrics.csv", "views.png"}
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "photographs" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(256, size=(24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "photographs"
+
+
+def options(photographs: Path, *more: str) -> list[str]:
+    return ["pretrain", "--data", str(photographs), "--arch", "narrow", *TINY, *more]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_pretrain_leaves_a_run_folder(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert (
+        cli.main(options(photographs, "--out", str(out), "--grid-size", "4", "--per-sample")) == 0
+    )
+    assert {file.name for file in out.iterdir()} == RUN_FILES
+    config = json.loads((out / "config.json").read_text())
+    assert (config["grid_size"], config["per_sample"], config["switch"]) == (4, True, True)
+    printed = capsys.readouterr().out
+    assert "nearest neighbours" in printed
+    assert "untrained" in printed
+
+
+def test_out_has_a_default_that_overwrites_nothing(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.main(options(photographs, "--mix", "none")) == 0
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["photographs-moco-v2-none", "photographs-moco-v2-none-2"]
+
+
+def test_folder_without_labels_says_so(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = photographs / "train" / "cat"
+    assert cli.main(options(flat, "--out", str(tmp_path / "run"))) == 0
+    assert "no labelled test split: accuracies are off" in capsys.readouterr().out
+
+
+def test_existing_run_folder_is_refused(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    line = refused(options(photographs, "--out", str(tmp_path / "run")), capsys)
+    assert "exists and is not empty; go on with --resume" in line
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["pretrain", "--resume", str(tmp_path)], capsys)
+    assert "is no run that can be resumed" in line
+
+
+def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["pretrain", "--resume", str(tmp_path), "--lr", "1"], capsys)
+    assert "--resume goes on with the options of the run, got --lr too" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--mix", "blend"], "argument --mix: invalid choice: 'blend'"),
+        (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
+        (["--ratio", "0.1", "0.2", "0.3"], "--ratio takes one number or two, got 3"),
+        (["--grid-size", "64"], "--grid-size must be within 2 ... 16"),
+        (["--arch", "resnet81"], "--arch resnet81 is no backbone of timm"),
+        (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
+        (["--batch-size", "21"], "--batch-size 21 is more than the 20 images"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    arguments: list[str],
+    message: str,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    line = refused(options(photographs, "--out", str(out), *arguments), capsys)
+    assert message in line
+    assert not out.exists()
+
+
+def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path / "run")], capsys)
+    assert "holds no images" in line
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_EXTRA", ("torch", "no_such_library"))
+    assert refused(["show"], capsys).endswith(
+        "the trainers need no_such_library: pip install 'mixmask[train]'"
+    )
+
+
+def test_show_draws_own_and_embedded_images(photographs: Path, tmp_path: Path) -> None:
+    own = [str(photographs / "train" / "cat" / f"{i}.png") for i in range(3)]
+    for i, images in enumerate(([], own)):
+        out = tmp_path / f"{i}.png"
+        assert cli.main(["show", *images, "--out", str(out), "--grid-sizes", "2", "4"]) == 0
+        with Image.open(out) as image:
+            assert image.format == "PNG"
+
+
+def test_show_refuses_what_it_cannot_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    assert "bad.jpg is no readable image" in refused(["show", str(bad), str(bad)], capsys)
+    assert "one image has nobody to mix with" in refused(["show", str(bad)], capsys)
+    nowhere = str(tmp_path / "no" / "x.png")
+    assert "which is no folder" in refused(["show", "--out", nowhere], capsys)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", "--help"]) == 0
+    text = capsys.readouterr().out
+    for flag in ("--method", "--mix", "--grid-size", "--no-switch", "--per-sample", "--resume"):
+        assert flag in text
+
+
+def test_ctrl_c_exits_with_130_and_the_run_goes_on(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mixmask", *options(photographs), "--out", str(out)]
+    command[command.index("--epochs") + 1] = "400"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.decode().strip().endswith("mixmask: interrupted")
+    assert b"Traceback" not in errors
+    # The rest would take long; that it starts where the other stopped is what matters here.
+    config = out / "config.json"
+    epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
+    text = config.read_text().replace('"epochs": 400', f'"epochs": {epochs + 1}')
+    config.write_text(text)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "mixmask", "pretrain", "--resume", str(out)],
+        check=False, capture_output=True, env=os.environ, timeout=120,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert {file.name for file in out.iterdir()} >= RUN_FILES
