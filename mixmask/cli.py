@@ -137,7 +137,8 @@ def _add_pretrain(commands: Any) -> None:
         "pretrain",
         help="train a backbone",
         description="Train a backbone; without options, MoCo v2 + MixMask on photographs that "
-        "come with the package. Defaults depend on --data and --method.",
+        "come with the package. Defaults in brackets are those for a folder of images; the named "
+        "data sets and moco-v1 have their own, and config.json tells what a run used.",
         argument_default=argparse.SUPPRESS,
     )
     parser.set_defaults(command=pretrain, out=None, resume=None, threads=None)
@@ -150,13 +151,9 @@ def _add_pretrain(commands: Any) -> None:
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     flag = "--" + field.name.replace("_", "-")
-    text = field.metadata["help"]
+    text = f"{field.metadata['help']} [{field.default}]"
     if isinstance(field.default, bool):
-        if field.default:
-            flag, text = flag.replace("--", "--no-", 1), f"do not {text}"
-        parser.add_argument(
-            flag, dest=field.name, action="store_const", const=not field.default, help=text
-        )
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif field.name == "ratio":
         parser.add_argument(flag, type=float, nargs="+", action=_RatioAction, help=text)
     else:

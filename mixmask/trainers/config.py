@@ -77,7 +77,7 @@ class MoCoConfig(RunConfig):
     """MoCo's own options; the defaults are MoCo v2's on ImageNet, 200 epochs."""
 
     dim: int = option(128, "size of the embedding")
-    mlp: bool = option(True, "projection head with a hidden layer (v2), or linear (v1)")
+    mlp: bool = option(True, "projection head with a hidden layer (v2), not a linear one (v1)")
     queue_size: int = option(65_536, "keys in the queue")
     temperature: float = option(0.2, "temperature of InfoNCE")
     encoder_momentum: float = option(0.999, "momentum of the key encoder")

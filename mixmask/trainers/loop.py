@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-import pickle
 import signal
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixmask.trainers.config import MoCoConfig, save_config
 from mixmask.trainers.moco import MoCo, Term
 from mixmask.trainers.parts import build_mixtures, fold_seed
-from mixmask.views import RandomView
+from mixmask.trainers.run import Meter, Row, Run, random_view
 
 # Measures a backbone; the flag asks for everything, as before and after a run.
 Monitor = Callable[[nn.Module, bool], dict[str, float]]
-Row = dict[str, float]
 
 
 @dataclass
 class Views:
-    """What the network saw in the first step: up to eight of each, (n, 3, S, S) on the CPU."""
+    """What the network sees of a few images, (n, 3, S, S) normalised, on the CPU."""
 
     query: Tensor
     mixed: list[Tensor]
@@ -75,7 +67,7 @@ def pretrain(
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
-    run = _Run.build(config, images, out)
+    run = Run.build(config, images, out)
     main = run.accelerator.is_main_process
     if resume:
         run.load()
@@ -109,7 +101,7 @@ def pretrain(
     return run.model, run.rows
 
 
-def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], bool]) -> Row:
+def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bool]) -> Row:
     """Train one epoch, or what a resumed run has left of it, and return its row."""
     config, model, accelerator = run.config, run.model, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -123,9 +115,10 @@ def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], b
         index = order[start : start + config.batch_size]
         batch = run.images[index.to(run.images.device)]
 
-        seed = fold_seed(config.seed, rank, run.step)
-        torch.manual_seed(seed)  # kornia draws from torch's global generator.
+        # kornia draws from torch's global generator, masks and partners from one of their own.
+        torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
         x_q, x_k = run.view(batch), run.view(batch)
+        seed = fold_seed(config.seed, rank, run.step, "mixing")
         terms = model.terms(x_q, x_k, torch.Generator().manual_seed(seed))
         for term in _autocast(accelerator, terms):
             accelerator.backward(term.loss)
@@ -146,20 +139,8 @@ def _train_epoch(run: _Run, epoch: int, bar: Any, stop_requested: Callable[[], b
         if stop_requested() and i + 1 < run.steps:
             run.save()
             raise KeyboardInterrupt
-    run.meter = _Meter()
+    run.meter = Meter()
     return {"epoch": epoch, "step": run.step, **meter.row(), "lr": lr}
-
-
-def random_view(config: MoCoConfig) -> RandomView:
-    """Build the random view that a configuration describes."""
-    return RandomView(
-        config.image_size,
-        min_scale=config.min_scale,
-        jitter=config.jitter,
-        hue=config.hue,
-        grey=config.grey,
-        blur=config.blur,
-    )
 
 
 def first_views(config: MoCoConfig, images: Tensor, count: int = 8) -> Views:
@@ -243,170 +224,3 @@ def _finish_steps() -> Iterator[Callable[[], bool]]:
     finally:
         for sent, handler in previous.items():
             signal.signal(sent, handler)
-
-
-@dataclass
-class _Meter:
-    """Means over an epoch: sums that stay on the device until somebody looks."""
-
-    steps: int = 0
-    views: int = 0
-    clean: Tensor | float = 0.0
-    mixed: Tensor | float = 0.0
-    lam: Tensor | float = 0.0
-    seconds: float = 0.0
-    began: float = 0.0
-    images_a_step: int = 0
-
-    def start(self, images_a_step: int) -> None:
-        self.images_a_step = images_a_step
-        self.began = time.perf_counter() - self.seconds
-
-    def add(self, term: Term) -> None:
-        if term.lam is None:
-            self.clean = self.clean + term.loss.detach().float()
-        else:
-            self.mixed = self.mixed + term.loss.detach().float()
-            self.lam = self.lam + term.lam
-            self.views += 1
-
-    def row(self) -> Row:
-        steps, self.seconds = max(self.steps, 1), time.perf_counter() - self.began
-        clean, mixed = float(self.clean) / steps, float(self.mixed) / steps
-        return {
-            "loss": clean + mixed,
-            "loss_clean": clean,
-            "loss_mixed": mixed,
-            "lam": float(self.lam) / self.views if self.views else 1.0,
-            "images_per_s": steps * self.images_a_step / self.seconds,
-            "seconds": self.seconds,
-        }
-
-    def summary(self) -> str:
-        row = self.row()
-        return f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
-
-    def state(self) -> dict[str, float]:
-        sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam")}
-        self.row()  # Brings the seconds up to date.
-        return {"steps": self.steps, "views": self.views, "seconds": self.seconds, **sums}
-
-
-@dataclass
-class _Run:
-    """All that a run is made of, where it stands, and its files."""
-
-    config: MoCoConfig
-    accelerator: Accelerator
-    model: MoCo
-    optimizer: Any
-    view: RandomView
-    images: Tensor
-    steps: int
-    out: Path
-    rows: list[Row] = field(default_factory=list)
-    step: int = 0
-    meter: _Meter = field(default_factory=_Meter)
-
-    @classmethod
-    def build(cls, config: MoCoConfig, images: Tensor, out: Path) -> _Run:
-        """Build a run at its first step; the seed alone decides its weights."""
-        precision = "no" if config.precision == "fp32" else config.precision
-        AcceleratorState._reset_state()  # An earlier run in this process may have had another.
-        accelerator = Accelerator(mixed_precision=precision)
-        steps = len(images) // (config.batch_size * accelerator.num_processes)
-        if steps == 0:
-            raise ValueError(
-                f"--batch-size {config.batch_size} is more than the {len(images)} images there "
-                f"are for {accelerator.num_processes} process(es); use a smaller one"
-            )
-        torch.manual_seed(fold_seed(config.seed, "weights"))
-        model = MoCo(config, gather=accelerator.gather)
-        model = model.to(memory_format=torch.channels_last).to(accelerator.device)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.weight_decay,
-        )
-        return cls(
-            config,
-            accelerator,
-            model,
-            accelerator.prepare(optimizer),
-            random_view(config).to(accelerator.device),
-            images.to(accelerator.device),
-            steps,
-            out,
-        )
-
-    @property
-    def last(self) -> Path:
-        return self.out / "last.pt"
-
-    @property
-    def previous(self) -> Path:
-        return self.out / "previous.pt"
-
-    def save(self) -> None:
-        """Write checkpoint and metrics; a crash at any moment leaves one whole checkpoint."""
-        if not self.accelerator.is_main_process:
-            return
-        temporary = self.out / "last.pt.tmp"
-        with temporary.open("wb") as file:
-            content = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "rows": self.rows,
-                "meter": self.meter.state(),
-            }
-            if self.accelerator.scaler is not None:
-                content["scaler"] = self.accelerator.scaler.state_dict()
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.last.exists():
-            self.last.replace(self.previous)
-        temporary.replace(self.last)
-        self.write_csv()
-
-    def load(self) -> None:
-        """Restore the newest whole checkpoint, naming any damaged one."""
-        content = self._read()
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.step, self.rows = content["step"], content["rows"]
-        self.meter = _Meter(**content["meter"])
-
-    def _read(self) -> dict[str, Any]:
-        for path in (self.last, self.previous):
-            if not path.exists():
-                continue
-            content = _load_whole(path)
-            if content is not None:
-                return content
-        raise ValueError(f"{self.out} holds no whole checkpoint; start it again with --out")
-
-    def write_csv(self) -> None:
-        """Write all rows, each epoch anew, so that a resumed run leaves no row twice."""
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        temporary = self.out / "metrics.csv.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        temporary.replace(self.out / "metrics.csv")
-
-
-def _load_whole(path: Path) -> dict[str, Any] | None:
-    """Read a checkpoint, or warn, with its name, that it is damaged."""
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"{path} is damaged ({reason}); looking for an older one", stacklevel=2)
-        return None
-    return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_interrupted_and_resumed_ends_in_the_same_weights(
         [float(row["loss"]) for row in read_rows(tmp_path / name)] for name in ("parts", "whole")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_seconds_of_the_epochs_add_up_to_no_more_than_the_run(
+    images: Tensor, tmp_path: Path
+) -> None:
+    began = time.perf_counter()
+    run(moco_config(**TINY), images, tmp_path)
+    whole = time.perf_counter() - began
+    assert 0 < sum(float(row["seconds"]) for row in read_rows(tmp_path)) <= whole
 
 
 def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:

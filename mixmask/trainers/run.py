@@ -1,0 +1,214 @@
+"""A run: all that it is made of, where it stands, and the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from mixmask.trainers.config import MoCoConfig
+from mixmask.trainers.moco import MoCo, Term
+from mixmask.trainers.parts import fold_seed
+from mixmask.views import RandomView
+
+Row = dict[str, float]
+
+
+def random_view(config: MoCoConfig) -> RandomView:
+    """Build the random view that a configuration describes."""
+    return RandomView(
+        config.image_size,
+        min_scale=config.min_scale,
+        jitter=config.jitter,
+        hue=config.hue,
+        grey=config.grey,
+        blur=config.blur,
+    )
+
+
+@dataclass
+class Meter:
+    """Means over an epoch: sums that stay on the device until somebody looks."""
+
+    steps: int = 0
+    views: int = 0
+    clean: Tensor | float = 0.0
+    mixed: Tensor | float = 0.0
+    lam: Tensor | float = 0.0
+    seconds: float = 0.0
+    began: float | None = None
+    images_a_step: int = 0
+
+    def start(self, images_a_step: int) -> None:
+        """Start the clock, or go on with the seconds of an interrupted epoch."""
+        self.images_a_step = images_a_step
+        self.began = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the epoch's seconds, those before an interruption included."""
+        return self.seconds + (0 if self.began is None else time.perf_counter() - self.began)
+
+    def add(self, term: Term) -> None:
+        """Count a term in."""
+        if term.lam is None:
+            self.clean = self.clean + term.loss.detach().float()
+        else:
+            self.mixed = self.mixed + term.loss.detach().float()
+            self.lam = self.lam + term.lam
+            self.views += 1
+
+    def row(self) -> Row:
+        """Return the means as columns of `metrics.csv`; this waits for the device."""
+        steps, seconds = max(self.steps, 1), self.elapsed()
+        clean, mixed = float(self.clean) / steps, float(self.mixed) / steps
+        return {
+            "loss": clean + mixed,
+            "loss_clean": clean,
+            "loss_mixed": mixed,
+            "lam": float(self.lam) / self.views if self.views else 1.0,
+            "images_per_s": steps * self.images_a_step / seconds,
+            "seconds": seconds,
+        }
+
+    def summary(self) -> str:
+        """Return what the progress bar shows."""
+        row = self.row()
+        return f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint keeps, so that a resumed epoch has whole means."""
+        sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam")}
+        return {"steps": self.steps, "views": self.views, "seconds": self.elapsed(), **sums}
+
+
+@dataclass
+class Run:
+    """All that a run is made of, where it stands, and its files."""
+
+    config: MoCoConfig
+    accelerator: Accelerator
+    model: MoCo
+    optimizer: Any
+    view: RandomView
+    images: Tensor
+    steps: int
+    out: Path
+    rows: list[Row] = field(default_factory=list)
+    step: int = 0
+    meter: Meter = field(default_factory=Meter)
+
+    @classmethod
+    def build(cls, config: MoCoConfig, images: Tensor, out: Path) -> Run:
+        """Build a run at its first step; the seed alone decides its weights."""
+        precision = "no" if config.precision == "fp32" else config.precision
+        AcceleratorState._reset_state()  # An earlier run in this process may have had another.
+        accelerator = Accelerator(mixed_precision=precision)
+        steps = len(images) // (config.batch_size * accelerator.num_processes)
+        if steps == 0:
+            raise ValueError(
+                f"--batch-size {config.batch_size} is more than the {len(images)} images there "
+                f"are for {accelerator.num_processes} process(es); use a smaller one"
+            )
+        torch.manual_seed(fold_seed(config.seed, "weights"))
+        model = MoCo(config, gather=accelerator.gather)
+        model = model.to(memory_format=torch.channels_last).to(accelerator.device)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+        )
+        return cls(
+            config,
+            accelerator,
+            model,
+            accelerator.prepare(optimizer),
+            random_view(config).to(accelerator.device),
+            images.to(accelerator.device),
+            steps,
+            out,
+        )
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.out / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before, in case the newest is damaged."""
+        return self.out / "previous.pt"
+
+    def save(self) -> None:
+        """Write checkpoint and metrics; a crash at any moment leaves one whole checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        temporary = self.out / "last.pt.tmp"
+        with temporary.open("wb") as file:
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "rows": self.rows,
+                "meter": self.meter.state(),
+            }
+            if self.accelerator.scaler is not None:
+                content["scaler"] = self.accelerator.scaler.state_dict()
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.last.exists():
+            self.last.replace(self.previous)
+        temporary.replace(self.last)
+        self.write_csv()
+
+    def load(self) -> None:
+        """Restore the newest whole checkpoint, naming any damaged one."""
+        content = self._read()
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.step, self.rows = content["step"], content["rows"]
+        self.meter = Meter(**content["meter"])
+
+    def _read(self) -> dict[str, Any]:
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            content = _read_whole(path)
+            if content is not None:
+                return content
+        raise ValueError(f"{self.out} holds no whole checkpoint; start it again with --out")
+
+    def write_csv(self) -> None:
+        """Write all rows, each epoch anew, so that a resumed run leaves no row twice."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        temporary = self.out / "metrics.csv.tmp"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.out / "metrics.csv")
+
+
+def _read_whole(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint, or warn, with its name, that it is damaged."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"{path} is damaged ({reason}); looking for an older one", stacklevel=2)
+        return None
+    return content
