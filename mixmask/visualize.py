@@ -104,6 +104,7 @@ def figure_curves(rows: Sequence[dict[str, float]]) -> Figure:
     else:
         right.text(0.5, 0.5, "not measured", ha="center", va="center", color="grey")
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
@@ -117,9 +118,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def _draw_losses(axis: Axes, rows: Sequence[dict[str, float]]) -> None:
     epochs = [row["epoch"] for row in rows]
-    axis.plot(epochs, [row["loss_clean"] for row in rows], label="clean term")
+    axis.plot(epochs, [row["loss_clean"] for row in rows], label="clean term", marker=".")
     if any(row["loss_mixed"] for row in rows):
-        axis.plot(epochs, [row["loss_mixed"] for row in rows], label="mixed term")
+        axis.plot(epochs, [row["loss_mixed"] for row in rows], label="mixed term", marker=".")
     axis.set(xlabel="epoch", ylabel="loss", title="training")
     axis.legend(frameon=False)
 

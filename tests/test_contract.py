@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixmask
-from mixmask import MixedBatch, losses
+from mixmask import MixedBatch, MixMask, lambda_weighted_loss, losses
 
 Drawn = Callable[[Tensor, torch.Generator | None], Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -280,3 +280,25 @@ def test_enlarging_takes_every_layout_and_changes_nothing() -> None:
 
 def test_the_version_is_a_version() -> None:
     assert [part.isdigit() for part in mixmask.__version__.split(".")[:2]] == [True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device found")
+@pytest.mark.parametrize("partner", ["reverse", "random"])
+def test_nothing_waits_for_the_device(partner: str) -> None:
+    images = torch.rand(16, 3, 32, 32, device="cuda")
+    z, k = (torch.randn(16, 8, device="cuda", requires_grad=True) for _ in range(2))
+    criterion = losses.InfoNCE(torch.randn(64, 8, device="cuda"))
+    mix = MixMask(4, per_sample=True, partner=partner)
+
+    def step() -> None:
+        mixed = mix(images)
+        torch.autograd.backward(lambda_weighted_loss(criterion, z, k, mixed))
+
+    step()  # The first one compiles kernels and may wait.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
