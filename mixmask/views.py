@@ -34,7 +34,8 @@ def denormalize(images: Tensor) -> Tensor:
 class RandomView(nn.Module):
     """One random view of each image: crop, flip, colour jitter, grey, blur, normalisation.
 
-    All draws follow torch's global generator. Call it twice for two views.
+    All draws follow torch's global generator. For two views of a batch, pass it twice in a row
+    and split the result, which is cheaper than two calls.
 
     Args:
         size: Height and width of the views, in pixels.

@@ -117,7 +117,7 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
 
         # kornia draws from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
-        x_q, x_k = run.view(batch), run.view(batch)
+        x_q, x_k = run.view(torch.cat([batch, batch])).chunk(2)
         seed = fold_seed(config.seed, rank, run.step, "mixing")
         terms = model.terms(x_q, x_k, torch.Generator().manual_seed(seed))
         for term in _autocast(accelerator, terms):
@@ -156,7 +156,7 @@ def first_views(config: MoCoConfig, images: Tensor, count: int = 8) -> Views:
     batch = images[order[:count]].cpu()
     torch.manual_seed(seed)
     view = random_view(config)
-    x_q, x_k = view(batch), view(batch)
+    x_q, x_k = view(torch.cat([batch, batch])).chunk(2)
     generator = torch.Generator().manual_seed(seed)
     mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
     return Views(x_q, mixed, x_k)
