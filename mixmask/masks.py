@@ -301,7 +301,12 @@ def _keep_smallest(scores: Tensor, wanted: Tensor) -> Tensor:
 # An operator of its own, so that torch.compile takes the loop, whose length depends on the
 # draws, as one node. It is a pure function of the seed: the draw of the seed stays outside,
 # where the compiler knows it for a random one.
-@torch.library.custom_op("mixmask::block_masks", mutates_args=())
+@torch.library.custom_op(
+    "mixmask::block_masks",
+    mutates_args=(),
+    schema="(Tensor seed, int n, int grid_size, float low, float high, int min_cells, "
+    "float min_aspect, bool exact, bool roll) -> Tensor",
+)
 def _block_masks(
     seed: Tensor,
     n: int,
