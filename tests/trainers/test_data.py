@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -89,3 +90,56 @@ def test_folder_beyond_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data_module, "_MAX_BYTES", 100)
     with pytest.raises(ValueError, match=r"which is more than the .* kept in memory"):
         load_data(str(tmp_path), 14)
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay tiny data sets out on disk as torchvision's downloads are, checksums aside."""
+    rng = np.random.default_rng(0)
+
+    def cifar(path: Path, count: int, key: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        data = rng.integers(256, size=(count, 3072), dtype=np.uint8)
+        path.write_bytes(pickle.dumps({"data": data, key: [i % 3 for i in range(count)]}))
+
+    names = ["cat", "dog", "owl"]
+    for file in ("train", "test"):
+        cifar(tmp_path / "cifar-100-python" / file, 6, "fine_labels")
+    meta = pickle.dumps({"fine_label_names": names})
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(meta)
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        cifar(tmp_path / "cifar-10-batches-py" / file, 2, "labels")
+    meta = pickle.dumps({"label_names": names})
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(meta)
+
+    stl = tmp_path / "stl10_binary"
+    stl.mkdir()
+    for file, count in (("train_X", 3), ("unlabeled_X", 4), ("test_X", 2)):
+        rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8).tofile(stl / f"{file}.bin")
+    np.array([1, 2, 3], dtype=np.uint8).tofile(stl / "train_y.bin")
+    np.array([3, 1], dtype=np.uint8).tofile(stl / "test_y.bin")
+    (stl / "class_names.txt").write_text("\n".join(names))
+    for module in ("cifar", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, train, test", [("cifar10", 10, 2), ("cifar100", 6, 6)])
+def test_cifar_from_torchvision(name: str, train: int, test: int, downloads: Path) -> None:
+    loaded = load_data(name, 32, root=downloads)
+    assert loaded.train.images.shape == (train, 3, 32, 32)
+    assert loaded.train.images.dtype == torch.uint8
+    assert loaded.test is not None
+    assert len(loaded.test.images) == test
+    assert loaded.classes == ("cat", "dog", "owl")
+    assert loaded.labelled
+
+
+def test_stl10_from_torchvision_trains_on_unlabelled_images_too(downloads: Path) -> None:
+    loaded = load_data("stl10", 64, root=downloads)
+    assert loaded.train.images.shape == (7, 3, 96, 96)
+    assert loaded.train.labels is not None
+    assert loaded.train.labels.tolist() == [0, 1, 2, -1, -1, -1, -1]
+    assert loaded.test is not None
+    assert loaded.test.labels is not None
+    assert loaded.test.labels.tolist() == [2, 0]
