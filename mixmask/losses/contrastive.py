@@ -131,6 +131,11 @@ class InfoNCE:
             )
         if z.numel() == 0:
             raise ValueError(f"z must not be empty, got {tuple(z.shape)}; skip empty batches")
+        if target.device != z.device:
+            raise ValueError(
+                f"target must lie where z does, on {z.device}, got {target.device}; "
+                "move it with .to(z.device)"
+            )
         if not z.is_floating_point():
             raise TypeError(f"z must be floating, got {z.dtype}; pass embeddings, not indices")
         negatives = self.negatives

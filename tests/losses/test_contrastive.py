@@ -323,3 +323,11 @@ ROWS = torch.rand(4, 8)
 def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    z, elsewhere = _unit(N, C), torch.zeros(N, C, device="meta")
+    with pytest.raises(ValueError, match="target must lie where z does, on cpu, got meta"):
+        info_nce(z, elsewhere)
+    with pytest.raises(ValueError, match="negatives must lie where z does, on cpu, got meta"):
+        info_nce(z, z, elsewhere)
