@@ -167,7 +167,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) 
 def _add_show(commands: Any) -> None:
     parser = commands.add_parser(
         "show",
-        help="draw masks and mixes of two images",
+        help="draw masks and mixes of images",
         description="Draw block and discrete masks at several grids, and the two mixes.",
     )
     parser.set_defaults(command=show)
@@ -246,11 +246,11 @@ def _with_labels(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
     assert data.test is not None
     assert data.test.labels is not None
     assert data.train.labels is not None
+    train = data.train.images, data.train.labels
     known = data.train.labels >= 0
-    return (
-        (data.train.images[known], data.train.labels[known]),
-        (data.test.images, data.test.labels),
-    )
+    if not known.all():  # Selecting copies, which a large data set would feel.
+        train = data.train.images[known], data.train.labels[known]
+    return train, (data.test.images, data.test.labels)
 
 
 def _say_start(config: MoCoConfig, data: ImageData, out: Path) -> None:

@@ -280,11 +280,17 @@ class MixMask(nn.Module):
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> MixedBatch:
         """Mix a batch (N, C, H, W); see `mix_batch`."""
-        masks: MaskGenerator | Tensor = self.masks
-        if self.per_sample:
-            check_images(images, partners=True)
-            masks = self.masks(len(images), device=images.device, generator=generator)
+        masks = self.masks_for(images, generator=generator)
         return mix_batch(images, masks, partner=self.partner, generator=generator)
+
+    def masks_for(
+        self, images: Tensor, *, generator: torch.Generator | None = None
+    ) -> MaskGenerator | Tensor:
+        """Return what `mix_batch` takes as masks: the generator, or (N, g, g) drawn a sample."""
+        check_images(images, partners=False)
+        if not self.per_sample:
+            return self.masks
+        return self.masks(len(images), device=images.device, generator=generator)
 
     def extra_repr(self) -> str:
         """Show the options in the printed module."""

@@ -59,7 +59,7 @@ class RunConfig:
             if f.metadata["choices"]:
                 check_choice(_flag(f.name), getattr(self, f.name), f.metadata["choices"])
         ratio_bounds(self.ratio)
-        for name in ("image_size", "epochs", "batch_size"):
+        for name in ("image_size", "epochs"):
             _check_range(name, getattr(self, name), 1)
         _check_range("batch_size", self.batch_size, 2)
         _check_range("grid_size", self.grid_size, 2, self.image_size)

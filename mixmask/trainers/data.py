@@ -119,10 +119,11 @@ _TORCHVISION: dict[str, Callable[[Path], ImageData]] = {
 
 
 def _folder(path: Path, size: int) -> ImageData:
-    train_path = next((path / name for name in ("train",) if (path / name).is_dir()), path)
-    test_path = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    if train_path is path:
-        test_path = None
+    train_path, test_path = path, None
+    if (path / "train").is_dir():
+        train_path = path / "train"
+        tests = (path / name for name in ("test", "val"))
+        test_path = next((folder for folder in tests if folder.is_dir()), None)
     classes = _class_names(train_path)
     train = _read_split(train_path, size, classes)
     test = None if test_path is None else _read_split(test_path, size, classes)

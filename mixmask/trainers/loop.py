@@ -166,7 +166,7 @@ def learning_rate(config: MoCoConfig, done: float) -> float:
     """Return the learning rate when a share `done` of the run, 0 ... 1, lies behind.
 
     Example:
-        >>> from mixmask.trainers.config import MoCoConfig, save_config
+        >>> from mixmask.trainers.config import MoCoConfig
         >>> round(learning_rate(MoCoConfig(lr=0.1), 0.5), 3)
         0.05
     """

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask.masks import MaskGenerator
 from mixmask.mixing import MixedBatch, MixMask, cutmix_batch, erase_batch, mixup_batch
 from mixmask.trainers.config import RunConfig
 
@@ -51,22 +50,21 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
     """
     import timm
 
+    if arch == "narrow":
+        narrow: nn.Module = timm.create_model("resnet18", num_classes=0, **_NARROW)
+        narrow.maxpool = nn.Identity()
+        return narrow
     known = timm.list_models()
-    if arch != "narrow" and arch not in known:
+    if arch not in known:
         near = ", ".join(get_close_matches(arch, ["narrow", *known], 3))
         raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
-    options = _NARROW if arch == "narrow" else {}
-    model: Any = timm.create_model(
-        "resnet18" if arch == "narrow" else arch, num_classes=0, **options
-    )
-    if arch == "narrow":
-        model.maxpool = nn.Identity()
-    elif small_stem:
-        if not isinstance(getattr(model, "maxpool", None), nn.MaxPool2d):
+    backbone: nn.Module = timm.create_model(arch, num_classes=0)
+    if small_stem:
+        if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
             raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
-    backbone: nn.Module = model
+        width = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
     return backbone
 
 
@@ -184,9 +182,7 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
         return mixed
 
     def erase(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        masks: MaskGenerator | Tensor = mask.masks
-        if config.per_sample:
-            masks = mask.masks(len(images), device=images.device, generator=generator)
+        masks = mask.masks_for(images, generator=generator)
         return erase_batch(images, masks, generator=generator)
 
     mixtures: dict[str, list[Mixture]] = {
