@@ -7,7 +7,7 @@ Two lines around an existing criterion::
 """
 
 from mixmask import losses
-from mixmask.losses.lambda_weighted import lambda_weighted_loss
+from mixmask.losses.lambda_weighted import LambdaWeightedLoss, lambda_weighted_loss
 from mixmask.masks import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMaskGenerator",
     "DiscreteMaskGenerator",
+    "LambdaWeightedLoss",
     "MixMask",
     "MixedBatch",
     "__version__",

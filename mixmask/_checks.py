@@ -104,6 +104,16 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}; use for instance 1.0")
 
 
+def check_non_negative(name: str, value: float) -> None:
+    """Refuse a value that is not a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}; use 0 to leave the term out")
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"{name} must be at least 0 and finite, got {value}; use 0 to leave the term out"
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a word that is not one of the choices."""
     if value not in choices:

@@ -33,3 +33,41 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
             return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
 
     return read
+
+
+@pytest.fixture
+def within_budget() -> Callable[..., None]:
+    """Hold a loss in low precision to the plain formula's error against float64, plus a step."""
+
+    def check(
+        ours: Callable[..., Tensor],
+        plain: Callable[..., Tensor],
+        inputs: list[Tensor],
+        *,
+        autocast: bool = False,
+    ) -> None:
+        dtype = torch.bfloat16 if autocast else inputs[0].dtype
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        exact = plain(*wide)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mine, theirs = ours(*leaves), plain(*leaves)
+        assert mine.dtype == torch.float32
+        gradients = zip(
+            *(
+                torch.autograd.grad(value.sum(), tensors, allow_unused=True)
+                for value, tensors in ((mine, leaves), (theirs, leaves), (exact, wide))
+            ),
+            strict=True,
+        )
+        compared = [found for found in gradients if found[2] is not None]
+        assert compared
+        # In float32 both errors are a few roundings, in orders of their own.
+        step = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+        for found, their, truth in [(mine, theirs, exact), *compared]:
+            ours_off, plain_off = (
+                float((value.double() - truth).detach().abs().max()) for value in (found, their)
+            )
+            assert ours_off <= plain_off + step * float(truth.detach().abs().max())
+
+    return check

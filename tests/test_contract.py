@@ -21,6 +21,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 PARTNER = torch.tensor([2, 0, 1, 5, 3, 4, 0])
 MIXED = MixedBatch(torch.zeros(7, 1, 1, 1), torch.linspace(0.1, 0.9, 7), PARTNER)
 QUEUE = F.normalize(torch.arange(509 * 16.0).sin().view(509, 16), dim=1)
+CENTER = torch.linspace(-0.2, 0.2, 16)
 BLOCK = mixmask.BlockMaskGenerator(4, (0.2, 0.8))
 MODULE = mixmask.MixMask(4, per_sample=True, partner="random")
 DISCRETE = mixmask.DiscreteMaskGenerator(4, (0.2, 0.8))
@@ -43,13 +44,38 @@ LOSSES: dict[str, Loss] = {
     "info_nce, queue": lambda z, t: losses.info_nce(z, t, QUEUE.to(z)),
     "InfoNCE": lambda z, t: losses.InfoNCE(temperature=0.1)(z, t),
     "InfoNCE, queue": lambda z, t: losses.InfoNCE(QUEUE.to(z), 0.1)(z, t),
+    "nt_xent": lambda z, t: losses.nt_xent(z, t),
+    "NTXent, one direction": lambda z, t: losses.NTXent(0.1, one_directional=True)(z, t),
+    "negative_cosine": lambda z, t: losses.negative_cosine(z, t),
+    "NegativeCosine": lambda z, t: losses.NegativeCosine()(z, t),
+    "barlow_twins": lambda z, t: losses.barlow_twins(z, t),
+    "BarlowTwins": lambda z, t: losses.BarlowTwins(0.1)(z, t),
+    "MatchedBarlowTwins": lambda z, t: _whole(losses.MatchedBarlowTwins(0.1), z, t, _scalar(z)),
+    "vicreg": lambda z, t: losses.vicreg(z, t),
+    "VICReg": lambda z, t: _whole(losses.VICReg(2, 3, 4), z, t, _each(z)),
+    "swav": lambda z, t: losses.swav(z, t.softmax(dim=1)),
+    "SwAV": lambda z, t: _whole(losses.SwAV(), z, t.softmax(dim=1), _each(z)),
+    "sinkhorn": lambda z, t: losses.swav(z, losses.sinkhorn(t)),
+    "dino": lambda z, t: losses.dino(z, t),
+    "DINO": lambda z, t: _whole(losses.DINO(CENTER.to(z)), z, t, _each(z)),
+    "update_center": lambda z, t: losses.dino(z, t, losses.update_center(CENTER.to(z), t)),
+    "LambdaWeightedLoss": lambda z, t: _whole(F.mse_loss, z, t, _scalar(z)),
+    "LambdaWeightedLoss, sharing": lambda z, t: _whole(losses.NTXent(), z, t, _each(z)),
     "lambda_weighted_loss": lambda z, t: mixmask.lambda_weighted_loss(F.mse_loss, z, t, _scalar(z)),
     "lambda_weighted_loss, sharing": lambda z, t: mixmask.lambda_weighted_loss(
         losses.InfoNCE(QUEUE.to(z)), z, t, _each(z)
     ),
 }
 # Neither draws nor is a loss: tested here by name, or a type that only describes others.
-OTHERS = {"MixedBatch", "cells_to_pixels", "losses", "Criterion", "SharingCriterion", "__version__"}
+OTHERS = {
+    "MixedBatch",
+    "cells_to_pixels",
+    "losses",
+    "Criterion",
+    "MatchingCriterion",
+    "SharingCriterion",
+    "__version__",
+}
 
 STORED: dict[str, Any] = {
     "BlockMaskGenerator": mixmask.BlockMaskGenerator(8, (0.2, 0.8), min_cells=2, roll=True),
@@ -57,8 +83,19 @@ STORED: dict[str, Any] = {
     "MixMask": mixmask.MixMask(4, 0.3, "discrete", per_sample=True, partner="random"),
     "InfoNCE": losses.InfoNCE(temperature=0.1, reduction="none"),
     "InfoNCE, queue": losses.InfoNCE(QUEUE, 0.1),
+    "NTXent": losses.NTXent(0.1, one_directional=True, reduction="none"),
+    "NegativeCosine": losses.NegativeCosine(reduction="none"),
+    "BarlowTwins": losses.BarlowTwins(0.1, gather_distributed=True),
+    "MatchedBarlowTwins": losses.MatchedBarlowTwins(0.1),
+    "VICReg": losses.VICReg(2, 3, 4),
+    "SwAV": losses.SwAV(0.3, reduction="none"),
+    "DINO": losses.DINO(CENTER, 0.3, 0.5),
+    "LambdaWeightedLoss": mixmask.LambdaWeightedLoss(
+        losses.NegativeCosine(), switch=False, ignore=("calls",)
+    ),
     "MixedBatch": MIXED,
 }
+MODULES = {"MixMask", "LambdaWeightedLoss"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 drawn = pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
@@ -71,6 +108,11 @@ def _scalar(z: Tensor) -> MixedBatch:
 
 def _each(z: Tensor) -> MixedBatch:
     return MixedBatch(MIXED.images, MIXED.lam, PARTNER.to(z.device))
+
+
+def _whole(criterion: Loss, z: Tensor, target: Tensor, mixed: MixedBatch) -> Tensor:
+    loss: Tensor = mixmask.LambdaWeightedLoss(criterion)(z, target, z.roll(1, 1), mixed)
+    return loss
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -226,6 +268,18 @@ def test_losses_draw_nothing_and_remember_nothing(loss: Loss) -> None:
     assert not torch.equal(first, loss(target, z.flip(0)))
 
 
+@loss_functions
+def test_losses_compile_in_one_graph(loss: Loss) -> None:
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        z, target = _rows()
+        leaf = z.requires_grad_()
+        value = run(leaf, target)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(results[0], results[1])
+
+
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
 @pytest.mark.parametrize(
     "copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"]
@@ -235,15 +289,16 @@ def test_copies_do_the_same(stored: Any, copied: Callable[[Any], Any]) -> None:
     assert type(other) is type(stored)
     if isinstance(stored, MixedBatch):
         assert _same(stored, other)
-    elif isinstance(stored, losses.InfoNCE):
-        z, target = _rows()
-        assert torch.equal(stored(z, target), other(z, target))
     elif isinstance(stored, mixmask.MixMask):
         images = _images()
         assert _same(stored(images, generator=_seeded(1)), other(images, generator=_seeded(1)))
-    else:
+    elif isinstance(stored, mixmask.BlockMaskGenerator | mixmask.DiscreteMaskGenerator):
         assert stored == other
         assert torch.equal(stored(5, generator=_seeded(1)), other(5, generator=_seeded(1)))
+    else:
+        z, target = _rows()
+        assert torch.equal(stored(z, target), other(z, target))
+        assert repr(stored) == repr(other)
 
 
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
@@ -255,13 +310,21 @@ def test_stored_options_show(stored: Any) -> None:
         mixmask.DiscreteMaskGenerator: ("grid_size=8", "ratio=0.3"),
         mixmask.MixMask: ("grid_size=4", "ratio=0.3", "Discrete", "per_sample=True", "'random'"),
         losses.InfoNCE: ("negatives=", "temperature=0.1", "reduction="),
+        losses.NTXent: ("temperature=0.1", "one_directional=True", "reduction='none'"),
+        losses.NegativeCosine: ("reduction='none'",),
+        losses.BarlowTwins: ("redundancy_weight=0.1", "gather_distributed=True"),
+        losses.MatchedBarlowTwins: ("redundancy_weight=0.1", "gather_distributed=False"),
+        losses.VICReg: ("invariance_weight=2", "variance_weight=3", "covariance_weight=4"),
+        losses.SwAV: ("temperature=0.3", "reduction='none'"),
+        losses.DINO: ("center=", "temperature=0.3", "target_temperature=0.5"),
+        mixmask.LambdaWeightedLoss: ("NegativeCosine(", "switch=False"),
         MixedBatch: ("images=", "lam=", "partner=", "mask=None"),
     }
     for option in shown[type(stored)]:
         assert option in text
 
 
-@pytest.mark.parametrize("name", [name for name in STORED if name != "MixMask"])
+@pytest.mark.parametrize("name", [name for name in STORED if name not in MODULES])
 def test_stored_options_are_frozen(name: str) -> None:
     field = next(iter(STORED[name].__dataclass_fields__))
     with pytest.raises(AttributeError, match="cannot assign to field"):

@@ -1,4 +1,4 @@
-"""InfoNCE, with negatives from a queue or from the batch."""
+"""InfoNCE, with negatives from a queue or from the batch, and NT-Xent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixmask._checks import check_choice, check_positive
+from mixmask._distributed import gather_rows, rank
+from mixmask.losses._rows import check_rows, reduced, wide
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
@@ -23,6 +25,7 @@ def info_nce(
     negatives: Tensor | None = None,
     temperature: float = 0.2,
     *,
+    gather_distributed: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Contrast each row with its target against negatives.
@@ -37,13 +40,15 @@ def info_nce(
         target: (N, C) keys, row i belonging to query i.
         negatives: (K, C) queue, in any order; None takes the batch's other targets.
         temperature: τ.
+        gather_distributed: Take the targets of all processes as negatives, not only the batch's.
         reduction: "mean" or "none".
 
     Returns:
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If shapes, devices or options do not fit, or if the processes hold different
+            numbers of rows.
 
     Source:
         van den Oord et al., "CPC", eq. 4; He et al., "MoCo", eq. 1.
@@ -53,7 +58,9 @@ def info_nce(
         >>> info_nce(z, z, negatives=-z, temperature=1.0, reduction="none").shape
         torch.Size([4])
     """
-    criterion = InfoNCE(negatives, temperature, reduction=reduction)
+    criterion = InfoNCE(
+        negatives, temperature, gather_distributed=gather_distributed, reduction=reduction
+    )
     return criterion(z, target)
 
 
@@ -74,6 +81,7 @@ class InfoNCE:
     negatives: Tensor | None = None
     temperature: float = 0.2
     _: KW_ONLY
+    gather_distributed: bool = False
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
@@ -90,14 +98,19 @@ class InfoNCE:
                 f"negatives must be (K, C), got {tuple(self.negatives.shape)}; a queue that is "
                 "stored as (C, K) is passed as queue.T"
             )
+        if self.negatives is not None and self.gather_distributed:
+            raise ValueError(
+                "gather_distributed=True gathers targets as negatives, which a queue replaces; "
+                "leave one of them out, and gather the keys where they are enqueued"
+            )
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `info_nce`."""
         self._check(z, target)
         if self.negatives is None:
-            return self._reduce(self._in_batch(z, target))
+            return reduced(self._in_batch(z, target), self.reduction)
         positive = self._similarity(z, target)
-        return self._reduce(F.softplus(self._negative_sum(z) - positive))
+        return reduced(F.softplus(self._negative_sum(z) - positive), self.reduction)
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced.
@@ -121,23 +134,11 @@ class InfoNCE:
             rest = None
             if other is not None:
                 rest = F.softplus(negative - self._similarity(z, other))
-        return self._reduce(lam * own if rest is None else lam * own + (1 - lam) * rest)
+        loss = lam * own if rest is None else lam * own + (1 - lam) * rest
+        return reduced(loss, self.reduction)
 
     def _check(self, z: Tensor, target: Tensor) -> None:
-        if z.ndim != 2 or z.shape != target.shape:
-            raise ValueError(
-                f"z and target must both be (N, C), got {tuple(z.shape)} and "
-                f"{tuple(target.shape)}; flatten features to one row an image"
-            )
-        if z.numel() == 0:
-            raise ValueError(f"z must not be empty, got {tuple(z.shape)}; skip empty batches")
-        if target.device != z.device:
-            raise ValueError(
-                f"target must lie where z does, on {z.device}, got {target.device}; "
-                "move it with .to(z.device)"
-            )
-        if not z.is_floating_point():
-            raise TypeError(f"z must be floating, got {z.dtype}; pass embeddings, not indices")
+        check_rows(z, target)
         negatives = self.negatives
         if negatives is None:
             return
@@ -154,23 +155,22 @@ class InfoNCE:
 
     def _similarity(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the scaled similarity of matching rows, (N,), in at least float32."""
-        wide = torch.promote_types(z.dtype, torch.float32)
         # No einsum: autocast would run it in half precision.
-        return (z.to(wide) * target.to(wide)).sum(dim=1) / self.temperature
+        return (wide(z) * wide(target)).sum(dim=1) / self.temperature
 
     def _in_batch(self, z: Tensor, target: Tensor) -> Tensor:
-        wide = torch.promote_types(z.dtype, torch.float32)
-        logits = einsum(z, target.to(z.dtype), "n c, k c -> n k").to(wide) / self.temperature
-        labels = torch.arange(len(z), device=z.device)
+        target = target.to(z.dtype)
+        first = 0
+        if self.gather_distributed:
+            target, first = gather_rows(target), rank() * len(z)
+        logits = wide(einsum(z, target, "n c, k c -> n k")) / self.temperature
+        labels = torch.arange(first, first + len(z), device=z.device)
         return F.cross_entropy(logits, labels, reduction="none")
 
     def _negative_sum(self, z: Tensor) -> Tensor:
         """Return log sum_k exp(z . n_k / τ), (N,)."""
         sums: Tensor = _LogSumExp.apply(z, self.negatives, 1 / self.temperature)
         return sums
-
-    def _reduce(self, loss: Tensor) -> Tensor:
-        return loss.mean() if self.reduction == "mean" else loss
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -184,15 +184,15 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, negatives: Tensor, scale: float) -> Tensor:
         """Return (N,) in at least float32."""
         work = _matmul_dtype(z, negatives)
-        wide = torch.promote_types(z.dtype, torch.float32)
+        accumulator = torch.promote_types(z.dtype, torch.float32)
         rows = z.to(work)
-        largest = rows.new_full((len(z), 1), -torch.inf, dtype=wide)
+        largest = rows.new_full((len(z), 1), -torch.inf, dtype=accumulator)
         total = torch.zeros_like(largest)
-        mean = torch.zeros(z.shape, dtype=wide, device=z.device)
+        mean = torch.zeros(z.shape, dtype=accumulator, device=z.device)
         needs_mean = ctx.needs_input_grad[0]
         for chunk in _chunks(negatives, len(z)):
             chunk = chunk.to(work)
-            weights = (rows @ chunk.T).to(wide).mul_(scale)
+            weights = (rows @ chunk.T).to(accumulator).mul_(scale)
             rise = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
             shrink = (largest - rise).exp_()
             weights.sub_(rise).exp_()
@@ -237,3 +237,111 @@ def _matmul_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
 def _chunks(negatives: Tensor, rows: int) -> tuple[Tensor, ...]:
     elements = _CHUNK_ELEMENTS["cpu" if negatives.device.type == "cpu" else "device"]
     return torch.split(negatives, max(256, elements // rows))
+
+
+def nt_xent(
+    z: Tensor,
+    target: Tensor,
+    temperature: float = 0.5,
+    *,
+    one_directional: bool = False,
+    gather_distributed: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Contrast two views of a batch, each with all other images of both (SimCLR).
+
+    $\ell_i = \frac{1}{2} [\ell(z_i, t_i) + \ell(t_i, z_i)]$ with $\ell(a, b) = -\log
+    \frac{\exp(\cos(a, b) / \tau)}{\sum_{c \neq a} \exp(\cos(a, c) / \tau)}$ over the 2N rows.
+
+    Args:
+        z: (N, C) projections of one view, floating, of any length.
+        target: (N, C) projections of the other view.
+        temperature: τ.
+        one_directional: Contrast z with the targets alone, $\ell_i = -\log softmax(\cos(z_i, t) /
+            \tau)_i$. Around a mixed view that is i-Mix: one soft cross-entropy with the shares as
+            labels, in which the partner is a positive and the other mixtures are left out.
+        gather_distributed: Contrast with the rows of all processes.
+        reduction: "mean" or "none".
+
+    Returns:
+        () for "mean", (N,) for "none"; at least float32.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit, or if the processes hold different
+            numbers of rows.
+        TypeError: If z is not floating.
+
+    Source:
+        Chen et al., "SimCLR", eq. 1; Lee et al., "i-Mix", eq. 3.
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> bool(nt_xent(z, z) < nt_xent(z, z.roll(1, 0)))
+        True
+    """
+    criterion = NTXent(
+        temperature,
+        one_directional=one_directional,
+        gather_distributed=gather_distributed,
+        reduction=reduction,
+    )
+    return criterion(z, target)
+
+
+@dataclass(frozen=True)
+class NTXent:
+    """`nt_xent` with its options stored.
+
+    Example:
+        >>> z1, z2 = torch.randn(2, 8, 16)
+        >>> NTXent(0.1)(z1, z2).shape
+        torch.Size([])
+    """
+
+    temperature: float = 0.5
+    _: KW_ONLY
+    one_directional: bool = False
+    gather_distributed: bool = False
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        check_positive("temperature", self.temperature)
+        check_choice("reduction", self.reduction, ("mean", "none"))
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `nt_xent`."""
+        return reduced(self._rows(z, target), self.reduction)
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
+        loss = lam * self._rows(z, target)
+        if other is not None:
+            loss = loss + (1 - lam) * self._rows(z, other)
+        return reduced(loss, self.reduction)
+
+    def _rows(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return (N,) losses."""
+        check_rows(z, target)
+        dtype = torch.promote_types(z.dtype, target.dtype)
+        # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
+        z, target = (F.normalize(wide(rows), dim=1).to(dtype) for rows in (z, target))
+        if self.one_directional:
+            gather = self.gather_distributed
+            criterion = InfoNCE(None, self.temperature, gather_distributed=gather, reduction="none")
+            return criterion(z, target)
+        all_z, all_target, first = z, target, 0
+        if self.gather_distributed:
+            all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
+        own = torch.arange(first, first + len(z), device=z.device)
+        there = self._direction(z, all_z, all_target, own)
+        return (there + self._direction(target, all_target, all_z, own)) / 2
+
+    def _direction(self, rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor) -> Tensor:
+        """Contrast rows with both views' columns; `own` says which column is the row's image."""
+        across = wide(einsum(rows, opposite, "n c, k c -> n k"))
+        within = wide(einsum(rows, same, "n c, k c -> n k"))
+        within = within.scatter(1, own[:, None], -torch.inf)
+        return F.cross_entropy(
+            torch.cat([across, within], dim=1) / self.temperature, own, reduction="none"
+        )

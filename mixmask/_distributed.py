@@ -1,0 +1,113 @@
+"""Rows and averages over all processes, with their gradients; nothing where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 where none were started."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """Return the number of this process, 0 where none were started."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Stack the rows of all processes in the order of their ranks, with gradients.
+
+    Args:
+        rows: (N, ...), as many on every process.
+
+    Returns:
+        (W * N, ...); the rows themselves where there is one process.
+
+    Raises:
+        ValueError: If another process holds more or fewer rows; on every process alike.
+    """
+    if world_size() == 1:
+        return rows
+    check_even(len(rows), rows.device)
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+def average(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes, with gradients."""
+    if world_size() == 1:
+        return value
+    averaged: Tensor = _Average.apply(value)
+    return averaged
+
+
+def check_even(n: int, device: torch.device) -> None:
+    """Refuse a batch that is split unevenly: the rows of other processes would be mistaken.
+
+    The sizes travel between the processes, so every one of them must call this, and all of
+    them raise.
+
+    Args:
+        n: Rows of this process.
+        device: Where the process group's tensors live.
+
+    Raises:
+        ValueError: If the processes hold different numbers of rows.
+    """
+    if world_size() == 1:
+        return
+    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([n], device=device))
+    counts = sizes.tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"every process must hold as many images, got {counts} by rank; use drop_last=True "
+            "in the loader, with a DistributedSampler"
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """Stack rows; each process gets back what all of them ask of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """Return (W * N, ...)."""
+        ctx.rows = len(rows)
+        gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the gradient of this process's rows, (N, ...)."""
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        first = rank() * ctx.rows
+        return total[first : first + ctx.rows]
+
+
+class _Average(torch.autograd.Function):
+    """Average; the gradient is averaged likewise, as every process sums its own loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        """Return the mean over processes."""
+        del ctx
+        total = value.contiguous().clone()
+        dist.all_reduce(total)
+        return total.div_(world_size())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the sum of the gradients over processes, divided by their number."""
+        del ctx
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total.div_(world_size())

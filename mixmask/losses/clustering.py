@@ -1,0 +1,266 @@
+"""Losses against soft assignments: SwAV's codes and DINO's teacher."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixmask._checks import check_choice, check_positive
+from mixmask._distributed import average, check_even, world_size
+from mixmask.losses._rows import by_row, check_rows, check_scores, reduced, wide
+
+
+def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str = "mean") -> Tensor:
+    r"""Predict one view's codes from the other's prototype scores.
+
+    $\ell_i = -\sum_k t_{ik} \log softmax(z_i / \tau)_k$. The loss of SwAV is the mean over both
+    directions, `(swav(p1, codes2) + swav(p2, codes1)) / 2` with `codes = sinkhorn(p)`.
+
+    Args:
+        z: (N, K) prototype scores of one view, floating.
+        target: (N, K) codes of the other view, rows that sum to 1; no gradient goes there.
+        temperature: τ.
+        reduction: "mean" or "none".
+
+    Returns:
+        () for "mean", (N,) for "none"; at least float32.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If z is not floating.
+
+    Source:
+        Caron et al., "SwAV", eq. 2.
+
+    Example:
+        >>> p1, p2 = torch.randn(2, 8, 32)
+        >>> swav(p1, sinkhorn(p2)).shape
+        torch.Size([])
+    """
+    return SwAV(temperature, reduction=reduction)(z, target)
+
+
+@dataclass(frozen=True)
+class SwAV:
+    """`swav` with its options stored; a mixed view meets one code, λ c_i + (1 - λ) c_π(i).
+
+    Example:
+        >>> p1, p2 = torch.randn(2, 8, 32)
+        >>> SwAV()(p1, sinkhorn(p2)).shape
+        torch.Size([])
+    """
+
+    temperature: float = 0.1
+    _: KW_ONLY
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        check_positive("temperature", self.temperature)
+        check_choice("reduction", self.reduction, ("mean", "none"))
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `swav`."""
+        check_rows(z, target)
+        return reduced(_soft_cross_entropy(wide(z) / self.temperature, target), self.reduction)
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return the loss against the mixture of two codes; see `SharingCriterion`."""
+        check_rows(z, target)
+        mixture = _mixture(target, other, lam)
+        return reduced(_soft_cross_entropy(wide(z) / self.temperature, mixture), self.reduction)
+
+
+@torch.no_grad()
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    *,
+    gather_distributed: bool = False,
+) -> Tensor:
+    r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
+
+    With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
+    made once a step, of clean images; permuted, they are those of the partners.
+
+    Args:
+        scores: (N, K) prototype scores, floating.
+        epsilon: Weight of the entropy; smaller codes are harder.
+        iterations: How often rows and columns are normalised in turn.
+        gather_distributed: Use the batches of all processes.
+
+    Returns:
+        (N, K) codes in at least float32, rows that sum to 1, without a gradient.
+
+    Raises:
+        ValueError: If `scores` is not (N, K) or an option does not fit.
+
+    Source:
+        Caron et al., "SwAV", eq. 3-5; Cuturi, "Sinkhorn distances".
+
+    Example:
+        >>> codes = sinkhorn(torch.randn(64, 8), epsilon=1.0, iterations=20)
+        >>> bool((codes.sum(dim=0) - 8).abs().max() < 1e-3)
+        True
+    """
+    check_scores(scores, "scores")
+    check_positive("epsilon", epsilon)
+    check_positive("iterations", iterations)
+    several = gather_distributed and world_size() > 1
+    if several:
+        check_even(len(scores), scores.device)
+    # Logarithms: of scores far apart, whole rows of powers would underflow.
+    codes = wide(scores) / epsilon
+    for _ in range(iterations):
+        largest = codes.amax(dim=0)
+        if several:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        used = (codes - largest).exp().sum(dim=0)
+        if several:
+            dist.all_reduce(used)
+        codes = (codes - largest - used.log()).log_softmax(dim=1)
+    return codes.exp()
+
+
+def dino(
+    z: Tensor,
+    target: Tensor,
+    center: Tensor | None = None,
+    temperature: float = 0.1,
+    target_temperature: float = 0.04,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Bring the student's distribution to the centred and sharpened one of the teacher.
+
+    $\ell_i = -\sum_k softmax((t_i - c) / \tau_t)_k \log softmax(z_i / \tau)_k$.
+
+    Args:
+        z: (N, K) logits of the student for one view, floating.
+        target: (N, K) logits of the teacher for another view; no gradient goes there.
+        center: (K,) or (1, K), c; None for none. `update_center` moves it, once a step.
+        temperature: τ of the student.
+        target_temperature: τ_t of the teacher.
+        reduction: "mean" or "none".
+
+    Returns:
+        () for "mean", (N,) for "none"; at least float32.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If z is not floating.
+
+    Source:
+        Caron et al., "DINO", eq. 2-4 and algorithm 1.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 8, 32)
+        >>> dino(student, teacher, torch.zeros(32)).shape
+        torch.Size([])
+    """
+    return DINO(center, temperature, target_temperature, reduction=reduction)(z, target)
+
+
+@dataclass(frozen=True, eq=False)
+class DINO:
+    """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
+
+    Example:
+        >>> student, teacher = torch.randn(2, 8, 32)
+        >>> DINO(torch.zeros(32))(student, teacher).shape
+        torch.Size([])
+    """
+
+    center: Tensor | None = None
+    temperature: float = 0.1
+    target_temperature: float = 0.04
+    _: KW_ONLY
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        check_positive("temperature", self.temperature)
+        check_positive("target_temperature", self.target_temperature)
+        check_choice("reduction", self.reduction, ("mean", "none"))
+        if self.center is not None and not isinstance(self.center, Tensor):
+            raise TypeError(
+                f"center must be a tensor (K,), got {type(self.center).__name__}; "
+                "start with torch.zeros(target.shape[1])"
+            )
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `dino`."""
+        check_rows(z, target)
+        loss = _soft_cross_entropy(wide(z) / self.temperature, self._sharpened(target))
+        return reduced(loss, self.reduction)
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return the loss against the mixture of two targets; see `SharingCriterion`."""
+        check_rows(z, target)
+        others = None if other is None else self._sharpened(other)
+        mixture = _mixture(self._sharpened(target), others, lam)
+        return reduced(_soft_cross_entropy(wide(z) / self.temperature, mixture), self.reduction)
+
+    def _sharpened(self, target: Tensor) -> Tensor:
+        logits = wide(target.detach())
+        if self.center is not None:
+            _check_center(self.center, logits)
+            logits = logits - self.center
+        return (logits / self.target_temperature).softmax(dim=1)
+
+
+@torch.no_grad()
+def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tensor:
+    r"""Return DINO's center moved towards the mean of the teacher's logits.
+
+    $c \leftarrow m c + (1 - m) \bar t$, over all processes. Call it once a step, after the loss,
+    with the clean views' logits; the old center is left as it is.
+
+    Args:
+        center: (K,) or (1, K).
+        target: (N, K) logits of the teacher, of all clean views together.
+        momentum: m.
+
+    Returns:
+        The new center, in the shape of the old one.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source:
+        Caron et al., "DINO", eq. 4.
+
+    Example:
+        >>> update_center(torch.zeros(2), torch.ones(4, 2))
+        tensor([0.1000, 0.1000])
+    """
+    check_scores(target, "target")
+    _check_center(center, target)
+    mean = average(target.to(center.dtype).mean(dim=0)).view_as(center)
+    return center * momentum + mean * (1 - momentum)
+
+
+def _check_center(center: Tensor, target: Tensor) -> None:
+    if center.shape not in ((target.shape[1],), (1, target.shape[1])):
+        raise ValueError(
+            f"center must be ({target.shape[1]},), got {tuple(center.shape)}; "
+            "start with torch.zeros(target.shape[1])"
+        )
+    if center.device != target.device:
+        raise ValueError(
+            f"center must lie where target does, on {target.device}, got {center.device}; "
+            "move it once with .to(device)"
+        )
+
+
+def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return -(target.detach() * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def _mixture(target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+    lam = by_row(lam)
+    return lam * target if other is None else lam * target + (1 - lam) * other

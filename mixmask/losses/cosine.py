@@ -1,0 +1,78 @@
+"""Negative cosine similarity, the loss of BYOL and SimSiam."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmask._checks import check_choice
+from mixmask.losses._rows import by_row, check_rows, reduced, wide
+
+
+def negative_cosine(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    r"""Turn each row away from the cosine of its angle to the target.
+
+    $\ell_i = -\frac{z_i}{\|z_i\|} \cdot \frac{t_i}{\|t_i\|}$, the target taken as a constant.
+    BYOL's $\|\bar z - \bar t\|^2$ is $2 + 2 \ell$.
+
+    Args:
+        z: (N, C) predictions, floating, of any length.
+        target: (N, C) projections of the other view; no gradient goes there.
+        reduction: "mean" or "none".
+
+    Returns:
+        () for "mean", (N,) for "none"; at least float32.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If z is not floating.
+
+    Source:
+        Grill et al., "BYOL", eq. 2; Chen and He, "SimSiam", eq. 1 and algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> z = torch.eye(3)
+        >>> negative_cosine(2 * z, z)
+        tensor(-1.)
+    """
+    return NegativeCosine(reduction=reduction)(z, target)
+
+
+@dataclass(frozen=True)
+class NegativeCosine:
+    """`negative_cosine` with its options stored; mixed terms share one normalisation of z.
+
+    Example:
+        >>> import torch
+        >>> p, z = torch.randn(2, 8, 16)
+        >>> NegativeCosine()(p, z).shape
+        torch.Size([])
+    """
+
+    _: KW_ONLY
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        check_choice("reduction", self.reduction, ("mean", "none"))
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `negative_cosine`."""
+        check_rows(z, target)
+        return reduced(-(_unit(z) * _unit(target.detach())).sum(dim=1), self.reduction)
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
+        check_rows(z, target)
+        lam = by_row(lam)
+        towards = lam * _unit(target.detach())
+        if other is not None:
+            towards = towards + (1 - lam) * _unit(other.detach())
+        return reduced(-(_unit(z) * towards).sum(dim=1), self.reduction)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(wide(rows), dim=1)

@@ -1,0 +1,258 @@
+"""Losses that keep features from repeating each other: Barlow Twins and VICReg."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmask._checks import check_non_negative
+from mixmask._distributed import average, gather_rows
+from mixmask.losses._rows import by_row, check_rows, wide
+
+_STATISTICS_EPS = 1e-5
+
+
+def barlow_twins(
+    z: Tensor,
+    target: Tensor,
+    redundancy_weight: float = 5e-3,
+    *,
+    gather_distributed: bool = False,
+) -> Tensor:
+    r"""Bring the cross-correlation of two views' features to the identity.
+
+    $\sum_i (1 - C_{ii})^2 + w \sum_{i \neq j} C_{ij}^2$ with $C = \hat z^T \hat t / N$, where each
+    feature is standardised over the batch.
+
+    Args:
+        z: (N, C) projections of one view, N of at least 2, floating.
+        target: (N, C) projections of the other view.
+        redundancy_weight: w, the weight of the off-diagonal part.
+        gather_distributed: Average C over all processes; features stay standardised over the
+            process's own batch, as in the published code.
+
+    Returns:
+        () scalar, at least float32. There is no loss of one image, so mixed terms need a λ
+        shared by the batch.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If z is not floating.
+
+    Source:
+        Zbontar et al., "Barlow Twins", eq. 1 and 2.
+
+    Example:
+        >>> z = torch.randn(256, 8)
+        >>> bool(barlow_twins(z, z) < 0.1)
+        True
+    """
+    return BarlowTwins(redundancy_weight, gather_distributed=gather_distributed)(z, target)
+
+
+@dataclass(frozen=True)
+class BarlowTwins:
+    """`barlow_twins` with its options stored.
+
+    Around a mixed view its λ-weighted form cannot reach zero, not even for an encoder that mixes
+    ideally: C(z_m, t) cannot be the identity and, for the partner's targets, the identity again.
+    `MatchedBarlowTwins` asks for what such an encoder gives.
+
+    Example:
+        >>> z1, z2 = torch.randn(2, 32, 8)
+        >>> BarlowTwins()(z1, z2).shape
+        torch.Size([])
+    """
+
+    redundancy_weight: float = 5e-3
+    _: KW_ONLY
+    gather_distributed: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        check_non_negative("redundancy_weight", self.redundancy_weight)
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `barlow_twins`."""
+        check_rows(z, target, at_least=2)
+        z, target = wide(z), wide(target)
+        ones = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return self._distance(_standardise(z, z), target, ones)
+
+    def _distance(self, rows: Tensor, target: Tensor, wanted: Tensor | float) -> Tensor:
+        """Return the weighted squares of the cross-correlation less what is wanted."""
+        correlation = _products(rows, _standardise(target, target)) / len(rows)
+        if self.gather_distributed:
+            correlation = average(correlation)
+        squares = (correlation - wanted) ** 2
+        diagonal = squares.diagonal().sum()
+        return diagonal + self.redundancy_weight * (squares.sum() - diagonal)
+
+
+@dataclass(frozen=True)
+class MatchedBarlowTwins(BarlowTwins):
+    r"""Barlow Twins whose mixed term an ideal mix brings to zero.
+
+    Clean views meet `barlow_twins`. A mixed view is matched to the mixture of the clean
+    correlations, $C(z_m, t) \to \lambda C(z, t) + (1 - \lambda) C(z_\pi, t)$: the squares of the
+    difference, weighted as in `barlow_twins`. Mixed features are standardised by the clean ones'
+    mean and deviation, so that an encoder with $f(m) = \lambda f(x) + (1 - \lambda) f(x_\pi)$
+    reaches zero exactly. No gradient goes to the clean z.
+
+    It needs z beside the target, so it goes into `LambdaWeightedLoss` and not into
+    `lambda_weighted_loss`.
+
+    Source:
+        Zbontar et al., "Barlow Twins", eq. 2, and MixMask, eq. 4; Bandara et al., "Guarding Barlow
+        Twins against overfitting with mixed samples", section 3.2, match in the same way without
+        sharing the statistics.
+
+    Example:
+        >>> z1, z2 = torch.randn(2, 32, 8)
+        >>> partner, lam = torch.arange(31, -1, -1), torch.tensor(0.25)
+        >>> ideal = lam * z1 + (1 - lam) * z1[partner]
+        >>> bool(MatchedBarlowTwins().matched(ideal, z2, z1, z1[partner], lam) < 1e-8)
+        True
+    """
+
+    def matched(
+        self, z_mixed: Tensor, target: Tensor, z: Tensor, other: Tensor | None, lam: Tensor
+    ) -> Tensor:
+        """Return the distance of the mixed correlations from the mixture of the clean ones.
+
+        Args:
+            z_mixed: (N, C) projections of the mixed view.
+            target: (N, C) projections of the other, clean view.
+            z: (N, C) projections of the clean view that was mixed.
+            other: (N, C) those of the partners; None leaves them out of the mixture.
+            lam: () or (N,).
+
+        Returns:
+            () scalar.
+        """
+        check_rows(z_mixed, target, at_least=2)
+        check_rows(z_mixed, z, names=("z_mixed", "z"))
+        clean = wide(z).detach()
+        lam = by_row(lam)
+        mixture = lam * _standardise(clean, clean)
+        if other is not None:
+            mixture = mixture + (1 - lam) * _standardise(wide(other).detach(), clean)
+        # C is linear in its rows: the difference of two correlations is that of the difference.
+        return self._distance(_standardise(wide(z_mixed), clean) - mixture, wide(target), 0.0)
+
+
+def vicreg(
+    z: Tensor,
+    target: Tensor,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+    *,
+    gather_distributed: bool = False,
+) -> Tensor:
+    r"""Keep two views together, their features spread and uncorrelated.
+
+    $\mu_s \frac{1}{NC} \sum_i \|z_i - t_i\|^2 + \mu_v [v(z) + v(t)] + \mu_c [c(z) + c(t)]$ with
+    $v(z) = \frac{1}{2C} \sum_j \max(0, 1 - \sqrt{Var(z_j) + 10^{-4}})$ and $c(z) = \frac{1}{C}
+    \sum_{i \neq j} Cov(z)_{ij}^2$.
+
+    Args:
+        z: (N, C) projections of one view, N of at least 2, floating.
+        target: (N, C) projections of the other view.
+        invariance_weight: Weight of the distance, 25 in the paper.
+        variance_weight: Weight of v, 25 in the paper.
+        covariance_weight: Weight of c, 1 in the paper.
+        gather_distributed: Take v and c over the batches of all processes.
+
+    Returns:
+        () scalar, at least float32.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If z is not floating.
+
+    Source:
+        Bardes et al., "VICReg", eq. 1-6; the ½ of v is that of the published code.
+
+    Example:
+        >>> z = torch.randn(64, 8)
+        >>> bool(vicreg(z, z) < vicreg(z, z + 1))
+        True
+    """
+    criterion = VICReg(
+        invariance_weight,
+        variance_weight,
+        covariance_weight,
+        gather_distributed=gather_distributed,
+    )
+    return criterion(z, target)
+
+
+@dataclass(frozen=True)
+class VICReg:
+    """`vicreg` with its options stored; λ weighs the distance alone.
+
+    In the mixed term v and c are taken once, of the mixed view: those of the targets belong to
+    the loss of the clean images, which has them already.
+
+    Example:
+        >>> z1, z2 = torch.randn(2, 32, 8)
+        >>> VICReg()(z1, z2).shape
+        torch.Size([])
+    """
+
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+    _: KW_ONLY
+    gather_distributed: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad options now rather than at the first step."""
+        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
+            check_non_negative(name, getattr(self, name))
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `vicreg`."""
+        check_rows(z, target, at_least=2)
+        z, target = wide(z), wide(target)
+        distance = ((z - target) ** 2).mean()
+        spread = self._spread(z) + self._spread(target)
+        return self.invariance_weight * distance + spread
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
+        check_rows(z, target, at_least=2)
+        z = wide(z)
+        distance = lam * ((z - wide(target)) ** 2).mean(dim=1)
+        if other is not None:
+            distance = distance + (1 - lam) * ((z - wide(other)) ** 2).mean(dim=1)
+        return self.invariance_weight * distance.mean() + self._spread(z)
+
+    def _spread(self, z: Tensor) -> Tensor:
+        """Return the weighted variance and covariance terms of one view."""
+        if self.gather_distributed:
+            z = gather_rows(z)
+        n, features = z.shape
+        centred = z - z.mean(dim=0)
+        covariance = _products(centred, centred) / (n - 1)
+        variance = covariance.diagonal()
+        hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
+        off_diagonal = ((covariance**2).sum() - (variance**2).sum()) / features
+        return self.variance_weight * hinge + self.covariance_weight * off_diagonal
+
+
+def _products(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the (C, C) sums over the batch of each feature times each of the others'."""
+    # Autocast would round them to half precision, and their squares are then subtracted.
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.T @ others
+
+
+def _standardise(rows: Tensor, reference: Tensor) -> Tensor:
+    """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
+    variance, mean = torch.var_mean(reference, dim=0, correction=0)
+    return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
