@@ -52,7 +52,7 @@ def main() -> None:
     )
 
     def step(loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         q.grad = q_mixed.grad = None
 
     def ours() -> None:

@@ -90,7 +90,7 @@ def plain_step(moco: MoCo, x_q: Tensor, x_k: Tensor) -> None:
     """Train on the clean images alone."""
     k = moco.keys(x_k)
     loss = InfoNCE(moco.queue, _TEMPERATURE)(moco.encode(x_q), k)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     moco.learn()
     moco.enqueue(k)
 
@@ -99,10 +99,10 @@ def mixmask_step(moco: MoCo, x_q: Tensor, x_k: Tensor, masks: mixmask.BlockMaskG
     """Train term by term: the clean one's backward comes before the mixed one's forward."""
     k = moco.keys(x_k)
     criterion = InfoNCE(moco.queue, _TEMPERATURE)
-    criterion(moco.encode(x_q), k).backward()  # type: ignore[no-untyped-call]
+    criterion(moco.encode(x_q), k).backward()
     mixed = mixmask.mix_batch(x_q, masks)
     loss = mixmask.lambda_weighted_loss(criterion, moco.encode(mixed.images), k, mixed)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     moco.learn()
     moco.enqueue(k)
 
@@ -119,7 +119,7 @@ def reference_step(moco: MoCo, x_q: Tensor, x_k: Tensor, grid: int) -> None:
     other = cross_entropy(q_mixed.flip(0), k, moco.queue_of_columns)
     clean = cross_entropy(q, k, moco.queue_of_columns)
     loss = clean + lam * own + (1 - lam) * other
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     moco.learn()
     moco.enqueue(k, columns=True)
 

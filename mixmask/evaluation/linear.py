@@ -66,11 +66,11 @@ def _fit(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Te
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight.T + bias, y) + penalty / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 

@@ -46,11 +46,11 @@ def test_backward_term_by_term_equals_one_backward() -> None:
     model, x_q, x_k = build(mix="both")
     model.eval()  # Running statistics would differ by the number of passes.
     for term in model.terms(x_q, x_k, torch.Generator().manual_seed(1)):
-        term.loss.backward()  # type: ignore[no-untyped-call]
+        term.loss.backward()
     one_by_one = collect_gradients(model)
     model.zero_grad()
     terms = list(model.terms(x_q, x_k, torch.Generator().manual_seed(1)))
-    torch.stack([term.loss for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack([term.loss for term in terms]).sum().backward()
     for ours, reference in zip(one_by_one, collect_gradients(model), strict=True):
         torch.testing.assert_close(ours, reference)
 
@@ -59,7 +59,7 @@ def test_a_step_enqueues_once_and_moves_the_key_encoder_once() -> None:
     model, x_q, x_k = build(mix="both", encoder_momentum=0.9)
     queue = model.queue.keys.clone()
     for term in model.terms(x_q, x_k, torch.Generator()):
-        term.loss.backward()  # type: ignore[no-untyped-call]
+        term.loss.backward()
         assert torch.equal(model.queue.keys, queue)
     keys = model.new_keys
     assert keys is not None
@@ -84,7 +84,7 @@ def test_after_step_refuses_to_run_twice() -> None:
 def test_keys_get_no_gradient() -> None:
     model, x_q, x_k = build()
     for term in model.terms(x_q, x_k, torch.Generator()):
-        term.loss.backward()  # type: ignore[no-untyped-call]
+        term.loss.backward()
     assert all(p.grad is None for p in model.key_backbone.parameters())
     assert all(p.grad is not None for p in model.backbone.parameters())
 
@@ -126,7 +126,7 @@ def test_steps_lower_the_loss(mix: str) -> None:
     for _ in range(12):  # The same views and keys each time, so the loss has to fall.
         total = 0.0
         for term in model.terms(x_q, x_k, torch.Generator().manual_seed(0)):
-            term.loss.backward()  # type: ignore[no-untyped-call]
+            term.loss.backward()
             total += float(term.loss.detach())
         optimizer.step()
         optimizer.zero_grad()

@@ -94,7 +94,7 @@ def test_momentum_moves_parameters_towards_the_online_ones() -> None:
 def test_queue_of_any_size_keeps_the_newest_keys(size: int) -> None:
     queue = Queue(size, dim=1)
     stream = torch.arange(60.0)[:, None]
-    for batch in stream.split(6):  # type: ignore[no-untyped-call]
+    for batch in stream.split(6):
         queue.enqueue(batch)
     assert sorted(queue.keys[:, 0].tolist()) == stream[-size:, 0].tolist()
     assert int(queue.position) == 60 % size

@@ -1,0 +1,503 @@
+"""The two lines in loops as people have them, step by step beside a slow, plain version."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mixmask
+from mixmask import MixedBatch, losses
+from mixmask.trainers.data import load_data
+
+N, C, K, TAU = 8, 16, 32, 0.2
+MASKS = mixmask.BlockMaskGenerator(grid_size=4, ratio=0.4)
+
+
+class Encoder(nn.Module):
+    """A small network, with batch norm as real ones have it, or without."""
+
+    def __init__(self, *, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 5, stride=4)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8 * 49, C)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(images))).flatten(1))  # type: ignore[no-any-return]
+
+
+class MoCo(nn.Module):
+    """Two encoders and a queue (C, K), as MoCo's own code keeps them; the loss is the caller's."""
+
+    queue: Tensor
+    pointer: Tensor
+
+    def __init__(self, *, norm: bool = True) -> None:
+        super().__init__()
+        self.encoder_q = Encoder(norm=norm)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(C, K), dim=0))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+
+    def query(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder_q(images), dim=1)
+
+    @torch.no_grad()
+    def key(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder_k(images), dim=1)
+
+    @torch.no_grad()
+    def update_momentum(self) -> None:
+        for of_q, of_k in zip(
+            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
+        ):
+            of_k.lerp_(of_q, 0.01)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        start = int(self.pointer)
+        self.queue[:, start : start + len(keys)] = keys.T
+        self.pointer[0] = (start + len(keys)) % K
+
+
+@pytest.fixture(scope="module")
+def photographs() -> Tensor:
+    """Give real images, (64, 3, 32, 32), about standardised."""
+    images = load_data("clothing64", 32).train.images[::50][:64]
+    return F.interpolate(images.float(), size=32).sub(128).div(64)
+
+
+@pytest.fixture
+def batches(photographs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return _views(photographs)
+
+
+def _views(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pairs of views: shifted and mirrored."""
+    for batch in images.split(N):
+        shift = [int(s) for s in torch.randint(-4, 5, (2,))]
+        yield batch.roll(shift, (2, 3)), batch.flip(3) * 0.9
+
+
+def slow_moco(q: Tensor, k: Tensor, q_mixed: Tensor, queue: Tensor, mixed: MixedBatch) -> Tensor:
+    """MoCo's loss plus eq. 4, image by image; queue (C, K)."""
+
+    def one(row: Tensor, key: Tensor) -> Tensor:
+        logits = torch.cat([(row @ key)[None], row @ queue]) / TAU
+        return -logits.log_softmax(dim=0)[0]
+
+    total = torch.zeros(())
+    for i in range(len(q)):
+        j, lam = int(mixed.partner[i]), float(mixed.lam)
+        total = total + one(q[i], k[i])
+        total = total + lam * one(q_mixed[i], k[i]) + (1 - lam) * one(q_mixed[i], k[j])
+    return total / len(q)
+
+
+def _same_weights(one: nn.Module, other: nn.Module, tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Keys are enqueued before backward, as MoCo's own forward does."""
+    ours = MoCo()
+    plain = copy.deepcopy(ours)
+    steps = [torch.optim.SGD(model.encoder_q.parameters(), lr=0.1) for model in (ours, plain)]
+    for step, (x_q, x_k) in enumerate(batches):
+        torch.manual_seed(step)
+        info_nce = losses.InfoNCE(ours.queue.T, TAU)
+        q, k = ours.query(x_q), ours.key(x_k)
+        mixed = mixmask.mix_batch(x_q, MASKS)
+        loss = info_nce(q, k) + mixmask.lambda_weighted_loss(
+            info_nce, ours.query(mixed.images), k, mixed
+        )
+        ours.enqueue(k)
+
+        torch.manual_seed(step)
+        record = mixmask.mix_batch(x_q, MASKS)
+        q, k = plain.query(x_q), plain.key(x_k)
+        slow = slow_moco(q, k, plain.query(record.images), plain.queue.clone(), record)
+        plain.enqueue(k)
+
+        torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-5)
+        for model, optimizer, total in zip((ours, plain), steps, (loss, slow), strict=True):
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            model.update_momentum()
+    _same_weights(ours, plain)
+
+
+def test_backward_term_by_term_gives_the_same_gradients(
+    batches: Iterator[tuple[Tensor, Tensor]],
+) -> None:
+    """What the README says about holding one forward pass at a time."""
+    model = MoCo()
+    info_nce = losses.InfoNCE(model.queue.T, TAU)
+    x_q, x_k = next(batches)
+    k = model.key(x_k)
+    mixed = mixmask.mix_batch(x_q, MASKS)
+
+    def mixed_loss() -> Tensor:
+        return mixmask.lambda_weighted_loss(info_nce, model.query(mixed.images), k, mixed)
+
+    (info_nce(model.query(x_q), k) + mixed_loss()).backward()
+    together = [p.grad.clone() for p in model.encoder_q.parameters() if p.grad is not None]
+    model.zero_grad()
+    info_nce(model.query(x_q), k).backward()
+    mixed_loss().backward()
+    apart = [p.grad for p in model.encoder_q.parameters()]
+    torch.testing.assert_close(apart, together)
+
+
+Terms = tuple[losses.Criterion, Tensor, Tensor, Tensor]
+
+
+def _pair(criterion: losses.Criterion) -> Callable[..., Terms]:
+    """A method whose target is the other view's embedding, with its gradient."""
+
+    def terms(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
+        return criterion, encoder(x1), encoder(x2), encoder(mixed)
+
+    return terms
+
+
+def _byol(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
+    with torch.no_grad():
+        target = encoder(x2)
+    return losses.NegativeCosine(), encoder(x1), target, encoder(mixed)
+
+
+def _simsiam(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
+    return losses.NegativeCosine(), encoder(x1), encoder(x2), encoder(mixed)
+
+
+def _swav(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
+    def scores(images: Tensor) -> Tensor:
+        return F.normalize(encoder(images), dim=1)
+
+    return losses.SwAV(), scores(x1), losses.sinkhorn(scores(x2)), scores(mixed)
+
+
+def _dino(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
+    with torch.no_grad():
+        teacher = encoder(x2)
+    center = losses.update_center(torch.zeros(C), teacher)
+    return losses.DINO(center), encoder(x1), teacher, encoder(mixed)
+
+
+METHODS: dict[str, Callable[..., Terms]] = {
+    "SimCLR": _pair(losses.NTXent(0.2)),
+    "SimCLR, one direction": _pair(losses.NTXent(0.2, one_directional=True)),
+    "BYOL": _byol,
+    "SimSiam": _simsiam,
+    "Barlow Twins": _pair(losses.BarlowTwins()),
+    "Barlow Twins, matched": _pair(losses.MatchedBarlowTwins()),
+    "VICReg": _pair(losses.VICReg()),
+    "SwAV": _swav,
+    "DINO": _dino,
+}
+
+
+@pytest.mark.parametrize("terms", METHODS.values(), ids=METHODS)
+def test_every_method_trains(terms: Callable[..., Terms], photographs: Tensor) -> None:
+    """Twenty steps on the same images bring the whole loss down, the mixed terms included."""
+    encoder = Encoder()
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-3)
+    x1, x2 = next(_views(photographs[:N]))
+    mixed = mixmask.mix_batch(x1, MASKS)
+    seen, mixed_seen = [], []
+    for _ in range(20):
+        criterion, z, target, z_mixed = terms(encoder, x1, x2, mixed.images)
+        whole = mixmask.LambdaWeightedLoss(criterion)
+        loss = whole(z, target, z_mixed, mixed)
+        seen.append(loss.item())
+        mixed_seen.append(whole.mixed_loss(z_mixed, target, mixed, z=z).item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(map(torch.isfinite, map(torch.tensor, seen)))
+    assert seen[-1] < seen[0]
+    assert mixed_seen[-1] < mixed_seen[0]
+
+
+def test_several_mixed_views_and_small_crops_left_alone(photographs: Tensor) -> None:
+    """Multi-crop: both large crops are mixed, each for the other's codes; small ones are not."""
+    encoder = Encoder()
+    x1, x2 = next(_views(photographs[:N]))
+    small = F.interpolate(x1[..., 8:24, 8:24], size=32)
+    scores = [F.normalize(encoder(x), dim=1) for x in (x1, x2, small)]
+    codes = [losses.sinkhorn(s) for s in scores[:2]]
+    swav = losses.SwAV()
+    loss = swav(scores[0], codes[1]) + swav(scores[1], codes[0])
+    loss = loss + swav(scores[2], codes[0]) + swav(scores[2], codes[1])
+    plain = loss
+    for x, target in ((x1, codes[1]), (x2, codes[0])):
+        mixed = mixmask.mix_batch(x, MASKS)
+        z_mixed = F.normalize(encoder(mixed.images), dim=1)
+        loss = loss + mixmask.lambda_weighted_loss(swav, z_mixed, target, mixed)
+        lam, other = float(mixed.lam), target[mixed.partner]
+        plain = plain + lam * swav(z_mixed, target) + (1 - lam) * swav(z_mixed, other)
+    torch.testing.assert_close(loss, plain)
+
+
+def test_lightning(photographs: Tensor) -> None:
+    lightning = pytest.importorskip(
+        "pytorch_lightning", reason="comes with lightly: pip install 'mixmask[lightly]'"
+    )
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, *, slow: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = MoCo()
+            self.slow = slow
+            self.seen: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            torch.manual_seed(index)
+            x_q, x_k = batch
+            model = self.model
+            queue = model.queue.clone()
+            q, k = model.query(x_q), model.key(x_k)
+            mixed = mixmask.mix_batch(x_q, MASKS)
+            q_mixed = model.query(mixed.images)
+            if self.slow:
+                loss = slow_moco(q, k, q_mixed, queue, mixed)
+            else:
+                info_nce = losses.InfoNCE(queue.T, TAU)
+                loss = info_nce(q, k)
+                loss = loss + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
+            model.enqueue(k)
+            model.update_momentum()
+            self.seen.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.encoder_q.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    data = list(_views(photographs))
+    modules = [Module(slow=slow) for slow in (False, True)]
+    for module in modules:
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with warnings.catch_warnings():
+            # Lightning's own: few workers, and what it still calls in torch.
+            warnings.simplefilter("ignore")
+            trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+    assert len(modules[0].seen) == len(data)
+    assert modules[0].seen == pytest.approx(modules[1].seen, rel=1e-5)
+    _same_weights(modules[0].model, modules[1].model)
+
+
+def test_accelerate_with_gradient_accumulation(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = MoCo()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1)
+    plain_optimizer = torch.optim.SGD(plain.encoder_q.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step, (x_q, x_k) in enumerate(batches):
+        torch.manual_seed(step)
+        with accelerator.accumulate(model):
+            info_nce = losses.InfoNCE(model.queue.T, TAU)
+            q, k = model.query(x_q), model.key(x_k)
+            mixed = mixmask.mix_batch(x_q, MASKS)
+            loss = info_nce(q, k) + mixmask.lambda_weighted_loss(
+                info_nce, model.query(mixed.images), k, mixed
+            )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.enqueue(k)
+
+        q, k = plain.query(x_q), plain.key(x_k)
+        slow = slow_moco(q, k, plain.query(mixed.images), plain.queue.clone(), mixed)
+        (slow / 2).backward()
+        plain.enqueue(k)
+        if step % 2:
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+        torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-5)
+    _same_weights(model, plain)
+
+
+def test_halves_of_a_batch_accumulate_to_its_gradient(photographs: Tensor) -> None:
+    """One mask, partners within each half: the sum of two backward passes is that of one."""
+    model = MoCo(norm=False)
+    info_nce = losses.InfoNCE(model.queue.T, TAU)
+    x_q, x_k = next(_views(photographs[:N]))
+    cells, k, half = MASKS(), model.key(x_k), N // 2
+
+    def loss(rows: slice, partner: Tensor) -> Tensor:
+        mixed = mixmask.mix_batch(x_q[rows], cells, partner=partner)
+        return info_nce(model.query(x_q[rows]), k[rows]) + mixmask.lambda_weighted_loss(
+            info_nce, model.query(mixed.images), k[rows], mixed
+        )
+
+    within = torch.arange(half - 1, -1, -1)
+    whole = loss(slice(None), torch.cat([within, within + half]))
+    whole.backward()
+    expected = [p.grad.clone() for p in model.encoder_q.parameters() if p.grad is not None]
+    model.zero_grad()
+    parts = [loss(slice(0, half), within), loss(slice(half, N), within)]
+    for part in parts:
+        (part / 2).backward()
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole)
+    torch.testing.assert_close(
+        [p.grad for p in model.encoder_q.parameters()], expected, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_step(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Masks, mixing, encoder and loss in one graph."""
+    model = MoCo()
+
+    def step(x_q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        info_nce = losses.InfoNCE(queue, TAU)
+        mixed = mixmask.mix_batch(x_q, MASKS)
+        return info_nce(model.query(x_q), k) + mixmask.lambda_weighted_loss(
+            info_nce, model.query(mixed.images), k, mixed
+        )
+
+    compiled = torch.compile(step, fullgraph=True)
+    for number, (x_q, x_k) in enumerate(batches):
+        k = model.key(x_k)
+        results = []
+        for call in (step, compiled):
+            torch.manual_seed(number)
+            model.zero_grad()
+            loss = call(x_q, k, model.queue.T)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.encoder_q.parameters())])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+        model.enqueue(k)
+        if number == 2:
+            break
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision_with_a_grad_scaler(
+    dtype: torch.dtype, batches: Iterator[tuple[Tensor, Tensor]]
+) -> None:
+    model = MoCo()
+    before = copy.deepcopy(model.encoder_q.state_dict())
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for x_q, x_k in batches:
+        with torch.autocast("cpu", dtype):
+            info_nce = losses.InfoNCE(model.queue.T, TAU)
+            q, k = model.query(x_q), model.key(x_k)
+            mixed = mixmask.mix_batch(x_q, MASKS)
+            q_mixed = model.query(mixed.images)
+            loss = info_nce(q, k)
+            loss = loss + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
+        assert loss.dtype == torch.float32
+        slow = slow_moco(q.float(), k.float(), q_mixed.float(), model.queue.clone(), mixed)
+        torch.testing.assert_close(loss, slow, rtol=2e-2, atol=2e-2)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.enqueue(k.float())
+        # No step was skipped for an overflow.
+        assert scaler.get_scale() == 2.0**10
+    assert any(not torch.equal(before[name], w) for name, w in model.encoder_q.state_dict().items())
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = [{tests!r}]
+import test_own_loops as loops
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.save(loops.two_processes(rank), sys.argv[3])
+dist.destroy_process_group()
+"""
+
+
+def _moco_and_batch() -> tuple[MoCo, Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    model = MoCo(norm=False)
+    x_q, x_k = torch.randn(2, N, 3, 32, 32)
+    return model, x_q, x_k, MASKS()
+
+
+def _one_step(
+    model: MoCo, x_q: Tensor, x_k: Tensor, cells: Tensor, partner: Tensor, query: nn.Module
+) -> tuple[Tensor, Tensor]:
+    info_nce = losses.InfoNCE(model.queue.T, TAU)
+    simclr = losses.NTXent(TAU, gather_distributed=True)
+
+    def embed(images: Tensor) -> Tensor:
+        return F.normalize(query(images), dim=1)
+
+    k = model.key(x_k)
+    q, q2 = embed(torch.cat([x_q, x_k])).chunk(2)
+    mixed = mixmask.mix_batch(x_q, cells, partner=partner)
+    q_mixed = embed(mixed.images)
+    loss = info_nce(q, k) + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
+    loss = loss + simclr(q, q2) + mixmask.lambda_weighted_loss(simclr, q_mixed, q2, mixed)
+    loss.backward()
+    return loss.detach(), k
+
+
+def two_processes(rank: int) -> dict[str, Any]:
+    """Take one step on half of the batch, in a process of two."""
+    import torch.distributed as dist
+
+    model, x_q, x_k, cells = _moco_and_batch()
+    half = slice(rank * N // 2, (rank + 1) * N // 2)
+    within = torch.arange(N // 2 - 1, -1, -1)
+    query = nn.parallel.DistributedDataParallel(model.encoder_q)
+    loss, k = _one_step(model, x_q[half], x_k[half], cells, within, query)
+    keys = [torch.empty_like(k) for _ in range(2)]
+    dist.all_gather(keys, k)
+    model.enqueue(torch.cat(keys))
+    gradients = [p.grad for p in model.encoder_q.parameters()]
+    return {"loss": loss, "gradients": gradients, "queue": model.queue}
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    """MoCo and SimCLR terms under DistributedDataParallel, gathered negatives and keys."""
+    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    code = WORKER.format(tests=str(Path(__file__).parent))
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(out)])
+        for rank, out in enumerate(outs)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    first, second = (torch.load(out) for out in outs)
+
+    model, x_q, x_k, cells = _moco_and_batch()
+    within = torch.arange(N // 2 - 1, -1, -1)
+    partner = torch.cat([within, within + N // 2])
+    loss, k = _one_step(model, x_q, x_k, cells, partner, model.encoder_q)
+    model.enqueue(k)
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss)
+    gradients = [p.grad for p in model.encoder_q.parameters()]
+    for out in (first, second):
+        torch.testing.assert_close(out["gradients"], gradients, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(out["queue"], model.queue)
