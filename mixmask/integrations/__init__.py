@@ -1,0 +1,1 @@
+"""MixMask inside other libraries, one module for each; none is imported by `mixmask` itself."""
