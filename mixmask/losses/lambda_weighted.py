@@ -81,7 +81,7 @@ def lambda_weighted_loss(
     """
     n = len(mixed)
     check_sizes(n, z_mixed=z_mixed, target=target)
-    if isinstance(criterion, MatchingCriterion):
+    if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
         raise TypeError(
             f"{type(criterion).__name__} compares with the clean embeddings, which "
             "lambda_weighted_loss does not have; use LambdaWeightedLoss(criterion)"
@@ -212,7 +212,7 @@ class LambdaWeightedLoss(nn.Module):
         criterion = self.criterion
         closely, self._watched_closely = not self._watched_closely, True
         with watched(criterion, self.ignore, closely=closely):
-            if isinstance(criterion, MatchingCriterion):
+            if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
                 return self._matched(criterion, z_mixed, target, mixed, z)
             if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
                 with lent_buffers(criterion):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_non_negative
-from mixmask._distributed import average, gather_rows
+from mixmask._distributed import average, check_even, gather_rows
 from mixmask.losses._rows import by_row, check_rows, wide
 
 _STATISTICS_EPS = 1e-5
@@ -86,6 +86,7 @@ class BarlowTwins:
         """Return the weighted squares of the cross-correlation less what is wanted."""
         correlation = _products(rows, _standardise(target, target)) / len(rows)
         if self.gather_distributed:
+            check_even(len(rows), rows.device)
             correlation = average(correlation)
         squares = (correlation - wanted) ** 2
         diagonal = squares.diagonal().sum()

@@ -337,7 +337,7 @@ class _Outputs(TorchDispatchMode):
     """Notes the elements of every tensor that is made, views left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

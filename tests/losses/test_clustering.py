@@ -237,8 +237,15 @@ def test_autocast_stays_within_the_error_of_the_plain_formula(
 def test_huge_logits_do_not_overflow(dtype: torch.dtype, tau: float) -> None:
     z, target = ((_rows(N, K) * 1e4).to(dtype) for _ in range(2))
     z.requires_grad_()
-    codes = sinkhorn(target)
+    codes, mixed = sinkhorn(target), _mixed(PERMUTED, torch.rand(N))
+
+    def weighted(criterion: Any, z: Tensor, target: Tensor) -> Tensor:
+        return lambda_weighted_loss(criterion, z, target, mixed)
+
+    teacher = DINO(None, tau, tau)
     for ours, exact in (
+        (weighted(SwAV(tau), z, codes), weighted(SwAV(tau), z.double(), codes.double())),
+        (weighted(teacher, z, target), weighted(teacher, z.double(), target.double())),
         (swav(z, codes, tau), swav(z.double(), codes.double(), tau)),
         (dino(z, target, None, tau, tau), dino(z.double(), target.double(), None, tau, tau)),
     ):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
 from mixmask import LambdaWeightedLoss, MixedBatch
+from mixmask._distributed import average, gather_rows
 from mixmask.losses import (
     DINO,
     BarlowTwins,
@@ -54,6 +55,7 @@ UNEVEN: dict[str, Callable[[Tensor], Any]] = {
     "NTXent": lambda z: NTXent(gather_distributed=True)(z, z),
     "VICReg": lambda z: VICReg(gather_distributed=True)(z, z),
     "sinkhorn": lambda z: sinkhorn(z, gather_distributed=True),
+    "BarlowTwins": lambda z: BarlowTwins(gather_distributed=True)(z, z),
 }
 
 
@@ -122,6 +124,11 @@ def _work(rank: int, folder: str) -> None:
         _step(SwAVOfScores(), encoder, images, _record(rank, per_sample=True)),
         _step(DINO(results["center"]), encoder, images, _record(rank, per_sample=True)),
     ]
+    rows = (torch.arange(6.0).view(3, 2) + 10 * rank).requires_grad_()
+    weights = torch.arange(12.0).view(6, 2) * (rank + 1)
+    stacked, mean = gather_rows(rows), average(rows)
+    results["stacked"] = stacked.detach(), torch.autograd.grad((stacked * weights).sum(), rows)[0]
+    results["mean"] = mean.detach(), torch.autograd.grad((mean * weights[:3]).sum(), rows)[0]
     for name, call in UNEVEN.items():
         results[f"{name}, uneven"] = _refusal(partial(call, torch.randn(3 + rank, C)))
     # After the errors the processes still understand each other.
@@ -176,6 +183,17 @@ def _whole(criterion: Any, *, per_sample: bool) -> tuple[Tensor, list[Tensor]]:
 
 def _mean_loss(halves: Results, name: str) -> Tensor:
     return torch.stack([half[name][0] for half in halves]).mean()
+
+
+def test_rows_and_averages_come_with_the_gradients_of_every_process(halves: Results) -> None:
+    rows = torch.stack([torch.arange(6.0).view(3, 2) + 10 * rank for rank in range(WORLD)])
+    # Each process weighs what it has gathered by its number.
+    weights = torch.arange(12.0).view(WORLD, 3, 2) * 3
+    for rank, half in enumerate(halves):
+        assert torch.equal(half["stacked"][0], rows.flatten(0, 1))
+        assert torch.equal(half["stacked"][1], weights[rank])
+        assert torch.equal(half["mean"][0], rows.mean(dim=0))
+        assert torch.equal(half["mean"][1], weights[0] / WORLD)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
