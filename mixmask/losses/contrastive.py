@@ -272,7 +272,7 @@ def nt_xent(
         TypeError: If z is not floating.
 
     Source:
-        Chen et al., "SimCLR", eq. 1; Lee et al., "i-Mix", eq. 3.
+        Chen et al., "SimCLR", eq. 1; Lee et al., "i-Mix".
 
     Example:
         >>> z = torch.eye(4)

@@ -107,9 +107,8 @@ class MatchedBarlowTwins(BarlowTwins):
     `lambda_weighted_loss`.
 
     Source:
-        Zbontar et al., "Barlow Twins", eq. 2, and MixMask, eq. 4; Bandara et al., "Guarding Barlow
-        Twins against overfitting with mixed samples", section 3.2, match in the same way without
-        sharing the statistics.
+        Zbontar et al., "Barlow Twins", eq. 2, and MixMask, eq. 4; after Bandara et al., "Guarding
+        Barlow Twins against overfitting with mixed samples".
 
     Example:
         >>> z1, z2 = torch.randn(2, 32, 8)
