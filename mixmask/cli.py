@@ -19,7 +19,7 @@ from mixmask import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mixmask.trainers.config import MoCoConfig
+    from mixmask.trainers.config import RunConfig
     from mixmask.trainers.data import ImageData
 
 _EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
-    from mixmask.trainers.config import load_config, moco_config
     from mixmask.trainers.data import load_data
     from mixmask.trainers.loop import first_views, pretrain
+    from mixmask.trainers.methods import load_config, make_config
     from mixmask.visualize import figure_curves, figure_views, save_figure
 
     if threads is not None:
@@ -74,7 +74,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
             )
         config, out = load_config(resume / "config.json"), resume
     else:
-        config = moco_config(**given)
+        config = make_config(**given)
         out = _new_folder(out, config)
     data = load_data(config.data, config.image_size)
 
@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_pretrain(commands: Any) -> None:
-    from mixmask.trainers.config import MoCoConfig
+    from mixmask.trainers.config import RunConfig
+    from mixmask.trainers.methods import METHODS
 
     parser = commands.add_parser(
         "pretrain",
@@ -142,22 +143,38 @@ def _add_pretrain(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.set_defaults(command=pretrain, out=None, resume=None, threads=None)
-    for field in dataclasses.fields(MoCoConfig):
-        _add_option(parser, field)
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    owners: dict[str, list[str]] = {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for method, entry in METHODS.items():
+        for field in dataclasses.fields(entry.config):
+            fields.setdefault(field.name, field)
+            owners.setdefault(field.name, []).append(method)
+    for name, field in fields.items():
+        _add_option(parser, field, () if name in shared else owners[name])
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder, a new one")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads to use")
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+def _add_option(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], owners: Sequence[str]
+) -> None:
+    """Add the option of a field, with the methods that have it if not all do."""
     flag = "--" + field.name.replace("_", "-")
     text = f"{field.metadata['help']} [{field.default}]"
+    if owners:
+        text += f" ({', '.join(owners)})"
     if isinstance(field.default, bool):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif field.name == "ratio":
         parser.add_argument(flag, type=float, nargs="+", action=_RatioAction, help=text)
     else:
         choices = field.metadata["choices"] or None
+        if field.name == "method":
+            from mixmask.trainers.methods import METHODS
+
+            choices = tuple(METHODS)
         metavar = None if choices else type(field.default).__name__.upper()
         parser.add_argument(
             flag, type=type(field.default), choices=choices, metavar=metavar, help=text
@@ -208,7 +225,7 @@ class _RatioAction(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
 
 
-def _new_folder(out: Path | None, config: MoCoConfig) -> Path:
+def _new_folder(out: Path | None, config: RunConfig) -> Path:
     """Name the run folder, refusing one that holds something."""
     if out is None:
         name = f"{Path(config.data).name}-{config.method}-{config.mix}"
@@ -253,7 +270,7 @@ def _with_labels(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
     return train, (data.test.images, data.test.labels)
 
 
-def _say_start(config: MoCoConfig, data: ImageData, out: Path) -> None:
+def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     _say(
         f"{config.method} + {config.mix} on {config.data}: {len(data.train.images):,} images, "

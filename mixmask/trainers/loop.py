@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixmask.trainers.config import MoCoConfig, save_config
-from mixmask.trainers.moco import MoCo, Term
-from mixmask.trainers.parts import build_mixtures, fold_seed
+from mixmask.trainers.config import RunConfig, save_config
+from mixmask.trainers.parts import Term, build_mixtures, fold_seed
 from mixmask.trainers.run import Meter, Row, Run, random_view
 
 # Measures a backbone; the flag asks for everything, as before and after a run.
@@ -35,7 +34,7 @@ class Views:
 
 
 def pretrain(
-    config: MoCoConfig,
+    config: RunConfig,
     images: Tensor,
     out: Path,
     *,
@@ -43,7 +42,7 @@ def pretrain(
     on_start: Callable[[], None] | None = None,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[MoCo, list[Row]]:
+) -> tuple[Any, list[Row]]:
     """Train a method on images, leaving `config.json`, `metrics.csv` and `last.pt` in the folder.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
@@ -126,12 +125,12 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
         _average_gradients(accelerator, model)
         lr = learning_rate(config, run.step / (run.steps * config.epochs))
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = config.lr if group["constant_lr"] else lr
         run.optimizer.step()
         run.optimizer.zero_grad()
-        model.after_step()
-
         run.step += 1
+        model.after_step(run.step / (run.steps * config.epochs))
+
         meter.steps += 1
         bar.update()
         if meter.steps % 10 == 0 or i + 1 == run.steps:
@@ -143,7 +142,7 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
     return {"epoch": epoch, "step": run.step, **meter.row(), "lr": lr}
 
 
-def first_views(config: MoCoConfig, images: Tensor, count: int = 8) -> Views:
+def first_views(config: RunConfig, images: Tensor, count: int = 8) -> Views:
     """Draw what a step sees: views for queries, mixed views, and views for keys.
 
     Args:
@@ -162,12 +161,12 @@ def first_views(config: MoCoConfig, images: Tensor, count: int = 8) -> Views:
     return Views(x_q, mixed, x_k)
 
 
-def learning_rate(config: MoCoConfig, done: float) -> float:
+def learning_rate(config: RunConfig, done: float) -> float:
     """Return the learning rate when a share `done` of the run, 0 ... 1, lies behind.
 
     Example:
-        >>> from mixmask.trainers.config import MoCoConfig
-        >>> round(learning_rate(MoCoConfig(lr=0.1), 0.5), 3)
+        >>> from mixmask.trainers.config import RunConfig
+        >>> round(learning_rate(RunConfig(lr=0.1), 0.5), 3)
         0.05
     """
     if done < config.warmup:

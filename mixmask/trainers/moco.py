@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.losses import InfoNCE, lambda_weighted_loss
-from mixmask.trainers.config import MoCoConfig
+from mixmask._distributed import gather_rows
+from mixmask.losses import InfoNCE
+from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
 from mixmask.trainers.parts import (
     Mixture,
     Queue,
+    Term,
     build_backbone,
     build_head,
     build_mixtures,
+    mixed_terms,
     split_batch_norm,
     update_momentum,
 )
 
+# What MoCo v1 did otherwise, on any data.
+V1 = {"mlp": False, "temperature": 0.07, "schedule": "step", "hue": 0.4, "blur": 0.0}
+_CIFAR = {
+    "lr": 0.06, "queue_size": 4096, "temperature": 0.1, "encoder_momentum": 0.99, "bn_splits": 8,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "clothing64": {"queue_size": 512, "temperature": 0.1, "encoder_momentum": 0.996},
+    # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "stl10": _CIFAR,
+}
 
-class Term(NamedTuple):
-    """One summand of a step's loss, with the mean λ of its mixed view, () float32 or None."""
 
-    loss: Tensor
-    lam: Tensor | None = None
+@dataclass(frozen=True)
+class MoCoConfig(RunConfig):
+    """MoCo's own options; the defaults are MoCo v2's on ImageNet, 200 epochs."""
+
+    dim: int = option(128, "size of the embedding")
+    mlp: bool = option(True, "projection head with a hidden layer (v2), not a linear one (v1)")
+    queue_size: int = option(65_536, "keys in the queue")
+    temperature: float = option(0.2, "temperature of the contrastive loss")
+    encoder_momentum: float = option(0.999, "momentum of the key encoder, or of the teacher")
+    symmetric: bool = option(False, "each view is a query and a key, as in Un-Mix's demonstration")
+    bn_splits: int = option(
+        1, "parts of a batch with batch-norm statistics of their own; keys are then shuffled"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        super().__post_init__()
+        for name in ("dim", "queue_size", "bn_splits"):
+            check_range(name, getattr(self, name), 1)
+        check_range("encoder_momentum", self.encoder_momentum, 0, 1)
+        check_over_zero("temperature", self.temperature)
+        if self.batch_size % self.bn_splits or self.batch_size // self.bn_splits < 2:
+            raise ValueError(
+                f"--bn-splits must divide --batch-size into parts of at least 2, got "
+                f"{self.bn_splits} and {self.batch_size}; use for instance 1"
+            )
 
 
 class MoCo(nn.Module):
@@ -38,16 +76,12 @@ class MoCo(nn.Module):
 
     Args:
         config: The run's options.
-        gather: Joins the keys of all processes, (N, dim) -> (N * processes, dim).
     """
 
-    def __init__(
-        self, config: MoCoConfig, gather: Callable[[Tensor], Tensor] = lambda keys: keys
-    ) -> None:
+    def __init__(self, config: MoCoConfig) -> None:
         """Build both encoders with the same weights, and a queue of random directions."""
         super().__init__()
         self.config = config
-        self.gather = gather
         self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
@@ -73,32 +107,35 @@ class MoCo(nn.Module):
         keys = self.key_head(self.key_backbone(images[order])).float()
         return F.normalize(keys[order.argsort()], dim=1)
 
-    def terms(self, x_q: Tensor, x_k: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view.
 
         Each is computed when asked for: call backward on one before asking for the next, and
         only one forward pass is alive at a time. All terms see the same queue.
 
         Args:
-            x_q: (N, 3, S, S) views for the queries; these are mixed.
-            x_k: (N, 3, S, S) views for the keys.
+            x1: (N, 3, S, S) views for the queries; these are mixed.
+            x2: (N, 3, S, S) views for the keys.
             generator: A CPU generator for masks, partners and the shuffling of keys.
         """
         config = self.config
-        k = self.encode_keys(x_k, generator)
         info_nce = InfoNCE(self.queue.keys, config.temperature)
-        yield Term(info_nce(self.encode(x_q), k))
-        for mix in self.mixtures:
-            mixed = mix(x_q, generator)
-            z = self.encode(mixed.images)
-            loss = lambda_weighted_loss(info_nce, z, k, mixed, switch=config.switch)
-            yield Term(loss, mixed.lam.mean())
-        self.new_keys = k
+        k2 = self.encode_keys(x2, generator)
+        pairs, keys = [(x1, k2)], k2
+        if config.symmetric:
+            k1 = self.encode_keys(x1, generator)
+            pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])
+        for x, k in pairs:
+            yield Term(info_nce(self.encode(x), k))
+        for x, k in pairs:
+            yield from mixed_terms(config, self.mixtures, x, self.encode, info_nce, k, generator)
+        self.new_keys = keys
 
-    def after_step(self) -> None:
+    def after_step(self, done: float) -> None:
         """Let the key encoder follow and put the keys into the queue, once a step."""
+        del done
         assert self.new_keys is not None, "after_step belongs behind a finished terms()"
         update_momentum(self.backbone, self.key_backbone, self.config.encoder_momentum)
         update_momentum(self.head, self.key_head, self.config.encoder_momentum)
-        self.queue.enqueue(self.gather(self.new_keys))
+        self.queue.enqueue(gather_rows(self.new_keys, checked=False))
         self.new_keys = None

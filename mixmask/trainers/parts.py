@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mixmask.losses import Criterion, lambda_weighted_loss
 from mixmask.mixing import MixedBatch, MixMask, cutmix_batch, erase_batch, mixup_batch
 from mixmask.trainers.config import RunConfig
 
 Mixture = Callable[[Tensor, torch.Generator], MixedBatch]
+
+
+class Term(NamedTuple):
+    """One summand of a step's loss, with the mean λ of its mixed view, () float32 or None."""
+
+    loss: Tensor
+    lam: Tensor | None = None
 
 
 # Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
@@ -73,6 +83,23 @@ def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:
     if not mlp:
         return nn.Linear(features, dim)
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
+
+
+def build_mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:
+    """Build linear layers of the given widths, with batch norm and ReLU between them.
+
+    Args:
+        *widths: Features at the start, after each layer, and at the end.
+        last_norm: End in a batch norm without weights (SimSiam's projector).
+    """
+    *wide, last = widths
+    layers: list[nn.Module] = []
+    for before, after in pairwise(wide):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    layers.append(nn.Linear(wide[-1], last, bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(last, affine=False))
+    return nn.Sequential(*layers)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -185,17 +212,96 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
         masks = mask.masks_for(images, generator=generator)
         return erase_batch(images, masks, generator=generator)
 
+    def blend(images: Tensor, generator: torch.Generator) -> MixedBatch:
+        return mixup_batch(images, alpha=config.alpha, generator=generator)
+
+    def paste(images: Tensor, generator: torch.Generator) -> MixedBatch:
+        return cutmix_batch(images, alpha=config.alpha, generator=generator)
+
+    def unmix(images: Tensor, generator: torch.Generator) -> MixedBatch:
+        globally = torch.rand((), generator=generator) < config.global_share
+        return (blend if globally else paste)(images, generator)
+
     mixtures: dict[str, list[Mixture]] = {
         "none": [],
         "mixmask": [mixmask],
         "unmix": [unmix],
         "both": [unmix, mixmask],
         "erase": [erase],
+        "mixup": [blend],
+        "cutmix": [paste],
     }
     return mixtures[config.mix]
 
 
-def unmix(images: Tensor, generator: torch.Generator) -> MixedBatch:
-    """Mix globally or regionally, with equal odds and a uniform share (Shen et al., "Un-Mix")."""
-    globally = torch.rand((), generator=generator) < 0.5
-    return (mixup_batch if globally else cutmix_batch)(images, generator=generator)
+def mixed_terms(
+    config: RunConfig,
+    mixtures: Sequence[Mixture],
+    images: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    criterion: Criterion,
+    target: Tensor,
+    generator: torch.Generator,
+) -> Iterator[Term]:
+    """Mix a view in each way, embed it, and yield its λ-weighted loss (MixMask, eq. 4).
+
+    Args:
+        config: The run's options.
+        mixtures: What `build_mixtures` returned.
+        images: (N, 3, S, S) clean views.
+        encode: The online branch, up to what the criterion takes.
+        criterion: (z, target) -> () or (N,).
+        target: (N, C) targets of the clean images' other view, without a gradient: theirs is of
+            a forward pass that is over.
+        generator: A CPU generator for masks and partners.
+    """
+    for mix in mixtures:
+        mixed = mix(images, generator)
+        z = encode(mixed.images)
+        loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
+        yield Term(loss, mixed.lam.mean())
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Sort what is trained into groups for the optimiser.
+
+    LARS and AdamW leave biases and norms without decay, and LARS without adaptation (SimCLR,
+    BYOL). What a method lists as `constant_lr` keeps its learning rate (SimSiam's predictor).
+    """
+    constant = {id(p) for part in getattr(model, "constant_lr", ()) for p in part.parameters()}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 and config.optimizer != "sgd"
+            groups.setdefault((plain, id(parameter) in constant), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "constant_lr": is_constant,
+        }
+        for (plain, is_constant), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Build SGD, LARS (You et al.; timm's) or AdamW over the model's groups."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    from timm.optim.lars import Lars
+
+    lars: torch.optim.Optimizer = Lars(groups, lr=config.lr, momentum=config.sgd_momentum)
+    return lars
+
+
+def rising_momentum(start: float, done: float) -> float:
+    """Return BYOL's momentum of the target, from `start` to 1 along a cosine.
+
+    Example:
+        >>> rising_momentum(0.99, 0.0), rising_momentum(0.99, 1.0)
+        (0.99, 1.0)
+    """
+    return 1 - (1 - start) * (math.cos(math.pi * done) + 1) / 2

@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from mixmask.trainers.config import MoCoConfig
-from mixmask.trainers.moco import MoCo, Term
-from mixmask.trainers.parts import fold_seed
+from mixmask.trainers.config import RunConfig
+from mixmask.trainers.methods import build_method
+from mixmask.trainers.parts import Term, build_optimizer, fold_seed
 from mixmask.views import RandomView
 
 Row = dict[str, float]
 
 
-def random_view(config: MoCoConfig) -> RandomView:
+def random_view(config: RunConfig) -> RandomView:
     """Build the random view that a configuration describes."""
     return RandomView(
         config.image_size,
@@ -96,9 +96,9 @@ class Meter:
 class Run:
     """All that a run is made of, where it stands, and its files."""
 
-    config: MoCoConfig
+    config: RunConfig
     accelerator: Accelerator
-    model: MoCo
+    model: Any
     optimizer: Any
     view: RandomView
     images: Tensor
@@ -109,7 +109,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
-    def build(cls, config: MoCoConfig, images: Tensor, out: Path) -> Run:
+    def build(cls, config: RunConfig, images: Tensor, out: Path) -> Run:
         """Build a run at its first step; the seed alone decides its weights."""
         precision = "no" if config.precision == "fp32" else config.precision
         AcceleratorState._reset_state()  # An earlier run in this process may have had another.
@@ -121,14 +121,8 @@ class Run:
                 f"are for {accelerator.num_processes} process(es); use a smaller one"
             )
         torch.manual_seed(fold_seed(config.seed, "weights"))
-        model = MoCo(config, gather=accelerator.gather)
-        model = model.to(memory_format=torch.channels_last).to(accelerator.device)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.weight_decay,
-        )
+        model = build_method(config).to(memory_format=torch.channels_last).to(accelerator.device)
+        optimizer = build_optimizer(model, config)
         return cls(
             config,
             accelerator,

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mixmask.trainers.config import PRESETS, MoCoConfig, load_config, moco_config, save_config
+from mixmask.trainers.config import PRESETS, save_config
 from mixmask.trainers.loop import learning_rate
+from mixmask.trainers.methods import load_config, make_config
+from mixmask.trainers.moco import MoCoConfig
 
 
 def test_defaults_are_moco_v2_on_imagenet() -> None:
@@ -26,12 +28,12 @@ def test_defaults_are_moco_v2_on_imagenet() -> None:
 @pytest.mark.parametrize("data", PRESETS)
 @pytest.mark.parametrize("method", ["moco-v1", "moco-v2"])
 def test_presets_are_valid_and_yield_to_what_is_given(data: str, method: str) -> None:
-    assert moco_config(data=data, method=method).method == method
-    assert moco_config(data=data, method=method, lr=0.5, temperature=0.3).temperature == 0.3
+    assert make_config(data=data, method=method).method == method
+    assert make_config(data=data, method=method, lr=0.5, temperature=0.3).temperature == 0.3
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    config = moco_config(ratio=(0.25, 0.75), per_sample=True)
+    config = make_config(ratio=(0.25, 0.75), per_sample=True)
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
 
@@ -61,7 +63,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
 )
 def test_errors_say_what_was_expected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        moco_config(**options)
+        make_config(**options)
 
 
 def test_cosine_warms_up_and_ends_at_zero() -> None:

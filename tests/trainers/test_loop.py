@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmask.trainers.config import MoCoConfig, moco_config
 from mixmask.trainers.data import load_data
 from mixmask.trainers.loop import pretrain
-from mixmask.trainers.moco import MoCo
+from mixmask.trainers.methods import make_config
+from mixmask.trainers.moco import MoCo, MoCoConfig
 
 TINY: dict[str, Any] = {"epochs": 3, "batch_size": 8, "queue_size": 29, "dim": 16, "image_size": 16}
 
@@ -27,18 +27,19 @@ def images() -> Tensor:
 
 
 def run(config: MoCoConfig, images: Tensor, out: Path, **options: Any) -> MoCo:
-    return pretrain(config, images, out, progress=False, **options)[0]
+    model: MoCo = pretrain(config, images, out, progress=False, **options)[0]
+    return model
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process SIGINT in the middle of a step, as a terminal does on Ctrl-C."""
     after_step, steps = MoCo.after_step, [0]
 
-    def interrupted(self: MoCo) -> None:
+    def interrupted(self: MoCo, done: float) -> None:
         steps[0] += 1
         if steps[0] == step:
             os.kill(os.getpid(), signal.SIGINT)
-        after_step(self)
+        after_step(self, done)
 
     monkeypatch.setattr(MoCo, "after_step", interrupted)
 
@@ -59,7 +60,7 @@ def read_rows(out: Path) -> list[dict[str, str]]:
 def test_interrupted_and_resumed_ends_in_the_same_weights(
     step: int, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = moco_config(**TINY, mix="both")
+    config = make_config(**TINY, mix="both")
     whole = run(config, images, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_at(step, patch)
@@ -79,24 +80,24 @@ def test_seconds_of_the_epochs_add_up_to_no_more_than_the_run(
     images: Tensor, tmp_path: Path
 ) -> None:
     began = time.perf_counter()
-    run(moco_config(**TINY), images, tmp_path)
+    run(make_config(**TINY), images, tmp_path)
     whole = time.perf_counter() - began
     assert 0 < sum(float(row["seconds"]) for row in read_rows(tmp_path)) <= whole
 
 
 def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:
-    config = moco_config(**(TINY | {"epochs": 1}))
+    config = make_config(**(TINY | {"epochs": 1}))
     first = run(config, images, tmp_path / "a")
     torch.manual_seed(99)
     assert_same(run(config, images, tmp_path / "b"), first)
-    other = run(moco_config(**(TINY | {"epochs": 1, "seed": 1})), images, tmp_path / "c")
+    other = run(make_config(**(TINY | {"epochs": 1, "seed": 1})), images, tmp_path / "c")
     assert not torch.equal(other.head[0].weight, first.head[0].weight)  # type: ignore[index]
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     images: Tensor, tmp_path: Path
 ) -> None:
-    config = moco_config(**TINY)
+    config = make_config(**TINY)
     whole = run(config, images, tmp_path)
     last = tmp_path / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
@@ -107,15 +108,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_nothing_whole_to_resume(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        run(moco_config(**TINY), images, tmp_path, resume=True)
+        run(make_config(**TINY), images, tmp_path, resume=True)
     (tmp_path / "last.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        run(moco_config(**TINY), images, tmp_path, resume=True)
+        run(make_config(**TINY), images, tmp_path, resume=True)
 
 
 def test_batch_larger_than_the_data(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--batch-size 25 is more than the 24 images"):
-        run(moco_config(**(TINY | {"batch_size": 25})), images, tmp_path)
+        run(make_config(**(TINY | {"batch_size": 25})), images, tmp_path)
 
 
 def test_loss_that_is_not_finite_stops_the_run(
@@ -124,13 +125,13 @@ def test_loss_that_is_not_finite_stops_the_run(
     encode = MoCo.encode
     monkeypatch.setattr(MoCo, "encode", lambda self, x: encode(self, x) * float("nan"))
     with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 1.*lower --lr"):
-        run(moco_config(**TINY), images, tmp_path)
+        run(make_config(**TINY), images, tmp_path)
 
 
 @pytest.mark.parametrize("mix", ["none", "mixmask", "unmix", "both", "erase"])
 @pytest.mark.parametrize("method", ["moco-v1", "moco-v2"])
 def test_every_mixture_trains(mix: str, method: str, images: Tensor, tmp_path: Path) -> None:
-    config = moco_config(**(TINY | {"epochs": 1}), mix=mix, method=method)
+    config = make_config(**(TINY | {"epochs": 1}), mix=mix, method=method)
     before = MoCo(config).head.state_dict()
     model = run(config, images, tmp_path)
     (row,) = read_rows(tmp_path)
@@ -140,7 +141,7 @@ def test_every_mixture_trains(mix: str, method: str, images: Tensor, tmp_path: P
 
 
 def test_bf16_trains(images: Tensor, tmp_path: Path) -> None:
-    run(moco_config(**(TINY | {"epochs": 1}), precision="bf16"), images, tmp_path)
+    run(make_config(**(TINY | {"epochs": 1}), precision="bf16"), images, tmp_path)
     assert torch.isfinite(torch.tensor(float(read_rows(tmp_path)[0]["loss"])))
 
 
@@ -152,6 +153,6 @@ def test_monitor_measures_before_between_and_after(images: Tensor, tmp_path: Pat
         backbone.eval()
         return {"knn": 0.25}
 
-    run(moco_config(**TINY, monitor=2), images, tmp_path, monitor=monitor)
+    run(make_config(**TINY, monitor=2), images, tmp_path, monitor=monitor)
     assert asked == [True, False, True]
     assert [row["knn"] for row in read_rows(tmp_path)] == ["0.25", "", "0.25", "0.25"]

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask.trainers.config import MoCoConfig, moco_config
-from mixmask.trainers.moco import MoCo
+from mixmask.trainers.methods import make_config
+from mixmask.trainers.moco import MoCo, MoCoConfig
 
 TINY: dict[str, Any] = {"batch_size": 8, "queue_size": 13, "dim": 16, "epochs": 2}
 
 
 def build(**options: Any) -> tuple[MoCo, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = MoCo(moco_config(**(TINY | options)))
+    model = MoCo(make_config(**(TINY | options)))
     return model, torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
 
 
@@ -66,7 +66,7 @@ def test_a_step_enqueues_once_and_moves_the_key_encoder_once() -> None:
     with torch.no_grad():
         model.head[0].weight.add_(1)  # type: ignore[index]
     before = model.key_head[0].weight.clone()  # type: ignore[index]
-    model.after_step()
+    model.after_step(0.5)
     assert torch.equal(model.queue.keys[:8], keys)
     assert torch.equal(model.queue.keys[8:], queue[8:])
     after = model.key_head[0].weight  # type: ignore[index]
@@ -76,9 +76,9 @@ def test_a_step_enqueues_once_and_moves_the_key_encoder_once() -> None:
 def test_after_step_refuses_to_run_twice() -> None:
     model, x_q, x_k = build(mix="none")
     list(model.terms(x_q, x_k, torch.Generator()))
-    model.after_step()
+    model.after_step(0.5)
     with pytest.raises(AssertionError, match="behind a finished terms"):
-        model.after_step()
+        model.after_step(0.5)
 
 
 def test_keys_get_no_gradient() -> None:
@@ -113,7 +113,7 @@ def test_no_switch_drops_the_partner() -> None:
 
 
 def test_version_one_has_a_linear_head() -> None:
-    config: MoCoConfig = moco_config(method="moco-v1", **TINY)
+    config: MoCoConfig = make_config(method="moco-v1", **TINY)
     assert isinstance(MoCo(config).head, torch.nn.Linear)
     assert (config.temperature, config.schedule) == (0.07, "step")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixmask.trainers.config import moco_config
+from mixmask.trainers.methods import make_config
 from mixmask.trainers.parts import (
     Queue,
     SplitBatchNorm2d,
@@ -15,7 +15,6 @@ from mixmask.trainers.parts import (
     build_mixtures,
     fold_seed,
     split_batch_norm,
-    unmix,
     update_momentum,
 )
 
@@ -107,11 +106,20 @@ def test_queue_smaller_than_a_batch_keeps_its_last_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "mix, count", [("none", 0), ("mixmask", 1), ("unmix", 1), ("both", 2), ("erase", 1)]
+    "mix, count",
+    [
+        ("none", 0),
+        ("mixmask", 1),
+        ("unmix", 1),
+        ("both", 2),
+        ("erase", 1),
+        ("mixup", 1),
+        ("cutmix", 1),
+    ],
 )
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_mixtures_of_each_kind(mix: str, count: int, per_sample: bool) -> None:
-    mixtures = build_mixtures(moco_config(mix=mix, per_sample=per_sample))
+    mixtures = build_mixtures(make_config(mix=mix, per_sample=per_sample))
     images = torch.randn(6, 3, 8, 8)
     generator = torch.Generator().manual_seed(0)
     mixed = [mixture(images, generator) for mixture in mixtures]
@@ -128,6 +136,7 @@ def test_mixtures_of_each_kind(mix: str, count: int, per_sample: bool) -> None:
 
 def test_unmix_mixes_globally_and_regionally() -> None:
     generator = torch.Generator().manual_seed(0)
+    (unmix,) = build_mixtures(make_config(mix="unmix"))
     masks = [unmix(torch.randn(4, 3, 8, 8), generator).mask for _ in range(200)]
     regional = sum(mask is not None for mask in masks)
     assert 70 < regional < 130

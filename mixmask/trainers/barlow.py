@@ -1,0 +1,100 @@
+"""Barlow Twins (Zbontar et al., "Barlow Twins") with mixed views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask import losses
+from mixmask.trainers.config import RunConfig, check_range, option
+from mixmask.trainers.parts import (
+    Mixture,
+    Term,
+    build_backbone,
+    build_mixtures,
+    build_mlp,
+    mixed_terms,
+)
+
+_CIFAR = {"optimizer": "sgd", "lr": 0.06, "dim": 2048}
+PRESETS: dict[str, dict[str, Any]] = {
+    "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "stl10": _CIFAR,
+}
+
+
+@dataclass(frozen=True)
+class BarlowTwinsConfig(RunConfig):
+    """Barlow Twins' own options; the defaults are those of its code on ImageNet, 1000 epochs."""
+
+    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
+    batch_size: int = option(2048, "images a step and process")
+    lr: float = option(1.6, "learning rate at the start, for the batch size given")
+    warmup: float = option(0.01, "share of the run over which the learning rate rises")
+    weight_decay: float = option(1e-6, "weight decay")
+    epochs: int = option(1000, "passes over the data")
+    dim: int = option(8192, "size of the embedding")
+    redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations")
+    scale: float = option(1.0, "factor of the loss")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        super().__post_init__()
+        check_range("dim", self.dim, 1)
+        for name in ("redundancy_weight", "scale"):
+            check_range(name, getattr(self, name), 0)
+        if self.per_sample and self.mix in ("mixmask", "both"):
+            raise ValueError(
+                "--per-sample gives each image a λ of its own, but barlow-twins has no loss of one "
+                "image; leave it out"
+            )
+
+
+class BarlowTwins(nn.Module):
+    """One encoder whose features correlate across views, and not with each other.
+
+    Args:
+        config: The run's options.
+    """
+
+    def __init__(self, config: BarlowTwinsConfig) -> None:
+        """Build backbone and projector."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.projector = build_mlp(features, config.dim, config.dim, config.dim)
+        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.barlow_twins = losses.BarlowTwins(config.redundancy_weight, gather_distributed=True)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Project views (N, 3, S, S): (N, dim)."""
+        z: Tensor = self.projector(self.backbone(images)).float()
+        return z
+
+    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the scaled loss of two views' projections, ()."""
+        return self.config.scale * self.barlow_twins(z, target)
+
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
+
+        Args:
+            x1: (N, 3, S, S) views; these are mixed.
+            x2: (N, 3, S, S) the other views of the same images.
+            generator: A CPU generator for masks and partners.
+        """
+        z1, z2 = self.encode(x1), self.encode(x2)
+        yield Term(self.loss(z1, z2))
+        yield from mixed_terms(
+            self.config, self.mixtures, x1, self.encode, self.loss, z2, generator
+        )
+
+    def after_step(self, done: float) -> None:
+        """Do nothing: there is neither teacher nor queue."""

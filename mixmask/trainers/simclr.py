@@ -1,0 +1,97 @@
+"""SimCLR (Chen et al., "SimCLR") with mixed views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.losses import NTXent
+from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
+from mixmask.trainers.parts import (
+    Mixture,
+    Term,
+    build_backbone,
+    build_head,
+    build_mixtures,
+    mixed_terms,
+)
+
+_CIFAR = {"lr": 1.0, "temperature": 0.5, "weight_decay": 1e-4, "jitter": 0.4, "hue": 0.1}
+PRESETS: dict[str, dict[str, Any]] = {
+    "clothing64": {"optimizer": "sgd", "lr": 0.06},
+    # SimCLR, appendix B.9.
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "stl10": _CIFAR,
+}
+
+
+@dataclass(frozen=True)
+class SimCLRConfig(RunConfig):
+    """SimCLR's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
+
+    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
+    batch_size: int = option(4096, "images a step and process")
+    lr: float = option(4.8, "learning rate at the start, for the batch size given")
+    warmup: float = option(0.1, "share of the run over which the learning rate rises")
+    weight_decay: float = option(1e-6, "weight decay")
+    epochs: int = option(100, "passes over the data")
+    min_scale: float = option(0.08, "smallest share of an image's area that a crop takes")
+    jitter: float = option(0.8, "strength of brightness, contrast and saturation jitter")
+    hue: float = option(0.2, "strength of hue jitter")
+    dim: int = option(128, "size of the embedding")
+    temperature: float = option(0.1, "temperature of the contrastive loss")
+    one_directional: bool = option(
+        False, "contrast the mixed view with the other one's targets alone, as i-Mix does"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        super().__post_init__()
+        check_range("dim", self.dim, 1)
+        check_over_zero("temperature", self.temperature)
+
+
+class SimCLR(nn.Module):
+    """One encoder and a head, both views of all other images as negatives.
+
+    Args:
+        config: The run's options.
+    """
+
+    def __init__(self, config: SimCLRConfig) -> None:
+        """Build backbone and head."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.head = build_head(features, config.dim, mlp=True)
+        self.mixtures: list[Mixture] = build_mixtures(config)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Embed views (N, 3, S, S): (N, dim), of any length."""
+        z: Tensor = self.head(self.backbone(images)).float()
+        return z
+
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
+
+        Args:
+            x1: (N, 3, S, S) views; these are mixed.
+            x2: (N, 3, S, S) the other views of the same images.
+            generator: A CPU generator for masks and partners.
+        """
+        config = self.config
+        nt_xent = NTXent(config.temperature, gather_distributed=True)
+        z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
+        yield Term(nt_xent(z1, z2))
+        if config.one_directional:
+            nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
+        yield from mixed_terms(config, self.mixtures, x1, self.encode, nt_xent, z2, generator)
+
+    def after_step(self, done: float) -> None:
+        """Do nothing: there is neither teacher nor queue."""

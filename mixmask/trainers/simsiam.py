@@ -1,0 +1,97 @@
+"""SimSiam (Chen and He, "SimSiam") with mixed views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.losses import NegativeCosine
+from mixmask.trainers.config import RunConfig, check_range, option
+from mixmask.trainers.parts import (
+    Mixture,
+    Term,
+    build_backbone,
+    build_mixtures,
+    build_mlp,
+    mixed_terms,
+)
+
+_CIFAR = {"lr": 0.06}
+PRESETS: dict[str, dict[str, Any]] = {
+    "clothing64": {"lr": 0.06, "dim": 128, "hidden": 32},
+    # SimSiam, appendix D: lr .03 for 256 images.
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "stl10": _CIFAR,
+}
+
+
+@dataclass(frozen=True)
+class SimSiamConfig(RunConfig):
+    """SimSiam's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
+
+    batch_size: int = option(512, "images a step and process")
+    lr: float = option(0.1, "learning rate at the start, for the batch size given")
+    epochs: int = option(100, "passes over the data")
+    dim: int = option(2048, "size of the embedding")
+    hidden: int = option(512, "width of the predictor's hidden layer")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        super().__post_init__()
+        for name in ("dim", "hidden"):
+            check_range(name, getattr(self, name), 1)
+
+
+class SimSiam(nn.Module):
+    """One encoder and a predictor; the other view's projection is taken as a constant.
+
+    Args:
+        config: The run's options.
+    """
+
+    def __init__(self, config: SimSiamConfig) -> None:
+        """Build backbone, projector and predictor."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
+        self.predictor = build_mlp(config.dim, config.hidden, config.dim)
+        self.mixtures: list[Mixture] = build_mixtures(config)
+
+    @property
+    def constant_lr(self) -> tuple[nn.Module, ...]:
+        """The predictor keeps its learning rate (section 4.2)."""
+        return (self.predictor,)
+
+    def project(self, images: Tensor) -> Tensor:
+        """Project views (N, 3, S, S): (N, dim)."""
+        z: Tensor = self.projector(self.backbone(images))
+        return z
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Predict the other view's projection: (N, dim)."""
+        p: Tensor = self.predictor(self.project(images)).float()
+        return p
+
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
+
+        Args:
+            x1: (N, 3, S, S) views; these are mixed.
+            x2: (N, 3, S, S) the other views of the same images.
+            generator: A CPU generator for masks and partners.
+        """
+        distance = NegativeCosine()
+        z1, z2 = self.project(x1), self.project(x2)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        yield Term((distance(p1, z2) + distance(p2, z1)) / 2)
+        yield from mixed_terms(self.config, self.mixtures, x1, self.encode, distance, z2, generator)
+
+    def after_step(self, done: float) -> None:
+        """Do nothing: there is neither teacher nor queue."""

@@ -1,0 +1,106 @@
+"""SwAV (Caron et al., "SwAV"), with two crops, and mixed views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmask import losses
+from mixmask.losses import sinkhorn
+from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
+from mixmask.trainers.parts import (
+    Mixture,
+    Term,
+    build_backbone,
+    build_mixtures,
+    build_mlp,
+    mixed_terms,
+)
+
+_CIFAR = {"optimizer": "sgd", "lr": 0.06, "prototypes": 100}
+PRESETS: dict[str, dict[str, Any]] = {
+    "clothing64": {"optimizer": "sgd", "lr": 0.1, "hidden": 128, "prototypes": 32},
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "stl10": _CIFAR,
+}
+
+
+@dataclass(frozen=True)
+class SwAVConfig(RunConfig):
+    """SwAV's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
+
+    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
+    batch_size: int = option(4096, "images a step and process")
+    lr: float = option(4.8, "learning rate at the start, for the batch size given")
+    warmup: float = option(0.1, "share of the run over which the learning rate rises")
+    weight_decay: float = option(1e-6, "weight decay")
+    epochs: int = option(100, "passes over the data")
+    dim: int = option(128, "size of the embedding")
+    hidden: int = option(2048, "width of the projector's hidden layer")
+    prototypes: int = option(3000, "number of prototypes")
+    temperature: float = option(0.1, "temperature of the prediction")
+    epsilon: float = option(0.05, "weight of the codes' entropy")
+    frozen: float = option(0.01, "share of the run during which prototypes rest")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        super().__post_init__()
+        for name in ("dim", "hidden"):
+            check_range(name, getattr(self, name), 1)
+        check_range("prototypes", self.prototypes, 2)
+        check_range("frozen", self.frozen, 0, 1)
+        for name in ("temperature", "epsilon"):
+            check_over_zero(name, getattr(self, name))
+
+
+class SwAV(nn.Module):
+    """One encoder and prototypes; each view predicts the other's code.
+
+    Args:
+        config: The run's options.
+    """
+
+    awake: Tensor
+
+    def __init__(self, config: SwAVConfig) -> None:
+        """Build backbone, projector and prototypes."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.projector = build_mlp(features, config.hidden, config.dim)
+        self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.dim))
+        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.register_buffer("awake", torch.tensor(float(config.frozen == 0)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Score views (N, 3, S, S) against the prototypes: cosines, (N, prototypes)."""
+        z = F.normalize(self.projector(self.backbone(images)).float(), dim=1)
+        prototypes = F.normalize(self.prototypes, dim=1)
+        resting = prototypes.detach()
+        return z @ (resting + self.awake * (prototypes - resting)).T
+
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
+
+        Args:
+            x1: (N, 3, S, S) views; these are mixed.
+            x2: (N, 3, S, S) the other views of the same images.
+            generator: A CPU generator for masks and partners.
+        """
+        config = self.config
+        swav = losses.SwAV(config.temperature)
+        s1, s2 = self.encode(x1), self.encode(x2)
+        codes1, codes2 = (sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2))
+        yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2)
+        yield from mixed_terms(config, self.mixtures, x1, self.encode, swav, codes2, generator)
+
+    def after_step(self, done: float) -> None:
+        """Wake the prototypes when their rest is over."""
+        self.awake.fill_(done >= self.config.frozen)
