@@ -1,4 +1,4 @@
-"""The command line: `mixmask pretrain` and `mixmask show`."""
+"""The command line: `mixmask pretrain`, `mixmask recipes` and `mixmask show`."""
 
 from __future__ import annotations
 
@@ -96,6 +96,13 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     _say_end(rows, out, time.perf_counter() - began)
 
 
+def recipes() -> None:
+    """Print the named settings with their sources and published accuracies."""
+    from mixmask.trainers.recipes import describe
+
+    _say(describe())
+
+
 def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
     """Draw block and discrete masks at several grids, and the two mixes of each pair."""
     from mixmask.trainers.data import load_data, read_square
@@ -126,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pretrain(commands)
+    _add_recipes(commands)
     _add_show(commands)
     return parser
 
@@ -179,6 +187,16 @@ def _add_option(
         parser.add_argument(
             flag, type=type(field.default), choices=choices, metavar=metavar, help=text
         )
+
+
+def _add_recipes(commands: Any) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the named settings",
+        description="List the named settings, where they come from, and what was published with "
+        "them. Accuracies are others'; none is a promise.",
+    )
+    parser.set_defaults(command=recipes)
 
 
 def _add_show(commands: Any) -> None:

@@ -189,3 +189,15 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on(photographs: Path, tmp_path: 
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert {file.name for file in out.iterdir()} >= RUN_FILES
+
+
+def test_recipes_name_their_source_and_what_was_published(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mixmask.trainers.config import PRESETS
+
+    assert cli.main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
+    assert text.count("  source: ") == len(PRESETS)
+    assert "moco-v2 + mixmask 69.2 % (linear; the authors' code)" in text

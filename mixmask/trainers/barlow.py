@@ -25,7 +25,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    "imagenette": {"lr": 0.2, "weight_decay": 1e-6, "dim": 2048},
+    "imagenet100": {"lr": 0.2, "dim": 2048},
 }
 
 
@@ -49,7 +52,7 @@ class BarlowTwinsConfig(RunConfig):
         check_range("dim", self.dim, 1)
         for name in ("redundancy_weight", "scale"):
             check_range(name, getattr(self, name), 0)
-        if self.per_sample and self.mix in ("mixmask", "both"):
+        if self.per_sample and self.mix in ("mixmask", "both", "erase"):
             raise ValueError(
                 "--per-sample gives each image a λ of its own, but barlow-twins has no loss of one "
                 "image; leave it out"
@@ -91,7 +94,7 @@ class BarlowTwins(nn.Module):
             generator: A CPU generator for masks and partners.
         """
         z1, z2 = self.encode(x1), self.encode(x2)
-        yield Term(self.loss(z1, z2))
+        yield Term(self.loss(z1, z2), pair=(z1, z2))
         yield from mixed_terms(
             self.config, self.mixtures, x1, self.encode, self.loss, z2, generator
         )

@@ -30,7 +30,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    "imagenette": {"lr": 0.3, "weight_decay": 1e-6},
+    "imagenet100": {"lr": 0.3},
 }  # fmt: skip
 
 
@@ -101,7 +104,8 @@ class BYOL(nn.Module):
             generator: A CPU generator for masks and partners.
         """
         t1, t2 = self.encode_targets(x1), self.encode_targets(x2)
-        yield Term(squared_distance(self.encode(x1), t2).mean())
+        p1 = self.encode(x1)
+        yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
         yield Term(squared_distance(self.encode(x2), t1).mean())
         yield from mixed_terms(
             self.config, self.mixtures, x1, self.encode, squared_distance, t2, generator

@@ -25,6 +25,7 @@ class RunConfig:
     method: str = option("moco-v2", "training method")
     mix: str = option("mixmask", "what fills the mixed view", MIXTURES)
     data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
+    recipe: str = option("", "named settings; without it those of --data, for a folder imagenet's")
     arch: str = option("resnet50", "backbone: a timm name, or 'narrow' for our small ResNet")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
     image_size: int = option(224, "height and width of the views, in pixels")
@@ -51,7 +52,14 @@ class RunConfig:
     schedule: str = option("cosine", "learning rate over the run", ("cosine", "step"))
     weight_decay: float = option(1e-4, "weight decay")
     sgd_momentum: float = option(0.9, "momentum of SGD and LARS")
+    accumulate: int = option(1, "parts of a batch that are forwarded one after the other")
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
+    compile: bool = option(False, "compile the backbone")
+    checkpointing: bool = option(False, "recompute activations in backward, to save memory")
+    sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs)")
+    tracker: str = option(
+        "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")
+    )
     seed: int = option(0, "seed from which all randomness follows")
     monitor: int = option(10, "epochs between two kNN accuracies on the test split; 0 for none")
 
@@ -64,6 +72,12 @@ class RunConfig:
         for name in ("image_size", "epochs"):
             check_range(name, getattr(self, name), 1)
         check_range("batch_size", self.batch_size, 2)
+        check_range("accumulate", self.accumulate, 1)
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise ValueError(
+                f"--accumulate must divide --batch-size into parts of at least 2, got "
+                f"{self.accumulate} and {self.batch_size}; use for instance 1"
+            )
         check_range("grid_size", self.grid_size, 2, self.image_size)
         check_range("seed", self.seed, 0)
         check_range("monitor", self.monitor, 0)
@@ -76,10 +90,13 @@ class RunConfig:
         check_over_zero("alpha", self.alpha)
 
 
+# What suits small images: ResNet-18 as on CIFAR, after Un-Mix (Shen et al.), on which the paper's
+# CIFAR-100 rows build.
 _CIFAR = {
     "arch": "resnet18", "small_stem": True, "image_size": 32, "grid_size": 2,
     "min_scale": 0.08, "blur": 0.0, "batch_size": 512, "weight_decay": 5e-4, "epochs": 1000,
 }  # fmt: skip
+_IMAGENETTE = {"arch": "resnet18", "image_size": 128, "batch_size": 256, "weight_decay": 5e-4}
 
 # Options that suit a data set better than the defaults, which are ImageNet's, in every method.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,10 +105,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hue": 0.15, "grey": 0.5, "blur": 0.0, "epochs": 28, "batch_size": 64, "warmup": 0.05,
         "weight_decay": 5e-4,
     },
-    # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": {**_CIFAR, "image_size": 64, "grid_size": 4},
     "stl10": {**_CIFAR, "image_size": 64, "grid_size": 4, "epochs": 200, "small_stem": False},
+    "imagenette": {**_IMAGENETTE, "grid_size": 8, "epochs": 800},
+    "imagenet100": {"arch": "resnet18", "batch_size": 256, "epochs": 400},
+    "imagenet": {},
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,9 @@ from tqdm import tqdm
 from mixmask.trainers.config import RunConfig, save_config
 from mixmask.trainers.parts import Term, build_mixtures, fold_seed
 from mixmask.trainers.run import Meter, Row, Run, random_view
+
+# Embeddings that are this little spread out are one point, and no loss brings them apart again.
+_COLLAPSED = 0.02
 
 # Measures a backbone; the flag asks for everything, as before and after a run.
 Monitor = Callable[[nn.Module, bool], dict[str, float]]
@@ -63,7 +66,8 @@ def pretrain(
 
     Raises:
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
-        FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
+        FloatingPointError: If the loss is no longer finite or the run has collapsed; the last
+            checkpoint is kept.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
     run = Run.build(config, images, out)
@@ -75,6 +79,9 @@ def pretrain(
         save_config(config, out / "config.json")
     if on_start and main:
         on_start()
+    if config.tracker != "none":
+        options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
+        run.accelerator.init_trackers("mixmask", config=options)
     if monitor and main and not resume:
         run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
         run.write_csv()
@@ -84,20 +91,34 @@ def pretrain(
     with bar, _finish_steps() as stop_requested:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
             row = _train_epoch(run, epoch, bar, stop_requested)
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss became {row['loss']} in epoch {epoch}; {run.last} holds the epoch "
-                    "before: lower --lr, or use --precision fp32"
-                )
+            _check_health(run, row)
             last = epoch == config.epochs
             due = last or (config.monitor > 0 and epoch % config.monitor == 0)
             if monitor and due and main:
                 row.update(monitor(run.model.backbone, last))
             run.rows.append(row)
+            run.accelerator.log(row, step=run.step)
             run.save()
             if stop_requested() and not last:
                 raise KeyboardInterrupt
+    run.accelerator.end_training()
     return run.model, run.rows
+
+
+def _check_health(run: Run, row: Row) -> None:
+    """Stop a run that cannot recover, while the epoch before is the newest checkpoint."""
+    epoch, kept = int(row["epoch"]), f"{run.last} holds the epoch before"
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(
+            f"the loss became {row['loss']} in epoch {epoch}; {kept}: lower --lr, or use "
+            "--precision fp32"
+        )
+    if row["spread"] < _COLLAPSED:
+        raise FloatingPointError(
+            f"the run has collapsed: in epoch {epoch} all images had about the same embedding "
+            f"(spread {row['spread']:.3g}, 1 is a whole sphere); {kept}: lower --lr, or raise "
+            "--batch-size"
+        )
 
 
 def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bool]) -> Row:
@@ -116,12 +137,16 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
 
         # kornia draws from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
-        x_q, x_k = run.view(torch.cat([batch, batch])).chunk(2)
+        views = run.view(torch.cat([batch, batch])).chunk(2)
         seed = fold_seed(config.seed, rank, run.step, "mixing")
-        terms = model.terms(x_q, x_k, torch.Generator().manual_seed(seed))
-        for term in _autocast(accelerator, terms):
-            accelerator.backward(term.loss)
-            meter.add(term)
+        generator = torch.Generator().manual_seed(seed)
+        parts = config.accumulate
+        for part, (x1, x2) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
+            for number, term in enumerate(_autocast(accelerator, model.terms(x1, x2, generator))):
+                accelerator.backward(term.loss / parts)
+                meter.add(term, 1 / parts)
+                if term.pair and part == number == 0:
+                    meter.look(term.pair)
         _average_gradients(accelerator, model)
         lr = learning_rate(config, run.step / (run.steps * config.epochs))
         for group in run.optimizer.param_groups:

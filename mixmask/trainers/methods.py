@@ -74,8 +74,15 @@ def make_config(**given: Any) -> Any:
                 + (f", but of {', '.join(owners)}; leave it out" if owners else "")
             )
     data = given.get("data", RunConfig.data)
-    options = {**PRESETS.get(data, {}), **entry.presets.get(data, {}), **entry.defaults}
-    return entry.config(**{**options, **given, "method": method})
+    recipe = given.get("recipe") or (data if data in PRESETS else "imagenet")
+    check_choice("--recipe", recipe, tuple(PRESETS))
+    if recipe != data and data in PRESETS:
+        raise ValueError(
+            f"--recipe {recipe} and --data {data} contradict each other; leave --recipe out, or "
+            "name the folder that its images are in"
+        )
+    options = {**PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
+    return entry.config(**{**options, **given, "method": method, "recipe": recipe})
 
 
 def load_config(path: Path) -> RunConfig:

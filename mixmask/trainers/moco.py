@@ -36,7 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    "imagenette": {**_CIFAR, "lr": 0.12},
 }
 
 
@@ -61,10 +63,11 @@ class MoCoConfig(RunConfig):
             check_range(name, getattr(self, name), 1)
         check_range("encoder_momentum", self.encoder_momentum, 0, 1)
         check_over_zero("temperature", self.temperature)
-        if self.batch_size % self.bn_splits or self.batch_size // self.bn_splits < 2:
+        part = self.batch_size // self.accumulate
+        if part % self.bn_splits or part // self.bn_splits < 2:
             raise ValueError(
-                f"--bn-splits must divide --batch-size into parts of at least 2, got "
-                f"{self.bn_splits} and {self.batch_size}; use for instance 1"
+                "--bn-splits must divide --batch-size (of one part, with --accumulate) into parts "
+                f"of at least 2, got {self.bn_splits} and {part}; use for instance 1"
             )
 
 
@@ -91,7 +94,7 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.queue = Queue(config.queue_size, config.dim)
         self.mixtures: list[Mixture] = build_mixtures(config)
-        self.new_keys: Tensor | None = None
+        self.new_keys: list[Tensor] = []
 
     def encode(self, images: Tensor) -> Tensor:
         """Embed views (N, 3, S, S) by the query encoder: unit vectors (N, dim)."""
@@ -126,16 +129,17 @@ class MoCo(nn.Module):
             k1 = self.encode_keys(x1, generator)
             pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])
         for x, k in pairs:
-            yield Term(info_nce(self.encode(x), k))
+            q = self.encode(x)
+            yield Term(info_nce(q, k), pair=(q, k))
         for x, k in pairs:
             yield from mixed_terms(config, self.mixtures, x, self.encode, info_nce, k, generator)
-        self.new_keys = keys
+        self.new_keys.append(keys)
 
     def after_step(self, done: float) -> None:
         """Let the key encoder follow and put the keys into the queue, once a step."""
         del done
-        assert self.new_keys is not None, "after_step belongs behind a finished terms()"
+        assert self.new_keys, "after_step belongs behind a finished terms()"
         update_momentum(self.backbone, self.key_backbone, self.config.encoder_momentum)
         update_momentum(self.head, self.key_head, self.config.encoder_momentum)
-        self.queue.enqueue(gather_rows(self.new_keys, checked=False))
-        self.new_keys = None
+        self.queue.enqueue(gather_rows(torch.cat(self.new_keys), checked=False))
+        self.new_keys = []

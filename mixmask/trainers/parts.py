@@ -20,10 +20,17 @@ Mixture = Callable[[Tensor, torch.Generator], MixedBatch]
 
 
 class Term(NamedTuple):
-    """One summand of a step's loss, with the mean λ of its mixed view, () float32 or None."""
+    """One summand of a step's loss.
+
+    Attributes:
+        loss: () scalar.
+        lam: () float32, the mean λ of the mixed view; None for a clean term.
+        pair: Two views' embeddings, (N, dim), of which the first tells how a run fares.
+    """
 
     loss: Tensor
     lam: Tensor | None = None
+    pair: tuple[Tensor, Tensor] | None = None
 
 
 # Four blocks and a stem of three small convolutions: what 32 pixels leave room for.

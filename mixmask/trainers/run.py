@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import pickle
 import time
@@ -13,9 +14,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import build_method
@@ -46,6 +48,9 @@ class Meter:
     clean: Tensor | float = 0.0
     mixed: Tensor | float = 0.0
     lam: Tensor | float = 0.0
+    spread: Tensor | float = 0.0
+    alignment: Tensor | float = 0.0
+    uniformity: Tensor | float = 0.0
     seconds: float = 0.0
     began: float | None = None
     images_a_step: int = 0
@@ -59,14 +64,29 @@ class Meter:
         """Return the epoch's seconds, those before an interruption included."""
         return self.seconds + (0 if self.began is None else time.perf_counter() - self.began)
 
-    def add(self, term: Term) -> None:
-        """Count a term in."""
+    def add(self, term: Term, share: float = 1.0) -> None:
+        """Count a term in, or one part of an accumulated step with its share."""
         if term.lam is None:
-            self.clean = self.clean + term.loss.detach().float()
+            self.clean = self.clean + share * term.loss.detach().float()
         else:
-            self.mixed = self.mixed + term.loss.detach().float()
+            self.mixed = self.mixed + share * term.loss.detach().float()
             self.lam = self.lam + term.lam
             self.views += 1
+
+    @torch.no_grad()
+    def look(self, pair: tuple[Tensor, Tensor]) -> None:
+        """Note how far a step's embeddings are spread, and how close views lie (once a step).
+
+        The spread is the standard deviation of the normalised features times the root of their
+        number: about 1 on a whole sphere, 0 when all images share a point (SimSiam, section 4.1).
+        Alignment and uniformity are those of Wang and Isola.
+        """
+        z, other = (F.normalize(rows.float(), dim=1) for rows in pair)
+        self.spread = self.spread + z.std(dim=0).mean() * z.shape[1] ** 0.5
+        self.alignment = self.alignment + ((z - other) ** 2).sum(dim=1).mean()
+        # Distances of unit vectors by their cosines; a row's own one is left out.
+        closeness = (4 * (z @ z.T - 1)).exp().sum() - len(z)
+        self.uniformity = self.uniformity + (closeness / (len(z) * (len(z) - 1))).log()
 
     def row(self) -> Row:
         """Return the means as columns of `metrics.csv`; this waits for the device."""
@@ -77,6 +97,9 @@ class Meter:
             "loss_clean": clean,
             "loss_mixed": mixed,
             "lam": float(self.lam) / self.views if self.views else 1.0,
+            "spread": float(self.spread) / steps,
+            "alignment": float(self.alignment) / steps,
+            "uniformity": float(self.uniformity) / steps,
             "images_per_s": steps * self.images_a_step / seconds,
             "seconds": seconds,
         }
@@ -88,7 +111,8 @@ class Meter:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""
-        sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam")}
+        names = ("clean", "mixed", "lam", "spread", "alignment", "uniformity")
+        sums = {name: float(getattr(self, name)) for name in names}
         return {"steps": self.steps, "views": self.views, "seconds": self.elapsed(), **sums}
 
 
@@ -113,7 +137,8 @@ class Run:
         """Build a run at its first step; the seed alone decides its weights."""
         precision = "no" if config.precision == "fp32" else config.precision
         AcceleratorState._reset_state()  # An earlier run in this process may have had another.
-        accelerator = Accelerator(mixed_precision=precision)
+        tracker = None if config.tracker == "none" else _installed(config.tracker)
+        accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=out)
         steps = len(images) // (config.batch_size * accelerator.num_processes)
         if steps == 0:
             raise ValueError(
@@ -121,7 +146,14 @@ class Run:
                 f"are for {accelerator.num_processes} process(es); use a smaller one"
             )
         torch.manual_seed(fold_seed(config.seed, "weights"))
-        model = build_method(config).to(memory_format=torch.channels_last).to(accelerator.device)
+        model = build_method(config)
+        if config.sync_bn and accelerator.num_processes > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = model.to(memory_format=torch.channels_last).to(accelerator.device)
+        if config.checkpointing:
+            _recompute(model.backbone, config.arch)
+        if config.compile:
+            model.backbone.compile()
         optimizer = build_optimizer(model, config)
         return cls(
             config,
@@ -195,6 +227,25 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
         temporary.replace(self.out / "metrics.csv")
+
+
+def _installed(tracker: str) -> str:
+    """Return the tracker's name, or say what it needs."""
+    if importlib.util.find_spec(tracker) is None:
+        raise ValueError(
+            f"--tracker {tracker} needs the package {tracker}, which is not installed; "
+            f"pip install {tracker}, or leave the option out"
+        )
+    return tracker
+
+
+def _recompute(backbone: nn.Module, arch: str) -> None:
+    try:
+        backbone.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError, TypeError):
+        raise ValueError(
+            f"--checkpointing is not known to {arch}; leave it out, or use --accumulate"
+        ) from None
 
 
 def _read_whole(path: Path) -> dict[str, Any] | None:

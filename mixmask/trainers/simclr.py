@@ -23,10 +23,14 @@ from mixmask.trainers.parts import (
 _CIFAR = {"lr": 1.0, "temperature": 0.5, "weight_decay": 1e-4, "jitter": 0.4, "hue": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.06},
-    # SimCLR, appendix B.9.
+    # Rate and temperature: SimCLR, appendix B.9.
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    # The rate is .3 for 256 images (SimCLR, section 2.2).
+    "imagenette": {"lr": 0.3, "weight_decay": 1e-6},
+    "imagenet100": {"lr": 0.3},
 }
 
 
@@ -88,7 +92,7 @@ class SimCLR(nn.Module):
         config = self.config
         nt_xent = NTXent(config.temperature, gather_distributed=True)
         z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
-        yield Term(nt_xent(z1, z2))
+        yield Term(nt_xent(z1, z2), pair=(z1, z2))
         if config.one_directional:
             nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
         yield from mixed_terms(config, self.mixtures, x1, self.encode, nt_xent, z2, generator)

@@ -26,7 +26,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # SimSiam, appendix D: lr .03 for 256 images.
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    "imagenette": {"lr": 0.05},
+    "imagenet100": {"lr": 0.05},
 }
 
 
@@ -90,7 +93,7 @@ class SimSiam(nn.Module):
         distance = NegativeCosine()
         z1, z2 = self.project(x1), self.project(x2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        yield Term((distance(p1, z2) + distance(p2, z1)) / 2)
+        yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
         yield from mixed_terms(self.config, self.mixtures, x1, self.encode, distance, z2, generator)
 
     def after_step(self, done: float) -> None:

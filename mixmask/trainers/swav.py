@@ -27,7 +27,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.1, "hidden": 128, "prototypes": 32},
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
+    "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
+    "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
+    "imagenet100": {"lr": 0.3, "prototypes": 1000},
 }
 
 
@@ -98,7 +101,7 @@ class SwAV(nn.Module):
         swav = losses.SwAV(config.temperature)
         s1, s2 = self.encode(x1), self.encode(x2)
         codes1, codes2 = (sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2))
-        yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2)
+        yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2, pair=(s1, s2))
         yield from mixed_terms(config, self.mixtures, x1, self.encode, swav, codes2, generator)
 
     def after_step(self, done: float) -> None:

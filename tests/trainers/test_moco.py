@@ -61,7 +61,7 @@ def test_a_step_enqueues_once_and_moves_the_key_encoder_once() -> None:
     for term in model.terms(x_q, x_k, torch.Generator()):
         term.loss.backward()
         assert torch.equal(model.queue.keys, queue)
-    keys = model.new_keys
+    keys = torch.cat(model.new_keys)
     assert keys is not None
     with torch.no_grad():
         model.head[0].weight.add_(1)  # type: ignore[index]
