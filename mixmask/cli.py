@@ -45,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(**options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return _refuse(str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        return _refuse(
+            "out of memory: --accumulate 2 halves what a step holds, --checkpointing and "
+            "--precision bf16 help too"
+        )
     except KeyboardInterrupt:
         _say("\nmixmask: interrupted", sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mixmask import cli
@@ -201,3 +202,14 @@ def test_recipes_name_their_source_and_what_was_published(
     assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
     assert text.count("  source: ") == len(PRESETS)
     assert "moco-v2 + mixmask 69.2 % (linear; the authors' code)" in text
+
+
+def test_out_of_memory_names_the_options_that_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("mixmask.trainers.loop.pretrain", full)
+    assert cli.main(["pretrain", "--out", str(tmp_path / "run")]) == 2
+    assert "--accumulate 2" in capsys.readouterr().err
