@@ -23,6 +23,9 @@ from mixmask.trainers.run import Meter, Row, Run, random_view
 # Embeddings that are this little spread out are one point, and no loss brings them apart again.
 _COLLAPSED = 0.02
 
+# Steps between two questions whether another process was asked to stop: they wait for the device.
+_ASK_EVERY = 10
+
 # Measures a backbone; the flag asks for everything, as before and after a run.
 Monitor = Callable[[nn.Module, bool], dict[str, float]]
 
@@ -88,7 +91,7 @@ def pretrain(
 
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
-    with bar, _finish_steps() as stop_requested:
+    with bar, _finish_steps(run.accelerator) as stop_requested:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
             row = _train_epoch(run, epoch, bar, stop_requested)
             _check_health(run, row)
@@ -101,7 +104,8 @@ def pretrain(
             run.save()
             if stop_requested() and not last:
                 raise KeyboardInterrupt
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:  # end_training() would end the processes' group too.
+        tracker.finish()
     return run.model, run.rows
 
 
@@ -113,7 +117,7 @@ def _check_health(run: Run, row: Row) -> None:
             f"the loss became {row['loss']} in epoch {epoch}; {kept}: lower --lr, or use "
             "--precision fp32"
         )
-    if row["spread"] < _COLLAPSED:
+    if row.get("spread", 1.0) < _COLLAPSED:
         raise FloatingPointError(
             f"the run has collapsed: in epoch {epoch} all images had about the same embedding "
             f"(spread {row['spread']:.3g}, 1 is a whole sphere); {kept}: lower --lr, or raise "
@@ -160,11 +164,12 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
         bar.update()
         if meter.steps % 10 == 0 or i + 1 == run.steps:
             bar.set_postfix_str(meter.summary())
-        if stop_requested() and i + 1 < run.steps:
+        ask = processes == 1 or run.step % _ASK_EVERY == 0
+        if ask and stop_requested() and i + 1 < run.steps:
             run.save()
             raise KeyboardInterrupt
     run.meter = Meter()
-    return {"epoch": epoch, "step": run.step, **meter.row(), "lr": lr}
+    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, meter.row()), "lr": lr}
 
 
 def first_views(config: RunConfig, images: Tensor, count: int = 8) -> Views:
@@ -226,8 +231,24 @@ def _average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
 
 
+def _averaged(accelerator: Accelerator, row: Row) -> Row:
+    """Average what the processes have measured, so that all judge a run alike."""
+    if accelerator.num_processes == 1:
+        return row
+    values = torch.tensor(list(row.values()), device=accelerator.device)
+    return dict(zip(row, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+
+def _anywhere(accelerator: Accelerator, asked: bool) -> bool:
+    """Tell whether any process was asked to stop: all stop at one step, or the others wait."""
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor(float(asked), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+
 @contextmanager
-def _finish_steps() -> Iterator[Callable[[], bool]]:
+def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
     requested = False
     previous: dict[signal.Signals, Any] = {}
@@ -244,7 +265,7 @@ def _finish_steps() -> Iterator[Callable[[], bool]]:
     except ValueError:  # Not in the main thread, where signals never arrive.
         previous.clear()
     try:
-        yield lambda: requested
+        yield lambda: _anywhere(accelerator, requested)
     finally:
         for sent, handler in previous.items():
             signal.signal(sent, handler)

@@ -26,6 +26,9 @@ from mixmask.views import RandomView
 
 Row = dict[str, float]
 
+# What `Meter.look` sees, where a method shows its embeddings.
+_SEEN = ("spread", "alignment", "uniformity")
+
 
 def random_view(config: RunConfig) -> RandomView:
     """Build the random view that a configuration describes."""
@@ -51,6 +54,7 @@ class Meter:
     spread: Tensor | float = 0.0
     alignment: Tensor | float = 0.0
     uniformity: Tensor | float = 0.0
+    looks: int = 0
     seconds: float = 0.0
     began: float | None = None
     images_a_step: int = 0
@@ -81,6 +85,7 @@ class Meter:
         number: about 1 on a whole sphere, 0 when all images share a point (SimSiam, section 4.1).
         Alignment and uniformity are those of Wang and Isola.
         """
+        self.looks += 1
         z, other = (F.normalize(rows.float(), dim=1) for rows in pair)
         self.spread = self.spread + z.std(dim=0).mean() * z.shape[1] ** 0.5
         self.alignment = self.alignment + ((z - other) ** 2).sum(dim=1).mean()
@@ -97,9 +102,7 @@ class Meter:
             "loss_clean": clean,
             "loss_mixed": mixed,
             "lam": float(self.lam) / self.views if self.views else 1.0,
-            "spread": float(self.spread) / steps,
-            "alignment": float(self.alignment) / steps,
-            "uniformity": float(self.uniformity) / steps,
+            **{name: float(getattr(self, name)) / self.looks for name in _SEEN if self.looks},
             "images_per_s": steps * self.images_a_step / seconds,
             "seconds": seconds,
         }
@@ -111,9 +114,9 @@ class Meter:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""
-        names = ("clean", "mixed", "lam", "spread", "alignment", "uniformity")
-        sums = {name: float(getattr(self, name)) for name in names}
-        return {"steps": self.steps, "views": self.views, "seconds": self.elapsed(), **sums}
+        sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam", *_SEEN)}
+        counts = {name: getattr(self, name) for name in ("steps", "views", "looks")}
+        return {**counts, "seconds": self.elapsed(), **sums}
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Run:
         AcceleratorState._reset_state()  # An earlier run in this process may have had another.
         tracker = None if config.tracker == "none" else _installed(config.tracker)
         accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=out)
+        _check_joined(accelerator)
         steps = len(images) // (config.batch_size * accelerator.num_processes)
         if steps == 0:
             raise ValueError(
@@ -227,6 +231,16 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
         temporary.replace(self.out / "metrics.csv")
+
+
+def _check_joined(accelerator: Accelerator) -> None:
+    """Refuse processes that know nothing of each other, and would write the same files."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but accelerate has joined "
+            f"{accelerator.num_processes}; without GPUs, set ACCELERATE_USE_CPU=true"
+        )
 
 
 def _installed(tracker: str) -> str:

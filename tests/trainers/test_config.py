@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixmask.trainers.config import PRESETS, save_config
+from mixmask import cli
+from mixmask.trainers.config import PRESETS, RunConfig, save_config
 from mixmask.trainers.loop import learning_rate
-from mixmask.trainers.methods import load_config, make_config
+from mixmask.trainers.methods import METHODS, load_config, make_config
 from mixmask.trainers.moco import MoCoConfig
+
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def test_defaults_are_moco_v2_on_imagenet() -> None:
@@ -25,17 +31,91 @@ def test_defaults_are_moco_v2_on_imagenet() -> None:
     assert (config.grid_size, config.ratio, config.pattern) == (8, 0.5, "block")
 
 
-@pytest.mark.parametrize("data", PRESETS)
-@pytest.mark.parametrize("method", ["moco-v1", "moco-v2"])
+@pytest.mark.parametrize("data", [*PRESETS, "photographs"])
+@every_method
 def test_presets_are_valid_and_yield_to_what_is_given(data: str, method: str) -> None:
-    assert make_config(data=data, method=method).method == method
-    assert make_config(data=data, method=method, lr=0.5, temperature=0.3).temperature == 0.3
+    config = make_config(data=data, method=method)
+    assert (config.method, config.data) == (method, data)
+    assert type(config) is METHODS[method].config
+    assert make_config(data=data, method=method, lr=0.5, epochs=3).lr == 0.5
 
 
-def test_json_round_trip(tmp_path: Path) -> None:
-    config = make_config(ratio=(0.25, 0.75), per_sample=True)
+def test_presets_name_data_and_options_that_there_are() -> None:
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    assert all(shared >= set(preset) for preset in PRESETS.values())
+    for entry in METHODS.values():
+        known = {field.name for field in dataclasses.fields(entry.config)}
+        assert set(PRESETS) >= set(entry.presets)
+        assert all(known >= set(preset) for preset in (entry.defaults, *entry.presets.values()))
+
+
+def test_what_a_method_is_outweighs_presets_for_the_data() -> None:
+    first, second = (make_config(method=f"moco-v{version}", data="cifar10") for version in (1, 2))
+    assert (first.temperature, second.temperature) == (0.07, 0.1)
+    assert (first.schedule, second.schedule) == ("step", "cosine")
+    assert first.queue_size == second.queue_size == 4096
+
+
+@every_method
+def test_json_round_trip(method: str, tmp_path: Path) -> None:
+    per_sample = method != "barlow-twins"
+    config = make_config(
+        method=method, ratio=(0.25, 0.75), per_sample=per_sample, lr=0.123, dim=7, switch=False
+    )
     save_config(config, tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == config
+    loaded = load_config(tmp_path / "config.json")
+    assert type(loaded) is type(config)
+    assert loaded == config
+
+
+@every_method
+def test_every_option_says_what_it_is(method: str) -> None:
+    for field in dataclasses.fields(METHODS[method].config):
+        text = field.metadata["help"]
+        assert len(text) > 3, field.name
+        assert "\n" not in text
+        assert not text.endswith("."), field.name
+        assert isinstance(field.metadata["choices"], tuple)
+
+
+@pytest.mark.parametrize(
+    "method, name, owners",
+    [
+        ("simclr", "queue_size", "moco-v1, moco-v2"),
+        ("byol", "symmetric", "moco-v1, moco-v2"),
+        ("moco-v2", "one_directional", "simclr"),
+        ("moco-v1", "hidden", "byol, simsiam, swav"),
+        ("swav", "encoder_momentum", "moco-v1, moco-v2, byol"),
+        ("simsiam", "temperature", "moco-v1, moco-v2, simclr, swav"),
+        ("barlow-twins", "prototypes", "swav"),
+        ("swav", "redundancy_weight", "barlow-twins"),
+    ],
+)
+def test_an_option_of_other_methods_is_refused_by_their_names(
+    method: str, name: str, owners: str, tmp_path: Path
+) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag} is no option of {method}, but of {owners};"):
+        make_config(method=method, **{name: 1})
+    fields = dataclasses.asdict(make_config(method=method)) | {name: 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"is no run that can be resumed.*'{name}'"):
+        load_config(tmp_path / "config.json")
+
+
+def test_an_option_of_no_method_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^--colour is no option of byol$"):
+        make_config(method="byol", colour="red")
+
+
+def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
+    names = ", ".join(repr(name) for name in METHODS)
+    with pytest.raises(ValueError, match=f"--method must be one of {names}, got 'dino'"):
+        make_config(method="dino")
+    fields = dataclasses.asdict(make_config()) | {"method": "dino"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"is no run that can be resumed.*'dino'"):
+        load_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"ratio": 0.5, "colour": "red"}'])
@@ -59,6 +139,16 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
         ({"hue": 0.9}, "--hue must be within 0 ... 0.5, got 0.9"),
         ({"queue_size": 0}, "--queue-size must be at least 1, got 0"),
+        ({"alpha": 0.0}, "--alpha must be positive, got 0.0"),
+        ({"optimizer": "adam"}, "--optimizer must be one of 'sgd', 'lars', 'adamw'"),
+        ({"method": "simclr", "temperature": -1.0}, "--temperature must be positive, got -1.0"),
+        ({"method": "byol", "encoder_momentum": 1.1}, "--encoder-momentum must be within 0 ... 1"),
+        ({"method": "byol", "hidden": 0}, "--hidden must be at least 1, got 0"),
+        ({"method": "simsiam", "dim": 0}, "--dim must be at least 1, got 0"),
+        ({"method": "barlow-twins", "scale": -1.0}, "--scale must be at least 0, got -1.0"),
+        ({"method": "swav", "prototypes": 1}, "--prototypes must be at least 2, got 1"),
+        ({"method": "swav", "frozen": 1.5}, "--frozen must be within 0 ... 1, got 1.5"),
+        ({"method": "swav", "epsilon": 0.0}, "--epsilon must be positive, got 0.0"),
     ],
 )
 def test_errors_say_what_was_expected(options: dict[str, Any], message: str) -> None:
@@ -78,3 +168,19 @@ def test_steps_fall_at_60_and_80_percent() -> None:
     config = MoCoConfig(lr=1.0, schedule="step")
     rates = [learning_rate(config, done) for done in (0.0, 0.59, 0.6, 0.79, 0.8, 1.0)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_help_names_each_option_once_and_the_methods_that_own_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(["pretrain", "--help"]) == 0
+    text = capsys.readouterr().out.partition("options:")[2]
+    described = [" ".join(part.split()) for part in re.split(r"\n +(?=-)", text)]
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    names = {field.name for e in METHODS.values() for field in dataclasses.fields(e.config)}
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        (line,) = [line for line in described if re.match(rf"{flag}[ ,]", line)]
+        owners = [method for method, e in METHODS.items() if name in e.config.__dataclass_fields__]
+        assert line.endswith(f"({', '.join(owners)})") == (name not in shared), line

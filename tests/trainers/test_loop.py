@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_images
 from torch import Tensor
 
-from mixmask.trainers.data import load_data
-from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.moco import MoCo, MoCoConfig
+from mixmask.trainers.moco import MoCo
 
 TINY: dict[str, Any] = {"epochs": 3, "batch_size": 8, "queue_size": 29, "dim": 16, "image_size": 16}
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return load_data("clothing64", 32).train.images[::100][:24]
-
-
-def run(config: MoCoConfig, images: Tensor, out: Path, **options: Any) -> MoCo:
-    model: MoCo = pretrain(config, images, out, progress=False, **options)[0]
-    return model
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send this process SIGINT in the middle of a step, as a terminal does on Ctrl-C."""
-    after_step, steps = MoCo.after_step, [0]
-
-    def interrupted(self: MoCo, done: float) -> None:
-        steps[0] += 1
-        if steps[0] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        after_step(self, done)
-
-    monkeypatch.setattr(MoCo, "after_step", interrupted)
-
-
-def assert_same(ours: MoCo, reference: MoCo) -> None:
-    for (name, a), b in zip(
-        ours.state_dict().items(), reference.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
-
-
-def read_rows(out: Path) -> list[dict[str, str]]:
-    with (out / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+    return tiny_images(24)
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -63,7 +29,7 @@ def test_interrupted_and_resumed_ends_in_the_same_weights(
     config = make_config(**TINY, mix="both")
     whole = run(config, images, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        interrupt_at(step, patch)
+        interrupt_at(step, MoCo, patch)
         with pytest.raises(KeyboardInterrupt):
             run(config, images, tmp_path / "parts")
     torch.manual_seed(12345)  # What another process would have drawn must not matter.
@@ -91,7 +57,7 @@ def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(99)
     assert_same(run(config, images, tmp_path / "b"), first)
     other = run(make_config(**(TINY | {"epochs": 1, "seed": 1})), images, tmp_path / "c")
-    assert not torch.equal(other.head[0].weight, first.head[0].weight)  # type: ignore[index]
+    assert not torch.equal(other.head[0].weight, first.head[0].weight)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -117,6 +83,16 @@ def test_nothing_whole_to_resume(images: Tensor, tmp_path: Path) -> None:
 def test_batch_larger_than_the_data(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--batch-size 25 is more than the 24 images"):
         run(make_config(**(TINY | {"batch_size": 25})), images, tmp_path)
+
+
+def test_processes_that_are_not_joined_are_refused(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="2 processes were started, but accelerate has joined 1;"):
+        run(make_config(**TINY), images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_loss_that_is_not_finite_stops_the_run(

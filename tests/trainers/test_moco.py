@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_runs import build_tiny, note_mixes, seeded
 from torch import Tensor
 
 from mixmask.trainers.methods import make_config
@@ -40,6 +41,46 @@ def test_terms_equal_the_formula() -> None:
     z = model.encode(m.images)
     torch.testing.assert_close(clean, nce(model.encode(x_q), k))
     torch.testing.assert_close(mixed, m.lam * nce(z, k) + (1 - m.lam) * nce(z, k[m.partner]))
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_symmetric_terms_are_cross_entropies_of_each_view(switch: bool) -> None:
+    model, x1, x2 = build_tiny("moco-v2", symmetric=True, mix="both", switch=switch)
+    model.eval()
+    with torch.no_grad():
+        model.key_head[-1].weight.add_(0.1 * torch.randn_like(model.key_head[-1].weight))
+    drawn = note_mixes(model)
+    first, second, *mixed_terms = model.terms(x1, x2, seeded())
+
+    def nce(z: Tensor, target: Tensor) -> Tensor:
+        positive = (z * target).sum(dim=1, keepdim=True)
+        logits = torch.cat([positive, z @ model.queue.keys.T], dim=1) / model.config.temperature
+        return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long))
+
+    k1, k2 = (F.normalize(model.key_head(model.key_backbone(x)), dim=1) for x in (x1, x2))
+    torch.testing.assert_close(first.loss, nce(model.encode(x1), k2))
+    torch.testing.assert_close(second.loss, nce(model.encode(x2), k1))
+    assert len(drawn) == 4
+    for term, mixed, keys in zip(mixed_terms, drawn, [k2, k2, k1, k1], strict=True):
+        z = model.encode(mixed.images)
+        expected = mixed.lam * nce(z, keys)
+        if switch:
+            expected = expected + (1 - mixed.lam) * nce(z, keys[mixed.partner])
+        torch.testing.assert_close(term.loss, expected)
+
+
+def test_symmetric_enqueues_the_keys_of_both_views_once() -> None:
+    model, x1, x2 = build_tiny("moco-v2", symmetric=True, mix="both", encoder_momentum=1.0)
+    model.eval()
+    queue = model.queue.keys.clone()
+    list(model.terms(x1, x2, seeded()))
+    assert torch.equal(model.queue.keys, queue)
+    start = int(model.queue.position)
+    model.after_step(0.5)
+    assert int(model.queue.position) == start + 16
+    keys = F.normalize(model.key_head(model.key_backbone(torch.cat([x1, x2]))), dim=1)
+    torch.testing.assert_close(model.queue.keys[start : start + 16], keys)
+    assert torch.equal(model.queue.keys[start + 16 :], queue[start + 16 :])
 
 
 def test_backward_term_by_term_equals_one_backward() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from tiny_runs import build_tiny
 from torch import nn
 
-from mixmask.trainers.methods import make_config
+from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.parts import (
     Queue,
     SplitBatchNorm2d,
     build_backbone,
     build_head,
     build_mixtures,
+    build_mlp,
+    build_optimizer,
     fold_seed,
+    parameter_groups,
+    rising_momentum,
     split_batch_norm,
     update_momentum,
 )
@@ -140,3 +147,62 @@ def test_unmix_mixes_globally_and_regionally() -> None:
     masks = [unmix(torch.randn(4, 3, 8, 8), generator).mask for _ in range(200)]
     regional = sum(mask is not None for mask in masks)
     assert 70 < regional < 130
+
+
+def plain_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of biases and of all that norms hold."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+    held = {id(p) for part in model.modules() if isinstance(part, norms) for p in part.parameters()}
+    return held | {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("method", METHODS)
+def test_lars_and_adamw_spare_biases_and_norms_from_decay(method: str, optimizer: str) -> None:
+    model, _, _ = build_tiny(method, optimizer=optimizer, weight_decay=0.125)
+    groups = parameter_groups(model, model.config)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay)
+    assert set(decay) == {id(p) for p in model.parameters() if p.requires_grad}
+    plain = plain_parameters(model) & set(decay)
+    assert 0 < len(plain) < len(decay)
+    for parameter, of_it in decay.items():
+        assert of_it == (0 if parameter in plain and optimizer != "sgd" else 0.125)
+
+
+def test_lars_adapts_the_rate_of_weights_and_takes_plain_steps_for_biases() -> None:
+    layer = nn.Linear(3, 2)
+    config = make_config(method="simclr", optimizer="lars", lr=0.5, weight_decay=0.1)
+    optimizer = build_optimizer(layer, config)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+    optimizer.step()
+    gradient = layer.weight.grad
+    ratio = 0.001 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
+    expected = weight - 0.5 * ratio * (gradient + 0.1 * weight)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    torch.testing.assert_close(layer.bias.detach(), bias - 0.5 * layer.bias.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_sgd_and_lars_have_the_momentum_asked_for(optimizer: str) -> None:
+    config = make_config(method="simclr", optimizer=optimizer, sgd_momentum=0.7)
+    groups = build_optimizer(nn.Linear(2, 2), config).param_groups
+    assert {group["momentum"] for group in groups} == {0.7}
+
+
+def test_mlp_has_norms_between_its_layers_and_at_its_end_if_asked() -> None:
+    kinds = [type(layer).__name__ for layer in build_mlp(4, 6, 5)]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    *_, linear, norm = build_mlp(4, 6, 5, last_norm=True)
+    assert isinstance(linear, nn.Linear)
+    assert linear.bias is None
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert not norm.affine
+
+
+def test_rising_momentum_is_the_papers_cosine() -> None:
+    for done in (0.0, 0.3, 0.5, 1.0):
+        expected = 1 - (1 - 0.99) * (math.cos(math.pi * done) + 1) / 2  # BYOL, section 3.3.
+        assert rising_momentum(0.99, done) == pytest.approx(expected)
+    assert rising_momentum(0.9, 0.5) == pytest.approx(0.95)

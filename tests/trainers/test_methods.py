@@ -1,0 +1,276 @@
+"""What every method promises, whichever it is; what sets one apart stands in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import (
+    assert_same,
+    build_tiny,
+    gradients,
+    interrupt_at,
+    note_mixes,
+    read_rows,
+    run,
+    seeded,
+    tiny_config,
+    tiny_images,
+)
+from torch import Tensor, nn
+
+from mixmask import cli
+from mixmask.trainers.config import MIXTURES, RunConfig, check_range, option
+from mixmask.trainers.methods import METHODS, Entry, load_config, make_config
+from mixmask.trainers.parts import Term, build_backbone, build_mixtures, mixed_terms
+
+# How many views each mixture makes of one.
+VIEWS = {"none": 0, "both": 2}
+# By name: the method, its options, its clean terms, and how many of the two views it mixes.
+VARIANTS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "moco-v1": ("moco-v1", {}, 1, 1),
+    "moco-v2": ("moco-v2", {}, 1, 1),
+    "moco-v2 symmetric": ("moco-v2", {"symmetric": True}, 2, 2),
+    "simclr": ("simclr", {}, 1, 1),
+    "byol": ("byol", {}, 2, 1),
+    "simsiam": ("simsiam", {}, 1, 1),
+    "barlow-twins": ("barlow-twins", {}, 1, 1),
+    "swav": ("swav", {"frozen": 0.0}, 1, 1),
+}
+# What lets fourteen steps on a few photographs lower each loss.
+_MOCO = {"lr": 0.01, "queue_size": 16, "encoder_momentum": 0.99}
+LEARNING: dict[str, dict[str, Any]] = {
+    "moco-v1": _MOCO,
+    "moco-v2": _MOCO,
+    "simclr": {"lr": 0.03},
+    "byol": {"lr": 0.03},
+    "simsiam": {"lr": 0.05},
+    "barlow-twins": {"lr": 0.03},
+    "swav": {"lr": 0.1},
+}
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_mixture = pytest.mark.parametrize("mix", MIXTURES)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return tiny_images(16)
+
+
+def build(variant: str, **options: Any) -> tuple[Any, Tensor, Tensor]:
+    method, own, _, _ = VARIANTS[variant]
+    return build_tiny(method, **own, **options)
+
+
+def test_no_method_is_left_out_here() -> None:
+    assert {method for method, *_ in VARIANTS.values()} == set(METHODS)
+
+
+@every_mixture
+@every_variant
+def test_clean_terms_come_first_then_one_for_each_mixed_view(variant: str, mix: str) -> None:
+    _, _, clean, mixed_views = VARIANTS[variant]
+    model, x1, x2 = build(variant, mix=mix)
+    drawn = note_mixes(model)
+    terms = list(model.terms(x1, x2, seeded()))
+    assert [term.lam is None for term in terms[:clean]] == [True] * clean
+    assert len(terms) - clean == len(drawn) == mixed_views * VIEWS.get(mix, 1)
+    for term, mixed in zip(terms[clean:], drawn, strict=True):
+        assert term.lam is not None
+        assert term.lam.shape == ()
+        assert torch.equal(term.lam, mixed.lam.mean())
+        assert 0 <= term.lam <= 1
+    for term in terms:
+        assert (term.loss.shape, term.loss.dtype) == ((), torch.float32)
+        assert torch.isfinite(term.loss)
+        assert term.loss.requires_grad
+
+
+@every_mixture
+@every_variant
+def test_backward_term_by_term_equals_one_backward(variant: str, mix: str) -> None:
+    model, x1, x2 = build(variant, mix=mix)
+    model.eval()  # Running statistics would differ by the number of passes.
+    for term in model.terms(x1, x2, seeded()):
+        term.loss.backward()
+    one_by_one = gradients(model)
+    model.zero_grad()
+    torch.stack([term.loss for term in model.terms(x1, x2, seeded())]).sum().backward()
+    assert one_by_one
+    torch.testing.assert_close(one_by_one, gradients(model), rtol=1e-4, atol=1e-6)
+
+
+@every_variant
+def test_a_term_is_computed_when_it_is_asked_for(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="both")
+    passes = [0]
+    model.backbone.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    counts = [passes[0] for _ in model.terms(x1, x2, seeded())]
+    assert counts[-2] == counts[-1] - 1  # One pass more for the last mixed view.
+    assert counts[0] < counts[-2]
+
+
+@every_variant
+def test_without_switch_the_partner_drops_out_of_the_mixed_term(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="mixmask")
+    alone, _, _ = build(variant, mix="mixmask", switch=False)
+    clean = VARIANTS[variant][2]
+    both, one = (list(m.eval().terms(x1, x2, seeded())) for m in (model, alone))
+    for with_partner, without in zip(both[:clean], one[:clean], strict=True):
+        assert torch.equal(with_partner.loss, without.loss)
+    for with_partner, without in zip(both[clean:], one[clean:], strict=True):
+        assert torch.equal(with_partner.lam, without.lam)
+        assert abs(with_partner.loss - without.loss) > 1e-2
+
+
+@pytest.mark.parametrize("mix", ["mixmask", "both", "erase"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "barlow-twins"])
+def test_masks_of_ones_own_give_each_image_its_own_share(variant: str, mix: str) -> None:
+    ratio = (0.2, 0.8)
+    model, x1, x2 = build(variant, mix=mix, per_sample=True, grid_size=8, ratio=ratio)
+    drawn = note_mixes(model)
+    terms = list(model.terms(x1, x2, seeded()))[VARIANTS[variant][2] :]
+    masked = [(t, m) for t, m in zip(terms, drawn, strict=True) if m.lam.ndim]
+    assert masked
+    for term, mixed in masked:
+        assert mixed.lam.shape == (8,)
+        assert len(mixed.lam.unique()) > 1
+        torch.testing.assert_close(term.lam, mixed.lam.mean())
+        assert torch.isfinite(term.loss)
+
+
+@pytest.mark.parametrize("mix", ["mixmask", "both", "erase"])
+def test_barlow_twins_refuses_masks_of_ones_own(mix: str) -> None:
+    with pytest.raises(ValueError, match="--per-sample gives each image a λ of its own, but"):
+        tiny_config("barlow-twins", mix=mix, per_sample=True)
+
+
+@pytest.mark.parametrize("mix", ["none", "unmix", "mixup", "cutmix"])
+def test_barlow_twins_takes_the_option_where_it_changes_nothing(mix: str) -> None:
+    model, x1, x2 = build("barlow-twins", mix=mix, per_sample=True)
+    assert len(list(model.terms(x1, x2, seeded()))) == (1 if mix == "none" else 2)
+
+
+@every_variant
+def test_the_generator_decides_what_is_mixed(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="mixmask", grid_size=8, ratio=(0.2, 0.8))
+    model.eval()
+    first, again, other = (
+        [float(term.loss.detach()) for term in model.terms(x1, x2, seeded(seed))]
+        for seed in (3, 3, 4)
+    )
+    clean = VARIANTS[variant][2]
+    assert first == again
+    assert first[:clean] == pytest.approx(other[:clean])
+    assert first[clean:] != pytest.approx(other[clean:])
+
+
+@every_method
+def test_interrupted_and_resumed_ends_in_the_same_weights(
+    method: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(method, mix="both", epochs=2)
+    whole = run(config, images, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, METHODS[method].build, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, images, tmp_path / "parts")
+    torch.manual_seed(12345)  # What another process would have drawn must not matter.
+    config = load_config(tmp_path / "parts" / "config.json")
+    assert_same(run(config, images, tmp_path / "parts", resume=True), whole)
+    rows = [read_rows(tmp_path / name) for name in ("parts", "whole")]
+    assert [row["epoch"] for row in rows[0]] == ["1", "2"]
+    losses = [[float(row["loss"]) for row in part] for part in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_every_optimiser_resumes(
+    optimizer: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("simsiam", optimizer=optimizer, epochs=2, lr=0.001)
+    whole = run(config, images, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(2, METHODS["simsiam"].build, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, images, tmp_path / "parts")
+    assert_same(run(config, images, tmp_path / "parts", resume=True), whole)
+
+
+@every_method
+def test_a_few_epochs_lower_the_loss(method: str, tmp_path: Path) -> None:
+    views = {"image_size": 16, "min_scale": 0.8, "jitter": 0.1, "hue": 0.0, "grey": 0.0}
+    config = tiny_config(method, epochs=7, batch_size=16, **views, **LEARNING[method])
+    run(config, tiny_images(32), tmp_path)
+    # The first epoch fills MoCo's queue, which makes its task harder.
+    losses = [float(row["loss"]) for row in read_rows(tmp_path)[1:]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@dataclass(frozen=True)
+class ToyConfig(RunConfig):
+    width: int = option(4, "size of the toy's embedding")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("width", self.width, 1)
+
+
+class Toy(nn.Module):
+    """Everything that a method needs to be."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(config.arch)
+        self.head = nn.Linear(int(self.backbone.num_features), config.width)  # type: ignore[arg-type]
+        self.mixtures = build_mixtures(config)
+        self.told: list[float] = []
+
+    def encode(self, images: Tensor) -> Tensor:
+        z: Tensor = self.head(self.backbone(images))
+        return z
+
+    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+        target = self.encode(x2)
+        yield Term(nn.functional.mse_loss(self.encode(x1), target))
+        yield from mixed_terms(
+            self.config,
+            self.mixtures,
+            x1,
+            self.encode,
+            nn.functional.mse_loss,
+            target,
+            generator,
+        )
+
+    def after_step(self, done: float) -> None:
+        self.told.append(done)
+
+
+def test_a_new_method_is_a_class_and_a_line(
+    images: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    presets: dict[str, dict[str, Any]] = {"clothing64": {"lr": 0.07}}
+    monkeypatch.setitem(METHODS, "toy", Entry(Toy, ToyConfig, {"hue": 0.0}, presets))
+    config = make_config(method="toy", width=5, batch_size=8, epochs=2, mix="both")
+    assert (config.lr, config.hue, config.arch) == (0.07, 0.0, "narrow")
+    model = run(config, images, tmp_path)
+    assert model.told == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert model.head.weight.shape == (5, 128)
+    assert len(read_rows(tmp_path)) == 2
+    assert load_config(tmp_path / "config.json") == config
+    with pytest.raises(ValueError, match="--width is no option of byol, but of toy; leave it out"):
+        make_config(method="byol", width=5)
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(["pretrain", "--help"]) == 0
+    assert "size of the toy's embedding [4] (toy)" in capsys.readouterr().out

@@ -1,0 +1,321 @@
+"""Two processes that train together, as `accelerate launch` starts them, against one.
+
+Weights, queue and prototypes are the same on both, step by step. The running statistics of batch
+norm are not: each process has those of its own images, as is usual without --sync-bn.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from tiny_runs import build_tiny, gradients, note_mixes, run, seeded, tiny_config, tiny_images
+from torch import Tensor, multiprocessing, nn
+
+from mixmask import MixedBatch, mix_batch
+from mixmask.trainers import loop
+from mixmask.trainers import loop
+from mixmask.trainers.methods import METHODS
+from mixmask.trainers.moco import MoCo
+from mixmask.trainers.simsiam import SimSiam
+
+pytestmark = pytest.mark.slow
+
+WORLD, N = 2, 4
+Results = list[dict[str, Any]]
+
+# Options of the comparison with one process; barlow-twins standardises each process's features
+# by its own batch, so that there is nothing for it to equal.
+JOINT: dict[str, dict[str, Any]] = {
+    "moco-v1": {},
+    "moco-v2": {"symmetric": True},
+    "simclr": {},
+    "byol": {},
+    "simsiam": {},
+    "swav": {"frozen": 0.0},
+}
+# Partners within each half; those of the second one are counted from its own first image.
+HALVES = torch.tensor([[3, 2, 0, 1], [1, 2, 3, 0]])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copy all that must be the same everywhere: everything but batch norm's statistics."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if not name.endswith(statistics)}
+
+
+@contextmanager
+def _watching(method: type[Any], name: str, before: Any) -> Iterator[None]:
+    """Call something before each call of a method's function."""
+    original = getattr(method, name)
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        before(self, *arguments)
+        return original(self, *arguments)
+
+    setattr(method, name, watched)
+    try:
+        yield
+    finally:
+        setattr(method, name, original)
+
+
+def _train_each(rank: int, folder: Path) -> dict[str, Any]:
+    """Train every method for a few steps, the processes naming run folders of their own."""
+    found = {}
+    for method in METHODS:
+        config = tiny_config(method, batch_size=N, epochs=2)
+        model = run(config, tiny_images(16), folder / f"rank{rank}" / method)
+        found[method] = _weights(model)
+    return found
+
+
+def _fill_a_queue(folder: Path) -> dict[str, Any]:
+    """Train MoCo for ten steps and note the keys of each."""
+    keys: list[Tensor] = []
+    config = tiny_config("moco-v2", batch_size=N, epochs=2, queue_size=29)
+    with _watching(
+        MoCo, "after_step", lambda self, _: keys.append(torch.cat(self.new_keys).clone())
+    ):
+        model = run(config, tiny_images(40), folder / "queue")
+    return {"keys": keys, "queue": model.queue.keys, "position": model.queue.position}
+
+
+def _look_at_one_image(folder: Path) -> dict[str, Any]:
+    """Note what a step sees of one photograph, the same everywhere in the data."""
+    seen: list[Tensor] = []
+    noted: list[list[MixedBatch]] = []
+
+    def note(self: SimSiam, x1: Tensor, x2: Tensor, generator: torch.Generator) -> None:
+        del generator
+        seen.extend((x1.clone(), x2.clone()))
+        noted.append(note_mixes(self))
+
+    config = tiny_config(
+        "simsiam", batch_size=N, epochs=1, grid_size=8, pattern="discrete", per_sample=True
+    )
+    images = tiny_images(1).expand(2 * N, -1, -1, -1)
+    with _watching(SimSiam, "terms", note):
+        run(config, images, folder / "views")
+    mask = noted[0][0].mask
+    assert mask is not None
+    return {"views": torch.stack(seen), "mask": mask}
+
+
+def _views() -> tuple[Tensor, Tensor, Tensor]:
+    """Two views and masks, each (WORLD, N, ...)."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.randn(2 * WORLD * N, 3, 4, 4, generator=generator)
+    views = nn.functional.interpolate(coarse, 32, mode="bicubic").view(2, WORLD, N, 3, 32, 32)
+    masks = torch.rand(WORLD, N, 4, 4, generator=generator) < 0.5
+    return views[0], views[1], masks
+
+
+def _step(method: str, x1: Tensor, x2: Tensor, masks: Tensor, partner: Tensor) -> Any:
+    """Return a model with the gradients of one step in eval mode, and the step's losses.
+
+    In eval mode no statistics of a batch are taken, and the images meet in the loss alone.
+    """
+    model, _, _ = build_tiny(method, mix="mixmask", **JOINT[method])
+    model.eval()
+    model.mixtures = [lambda images, _: mix_batch(images, masks, partner=partner)]
+    losses = []
+    for term in model.terms(x1, x2, seeded()):
+        term.loss.backward()
+        losses.append(term.loss.detach())
+    return model, torch.stack(losses)
+
+
+def _compare(rank: int) -> dict[str, Any]:
+    accelerator = Accelerator()
+    assert (accelerator.num_processes, accelerator.process_index) == (WORLD, rank)
+    found = {}
+    for method in JOINT:
+        x1, x2, masks = (half[rank] for half in _views())
+        model, losses = _step(method, x1, x2, masks, HALVES[rank])
+        loop._average_gradients(accelerator, model)
+        found[method] = {"losses": losses, "gradients": gradients(model)}
+    return found
+
+
+def _interrupt(rank: int, folder: Path) -> dict[str, Any]:
+    """Interrupt one of the processes alone, resume, and compare with a whole run."""
+    loop._ASK_EVERY = 1  # Otherwise so short a run would end first.
+    config = tiny_config("moco-v2", batch_size=N, epochs=2, mix="both")
+    images, out = tiny_images(16), folder / "parts"
+    whole = run(config, images, folder / "whole")
+    steps: list[float] = []
+
+    def after(self: MoCo, done: float) -> None:
+        del self
+        steps.append(done)
+        if rank == 1 and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    loop._ASK_EVERY = 1
+    with _watching(MoCo, "after_step", after):
+        try:
+            run(config, images, out)
+        except KeyboardInterrupt:
+            steps.append(-1)
+    dist.barrier()
+    resumed = run(config, images, out, resume=True)
+    return {"steps": steps, "whole": _weights(whole), "resumed": _weights(resumed)}
+
+
+def _diverge(rank: int, folder: Path) -> str:
+    """Let the loss of one process be no number in the last step of an epoch."""
+    calls = [0]
+    project = SimSiam.project
+
+    def diverging(self: SimSiam, images: Tensor) -> Tensor:
+        calls[0] += 1
+        z = project(self, images)
+        return z * float("nan") if rank == 1 and calls[0] == 12 else z
+
+    SimSiam.project = diverging  # type: ignore[method-assign]
+    try:
+        run(tiny_config("simsiam", batch_size=N, epochs=3), tiny_images(16), folder / "nan")
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        SimSiam.project = project  # type: ignore[method-assign]
+    return "not noticed"
+
+
+def _work(rank: int, port: int, name: str) -> None:
+    """Do everything once in one of the processes, and leave the results in a file."""
+    warnings.simplefilter("error")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
+    folder = Path(name)
+    results = {
+        "trained": _train_each(rank, folder),
+        "queue": _fill_a_queue(folder),
+        "seen": _look_at_one_image(folder),
+        "joint": _compare(rank),
+        "interrupted": _interrupt(rank, folder),
+        "diverged": _diverge(rank, folder),
+    }
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Results:
+    """Start two processes and return what each of them found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_work, args=(rank, port, str(folder))) for rank in range(WORLD)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 180
+    for process in processes:
+        process.join(timeout=max(0.0, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging
+    assert [process.exitcode for process in processes] == [0] * WORLD
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_processes_end_in_the_same_weights(found: Results, method: str) -> None:
+    first, second = (one["trained"][method] for one in found)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    torch.manual_seed(0)
+    untrained = METHODS[method].build(tiny_config(method, batch_size=N))
+    assert all(
+        not torch.equal(first[f"backbone.{name}"], p)
+        for name, p in untrained.backbone.named_parameters()
+    )
+
+
+def test_the_first_process_alone_writes_files(found: Results, folder: Path) -> None:
+    del found
+    assert not (folder / "rank1").exists()
+    for method in METHODS:
+        files = {file.name for file in (folder / "rank0" / method).iterdir()}
+        assert files == {"config.json", "last.pt", "previous.pt", "metrics.csv"}
+
+
+def test_the_queue_holds_the_keys_of_both(found: Results) -> None:
+    first, second = (one["queue"] for one in found)
+    assert torch.equal(first["queue"], second["queue"])
+    steps = list(zip(first["keys"], second["keys"], strict=True))
+    assert len(steps) == 10
+    assert all(not torch.equal(mine, theirs) for mine, theirs in steps)
+    newest = torch.cat([keys for both in steps for keys in both])[-29:]
+    position = int(first["position"])
+    assert position == 10 * WORLD * N % 29
+    torch.testing.assert_close(first["queue"].roll(-position, 0), newest, rtol=0, atol=0)
+
+
+def test_views_and_masks_differ_between_processes(found: Results) -> None:
+    first, second = (one["seen"] for one in found)
+    views = torch.stack([first["views"], second["views"]]).flatten(0, 2)
+    apart = torch.cdist(views.flatten(1), views.flatten(1)) + 1e9 * torch.eye(len(views))
+    assert apart.min() > 1
+    masks = torch.cat([first["mask"], second["mask"]]).flatten(1).float()
+    assert len(masks.unique(dim=0)) == WORLD * N
+
+
+@pytest.mark.parametrize("method", JOINT)
+def test_one_step_of_two_halves_is_one_step_of_the_whole_batch(found: Results, method: str) -> None:
+    x1, x2, masks = (both.flatten(0, 1) for both in _views())
+    partner = (HALVES + torch.arange(WORLD)[:, None] * N).flatten()
+    model, losses = _step(method, x1, x2, masks, partner)
+    halves = [one["joint"][method] for one in found]
+    mean = torch.stack([half["losses"] for half in halves]).mean(dim=0)
+    torch.testing.assert_close(mean, losses, rtol=1e-4, atol=1e-6)
+    assert any((half["losses"] - losses).abs().max() > 1e-3 for half in halves)
+    for half in halves:
+        torch.testing.assert_close(half["gradients"], gradients(model), rtol=1e-3, atol=1e-5)
+
+
+def test_one_interrupted_process_stops_both_at_the_same_step(found: Results) -> None:
+    for one in found:
+        assert one["interrupted"]["steps"] == [0.25, 0.5, 0.75, -1]
+        for name, tensor in one["interrupted"]["whole"].items():
+            assert torch.equal(one["interrupted"]["resumed"][name], tensor), name
+
+
+def test_a_loss_that_is_no_number_anywhere_stops_both(found: Results, folder: Path) -> None:
+    for one in found:
+        assert "the loss became nan in epoch 2" in one["diverged"]
+    kept = torch.load(folder / "nan" / "last.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert all(torch.isfinite(tensor).all() for tensor in kept["model"].values())
