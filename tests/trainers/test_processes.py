@@ -25,7 +25,6 @@ from torch import Tensor, multiprocessing, nn
 
 from mixmask import MixedBatch, mix_batch
 from mixmask.trainers import loop
-from mixmask.trainers import loop
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.moco import MoCo
 from mixmask.trainers.simsiam import SimSiam
@@ -164,7 +163,6 @@ def _interrupt(rank: int, folder: Path) -> dict[str, Any]:
         if rank == 1 and len(steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    loop._ASK_EVERY = 1
     with _watching(MoCo, "after_step", after):
         try:
             run(config, images, out)
