@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
     from mixmask.trainers.data import load_data
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
@@ -77,28 +80,35 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
             raise ValueError(
                 f"--resume goes on with the options of the run, got {named} too; leave it out"
             )
-        config, out = load_config(resume / "config.json"), resume
+        config = load_config(resume / "config.json")
     else:
         config = make_config(**given)
-        out = _new_folder(out, config)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if resume is not None:
+        folder = resume
+    else:  # One process chooses the folder, or refuses it, for all.
+        chosen = [_new_folder(out, config) if state.is_main_process else Path()]
+        folder = broadcast_object_list(chosen)[0]
     data = load_data(config.data, config.image_size)
 
     def start() -> None:
-        _say_start(config, data, out)
+        _say_start(config, data, folder)
         views = first_views(config, data.train.images)
-        save_figure(figure_views(views.query, views.mixed, views.key), out / "views.png")
+        save_figure(figure_views(views.query, views.mixed, views.key), folder / "views.png")
 
     began = time.perf_counter()
     _, rows = pretrain(
         config,
         data.train.images,
-        out,
+        folder,
         monitor=_monitor(data),
         on_start=start,
         resume=resume is not None,
     )
-    save_figure(figure_curves(rows), out / "curves.png")
-    _say_end(rows, out, time.perf_counter() - began)
+    if state.is_main_process:
+        save_figure(figure_curves(rows), folder / "curves.png")
+        _say_end(rows, folder, time.perf_counter() - began)
+    state.destroy_process_group()
 
 
 def recipes() -> None:

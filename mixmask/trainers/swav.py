@@ -78,7 +78,8 @@ class SwAV(nn.Module):
         self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
         features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.projector = build_mlp(features, config.hidden, config.dim)
-        self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.dim))
+        directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
+        self.prototypes = nn.Parameter(directions)
         self.mixtures: list[Mixture] = build_mixtures(config)
         self.register_buffer("awake", torch.tensor(float(config.frozen == 0)))
 
