@@ -103,14 +103,16 @@ class _Average(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor) -> Tensor:
         """Return the mean over processes."""
         del ctx
-        total = value.contiguous().clone()
-        dist.all_reduce(total)
-        return total.div_(world_size())
+        return _mean(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the sum of the gradients over processes, divided by their number."""
         del ctx
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total.div_(world_size())
+        return _mean(grad)
+
+
+def _mean(value: Tensor) -> Tensor:
+    total = value.contiguous().clone()
+    dist.all_reduce(total)
+    return total.div_(world_size())

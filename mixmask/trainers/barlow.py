@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import losses
-from mixmask.trainers.config import RunConfig, check_range, option
+from mixmask.trainers.config import RunConfig, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
@@ -36,12 +36,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 class BarlowTwinsConfig(RunConfig):
     """Barlow Twins' own options; the defaults are those of its code on ImageNet, 1000 epochs."""
 
-    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
-    batch_size: int = option(2048, "images a step and process")
-    lr: float = option(1.6, "learning rate at the start, for the batch size given")
-    warmup: float = option(0.01, "share of the run over which the learning rate rises")
-    weight_decay: float = option(1e-6, "weight decay")
-    epochs: int = option(1000, "passes over the data")
+    optimizer: str = default("optimizer", "lars")
+    batch_size: int = default("batch_size", 2048)
+    lr: float = default("lr", 1.6)
+    warmup: float = default("warmup", 0.01)
+    weight_decay: float = default("weight_decay", 1e-6)
+    epochs: int = default("epochs", 1000)
     dim: int = option(8192, "size of the embedding")
     redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations")
     scale: float = option(1.0, "factor of the loss")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.losses import negative_cosine
-from mixmask.trainers.config import RunConfig, check_range, option
+from mixmask.trainers.config import RunConfig, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
@@ -41,13 +41,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 class BYOLConfig(RunConfig):
     """BYOL's own options; the defaults are those of its paper on ImageNet, 300 epochs."""
 
-    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
-    batch_size: int = option(4096, "images a step and process")
-    lr: float = option(4.8, "learning rate at the start, for the batch size given")
-    warmup: float = option(0.033, "share of the run over which the learning rate rises")
-    weight_decay: float = option(1e-6, "weight decay")
-    epochs: int = option(300, "passes over the data")
-    min_scale: float = option(0.08, "smallest share of an image's area that a crop takes")
+    optimizer: str = default("optimizer", "lars")
+    batch_size: int = default("batch_size", 4096)
+    lr: float = default("lr", 4.8)
+    warmup: float = default("warmup", 0.033)
+    weight_decay: float = default("weight_decay", 1e-6)
+    epochs: int = default("epochs", 300)
+    min_scale: float = default("min_scale", 0.08)
     dim: int = option(256, "size of the embedding")
     hidden: int = option(4096, "width of the hidden layers of projector and predictor")
     encoder_momentum: float = option(0.99, "momentum of the key encoder, or of the teacher")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.losses import NTXent
-from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
+from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
@@ -38,15 +38,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SimCLRConfig(RunConfig):
     """SimCLR's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
 
-    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
-    batch_size: int = option(4096, "images a step and process")
-    lr: float = option(4.8, "learning rate at the start, for the batch size given")
-    warmup: float = option(0.1, "share of the run over which the learning rate rises")
-    weight_decay: float = option(1e-6, "weight decay")
-    epochs: int = option(100, "passes over the data")
-    min_scale: float = option(0.08, "smallest share of an image's area that a crop takes")
-    jitter: float = option(0.8, "strength of brightness, contrast and saturation jitter")
-    hue: float = option(0.2, "strength of hue jitter")
+    optimizer: str = default("optimizer", "lars")
+    batch_size: int = default("batch_size", 4096)
+    lr: float = default("lr", 4.8)
+    warmup: float = default("warmup", 0.1)
+    weight_decay: float = default("weight_decay", 1e-6)
+    epochs: int = default("epochs", 100)
+    min_scale: float = default("min_scale", 0.08)
+    jitter: float = default("jitter", 0.8)
+    hue: float = default("hue", 0.2)
     dim: int = option(128, "size of the embedding")
     temperature: float = option(0.1, "temperature of the contrastive loss")
     one_directional: bool = option(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.losses import NegativeCosine
-from mixmask.trainers.config import RunConfig, check_range, option
+from mixmask.trainers.config import RunConfig, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
@@ -37,9 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SimSiamConfig(RunConfig):
     """SimSiam's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
 
-    batch_size: int = option(512, "images a step and process")
-    lr: float = option(0.1, "learning rate at the start, for the batch size given")
-    epochs: int = option(100, "passes over the data")
+    batch_size: int = default("batch_size", 512)
+    lr: float = default("lr", 0.1)
+    epochs: int = default("epochs", 100)
     dim: int = option(2048, "size of the embedding")
     hidden: int = option(512, "width of the predictor's hidden layer")
 

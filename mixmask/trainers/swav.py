@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask.losses import sinkhorn
-from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
+from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
@@ -38,12 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SwAVConfig(RunConfig):
     """SwAV's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
 
-    optimizer: str = option("lars", "optimiser of the weights", ("sgd", "lars", "adamw"))
-    batch_size: int = option(4096, "images a step and process")
-    lr: float = option(4.8, "learning rate at the start, for the batch size given")
-    warmup: float = option(0.1, "share of the run over which the learning rate rises")
-    weight_decay: float = option(1e-6, "weight decay")
-    epochs: int = option(100, "passes over the data")
+    optimizer: str = default("optimizer", "lars")
+    batch_size: int = default("batch_size", 4096)
+    lr: float = default("lr", 4.8)
+    warmup: float = default("warmup", 0.1)
+    weight_decay: float = default("weight_decay", 1e-6)
+    epochs: int = default("epochs", 100)
     dim: int = option(128, "size of the embedding")
     hidden: int = option(2048, "width of the projector's hidden layer")
     prototypes: int = option(3000, "number of prototypes")
