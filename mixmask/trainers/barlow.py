@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import losses
+from mixmask.backbones import build_backbone
 from mixmask.trainers.config import RunConfig, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
-    build_backbone,
     build_mixtures,
     build_mlp,
     mixed_terms,

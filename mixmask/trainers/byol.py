@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmask.backbones import build_backbone
 from mixmask.losses import negative_cosine
 from mixmask.trainers.config import RunConfig, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
-    build_backbone,
     build_mixtures,
     build_mlp,
     mixed_terms,

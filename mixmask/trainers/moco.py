@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask._distributed import gather_rows
+from mixmask.backbones import build_backbone
 from mixmask.losses import InfoNCE
 from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
 from mixmask.trainers.parts import (
     Mixture,
     Queue,
     Term,
-    build_backbone,
     build_head,
     build_mixtures,
     mixed_terms,

@@ -1,11 +1,10 @@
-"""Parts that methods share: backbones, heads, momentum, the queue, split batch norm, mixtures."""
+"""Parts that methods share: heads, momentum, the queue, split batch norm, mixtures."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,17 +32,6 @@ class Term(NamedTuple):
     pair: tuple[Tensor, Tensor] | None = None
 
 
-# Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
-_NARROW: dict[str, Any] = {
-    "layers": (1, 1, 1, 1),
-    "channels": (16, 32, 64, 128),
-    "stem_type": "deep",
-    "stem_width": 8,
-    "avg_down": True,
-    "zero_init_last": False,
-}
-
-
 def fold_seed(*parts: int | str) -> int:
     """Hash a seed and a position (rank, step, ...) into one seed, the same on every machine.
 
@@ -53,36 +41,6 @@ def fold_seed(*parts: int | str) -> int:
     """
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
-
-
-def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
-    """Build an untrained backbone that returns pooled features (N, `num_features`).
-
-    Args:
-        arch: A name that timm knows, or "narrow": four blocks of 16 to 128 channels.
-        small_stem: Replace a ResNet's stem by a 3x3 convolution of stride 1, for small images.
-
-    Raises:
-        ValueError: If there is no such backbone; the message names the nearest ones.
-    """
-    import timm
-
-    if arch == "narrow":
-        narrow: nn.Module = timm.create_model("resnet18", num_classes=0, **_NARROW)
-        narrow.maxpool = nn.Identity()
-        return narrow
-    known = timm.list_models()
-    if arch not in known:
-        near = ", ".join(get_close_matches(arch, ["narrow", *known], 3))
-        raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
-    backbone: nn.Module = timm.create_model(arch, num_classes=0)
-    if small_stem:
-        if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
-            raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        width = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-        backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        backbone.maxpool = nn.Identity()
-    return backbone
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmask.backbones import build_backbone
 from mixmask.losses import NTXent
 from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
-    build_backbone,
     build_head,
     build_mixtures,
     mixed_terms,

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import losses
+from mixmask.backbones import build_backbone
 from mixmask.losses import sinkhorn
 from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
 from mixmask.trainers.parts import (
     Mixture,
     Term,
-    build_backbone,
     build_mixtures,
     build_mlp,
     mixed_terms,

@@ -24,9 +24,10 @@ from tiny_runs import (
 from torch import Tensor, nn
 
 from mixmask import cli
+from mixmask.backbones import build_backbone
 from mixmask.trainers.config import MIXTURES, RunConfig, check_range, option
 from mixmask.trainers.methods import METHODS, Entry, load_config, make_config
-from mixmask.trainers.parts import Term, build_backbone, build_mixtures, mixed_terms
+from mixmask.trainers.parts import Term, build_mixtures, mixed_terms
 
 # How many views each mixture makes of one.
 VIEWS = {"none": 0, "both": 2}

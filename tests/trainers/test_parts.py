@@ -9,11 +9,11 @@ import torch
 from tiny_runs import build_tiny
 from torch import nn
 
+from mixmask.backbones import build_backbone
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.parts import (
     Queue,
     SplitBatchNorm2d,
-    build_backbone,
     build_head,
     build_mixtures,
     build_mlp,
@@ -33,23 +33,6 @@ def test_fold_seed_separates_positions_and_is_stable() -> None:
     assert len(seeds) == 125
     assert fold_seed(0, "weights") == 2141713090842002483
     assert max(seeds) < 2**62
-
-
-@pytest.mark.parametrize("arch, small_stem", [("narrow", False), ("resnet18", True)])
-def test_backbone_returns_pooled_features(arch: str, small_stem: bool) -> None:
-    backbone = build_backbone(arch, small_stem=small_stem)
-    features = backbone(torch.randn(2, 3, 32, 32))
-    assert features.shape == (2, backbone.num_features)
-
-
-def test_unknown_backbone_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"--arch resnet81 is no backbone.*nearest names: resnet"):
-        build_backbone("resnet81")
-
-
-def test_small_stem_refuses_other_families() -> None:
-    with pytest.raises(ValueError, match="--small-stem suits ResNets only, got convnext_atto"):
-        build_backbone("convnext_atto", small_stem=True)
 
 
 def test_heads_of_both_versions() -> None:

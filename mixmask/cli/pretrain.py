@@ -1,61 +1,23 @@
-"""The command line: `mixmask pretrain`, `mixmask recipes` and `mixmask show`."""
+"""`mixmask pretrain` and `mixmask recipes`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixmask import __version__
+from mixmask.cli._console import labelled_splits, say
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.data import ImageData
-
-_EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: Words after the program's name. Default: those of this process.
-
-    Returns:
-        0, 2 for input that is refused, 130 when interrupted.
-    """
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        return _refuse(f"the trainers need {', '.join(missing)}: pip install 'mixmask[train]'")
-    warnings.showwarning = lambda message, *_: _say(f"mixmask: {message}", sys.stderr)
-    warnings.filterwarnings("always", category=UserWarning, module="mixmask")
-    try:
-        options = vars(_parser().parse_args(arguments))
-        command: Callable[..., None] = options.pop("command")
-        command(**options)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        return _refuse(str(error))
-    except (torch.OutOfMemoryError, MemoryError):
-        return _refuse(
-            "out of memory: --accumulate 2 halves what a step holds, --checkpointing and "
-            "--precision bf16 help too"
-        )
-    except KeyboardInterrupt:
-        _say("\nmixmask: interrupted", sys.stderr)
-        return 130
-    except SystemExit as stop:  # argparse, which has said why
-        return int(stop.code or 0)
-    return 0
 
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
@@ -115,45 +77,11 @@ def recipes() -> None:
     """Print the named settings with their sources and published accuracies."""
     from mixmask.trainers.recipes import describe
 
-    _say(describe())
+    say(describe())
 
 
-def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
-    """Draw block and discrete masks at several grids, and the two mixes of each pair."""
-    from mixmask.trainers.data import load_data, read_square
-    from mixmask.visualize import figure_masks, save_figure
-
-    if len(images) == 1:
-        raise ValueError(f"one image has nobody to mix with, got {images[0]} alone; name another")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out lies in {out.parent}, which is no folder; make it first")
-    if images:
-        read = []
-        for path in images:
-            image = read_square(path, 224)
-            if image is None:
-                raise ValueError(f"{path} is no readable image; pass a JPEG or PNG file")
-            read.append(torch.from_numpy(image).permute(2, 0, 1))
-        pictures = torch.stack(read)
-    else:
-        pictures = load_data("clothing64", 64).train.images[[2520, 1100]]
-    generator = torch.Generator().manual_seed(seed)
-    figure = figure_masks(pictures, grid_sizes=grid_sizes, ratio=ratio, generator=generator)
-    save_figure(figure, out)
-    _say(f"drew {out}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mixmask", description="MixMask for self-supervised training.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_pretrain(commands)
-    _add_recipes(commands)
-    _add_show(commands)
-    return parser
-
-
-def _add_pretrain(commands: Any) -> None:
+def add_pretrain(commands: Any) -> None:
+    """Add `pretrain`, with an option for each field of the methods' configurations."""
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.methods import METHODS
 
@@ -204,7 +132,8 @@ def _add_option(
         )
 
 
-def _add_recipes(commands: Any) -> None:
+def add_recipes(commands: Any) -> None:
+    """Add `recipes`."""
     parser = commands.add_parser(
         "recipes",
         help="list the named settings",
@@ -212,35 +141,6 @@ def _add_recipes(commands: Any) -> None:
         "them. Accuracies are others'; none is a promise.",
     )
     parser.set_defaults(command=recipes)
-
-
-def _add_show(commands: Any) -> None:
-    parser = commands.add_parser(
-        "show",
-        help="draw masks and mixes of images",
-        description="Draw block and discrete masks at several grids, and the two mixes.",
-    )
-    parser.set_defaults(command=show)
-    parser.add_argument(
-        "images",
-        nargs="*",
-        type=Path,
-        metavar="IMAGE",
-        help="image files, mixed in pairs; without any, two photographs of clothing64",
-    )
-    parser.add_argument("--out", type=Path, default=Path("mixmask.png"), help="the PNG to write")
-    parser.add_argument(
-        "--grid-sizes", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="cells a side"
-    )
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of own pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
 
 
 class _RatioAction(argparse.Action):
@@ -279,7 +179,7 @@ def _monitor(data: ImageData) -> Callable[[nn.Module, bool], dict[str, float]] |
 
     if not data.labelled:
         return None
-    train, test = _with_labels(data)
+    train, test = labelled_splits(data)
 
     def measure(backbone: nn.Module, thorough: bool) -> dict[str, float]:
         x, x_test = (extract_features(backbone, images) for images in (train[0], test[0]))
@@ -291,47 +191,21 @@ def _monitor(data: ImageData) -> Callable[[nn.Module, bool], dict[str, float]] |
     return measure
 
 
-def _with_labels(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
-    assert data.test is not None
-    assert data.test.labels is not None
-    assert data.train.labels is not None
-    train = data.train.images, data.train.labels
-    known = data.train.labels >= 0
-    if not known.all():  # Selecting copies, which a large data set would feel.
-        train = data.train.images[known], data.train.labels[known]
-    return train, (data.test.images, data.test.labels)
-
-
 def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    _say(
+    say(
         f"{config.method} + {config.mix} on {config.data}: {len(data.train.images):,} images, "
         f"{config.arch} at {config.image_size} px, {config.epochs} epochs, {device}\n"
         f"run folder: {out}"
     )
     if not data.labelled:
-        _say("no labelled test split: accuracies are off")
+        say("no labelled test split: accuracies are off")
 
 
 def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
     first, last = rows[0], rows[-1]
     if "knn" in first and "knn" in last:
-        _say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
+        say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
         for name, label in (("knn", "nearest neighbours"), ("linear", "linear probe")):
-            _say(f"{label:<22}{first[name]:>10.1%}{last[name]:>10.1%}")
-    _say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")
-
-
-def _refuse(message: str) -> int:
-    _say(f"mixmask: {' '.join(message.split())}", sys.stderr)
-    return 2
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    (file or sys.stdout).write(text + "\n")
-    (file or sys.stdout).flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            say(f"{label:<22}{first[name]:>10.1%}{last[name]:>10.1%}")
+    say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")

@@ -1,0 +1,48 @@
+"""Backbones: timm's by name, and a narrow ResNet for runs of minutes."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+# Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
+_NARROW: dict[str, Any] = {
+    "layers": (1, 1, 1, 1),
+    "channels": (16, 32, 64, 128),
+    "stem_type": "deep",
+    "stem_width": 8,
+    "avg_down": True,
+    "zero_init_last": False,
+}
+
+
+def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
+    """Build an untrained backbone that returns pooled features (N, `num_features`).
+
+    Args:
+        arch: A name that timm knows, or "narrow": four blocks of 16 to 128 channels.
+        small_stem: Replace a ResNet's stem by a 3x3 convolution of stride 1, for small images.
+
+    Raises:
+        ValueError: If there is no such backbone; the message names the nearest ones.
+    """
+    import timm
+
+    if arch == "narrow":
+        narrow: nn.Module = timm.create_model("resnet18", num_classes=0, **_NARROW)
+        narrow.maxpool = nn.Identity()
+        return narrow
+    known = timm.list_models()
+    if arch not in known:
+        near = ", ".join(get_close_matches(arch, ["narrow", *known], 3))
+        raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
+    backbone: nn.Module = timm.create_model(arch, num_classes=0)
+    if small_stem:
+        if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
+            raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
+        width = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone

@@ -1,0 +1,61 @@
+"""The command line: one module a command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mixmask import __version__
+from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli.pretrain import add_pretrain, add_recipes
+from mixmask.cli.show import add_show
+
+_EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name. Default: those of this process.
+
+    Returns:
+        0, 2 for input that is refused, 130 when interrupted.
+    """
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        return refuse(f"the trainers need {', '.join(missing)}: pip install 'mixmask[train]'")
+    warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
+    warnings.filterwarnings("always", category=UserWarning, module="mixmask")
+    try:
+        options = vars(_parser().parse_args(arguments))
+        command: Callable[..., None] = options.pop("command")
+        command(**options)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        return refuse(str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        return refuse(
+            "out of memory: --accumulate 2 halves what a step holds, --checkpointing and "
+            "--precision bf16 help too"
+        )
+    except KeyboardInterrupt:
+        say("\nmixmask: interrupted", sys.stderr)
+        return 130
+    except SystemExit as stop:  # argparse, which has said why
+        return int(stop.code or 0)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="mixmask", description="MixMask for self-supervised training.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_pretrain(commands)
+    add_recipes(commands)
+    add_show(commands)
+    return parser

@@ -1,0 +1,43 @@
+"""What commands share: words on the console, errors of one line, labelled splits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.trainers.data import ImageData
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Write a line to standard output, or to another file, at once."""
+    (file or sys.stdout).write(text + "\n")
+    (file or sys.stdout).flush()
+
+
+def refuse(message: str) -> int:
+    """Say in one line why input is refused, and return the exit code for that."""
+    say(f"mixmask: {' '.join(message.split())}", sys.stderr)
+    return 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
+
+
+def labelled_splits(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
+    assert data.test is not None
+    assert data.test.labels is not None
+    assert data.train.labels is not None
+    train = data.train.images, data.train.labels
+    known = data.train.labels >= 0
+    if not known.all():  # Selecting copies, which a large data set would feel.
+        train = data.train.images[known], data.train.labels[known]
+    return train, (data.test.images, data.test.labels)

@@ -1,0 +1,58 @@
+"""`mixmask show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixmask.cli._console import say
+
+
+def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
+    """Draw block and discrete masks at several grids, and the two mixes of each pair."""
+    from mixmask.trainers.data import load_data, read_square
+    from mixmask.visualize import figure_masks, save_figure
+
+    if len(images) == 1:
+        raise ValueError(f"one image has nobody to mix with, got {images[0]} alone; name another")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out lies in {out.parent}, which is no folder; make it first")
+    if images:
+        read = []
+        for path in images:
+            image = read_square(path, 224)
+            if image is None:
+                raise ValueError(f"{path} is no readable image; pass a JPEG or PNG file")
+            read.append(torch.from_numpy(image).permute(2, 0, 1))
+        pictures = torch.stack(read)
+    else:
+        pictures = load_data("clothing64", 64).train.images[[2520, 1100]]
+    generator = torch.Generator().manual_seed(seed)
+    figure = figure_masks(pictures, grid_sizes=grid_sizes, ratio=ratio, generator=generator)
+    save_figure(figure, out)
+    say(f"drew {out}")
+
+
+def add_show(commands: Any) -> None:
+    """Add `show`."""
+    parser = commands.add_parser(
+        "show",
+        help="draw masks and mixes of images",
+        description="Draw block and discrete masks at several grids, and the two mixes.",
+    )
+    parser.set_defaults(command=show)
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files, mixed in pairs; without any, two photographs of clothing64",
+    )
+    parser.add_argument("--out", type=Path, default=Path("mixmask.png"), help="the PNG to write")
+    parser.add_argument(
+        "--grid-sizes", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="cells a side"
+    )
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of own pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
