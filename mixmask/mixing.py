@@ -37,7 +37,8 @@ class MixedBatch:
         images: (N, C, H, W) mixed images, in the dtype and memory format of the originals.
         lam: () or (N,) float32, the share of each image's own content, measured on the mask.
         partner: (N,) int64, the index of the image that each one was mixed with.
-        mask: (H, W) or (N, H, W) bool, True for own pixels; None for mixup, which has none.
+        mask: (H, W) or (N, H, W) bool, True for own pixels; None for mixup, which has none, and
+            (1, C, H, W) or (N, C, H, W) where `erase_batch` was given one a channel.
     """
 
     images: Tensor
@@ -199,7 +200,8 @@ def erase_batch(
 
     Args:
         images: (N, C, H, W), floating; normalised images suit the default noise.
-        masks: As for `mix_batch`.
+        masks: As for `mix_batch` (a spatial mask, the same in all channels), or a bool tensor with
+            a mask a channel: (1, C, h, w) shared by the batch, or (N, C, h, w).
         mean: Mean of the noise, in the images' units.
         std: Standard deviation of the noise, in the images' units; 0 fills with `mean`.
         generator: A CPU generator. Default: torch's global one.
@@ -226,10 +228,13 @@ def erase_batch(
         )
     if not 0 <= std < float("inf"):
         raise ValueError(f"std must be at least 0, got {std}; 0 fills with the mean")
-    mask = _pixel_mask(masks, images, generator)
+    mask = _pixel_mask(masks, images, generator, by_channel=True)
     noise = _noise_like(images, generator).mul_(std).add_(mean)
-    kept = rearrange(mask, "... h w -> ... 1 h w")
-    lam = mask.mean(dim=(-2, -1), dtype=torch.float32)
+    by_channel = mask.ndim == 4
+    kept = mask if by_channel else rearrange(mask, "... h w -> ... 1 h w")
+    lam = mask.mean(dim=(-3, -2, -1) if by_channel else (-2, -1), dtype=torch.float32)
+    if by_channel and len(mask) == 1:
+        lam = lam[0]
     index = torch.arange(len(images), device=images.device)
     return MixedBatch(torch.where(kept, images, noise), lam, index, mask)
 
@@ -347,7 +352,11 @@ def _check_partner(partner: Tensor, n: int) -> Tensor:
 
 
 def _pixel_mask(
-    masks: MaskGenerator | Tensor, images: Tensor, generator: torch.Generator | None
+    masks: MaskGenerator | Tensor,
+    images: Tensor,
+    generator: torch.Generator | None,
+    *,
+    by_channel: bool = False,
 ) -> Tensor:
     """Return the masks to apply at pixel size, drawn first if they come from a generator."""
     check_generator(generator)
@@ -360,19 +369,24 @@ def _pixel_mask(
             f"masks must be a generator or a bool tensor, got {type(masks).__name__}; "
             "use for instance BlockMaskGenerator(grid_size=8)"
         )
-    _check_masks(masks, len(images))
+    _check_masks(masks, images, by_channel=by_channel)
     return cells_to_pixels(masks, *images.shape[-2:])
 
 
-def _check_masks(masks: Tensor, n: int) -> None:
+def _check_masks(masks: Tensor, images: Tensor, *, by_channel: bool) -> None:
     if masks.dtype != torch.bool:
         raise TypeError(
             f"masks must be bool, got {masks.dtype}; use masks > 0.5, or mixup_batch for soft ones"
         )
-    if masks.ndim not in (2, 3) or (masks.ndim == 3 and len(masks) != n):
+    n, channels = images.shape[:2]
+    fits = masks.ndim == 2 or (masks.ndim == 3 and len(masks) == n)
+    if by_channel and masks.ndim == 4:
+        fits = masks.shape[0] in (1, n) and masks.shape[1] == channels
+    if not fits:
+        more = f"; one a channel is (1, C, h, w) or (N, C, h, w), C = {channels}"
         raise ValueError(
             f"masks must be (h, w) or (N, h, w) with N = {n}, got {tuple(masks.shape)}; "
-            "draw masks(len(images))"
+            f"draw masks(len(images)){more if by_channel else ''}"
         )
 
 

@@ -454,6 +454,26 @@ def test_bad_partners_are_refused(
         mixture(partner=partner)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_erasing_takes_a_mask_a_channel(rows: int) -> None:
+    images = torch.rand(4, 3, 8, 8)
+    masks = torch.rand(rows, 3, 2, 2) < 0.5
+    erased = erase_batch(images, masks, std=0.0, mean=9.0)
+    kept = masks.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3).expand(4, -1, -1, -1)
+    torch.testing.assert_close(erased.images, torch.where(kept, images, torch.tensor(9.0)))
+    share = kept.float().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(erased.lam, share[0] if rows == 1 else share)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 2, 4, 4), (1, 1, 3, 4, 4)])
+def test_masks_a_channel_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    images = torch.rand(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"one a channel is \(1, C, h, w\) or .*, C = 3"):
+        erase_batch(images, torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match="draw masks"):  # Mixing knows spatial masks only.
+        mix_batch(images, torch.ones(4, 3, 4, 4, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("mixture", [mix_batch, erase_batch])
 @pytest.mark.parametrize(
     "masks, error, text",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,18 +85,33 @@ class BarlowTwins(nn.Module):
         """Return the scaled loss of two views' projections, ()."""
         return self.config.scale * self.barlow_twins(z, target)
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
 
         Args:
             x1: (N, 3, S, S) views; these are mixed.
             x2: (N, 3, S, S) the other views of the same images.
             generator: A CPU generator for masks and partners.
+            extra: Further views, which are mixed too.
+            mix: Whether this step has mixed views.
         """
-        z1, z2 = self.encode(x1), self.encode(x2)
-        yield Term(self.loss(z1, z2), pair=(z1, z2))
+        mixtures = self.mixtures if mix else []
+        if mixtures and self.config.replace_clean:
+            with torch.no_grad():
+                z2 = self.encode(x2)
+        else:
+            z1, z2 = self.encode(x1), self.encode(x2)
+            yield Term(self.loss(z1, z2), pair=(z1, z2))
         yield from mixed_terms(
-            self.config, self.mixtures, x1, self.encode, self.loss, z2, generator
+            self.config, mixtures, [x1, *extra], self.encode, self.loss, z2, generator
         )
 
     def after_step(self, done: float) -> None:

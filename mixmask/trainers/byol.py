@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,20 +95,33 @@ class BYOL(nn.Module):
         z: Tensor = self.target_projector(self.target_backbone(images)).float()
         return z
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield a clean term a direction, then one for each mixed view; see `MoCo.terms`.
 
         Args:
             x1: (N, 3, S, S) views; these are mixed.
             x2: (N, 3, S, S) the other views of the same images.
             generator: A CPU generator for masks and partners.
+            extra: Further views, which are mixed too.
+            mix: Whether this step has mixed views.
         """
-        t1, t2 = self.encode_targets(x1), self.encode_targets(x2)
-        p1 = self.encode(x1)
-        yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
-        yield Term(squared_distance(self.encode(x2), t1).mean())
+        mixtures = self.mixtures if mix else []
+        t2 = self.encode_targets(x2)
+        if not (mixtures and self.config.replace_clean):
+            t1 = self.encode_targets(x1)
+            p1 = self.encode(x1)
+            yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
+            yield Term(squared_distance(self.encode(x2), t1).mean())
         yield from mixed_terms(
-            self.config, self.mixtures, x1, self.encode, squared_distance, t2, generator
+            self.config, mixtures, [x1, *extra], self.encode, squared_distance, t2, generator
         )
 
     def after_step(self, done: float) -> None:

@@ -39,6 +39,15 @@ class RunConfig:
     switch: bool = option(True, "weigh the partner's term too")
     alpha: float = option(1.0, "Beta parameter of the shares of mixup and CutMix")
     global_share: float = option(0.5, "how often Un-Mix mixes globally, as mixup, not as CutMix")
+    channel_share: float = option(
+        0.0, "how often erasing masks each colour channel by itself, as MSCN does"
+    )
+    extra_crops: int = option(0, "further crops of each image, mixed or erased too (MSCN takes 2)")
+    mixed_size: int = option(0, "height and width of the mixed views; 0 for --image-size")
+    mix_every: int = option(1, "steps from one with mixed views to the next")
+    replace_clean: bool = option(
+        False, "let mixed views stand for the clean queries, not beside them"
+    )
     min_scale: float = option(0.2, "smallest share of an image's area that a crop takes")
     jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter")
     hue: float = option(0.1, "strength of hue jitter")
@@ -78,10 +87,14 @@ class RunConfig:
                 f"--accumulate must divide --batch-size into parts of at least 2, got "
                 f"{self.accumulate} and {self.batch_size}; use for instance 1"
             )
-        check_range("grid_size", self.grid_size, 2, self.image_size)
+        for name in ("extra_crops", "mixed_size"):
+            check_range(name, getattr(self, name), 0)
+        check_range("mix_every", self.mix_every, 1)
+        check_range("grid_size", self.grid_size, 2, self.mixed_size or self.image_size)
         check_range("seed", self.seed, 0)
         check_range("monitor", self.monitor, 0)
-        shares = ("min_scale", "jitter", "grey", "blur", "warmup", "sgd_momentum", "global_share")
+        shares = ("min_scale", "jitter", "grey", "blur", "warmup", "sgd_momentum")
+        shares += ("global_share", "channel_share")
         for name in shares:
             check_range(name, getattr(self, name), 0, 1)
         check_range("hue", self.hue, 0, 0.5)

@@ -141,12 +141,15 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
 
         # kornia draws from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
-        views = run.view(torch.cat([batch, batch])).chunk(2)
+        mix = run.step % config.mix_every == 0
+        crops = 2 + (config.extra_crops if mix else 0)
+        views = run.view(batch.repeat(crops, 1, 1, 1)).chunk(crops)
         seed = fold_seed(config.seed, rank, run.step, "mixing")
         generator = torch.Generator().manual_seed(seed)
         parts = config.accumulate
-        for part, (x1, x2) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
-            for number, term in enumerate(_autocast(accelerator, model.terms(x1, x2, generator))):
+        for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
+            terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
+            for number, term in enumerate(_autocast(accelerator, terms)):
                 accelerator.backward(term.loss / parts)
                 meter.add(term, 1 / parts)
                 if term.pair and part == number == 0:

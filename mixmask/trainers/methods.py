@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,15 @@ class Method(Protocol):
 
     backbone: nn.Module
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view."""
 
     def after_step(self, done: float) -> None:

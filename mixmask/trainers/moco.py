@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,15 @@ class MoCo(nn.Module):
         keys = self.key_head(self.key_backbone(images[order])).float()
         return F.normalize(keys[order.argsort()], dim=1)
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view.
 
         Each is computed when asked for: call backward on one before asking for the next, and
@@ -120,6 +128,8 @@ class MoCo(nn.Module):
             x1: (N, 3, S, S) views for the queries; these are mixed.
             x2: (N, 3, S, S) views for the keys.
             generator: A CPU generator for masks, partners and the shuffling of keys.
+            extra: Further views of the same images, which are mixed too.
+            mix: Whether this step has mixed views.
         """
         config = self.config
         info_nce = InfoNCE(self.queue.keys, config.temperature)
@@ -128,11 +138,13 @@ class MoCo(nn.Module):
         if config.symmetric:
             k1 = self.encode_keys(x1, generator)
             pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])
-        for x, k in pairs:
+        mixtures = self.mixtures if mix else []
+        for x, k in [] if mixtures and config.replace_clean else pairs:
             q = self.encode(x)
             yield Term(info_nce(q, k), pair=(q, k))
-        for x, k in pairs:
-            yield from mixed_terms(config, self.mixtures, x, self.encode, info_nce, k, generator)
+        for number, (x, k) in enumerate(pairs):
+            views = [x] if number else [x, *extra]
+            yield from mixed_terms(config, mixtures, views, self.encode, info_nce, k, generator)
         self.new_keys.append(keys)
 
     def after_step(self, done: float) -> None:

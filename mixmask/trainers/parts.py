@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask.losses import Criterion, lambda_weighted_loss
@@ -93,7 +95,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
-        out = nn.functional.batch_norm(
+        out = F.batch_norm(
             x.reshape(n // self.splits, self.splits * c, h, w),
             mean,
             var,
@@ -140,7 +142,7 @@ class Queue(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         """Fill the queue with random directions."""
         super().__init__()
-        self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -175,6 +177,10 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
 
     def erase(images: Tensor, generator: torch.Generator) -> MixedBatch:
         masks = mask.masks_for(images, generator=generator)
+        if torch.rand((), generator=generator) < config.channel_share:
+            n, c = len(images) if config.per_sample else 1, images.shape[1]
+            by_channel = mask.masks(n * c, generator=generator)
+            masks = rearrange(by_channel, "(n c) h w -> n c h w", n=n)
         return erase_batch(images, masks, generator=generator)
 
     def blend(images: Tensor, generator: torch.Generator) -> MixedBatch:
@@ -202,18 +208,18 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
 def mixed_terms(
     config: RunConfig,
     mixtures: Sequence[Mixture],
-    images: Tensor,
+    images: Sequence[Tensor],
     encode: Callable[[Tensor], Tensor],
     criterion: Criterion,
     target: Tensor,
     generator: torch.Generator,
 ) -> Iterator[Term]:
-    """Mix a view in each way, embed it, and yield its λ-weighted loss (MixMask, eq. 4).
+    """Mix views in each way, embed them, and yield their λ-weighted losses (MixMask, eq. 4).
 
     Args:
         config: The run's options.
         mixtures: What `build_mixtures` returned.
-        images: (N, 3, S, S) clean views.
+        images: Clean views of the same images, each (N, 3, S, S).
         encode: The online branch, up to what the criterion takes.
         criterion: (z, target) -> () or (N,).
         target: (N, C) targets of the clean images' other view, without a gradient: theirs is of
@@ -221,10 +227,19 @@ def mixed_terms(
         generator: A CPU generator for masks and partners.
     """
     for mix in mixtures:
-        mixed = mix(images, generator)
-        z = encode(mixed.images)
-        loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
-        yield Term(loss, mixed.lam.mean())
+        for view in images:
+            mixed = mix(_resized(view, config.mixed_size), generator)
+            z = encode(mixed.images)
+            loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
+            yield Term(loss, mixed.lam.mean())
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Bring views to the size of mixed ones, if they have one of their own."""
+    if size in (0, images.shape[-1]):
+        return images
+    small = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return small.contiguous(memory_format=torch.channels_last)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

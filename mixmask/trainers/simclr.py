@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,21 +81,36 @@ class SimCLR(nn.Module):
         z: Tensor = self.head(self.backbone(images)).float()
         return z
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
 
         Args:
             x1: (N, 3, S, S) views; these are mixed.
             x2: (N, 3, S, S) the other views of the same images.
             generator: A CPU generator for masks and partners.
+            extra: Further views, which are mixed too.
+            mix: Whether this step has mixed views.
         """
         config = self.config
         nt_xent = NTXent(config.temperature, gather_distributed=True)
-        z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
-        yield Term(nt_xent(z1, z2), pair=(z1, z2))
+        mixtures = self.mixtures if mix else []
+        if mixtures and config.replace_clean:
+            with torch.no_grad():
+                z2 = self.encode(x2)
+        else:
+            z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
+            yield Term(nt_xent(z1, z2), pair=(z1, z2))
         if config.one_directional:
             nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
-        yield from mixed_terms(config, self.mixtures, x1, self.encode, nt_xent, z2, generator)
+        yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, nt_xent, z2, generator)
 
     def after_step(self, done: float) -> None:
         """Do nothing: there is neither teacher nor queue."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,19 +82,36 @@ class SimSiam(nn.Module):
         p: Tensor = self.predictor(self.project(images)).float()
         return p
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
 
         Args:
             x1: (N, 3, S, S) views; these are mixed.
             x2: (N, 3, S, S) the other views of the same images.
             generator: A CPU generator for masks and partners.
+            extra: Further views, which are mixed too.
+            mix: Whether this step has mixed views.
         """
         distance = NegativeCosine()
-        z1, z2 = self.project(x1), self.project(x2)
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
-        yield from mixed_terms(self.config, self.mixtures, x1, self.encode, distance, z2, generator)
+        mixtures = self.mixtures if mix else []
+        if mixtures and self.config.replace_clean:
+            with torch.no_grad():
+                z2 = self.project(x2)
+        else:
+            z1, z2 = self.project(x1), self.project(x2)
+            p1, p2 = self.predictor(z1), self.predictor(z2)
+            yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
+        yield from mixed_terms(
+            self.config, mixtures, [x1, *extra], self.encode, distance, z2, generator
+        )
 
     def after_step(self, done: float) -> None:
         """Do nothing: there is neither teacher nor queue."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +90,37 @@ class SwAV(nn.Module):
         resting = prototypes.detach()
         return z @ (resting + self.awake * (prototypes - resting)).T
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
 
         Args:
             x1: (N, 3, S, S) views; these are mixed.
             x2: (N, 3, S, S) the other views of the same images.
             generator: A CPU generator for masks and partners.
+            extra: Further views, which are mixed too.
+            mix: Whether this step has mixed views.
         """
         config = self.config
         swav = losses.SwAV(config.temperature)
-        s1, s2 = self.encode(x1), self.encode(x2)
-        codes1, codes2 = (sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2))
-        yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2, pair=(s1, s2))
-        yield from mixed_terms(config, self.mixtures, x1, self.encode, swav, codes2, generator)
+        mixtures = self.mixtures if mix else []
+        if mixtures and config.replace_clean:
+            with torch.no_grad():
+                codes2 = sinkhorn(self.encode(x2), config.epsilon, gather_distributed=True)
+        else:
+            s1, s2 = self.encode(x1), self.encode(x2)
+            codes1, codes2 = (
+                sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2)
+            )
+            yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2, pair=(s1, s2))
+        yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, swav, codes2, generator)
 
     def after_step(self, done: float) -> None:
         """Wake the prototypes when their rest is over."""

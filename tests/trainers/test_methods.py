@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tiny_runs import (
 )
 from torch import Tensor, nn
 
-from mixmask import cli
+from mixmask import cli, mix_batch
 from mixmask.backbones import build_backbone
 from mixmask.trainers.config import MIXTURES, RunConfig, check_range, option
 from mixmask.trainers.methods import METHODS, Entry, load_config, make_config
@@ -172,6 +173,87 @@ def test_the_generator_decides_what_is_mixed(variant: str) -> None:
     assert first[clean:] != pytest.approx(other[clean:])
 
 
+@every_variant
+def test_further_crops_are_mixed_towards_the_same_targets(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="mixmask")
+    drawn = note_mixes(model)
+    extra = [x1.flip(3), x1.roll(5, dims=2)]
+    terms = list(model.eval().terms(x1, x2, seeded(), extra=extra))
+    _, _, clean, mixed = VARIANTS[variant]
+    assert len(terms) == clean + mixed + 2
+    sources = [x1, *extra, *[x2] * (mixed - 1)]
+    for source, made in zip(sources, drawn, strict=True):
+        assert torch.equal(made.images, mix_batch(source, made.mask, partner=made.partner).images)  # type: ignore[arg-type]
+    # A crop that repeats the view under the same mask has the same loss.
+    twin, x1, x2 = build(variant, mix="mixmask", grid_size=2)
+    mask = torch.tensor([[True, False], [True, False]])
+    twin.mixtures = [lambda images, _: mix_batch(images, mask)]
+    losses = [term.loss for term in twin.eval().terms(x1, x2, seeded(), extra=[x1])][clean:]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+@every_variant
+def test_mixed_views_have_a_size_of_their_own(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="both", mixed_size=24, grid_size=3)
+    drawn = note_mixes(model)
+    assert all(torch.isfinite(term.loss) for term in model.terms(x1, x2, seeded()))
+    assert {made.images.shape for made in drawn} == {(8, 3, 24, 24)}
+
+
+@every_variant
+def test_mixed_views_may_replace_the_clean_queries(variant: str) -> None:
+    model, x1, x2 = build(variant, mix="mixmask")
+    alone, _, _ = build(variant, mix="mixmask", replace_clean=True)
+    alone.load_state_dict(model.state_dict())
+    clean = VARIANTS[variant][2]
+    both, one = (list(m.eval().terms(x1, x2, seeded())) for m in (model, alone))
+    assert len(one) == len(both) - clean
+    for beside, instead in zip(both[clean:], one, strict=True):
+        torch.testing.assert_close(beside.loss, instead.loss)
+    for method in (model, alone):  # The queue and the teacher go on as ever.
+        method.after_step(0.5)
+    for name, tensor in alone.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(tensor, model.state_dict()[name])
+    step_without = list(alone.terms(x1, x2, seeded(), mix=False))
+    assert len(step_without) == clean
+
+
+def test_every_nth_step_has_mixed_views(images: Tensor, tmp_path: Path) -> None:
+    config = tiny_config("moco-v2", mix_every=2, epochs=2, batch_size=16)
+    steps: list[tuple[int, int]] = []
+    terms = METHODS["moco-v2"].build.terms
+
+    def noting(self: Any, *views: Any, extra: Sequence[Tensor], mix: bool) -> Iterator[Term]:
+        listed = list(terms(self, *views, extra=extra, mix=mix))
+        steps.append((len(listed), len(extra)))
+        return iter(listed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS["moco-v2"].build, "terms", noting)
+        run(config, images, tmp_path / "every")
+        assert steps == [(2, 0), (1, 0)] * (len(steps) // 2)
+        steps.clear()
+        config = dataclasses.replace(config, extra_crops=2, mix_every=1, mix="erase")
+        run(config, images, tmp_path / "extra")
+    assert set(steps) == {(4, 2)}
+
+
+def test_erasing_masks_channels_by_themselves_as_often_as_asked() -> None:
+    images = torch.zeros(4, 3, 16, 16)
+    for share, dims in ((0.0, {2}), (1.0, {4}), (0.5, {2, 4})):
+        (erase,) = build_mixtures(tiny_config("moco-v2", mix="erase", channel_share=share))
+        masks = [erase(images, seeded(seed)).mask for seed in range(12)]
+        assert {mask.ndim for mask in masks if mask is not None} == dims
+    (erase,) = build_mixtures(
+        tiny_config("moco-v2", mix="erase", channel_share=1, per_sample=True, grid_size=8)
+    )
+    mask = erase(images, seeded()).mask
+    assert mask is not None
+    assert mask.shape == (4, 3, 16, 16)
+    assert len(mask.flatten(2).flatten(0, 1).unique(dim=0)) > 6
+
+
 @every_method
 def test_interrupted_and_resumed_ends_in_the_same_weights(
     method: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,13 +320,21 @@ class Toy(nn.Module):
         z: Tensor = self.head(self.backbone(images))
         return z
 
-    def terms(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> Iterator[Term]:
+    def terms(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        generator: torch.Generator,
+        *,
+        extra: Sequence[Tensor] = (),
+        mix: bool = True,
+    ) -> Iterator[Term]:
         target = self.encode(x2)
         yield Term(nn.functional.mse_loss(self.encode(x1), target))
         yield from mixed_terms(
             self.config,
-            self.mixtures,
-            x1,
+            self.mixtures if mix else [],
+            [x1, *extra],
             self.encode,
             nn.functional.mse_loss,
             target,
