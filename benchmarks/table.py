@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, amount
+from methods import table
 
 _BEGIN, _END = "<!-- results: written by table.py -->", "<!-- end of results -->"
 _HEAD = (
@@ -29,6 +30,8 @@ def section(record: dict[str, Any]) -> str:
         f"{machine}; Python {versions['python']}, torch {versions['torch']}, "
         f"mixmask {versions['mixmask']}; commit {record['commit']}; {record['date']}."
     )
+    if "runs" in record:
+        return "\n".join([title, "", circumstances, "", table(record["runs"])])
     sizes = []
     for case in record["cases"]:
         text = ", ".join(f"{name} {value}" for name, value in case["sizes"].items())
