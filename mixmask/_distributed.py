@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch has renamed it, and warns of the old name.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+
 
 def world_size() -> int:
     """Return the number of processes, 1 where none were started."""
@@ -43,6 +46,13 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     return gathered
 
 
+def of_first(tensor: Tensor) -> Tensor:
+    """Return what the first process passed, on every process; of one shape everywhere."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def average(value: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes, with gradients."""
     if world_size() == 1:
@@ -67,7 +77,7 @@ def check_even(n: int, device: torch.device) -> None:
     if world_size() == 1:
         return
     sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([n], device=device))
+    _all_gather(sizes, torch.tensor([n], device=device))
     counts = sizes.tolist()
     if len(set(counts)) > 1:
         raise ValueError(
@@ -84,7 +94,7 @@ class _Gather(torch.autograd.Function):
         """Return (W * N, ...)."""
         ctx.rows = len(rows)
         gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod

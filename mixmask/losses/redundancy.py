@@ -21,6 +21,7 @@ def barlow_twins(
     redundancy_weight: float = 5e-3,
     *,
     gather_distributed: bool = False,
+    sync_statistics: bool = False,
 ) -> Tensor:
     r"""Bring the cross-correlation of two views' features to the identity.
 
@@ -31,8 +32,9 @@ def barlow_twins(
         z: (N, C) projections of one view, N of at least 2, floating.
         target: (N, C) projections of the other view.
         redundancy_weight: w, the weight of the off-diagonal part.
-        gather_distributed: Average C over all processes; features stay standardised over the
-            process's own batch, as in the published code.
+        gather_distributed: Average C over all processes.
+        sync_statistics: Standardise features over the batches of all processes, too, as
+            synchronised batch norm does, and not over the process's own.
 
     Returns:
         () scalar, at least float32. There is no loss of one image, so mixed terms need a λ
@@ -50,7 +52,10 @@ def barlow_twins(
         >>> bool(barlow_twins(z, z) < 0.1)
         True
     """
-    return BarlowTwins(redundancy_weight, gather_distributed=gather_distributed)(z, target)
+    criterion = BarlowTwins(
+        redundancy_weight, gather_distributed=gather_distributed, sync_statistics=sync_statistics
+    )
+    return criterion(z, target)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class BarlowTwins:
     redundancy_weight: float = 5e-3
     _: KW_ONLY
     gather_distributed: bool = False
+    sync_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
@@ -80,17 +86,27 @@ class BarlowTwins:
         check_rows(z, target, at_least=2)
         z, target = wide(z), wide(target)
         ones = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return self._distance(_standardise(z, z), target, ones)
+        return self._distance(self._standardise(z, z), target, ones)
 
     def _distance(self, rows: Tensor, target: Tensor, wanted: Tensor | float) -> Tensor:
         """Return the weighted squares of the cross-correlation less what is wanted."""
-        correlation = _products(rows, _standardise(target, target)) / len(rows)
-        if self.gather_distributed:
+        if self.gather_distributed or self.sync_statistics:
             check_even(len(rows), rows.device)
+        correlation = _products(rows, self._standardise(target, target)) / len(rows)
+        if self.gather_distributed:
             correlation = average(correlation)
         squares = (correlation - wanted) ** 2
         diagonal = squares.diagonal().sum()
         return diagonal + self.redundancy_weight * (squares.sum() - diagonal)
+
+    def _standardise(self, rows: Tensor, reference: Tensor) -> Tensor:
+        """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
+        if self.sync_statistics:
+            mean = average(reference.mean(dim=0))
+            variance = average((reference - mean).square().mean(dim=0))
+        else:
+            variance, mean = torch.var_mean(reference, dim=0, correction=0)
+        return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -137,11 +153,11 @@ class MatchedBarlowTwins(BarlowTwins):
         check_rows(z_mixed, z, names=("z_mixed", "z"))
         clean = wide(z).detach()
         lam = by_row(lam)
-        mixture = lam * _standardise(clean, clean)
+        mixture = lam * self._standardise(clean, clean)
         if other is not None:
-            mixture = mixture + (1 - lam) * _standardise(wide(other).detach(), clean)
+            mixture = mixture + (1 - lam) * self._standardise(wide(other).detach(), clean)
         # C is linear in its rows: the difference of two correlations is that of the difference.
-        return self._distance(_standardise(wide(z_mixed), clean) - mixture, wide(target), 0.0)
+        return self._distance(self._standardise(wide(z_mixed), clean) - mixture, wide(target), 0.0)
 
 
 def vicreg(
@@ -250,9 +266,3 @@ def _products(rows: Tensor, others: Tensor) -> Tensor:
     # Autocast would round them to half precision, and their squares are then subtracted.
     with torch.autocast(rows.device.type, enabled=False):
         return rows.T @ others
-
-
-def _standardise(rows: Tensor, reference: Tensor) -> Tensor:
-    """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
-    variance, mean = torch.var_mean(reference, dim=0, correction=0)
-    return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()

@@ -74,7 +74,9 @@ class BarlowTwins(nn.Module):
         features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.projector = build_mlp(features, config.dim, config.dim, config.dim)
         self.mixtures: list[Mixture] = build_mixtures(config)
-        self.barlow_twins = losses.BarlowTwins(config.redundancy_weight, gather_distributed=True)
+        self.barlow_twins = losses.BarlowTwins(
+            config.redundancy_weight, gather_distributed=True, sync_statistics=True
+        )
 
     def encode(self, images: Tensor) -> Tensor:
         """Project views (N, 3, S, S): (N, dim)."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask._distributed import gather_rows
+from mixmask._distributed import gather_rows, of_first, rank, world_size
 from mixmask.backbones import build_backbone
 from mixmask.losses import InfoNCE
 from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
@@ -102,13 +102,24 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Embed views (N, 3, S, S) by the key encoder: unit vectors (N, dim)."""
-        order = torch.arange(len(images))
-        if self.config.bn_splits > 1:  # A key shares its statistics with other images' keys.
-            order = torch.randperm(len(images), generator=generator)
+        """Embed views (N, 3, S, S) by the key encoder: unit vectors (N, dim).
+
+        Where batch norm sees a part of the step's images, keys are shuffled over parts and
+        processes, so that a key shares its statistics with other images than its query does.
+        """
+        apart = world_size() > 1 and not self.config.sync_bn
+        everyone = gather_rows(images, checked=False) if apart else images
+        order = torch.arange(len(everyone))
+        if apart or self.config.bn_splits > 1:
+            order = torch.randperm(len(everyone), generator=generator)
         order = order.to(images.device, non_blocking=True)
-        keys = self.key_head(self.key_backbone(images[order])).float()
-        return F.normalize(keys[order.argsort()], dim=1)
+        order = of_first(order) if apart else order
+        first = rank() * len(images) if apart else 0
+        mine = slice(first, first + len(images))
+        shuffled = everyone[order[mine]].contiguous(memory_format=torch.channels_last)
+        keys = self.key_head(self.key_backbone(shuffled)).float()
+        keys = gather_rows(keys, checked=False) if apart else keys
+        return F.normalize(keys[order.argsort()[mine]], dim=1)
 
     def terms(
         self,
