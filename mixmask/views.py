@@ -1,15 +1,27 @@
-"""Random views of a batch, drawn on the device by kornia."""
+"""Random views of a batch, made on the device: kornia's distributions in few passes."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 # Channel statistics of ImageNet, the usual ones whatever the photographs.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+# Probability of colour jitter and deviations of the blur (SimCLR, MoCo v2).
+_JITTERED = 0.8
+_SIGMA = (0.1, 2.0)
+# Crops are as torchvision's: the first of so many tries that lies inside of the image.
+_TRIES = 10
+_ASPECTS = (3 / 4, 4 / 3)
+# Luma of RGB, by which grey views, contrast and saturation go.
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -31,11 +43,36 @@ def denormalize(images: Tensor) -> Tensor:
     return (images.float() * std + mean).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class ViewParameters:
+    """What a batch of views was drawn with; on the CPU, so that nothing waits for the device.
+
+    Attributes:
+        boxes: (N, 4) float32, left, top, width and height of each crop in pixels.
+        flipped: (N,) bool.
+        factors: (4, N) float32, brightness, contrast, saturation, and hue in turns of the circle;
+            1, 1, 1 and 0 where a view is not jittered.
+        order: The order in which the four are applied.
+        grey: (N,) bool.
+        sigma: (N,) float32, deviation of the blur in pixels; 0 where there is none.
+    """
+
+    boxes: Tensor
+    flipped: Tensor
+    factors: Tensor
+    order: tuple[int, ...]
+    grey: Tensor
+    sigma: Tensor
+
+
 class RandomView(nn.Module):
     """One random view of each image: crop, flip, colour jitter, grey, blur, normalisation.
 
-    All draws follow torch's global generator. For two views of a batch, pass it twice in a row
-    and split the result, which is cheaper than two calls.
+    The distributions are those of kornia's `RandomResizedCrop` (by resampling),
+    `RandomHorizontalFlip`, `ColorJitter` with a random order a batch, `RandomGrayscale` and
+    `RandomGaussianBlur`; with the same parameters the views are the same. All draws follow
+    torch's global generator, on the host, and are the same on every device. For two views of a
+    batch, pass it twice in a row and split the result, which is cheaper than two calls.
 
     Args:
         size: Height and width of the views, in pixels.
@@ -44,6 +81,7 @@ class RandomView(nn.Module):
         hue: Strength of the jitter in hue, at most 0.5.
         grey: Probability of a grey view.
         blur: Probability of a Gaussian blur with a deviation of 0.1 to 2 pixels.
+        crop: Whether to crop; without, images are crops already, (N, 3, size, size).
 
     Source:
         Chen et al., "MoCo v2", section 3, after SimCLR.
@@ -63,27 +101,178 @@ class RandomView(nn.Module):
         hue: float = 0.1,
         grey: float = 0.2,
         blur: float = 0.0,
+        crop: bool = True,
     ) -> None:
-        """Build kornia's pipeline."""
+        """Store the options."""
         super().__init__()
-        import kornia.augmentation as K
+        self.size, self.min_scale, self.crop = size, min_scale, crop
+        self.jitter, self.hue, self.grey, self.blur = jitter, hue, grey, blur
+        # SimCLR's kernel spans a tenth of the image; it has to be odd.
+        self.kernel = max(3, size // 10 // 2 * 2 + 1)
 
-        steps: list[Any] = [
-            K.RandomResizedCrop((size, size), scale=(min_scale, 1.0), cropping_mode="resample"),
-            K.RandomHorizontalFlip(p=0.5),
-            K.ColorJitter(jitter, jitter, jitter, hue, p=0.8),
-            K.RandomGrayscale(p=grey),
-        ]
-        if blur > 0:
-            # SimCLR's kernel spans a tenth of the image; it has to be odd.
-            kernel = max(3, size // 10 // 2 * 2 + 1)
-            steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=blur))
-        self.pipeline = nn.Sequential(
-            *steps, K.Normalize(mean=torch.tensor(MEAN), std=torch.tensor(STD))
+    def draw(self, n: int, height: int, width: int) -> ViewParameters:
+        """Draw the parameters of n views of images (3, height, width)."""
+        whole = torch.tensor([0, 0, width, height]).float().expand(n, 4)
+        boxes = random_boxes(n, height, width, self.min_scale) if self.crop else whole
+        strengths = torch.tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]
+        middle = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
+        low = (middle - strengths).clamp_min(0)
+        low[3] = -self.hue
+        factors = low + torch.rand(4, n) * (middle + strengths - low)
+        jittered = torch.rand(n) < _JITTERED
+        low_sigma, high_sigma = _SIGMA
+        sigma = low_sigma + torch.rand(n) * (high_sigma - low_sigma)
+        return ViewParameters(
+            boxes,
+            torch.rand(n) < 0.5,
+            torch.where(jittered, factors, middle),
+            tuple(torch.randperm(4).tolist()),
+            torch.rand(n) < self.grey,
+            torch.where(torch.rand(n) < self.blur, sigma, 0.0),
         )
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Return a view of each uint8 image (N, 3, H, W): (N, 3, size, size) float32."""
-        view: Tensor = self.pipeline(images.float() / 255)
-        return view.contiguous(memory_format=torch.channels_last)
+    def forward(self, images: Tensor, parameters: ViewParameters | None = None) -> Tensor:
+        """Return a view of each uint8 image (N, 3, H, W): (N, 3, size, size) float32.
+
+        Args:
+            images: (N, 3, H, W) uint8.
+            parameters: What `draw` returned, to make the same views again. Default: drawn anew.
+        """
+        drawn = parameters or self.draw(len(images), *images.shape[-2:])
+        x = self._cropped(images.float().mul_(1 / 255), drawn)
+        x = self._jittered(x, drawn)
+        if self.grey > 0:
+            grey = _on(drawn.grey, x)[:, None, None, None]
+            x = torch.where(grey, luma(x), x)
+        if self.blur > 0:
+            x = self._blurred(x, drawn)
+        mean, std = (torch.tensor(v).to(x.device, non_blocking=True) for v in (MEAN, STD))
+        x = (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _cropped(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        """Crop, resize and flip in one resampling, or flip alone."""
+        if not self.crop:
+            return torch.where(_on(drawn.flipped, x)[:, None, None, None], x.flip(3), x)
+        height, width = x.shape[-2:]
+        left, top, w, h = drawn.boxes.unbind(1)
+        # A view's corners show the box's: from -1 ... 1 within the view to that of the image.
+        across = torch.where(drawn.flipped, -1.0, 1.0) * (w - 1) / (width - 1)
+        down = (h - 1) / (height - 1)
+        centre_x = (2 * left + w - 1) / (width - 1) - 1
+        centre_y = (2 * top + h - 1) / (height - 1) - 1
+        zero = torch.zeros_like(down)
+        theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)
+        theta = _on(theta, x).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(x), 3, self.size, self.size], align_corners=True)
+        return F.grid_sample(x, grid, mode="bilinear", align_corners=True)
+
+    def _jittered(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        factors = _on(drawn.factors, x)[:, :, None, None, None]
+        for number in drawn.order:
+            factor = factors[number]
+            if number == 3:
+                x = shift_hue(x, factor) if self.hue > 0 else x
+            elif self.jitter > 0:
+                x = _ADJUST[number](x, factor)
+        return x
+
+    def _blurred(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        """Blur those views that shall be, row by row and then column by column."""
+        index = drawn.sigma.nonzero()[:, 0]
+        if len(index) == 0:
+            return x
+        place = torch.arange(self.kernel) - self.kernel // 2
+        weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()
+        weights = _on(weights / weights.sum(dim=1, keepdim=True), x).repeat_interleave(3, dim=0)
+        index = _on(index, x)
+        rows = rearrange(x[index], "n c h w -> 1 (n c) h w")
+        half = self.kernel // 2
+        rows = F.pad(rows, (half, half, half, half), mode="reflect")
+        rows = F.conv2d(rows, weights[:, None, None, :], groups=len(weights))
+        rows = F.conv2d(rows, weights[:, None, :, None], groups=len(weights))
+        return x.index_copy(0, index, rearrange(rows, "1 (n c) h w -> n c h w", c=3))
+
+
+def random_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
+    """Draw crops as torchvision's `RandomResizedCrop` does, without a loop over images.
+
+    Args:
+        n: Number of crops.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+        min_scale: Smallest share of the image's area; the largest is 1.
+
+    Returns:
+        (n, 4) float32 of whole numbers: left, top, width, height.
+
+    Example:
+        >>> random_boxes(3, 48, 64, min_scale=0.2).shape
+        torch.Size([3, 4])
+    """
+    area = (min_scale + torch.rand(n, _TRIES) * (1 - min_scale)) * height * width
+    low, high = (math.log(aspect) for aspect in _ASPECTS)
+    aspect = (low + torch.rand(n, _TRIES) * (high - low)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    # Where none fits, the largest central part with an allowed aspect ratio.
+    full_w = min(width, round(height * _ASPECTS[1]))
+    full_h = min(height, round(width / _ASPECTS[0]))
+    none = ~fits.any(dim=1)
+    w = torch.where(none, float(full_w), w.gather(1, first)[:, 0])
+    h = torch.where(none, float(full_h), h.gather(1, first)[:, 0])
+    place = torch.rand(2, n)
+    left = torch.where(none, (width - w).div(2).floor(), (place[0] * (width - w + 1)).floor())
+    top = torch.where(none, (height - h).div(2).floor(), (place[1] * (height - h + 1)).floor())
+    return torch.stack([left, top, w, h], dim=1)
+
+
+def luma(x: Tensor) -> Tensor:
+    """Return the grey of RGB images (N, 3, H, W): (N, 1, H, W)."""
+    r, g, b = _LUMA
+    return (r * x[:, 0] + g * x[:, 1] + b * x[:, 2])[:, None]
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale (N, 3, H, W) within [0, 1] by factors (N, 1, 1, 1)."""
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from each image's mean grey; shapes as in `adjust_brightness`."""
+    mean = luma(x).mean(dim=(-2, -1), keepdim=True)
+    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from each pixel's grey; shapes as in `adjust_brightness`."""
+    return (x * factor).add_(luma(x) * (1 - factor)).clamp_(0, 1)
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of RGB images (N, 3, H, W) within [0, 1] by shares of the circle (N, 1, 1, 1).
+
+    As through HSV, without building it: a channel is the value less the chroma times
+    clamp(min(k, 4 - k), 0, 1), with k = (offset + 6 hue) mod 6 and offsets 5, 3, 1 for R, G, B.
+    """
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    value = x.amax(dim=1, keepdim=True)
+    chroma = value - x.amin(dim=1, keepdim=True)
+    # Where there is no chroma any hue will do.
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    from_green = torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
+    sixths = torch.where(value == r, (g - b) / divisor, from_green)
+    offsets = torch.tensor([5.0, 3.0, 1.0]).to(x.device, non_blocking=True).view(3, 1, 1)
+    k = (sixths + 6 * turns + offsets).remainder_(6)
+    away = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return value - away.mul_(chroma)
+
+
+_ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation)
+
+
+def _on(parameter: Tensor, x: Tensor) -> Tensor:
+    """Bring a parameter to the images' device, without waiting for it."""
+    return parameter.to(x.device, non_blocking=True)

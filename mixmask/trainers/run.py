@@ -152,6 +152,10 @@ class Run:
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = build_method(config)
         if config.sync_bn and accelerator.num_processes > 1:
+            if accelerator.device.type == "cpu":
+                raise ValueError(
+                    "--sync-bn needs GPUs, torch synchronises no statistics on CPUs; leave it out"
+                )
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = model.to(memory_format=torch.channels_last).to(accelerator.device)
         if config.checkpointing:
