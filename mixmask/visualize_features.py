@@ -109,12 +109,13 @@ def figure_neighbours(
 def _scatter(axis: Axes, points: Tensor, labels: Tensor | None, classes: int) -> None:
     size = 22 if len(points) <= 1000 else 8
     if labels is None:
-        axis.scatter(*points.T.numpy(), s=size, color="grey", linewidths=0, alpha=0.7)
+        x, y = points.T.numpy()
+        axis.scatter(x, y, s=size, color="grey", linewidths=0, alpha=0.7)
         return
     for label in labels.unique().tolist():
         colour, mark = class_style(label, classes)
-        chosen = points[labels == label].T.numpy()
-        axis.scatter(*chosen, s=size, color=colour, marker=mark, linewidths=0, alpha=0.8)
+        x, y = points[labels == label].T.numpy()
+        axis.scatter(x, y, s=size, color=colour, marker=mark, linewidths=0, alpha=0.8)
 
 
 def _add_legend(figure: Any, axis: Axes, labels: Tensor, classes: Sequence[str]) -> str:

@@ -155,7 +155,7 @@ def figure_budgets(
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     """Make a figure outside of pyplot, which would keep it."""
     from matplotlib.figure import Figure
 
@@ -208,7 +208,7 @@ def _finish(axis: Axes) -> None:
         )  # fmt: skip
         axis.set(xticks=[], yticks=[])
     else:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -149,10 +149,10 @@ def _load_images(name: str, image_size: int) -> _Images:
     if data.labelled:
         (bank, bank_labels), (shown, labels) = labelled_splits(data)
         return _Images(name, shown, labels, bank, bank_labels, data.classes, "test")
-    train = data.train
-    shown, split = (train.images, "training") if data.test is None else (data.test.images, "test")
-    labels = train.labels if data.test is None else None
-    return _Images(name, shown, labels, train.images, labels, data.classes, split)
+    bank = data.train.images
+    if data.test is not None:
+        return _Images(name, data.test.images, None, bank, None, data.classes, "test")
+    return _Images(name, bank, data.train.labels, bank, data.train.labels, data.classes, "training")
 
 
 def _choose_classes(images: _Images, classes: Sequence[str] | None) -> Tensor:

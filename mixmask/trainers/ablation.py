@@ -169,7 +169,7 @@ def budget_cells(
             own = given if mix == "mixmask" or baseline_lr is None else given | {"lr": baseline_lr}
             for epochs in sorted(set(chosen)):
                 config = make_config(**(own | {"method": method, "mix": mix, "epochs": epochs}))
-                value = f"{describe_option('mix', mix)}, {epochs} epochs"
+                value = f"{describe_option('mix', mix)}, {epochs} epoch{'s' * (epochs != 1)}"
                 cells.append(Cell(method, value, f"{method}_{mix}_{epochs}-epochs", config))
     return cells
 
