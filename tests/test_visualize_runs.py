@@ -39,6 +39,11 @@ def test_one_seed_has_no_width_and_other_words_are_refused() -> None:
         band(one, "ci")
 
 
+def heights(line: Any) -> np.ndarray[Any, Any]:
+    """Return what a line was drawn at."""
+    return np.asarray(line.get_ydata(), dtype=float)
+
+
 def points(values: np.ndarray[Any, Any]) -> dict[int, list[float]]:
     return {epoch: column.tolist() for epoch, column in enumerate(values.T)}
 
@@ -52,10 +57,10 @@ def test_comparison_draws_means_bands_and_seeds(kind: str) -> None:
     figure = figure_comparison(curves, title="on photographs", kind=kind)
     clean, mixed, knn, linear = figure.axes
     mean, low, high = expected_band(VALUES, kind)
-    np.testing.assert_allclose(clean.lines[0].get_ydata(), mean)
-    np.testing.assert_allclose(clean.lines[1].get_ydata(), VALUES[0])
+    np.testing.assert_allclose(heights(clean.lines[0]), mean)
+    np.testing.assert_allclose(heights(clean.lines[1]), VALUES[0])
     assert len(clean.collections) == 1  # One seed has no band.
-    np.testing.assert_allclose(knn.lines[0].get_ydata(), 100 * mean)
+    np.testing.assert_allclose(heights(knn.lines[0]), 100 * mean)
     corners = knn.collections[0].get_paths()[0].vertices
     for bound in (low, high):
         for epoch, value in enumerate(100 * bound):
@@ -79,26 +84,33 @@ def test_nine_lines_differ_in_colour_or_style() -> None:
 
 def test_factors_mark_mean_deviation_and_every_seed() -> None:
     accuracies = {"knn": [0.2, 0.4, 0.6], "linear": [0.5]}
-    panels = {"grid size": {"2": accuracies, "4": {"knn": [], "linear": []}}, "switch": {"on": {}}}
+    panels: dict[str, Any] = {
+        "grid size": {"2": accuracies, "4": {"knn": [], "linear": []}},
+        "switch": {"on": {}},
+    }
     figure = figure_factors(panels, untrained={"knn": 0.1}, title="t")
     grid, switch = figure.axes
     assert (grid.get_title(), switch.get_title()) == ("grid size", "switch")
     assert [label.get_text() for label in grid.get_xticklabels()] == ["2", "4"]
     dots = [line for line in grid.lines if line.get_alpha() == 0.4]
-    assert [np.round(line.get_ydata(), 9).tolist() for line in dots] == [[20, 40, 60], [50]]
-    heights = [
+    assert [heights(line).round(9).tolist() for line in dots] == [[20, 40, 60], [50]]
+    drawn: list[Any] = list(grid.containers)
+    bars = [
         segment[:, 1].tolist()
-        for container in grid.containers
-        for segment in container.lines[2][0].get_segments()  # type: ignore[union-attr]
+        for container in drawn
+        for segment in container.lines[2][0].get_segments()
     ]
-    np.testing.assert_allclose(heights, [[20, 60], [50, 50]])
+    np.testing.assert_allclose(bars, [[20, 60], [50, 50]])
     dotted = [line for line in grid.lines if line.get_linestyle() == ":"]
-    assert [float(line.get_ydata()[0]) for line in dotted] == [10.0]  # type: ignore[index, arg-type]
+    assert [heights(line)[0] for line in dotted] == [10.0]
 
 
 def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> None:
     curves = {"no mixing": {2: [0.3, 0.5], 4: [0.6]}, "mixmask": {2: [0.2], 4: []}}
-    panels = {"moco-v2": {"knn": curves}, "byol": {"knn": {"mixmask": {2: [], 4: []}}}}
+    panels: dict[str, Any] = {
+        "moco-v2": {"knn": curves},
+        "byol": {"knn": {"mixmask": {2: [], 4: []}}},
+    }
     figure = figure_budgets(panels, title="t")
     moco, byol, moco_linear, _ = figure.axes
     assert (moco.get_title(), byol.get_title()) == ("moco-v2", "byol")
