@@ -179,7 +179,11 @@ def _draw(axis: Axes, points: Points, i: int, name: str, kind: str, scale: float
     marker = "o" if len(epochs) < 16 else ""
     axis.plot(epochs, mean, label=name, marker=marker, markersize=4, **style)  # type: ignore[arg-type]
     if (low < high).any():
-        axis.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        # The edges tell bands apart where several lie on each other.
+        colour = style["color"]
+        axis.fill_between(
+            epochs, low, high, facecolor=(colour, 0.12), edgecolor=(colour, 0.6), linewidth=0.7
+        )
 
 
 def _mark(axis: Axes, x: float, accuracies: Sequence[float], i: int, label: str) -> None:
