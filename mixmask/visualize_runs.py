@@ -83,9 +83,8 @@ def figure_comparison(
                 _draw(axis, points, i, _with_seeds(name, columns), kind, 100 if accuracy else 1)
         _finish(axis)
     _legend(figure, axes.flat)
-    banded = any(len(v) > 1 for c in curves.values() for p in c.values() for v in p.values())
-    caption = f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"
-    figure.suptitle(f"{title}\n{caption}" if title else caption, fontsize=10)
+    drawn = [points for columns in curves.values() for points in columns.values()]
+    _caption(figure, title, drawn, kind)
     return figure
 
 
@@ -150,8 +149,13 @@ def figure_budgets(
             _finish(axis)
         column[-1].set_xlabel("epochs of the whole run")
     _legend(figure, axes.flat)
-    caption = f"line: mean, band: {BANDS[kind]}"
-    figure.suptitle(f"{title}\n{caption}" if title else caption, fontsize=10)
+    drawn = [
+        points
+        for measures in panels.values()
+        for settings in measures.values()
+        for points in settings.values()
+    ]
+    _caption(figure, title, drawn, kind)
     return figure
 
 
@@ -202,6 +206,13 @@ def _mark(axis: Axes, x: float, accuracies: Sequence[float], i: int, label: str)
 def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
     count = max((len(v) for points in columns.values() for v in points.values()), default=0)
     return f"{name} ({count} seed{'s' * (count != 1)})"
+
+
+def _caption(figure: Figure, title: str, drawn: Sequence[Points], kind: str) -> None:
+    """Say above the panels what they share, and what the band is, where there is one."""
+    banded = any(len(values) > 1 for points in drawn for values in points.values())
+    caption = f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"
+    figure.suptitle(f"{title}\n{caption}" if title else caption, fontsize=10)
 
 
 def _finish(axis: Axes) -> None:

@@ -114,6 +114,7 @@ def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> 
     figure = figure_budgets(panels, title="t")
     moco, byol, moco_linear, _ = figure.axes
     assert (moco.get_title(), byol.get_title()) == ("moco-v2", "byol")
+    assert figure.get_suptitle() == "t\nline: mean, band: ± standard deviation over seeds"
     baseline, mixmask = moco.lines
     assert np.asarray(baseline.get_xydata()).round(9).tolist() == [[2, 40], [4, 60]]
     assert np.asarray(mixmask.get_xydata()).round(9).tolist() == [[2, 20]]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mixmask.trainers.methods import METHODS
 
 Row = dict[str, float]
 
@@ -67,7 +70,9 @@ def read_record(path: Path) -> Record:
     folder = path.parent if path.is_file() else path
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["method"], config["mix"], config["data"], config["seed"]
+        config["mix"], config["data"], config["seed"]
+        # A run of an older version has what newer options leave as it was.
+        config = option_defaults(config["method"]) | config
         rows = read_rows(folder / "metrics.csv")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -77,6 +82,18 @@ def read_record(path: Path) -> Record:
     if not rows:
         raise ValueError(f"{path} has no epoch yet; train it further with pretrain --resume")
     return Record(folder, config, rows)
+
+
+def option_defaults(method: str) -> dict[str, Any]:
+    """Return a method's options at their defaults; none for a method that is not known here.
+
+    Example:
+        >>> option_defaults("moco-v2")["temperature"], option_defaults("another")
+        (0.2, {})
+    """
+    if method not in METHODS:
+        return {}
+    return {field.name: field.default for field in dataclasses.fields(METHODS[method].config)}
 
 
 def read_rows(path: Path) -> list[Row]:

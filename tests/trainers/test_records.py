@@ -107,12 +107,22 @@ def test_a_run_is_read_from_its_folder_or_a_checkpoint_in_it(tmp_path: Path) -> 
     assert read == read_record(folder / "last.pt")
 
 
+def test_a_run_of_an_older_version_is_a_seed_of_a_newer_ones_group(tmp_path: Path) -> None:
+    rows = [{"epoch": 0, "knn": 0.5}]
+    old = write_run(tmp_path / "old", json.dumps(CONFIG), rows)
+    new = json.dumps(CONFIG | {"seed": 1, "roll": False, "temperature": 0.2})
+    (group,) = group_seeds([read_record(old), read_record(write_run(tmp_path / "b", new, rows))])
+    assert len(group.records) == 2
+    odd = json.dumps(CONFIG | {"method": "another"})  # Of a version that is newer than this one.
+    assert read_record(write_run(tmp_path / "c", odd, rows)).config == json.loads(odd)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
         ("{", "is no run .JSONDecodeError"),
         ("[]", "is no run .TypeError"),
-        ('{"lr": 1}', "is no run .KeyError: 'method'"),
+        ('{"lr": 1}', "is no run .KeyError: 'mix'"),
         (json.dumps(CONFIG), "has no epoch yet"),
     ],
 )
