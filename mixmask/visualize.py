@@ -111,9 +111,17 @@ def figure_curves(rows: Sequence[dict[str, float]]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and release it."""
-    figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    """Write a figure, as PNG unless the name ends otherwise, and release it.
+
+    Whoever stops meanwhile finds the picture that was there before.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        _pyplot().close(figure)
 
 
 def _draw_losses(axis: Axes, rows: Sequence[dict[str, float]]) -> None:

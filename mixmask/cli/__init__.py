@@ -12,6 +12,9 @@ import torch
 
 from mixmask import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli.ablate import add_ablate
+from mixmask.cli.compare import add_compare
+from mixmask.cli.features import add_map, add_neighbours
 from mixmask.cli.pretrain import add_pretrain, add_recipes
 from mixmask.cli.show import add_show
 
@@ -58,4 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     add_pretrain(commands)
     add_recipes(commands)
     add_show(commands)
+    add_compare(commands)
+    add_map(commands)
+    add_neighbours(commands)
+    add_ablate(commands)
     return parser

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixmask.cli._console import labelled_splits, say
+from mixmask.cli._console import say
+from mixmask.cli._training import accuracy_monitor, set_threads
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.data import ImageData
 
@@ -30,12 +29,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     from mixmask.trainers.methods import load_config, make_config
     from mixmask.visualize import figure_curves, figure_views, save_figure
 
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(
-                f"--threads must be at least 1, got {threads}; use the number of cores"
-            )
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if resume is not None:
         if given or out is not None:
             named = ", ".join("--" + name.replace("_", "-") for name in given) or "--out"
@@ -63,7 +57,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
         config,
         data.train.images,
         folder,
-        monitor=_monitor(data),
+        monitor=accuracy_monitor(data),
         on_start=start,
         resume=resume is not None,
     )
@@ -102,13 +96,13 @@ def add_pretrain(commands: Any) -> None:
             fields.setdefault(field.name, field)
             owners.setdefault(field.name, []).append(method)
     for name, field in fields.items():
-        _add_option(parser, field, () if name in shared else owners[name])
+        add_option(parser, field, () if name in shared else owners[name])
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder, a new one")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads to use")
 
 
-def _add_option(
+def add_option(
     parser: argparse.ArgumentParser, field: dataclasses.Field[Any], owners: Sequence[str]
 ) -> None:
     """Add the option of a field, with the methods that have it if not all do."""
@@ -171,24 +165,6 @@ def _new_folder(out: Path | None, config: RunConfig) -> Path:
             f"{out} exists and is not empty; go on with --resume {out}, or name another --out"
         )
     return out
-
-
-def _monitor(data: ImageData) -> Callable[[nn.Module, bool], dict[str, float]] | None:
-    """Measure kNN and linear accuracy on the test split, where there are labels."""
-    from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
-
-    if not data.labelled:
-        return None
-    train, test = labelled_splits(data)
-
-    def measure(backbone: nn.Module, thorough: bool) -> dict[str, float]:
-        x, x_test = (extract_features(backbone, images) for images in (train[0], test[0]))
-        measured = {"knn": knn_accuracy(x, train[1], x_test, test[1])}
-        if thorough:
-            measured["linear"] = linear_accuracy(x, train[1], x_test, test[1])
-        return measured
-
-    return measure
 
 
 def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
