@@ -94,8 +94,7 @@ class RunConfig:
         check_range("seed", self.seed, 0)
         check_range("monitor", self.monitor, 0)
         shares = ("min_scale", "jitter", "grey", "blur", "warmup", "sgd_momentum")
-        shares += ("global_share", "channel_share")
-        for name in shares:
+        for name in (*shares, "global_share", "channel_share"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("hue", self.hue, 0, 0.5)
         for name in ("lr", "weight_decay"):
