@@ -12,6 +12,7 @@ import torch
 
 from mixmask import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli.detect import add_detect
 from mixmask.cli.pretrain import add_pretrain, add_recipes
 from mixmask.cli.show import add_show
 
@@ -57,5 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_pretrain(commands)
     add_recipes(commands)
+    add_detect(commands)
     add_show(commands)
     return parser
