@@ -168,7 +168,10 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) ->
         box = _patch((left, top), right - left, bottom - top, fill=False, color=colour)
         axis.add_patch(box)
         if scores is not None:
-            axis.text(left, top, f"{float(scores[i]):.2f}", color=colour, fontsize=5, va="bottom")
+            axis.text(
+                left, top, f"{float(scores[i]):.2f}", color="white", fontsize=6, va="bottom",
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
         if "masks" in boxes:
             mask = boxes["masks"][i].float().numpy()
             axis.contour(mask, [0.5], colors=[colour], linewidths=0.8)

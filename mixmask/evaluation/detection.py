@@ -135,7 +135,7 @@ def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate()
     run.optimizer.step()
-    return {name: float(loss) for name, loss in losses.items()}
+    return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
 def _flipped(
