@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder or zip file in VOC's or COCO's layout")
     parser.add_argument("--run", type=Path, help="the pretrained run: a folder or a checkpoint")
     parser.add_argument("--arch", default="narrow", help="the untrained backbone, as the run's")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training split")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the training split")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--keep", type=Path, help="where the runs stay; default: nowhere")
     options = parser.parse_args()

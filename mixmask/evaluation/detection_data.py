@@ -234,5 +234,8 @@ def _decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tens
             runs = coco_mask.merge(coco_mask.frPyObjects(runs, height, width))
         elif isinstance(runs["counts"], list):
             runs = coco_mask.frPyObjects(runs, height, width)
-        masks[i] = torch.from_numpy(coco_mask.decode(runs))
+        with warnings.catch_warnings():
+            # pycocotools 2.0.11 asks NumPy 2 for a copy in the old way.
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            masks[i] = torch.from_numpy(coco_mask.decode(runs))
     return masks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -51,8 +52,14 @@ class _Precision:
 
         self.classes = classes
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
+        # torchmetrics' own thresholds are rounded to float32, so that a recall of exactly 0.6 would
+        # count for less than it does with pycocotools.
         self.metric = MeanAveragePrecision(
-            iou_type=self.kinds if masks else "bbox", extended_summary=True, backend="pycocotools"
+            iou_type=self.kinds if masks else "bbox",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            extended_summary=True,
+            backend="pycocotools",
         )
 
     def update(self, predictions: Sequence[Target], targets: Sequence[Target]) -> None:

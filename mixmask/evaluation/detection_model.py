@@ -136,7 +136,7 @@ def _stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
 
     What timm declares is of no use here: a stem without pooling halves the strides.
     """
-    side = 256
+    side = 64
     was_training = backbone.training
     backbone.eval()
     try:
