@@ -169,7 +169,7 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) ->
         axis.add_patch(box)
         if scores is not None:
             axis.text(
-                left, top, f"{float(scores[i]):.2f}", color="white", fontsize=6, va="bottom",
+                left, top, f"{float(scores[i]):.2f}", color="white", fontsize=6, va="top",
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
             )  # fmt: skip
         if "masks" in boxes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,11 +51,11 @@ class _Precision:
         from torchmetrics.detection import MeanAveragePrecision
 
         self.classes = classes
-        self.kinds = ("bbox", "segm") if masks else ("bbox",)
+        self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
         # torchmetrics' own thresholds are rounded to float32, so that a recall of exactly 0.6 would
         # count for less than it does with pycocotools.
         self.metric = MeanAveragePrecision(
-            iou_type=self.kinds if masks else "bbox",
+            iou_type=self.kinds,
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),
             extended_summary=True,

@@ -23,8 +23,8 @@ def rectangles(index: int) -> list[Rectangle]:
 
 def draw(path: Path, objects: Sequence[Rectangle]) -> None:
     image = Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128))
-    for name, *box in objects:
-        image.paste(COLOURS[name], tuple(box))
+    for name, left, top, right, bottom in objects:
+        image.paste(COLOURS[name], (left, top, right, bottom))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
