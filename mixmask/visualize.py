@@ -129,7 +129,9 @@ def figure_detections(
     """
     figure: Figure
     height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 0.6
-    figure, axes = _pyplot().subplots(len(images), 2, figsize=(8.6, height), squeeze=False)
+    figure, axes = _pyplot().subplots(
+        len(images), 2, figsize=(8.6, height), squeeze=False, layout="constrained"
+    )
     colours = [f"C{i % 10}" for i in range(len(classes))]
     for (left, right), image, target, found in zip(axes, images, targets, predictions, strict=True):
         sure = found["scores"] >= threshold
@@ -139,8 +141,9 @@ def figure_detections(
         for axis, boxes in ((left, target), (right, shown)):
             _draw_boxes(axis, boxes, colours)
     handles = [_patch((0, 0), 1, 1, color=colour) for colour in colours]
-    figure.legend(handles, classes, loc="lower center", ncols=min(len(classes), 6), frameon=False)
-    figure.tight_layout(pad=0.5, rect=(0, 0.4 / height, 1, 1))
+    figure.legend(
+        handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False
+    )
     return figure
 
 
@@ -163,7 +166,8 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) ->
     """Draw boxes in their classes' colours, with scores and masks where there are any."""
     scores = boxes.get("scores")
     for i, (corners, label) in enumerate(zip(boxes["boxes"], boxes["labels"], strict=True)):
-        left, top, right, bottom = corners.tolist()
+        # A picture's first pixel is drawn around 0; its left edge is at -0.5.
+        left, top, right, bottom = (corners - 0.5).tolist()
         colour = colours[int(label) - 1]
         box = _patch((left, top), right - left, bottom - top, fill=False, color=colour)
         axis.add_patch(box)

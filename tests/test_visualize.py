@@ -72,7 +72,7 @@ def test_detections_beside_what_was_annotated(masks: bool) -> None:
         "annotated: 2", "detected: 1 with a score of 0.5 or more",
     ]  # fmt: skip
     assert (len(left.patches), len(right.patches), len(empty.patches)) == (2, 1, 0)
-    assert left.patches[0].get_bbox().bounds == (2, 4, 18, 26)  # type: ignore[attr-defined]
+    assert left.patches[0].get_bbox().bounds == (1.5, 3.5, 18, 26)  # type: ignore[attr-defined]
     assert [text.get_text() for text in right.texts] == ["0.90"]
     assert left.patches[0].get_edgecolor() != left.patches[1].get_edgecolor()
     assert bool(left.collections) == masks

@@ -77,7 +77,7 @@ def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[
     detector, results = train_detector(
         config, data, backbone, folder, source=source, resume=resume is not None, on_row=_say_row
     )
-    _draw(detector, data, folder)
+    _draw(detector, data, folder, masks=config.model == "mask-rcnn")
     _say_end(results, folder, time.perf_counter() - began)
 
 
@@ -128,12 +128,15 @@ def _new_folder(out: Path | None, run: str, config: DetectionConfig) -> Path:
     return out
 
 
-def _draw(detector: nn.Module, data: DetectionData, folder: Path, count: int = 4) -> None:
+def _draw(
+    detector: nn.Module, data: DetectionData, folder: Path, *, masks: bool, count: int = 4
+) -> None:
     """Draw the first test images with what is annotated and what is detected."""
     from mixmask.evaluation.detection_metrics import predict
     from mixmask.visualize import figure_detections, save_figure
 
-    images, targets = zip(*(data.test[i] for i in range(min(count, len(data.test)))), strict=True)
+    test = data.test.with_masks() if masks else data.test
+    images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
     found = predict(detector, images, next(detector.parameters()).device)
     save_figure(figure_detections(images, targets, found, data.classes), folder / "detections.png")
 
