@@ -41,9 +41,7 @@ class DetectionConfig:
     size: int = _option(800, "shorter side of the images, in pixels")
     min_scale: float = _option(0.6, "smallest training size, as a share of --size")
     rois: int = _option(512, "regions an image that the head learns from in a step")
-    proposals: int = _option(
-        1000, "regions proposed an image in a test; twice as many in training"
-    )
+    proposals: int = _option(1000, "regions proposed an image in a test; twice as many in training")
     monitor: int = _option(4, "epochs between two tests; 0 for one at the end")
     workers: int = _option(0, "processes that read images; 0 reads them in between")
     seed: int = _option(0, "seed from which all randomness follows")
