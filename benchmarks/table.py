@@ -70,7 +70,8 @@ def rendered(page: str, results: Path) -> str:
     records = (
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
     )
-    sections = "\n\n".join(section(record) for record in records)
+    # Accuracies have records of their own form, and are told about in words.
+    sections = "\n\n".join(section(record) for record in records if "cases" in record)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}\n\n{sections}\n\n{_END}{after}"

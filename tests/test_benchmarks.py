@@ -70,6 +70,20 @@ def test_script_writes_a_whole_record(
         assert case["name"] in done.stdout
 
 
+def test_detection_writes_both_sides(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    done = run("detection.py", "--small", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["small"] is True
+    assert record["commit"]
+    assert record["recipe"]["epochs"] == record["n"] == 1
+    assert record["sides"]["pretrained"]["pretraining"]["method"] == "moco-v2"
+    for side in record["sides"].values():
+        assert 0 <= side["ap"]["median"] <= side["ap50"]["median"] <= 1
+        assert len(side["epochs"][0]) == 1
+
+
 def test_peak_memory_counts_live_bytes_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     common = importlib.import_module("common")
