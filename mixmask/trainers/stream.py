@@ -1,0 +1,383 @@
+"""Batches of crops: from tensors on the device, or from files that workers decode and crop."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import math
+import signal
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mixmask.trainers.data import UNREADABLE, FolderImages, Images, read_any, to_rgb
+from mixmask.trainers.folders import Files
+from mixmask.trainers.parts import fold_seed
+
+# Images that a worker hands over at once: few enough for shared memory and a quick start, enough
+# that handing over costs little beside decoding.
+_PART = 32
+# torchvision's RandomResizedCrop has these too.
+_RATIO = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+class Batches(Protocol):
+    """An iterator that can be closed."""
+
+    def __next__(self) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class Draw(NamedTuple):
+    """What a step takes from the data.
+
+    Attributes:
+        index: (N,) int64, which images.
+        crops: How many views of each.
+        seed: From which all that is drawn for them follows.
+    """
+
+    index: Tensor
+    crops: int
+    seed: int
+
+
+class Box(NamedTuple):
+    """A crop's place in an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def read_batches(
+    images: Images,
+    draws: Iterable[Draw],
+    *,
+    size: int,
+    min_scale: float,
+    workers: int,
+    device: torch.device,
+) -> Batches:
+    """Return what `RandomView` takes, (crops * N, 3, H, W) uint8 on the device, for each draw.
+
+    The first N images are the first view of each, and so on. A tensor's images are whole ones,
+    a folder's are crops of `size`; see `Stream`.
+
+    Args:
+        images: A tensor on the device, or a folder.
+        draws: What the steps take, in order.
+        size: Height and width of a folder's crops, in pixels.
+        min_scale: Smallest share of an image's area that a folder's crop takes.
+        workers: Processes that decode a folder; 0 for none but a thread.
+        device: Where the batches go.
+    """
+    if isinstance(images, FolderImages):
+        return Stream(images, draws, size=size, min_scale=min_scale, workers=workers, device=device)
+    return (images[draw.index.to(device)].repeat(draw.crops, 1, 1, 1) for draw in draws)
+
+
+def part_bytes(size: int, crops: int) -> int:
+    """Return what a worker hands over at once: the crops of a few images."""
+    return _PART * crops * 3 * size * size
+
+
+class Stream(Iterator[Tensor]):
+    """Random resized crops of a folder's images, decoded by workers and copied one batch ahead.
+
+    Which crops are taken follows from the draws alone, whatever the number of workers. A thread
+    collects what the workers hand over and copies it to the device, beside the step that runs.
+
+    Args:
+        images: The folder.
+        draws: What the steps take, in order.
+        size: Height and width of the crops, in pixels.
+        min_scale: Smallest share of an image's area that a crop takes.
+        workers: Processes that decode; 0 for none but that thread.
+        device: Where the batches go.
+    """
+
+    def __init__(
+        self,
+        images: FolderImages,
+        draws: Iterable[Draw],
+        *,
+        size: int,
+        min_scale: float,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        """Start nothing yet: workers start with the first batch."""
+        self.images = images
+        self.device = device
+        self.workers = workers
+        self.loader = DataLoader(
+            _Decoder(images.files, size, min_scale),
+            batch_size=None,
+            sampler=_Parts(draws),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker,
+            # Otherwise the loader draws from the global generator, in the middle of a step.
+            generator=torch.Generator(),
+        )
+        self.ready: SimpleQueue[tuple[Tensor, Any] | BaseException] = SimpleQueue()
+        self.room = Semaphore()
+        self.closed = Event()
+        self.thread = Thread(target=self._read_ahead, name="read ahead", daemon=True)
+
+    def __next__(self) -> Tensor:
+        """Return the next batch, (crops * N, 3, S, S) uint8, channels last.
+
+        Raises:
+            OSError: If the folder is gone or nothing in it can be read.
+            ChildProcessError: If a worker has died.
+        """
+        if self.closed.is_set():
+            raise StopIteration
+        if self.thread.ident is None:
+            atexit.register(self.close)  # Workers do not end by themselves.
+            self.thread.start()
+        found = self.ready.get()
+        if isinstance(found, BaseException):
+            self.close()
+            raise found
+        batch, copied = found
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            batch.record_stream(current)
+        self.room.release()
+        return batch
+
+    def close(self) -> None:
+        """Stop thread and workers, and say how many files could not be read."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        atexit.unregister(self.close)
+        self.room.release()
+        if self.thread.ident is not None:
+            self.thread.join()
+        self.images.warn_rest()
+
+    def _read_ahead(self) -> None:
+        """Copy batches, of which one may wait; runs in the thread."""
+        try:
+            on_gpu = self.device.type == "cuda"
+            copies = None
+            if on_gpu:  # A thread starts on the first GPU, whatever the process's own is.
+                torch.cuda.set_device(self.device)
+                copies = torch.cuda.Stream(self.device)
+            for batch in self._collect(pinned=on_gpu):
+                self.room.acquire()
+                if self.closed.is_set():
+                    return
+                self.ready.put(_copy(batch, self.device, copies))
+            self.ready.put(StopIteration())
+        except BaseException as error:  # noqa: BLE001  # It is raised in the main thread.
+            # The frames hold the loader, and with it the workers.
+            traceback.clear_frames(error.__traceback__)
+            self.ready.put(_explained(error))
+
+    def _collect(self, *, pinned: bool) -> Iterator[Tensor]:
+        """Join the parts of each batch, in host memory: (crops * N, 3, S, S)."""
+        batch = torch.empty(0)
+        for part in self.loader:
+            if self.closed.is_set():
+                return
+            if part.error:
+                raise OSError(part.error)
+            self.images.note(part.unreadable)
+            crops, n, *rest = part.images.shape
+            if part.first == 0:
+                batch = torch.empty(crops, part.total, *rest, dtype=torch.uint8, pin_memory=pinned)
+            batch[:, part.first : part.first + n] = part.images
+            if part.first + n == part.total:
+                yield batch.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _copy(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any]:
+    """Copy a batch on a stream of its own, and return the event that ends it, if there is one."""
+    if copies is None:
+        return batch.to(device), None
+    with torch.cuda.stream(copies):
+        return batch.to(device, non_blocking=True), copies.record_event()
+
+
+def _explained(error: BaseException) -> BaseException:
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return ChildProcessError(
+            f"a process that decodes images has died ({' '.join(str(error).split())}); if memory "
+            "was short, use fewer --workers"
+        )
+    return error
+
+
+class _Request(NamedTuple):
+    """A part of a draw: these images, from this place in the batch on."""
+
+    index: list[int]
+    first: int
+    draw: Draw
+
+
+class _Answer(NamedTuple):
+    """A part of a batch, (crops, n, S, S, 3); what could not be read; what is wrong for good."""
+
+    images: Tensor
+    first: int
+    total: int
+    unreadable: list[int]
+    error: str
+
+
+class _Parts(Sequence[_Request]):
+    """The parts of all draws, in order, drawn when a worker is to have the next one."""
+
+    def __init__(self, draws: Iterable[Draw]) -> None:
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[_Request]:
+        for draw in self.draws:
+            numbers = draw.index.tolist()
+            for first in range(0, len(numbers), _PART):
+                yield _Request(numbers[first : first + _PART], first, draw)
+
+
+@dataclass(frozen=True)
+class _Decoder(Dataset[_Answer]):
+    """What a worker does: read files and crop them."""
+
+    files: Files
+    size: int
+    min_scale: float
+
+    def __getitem__(self, request: _Request) -> _Answer:
+        index, first, draw = request
+        images = torch.empty(draw.crops, len(index), self.size, self.size, 3, dtype=torch.uint8)
+        unreadable: list[int] = []
+        error = ""
+        generator = torch.Generator()
+        for place, number in enumerate(index):
+            generator.manual_seed(fold_seed(draw.seed, first + place))
+
+            def read(file: Path) -> Tensor | None:
+                return read_crops(
+                    file, draw.crops, self.size, min_scale=self.min_scale, generator=generator
+                )
+
+            try:
+                crops, tried = read_any(self.files, number, read)
+            except OSError as problem:  # A worker's exception would come with its traceback.
+                error = str(problem)
+                break
+            images[:, place] = crops.permute(0, 2, 3, 1)
+            unreadable += tried
+        return _Answer(images, first, len(draw.index), unreadable, error)
+
+
+def _unchanged(answer: _Answer) -> _Answer:
+    return answer
+
+
+def _start_worker(number: int) -> None:
+    """Leave Ctrl-C and a scheduler's SIGTERM to the process that trains, which ends the step."""
+    del number
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def read_crops(
+    file: Path, count: int, size: int, *, min_scale: float, generator: torch.Generator
+) -> Tensor | None:
+    """Read an image and take random resized crops of it.
+
+    A JPEG of which even the smallest crop is at least twice the size is decoded at a half, a
+    quarter or an eighth, which the crops do not show: they differ by less than one grey level
+    of 256 on average.
+
+    Args:
+        file: An image file.
+        count: How many crops.
+        size: Their height and width, in pixels.
+        min_scale: Smallest share of the image's area that a crop takes; the largest is 1.
+        generator: A CPU generator. As many numbers are drawn from it for every readable image.
+
+    Returns:
+        (count, 3, size, size) uint8, or None for a file that cannot be read.
+    """
+    try:
+        data = file.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            boxes = [
+                random_box(height, width, min_scale=min_scale, generator=generator)
+                for _ in range(count)
+            ]
+            smallest = min(min(box.height, box.width) for box in boxes)
+            pixels = _decode(image, data, smallest // size)
+    except UNREADABLE:
+        return None
+    crops = []
+    for box in boxes:
+        top, left = (box.top * pixels.shape[1]) // height, (box.left * pixels.shape[2]) // width
+        bottom = math.ceil((box.top + box.height) * pixels.shape[1] / height)
+        right = math.ceil((box.left + box.width) * pixels.shape[2] / width)
+        crop = pixels[None, :, top:bottom, left:right]
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(crops)
+
+
+def _decode(image: Image.Image, data: bytes, reduction: int) -> Tensor:
+    """Decode to (3, H, W) uint8, channels last; H and W up to `reduction` times smaller."""
+    if image.format == "JPEG" and reduction < 2:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        try:  # In about half of Pillow's time.
+            file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels: Tensor = decode_jpeg(file, mode=ImageReadMode.RGB)
+        except (AttributeError, RuntimeError):  # Without libjpeg; or no JPEG that it knows.
+            pass
+        else:
+            return pixels
+    image.draft("RGB", (image.width // max(1, reduction), image.height // max(1, reduction)))
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def random_box(
+    height: int, width: int, *, min_scale: float, generator: torch.Generator
+) -> Box:
+    """Draw a crop as torchvision's RandomResizedCrop does, with its ratios of 3/4 to 4/3.
+
+    Example:
+        >>> box = random_box(30, 40, min_scale=0.2, generator=torch.Generator().manual_seed(0))
+        >>> 0.15 < box.height * box.width / (30 * 40) <= 1
+        True
+    """
+    low, high = map(math.log, _RATIO)
+    for area, aspect, y, x in torch.rand(_ATTEMPTS, 4, generator=generator).tolist():
+        target = height * width * (min_scale + (1 - min_scale) * area)
+        ratio = math.exp(low + (high - low) * aspect)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
+    # The largest central crop with an allowed ratio.
+    h, w = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
