@@ -357,4 +357,7 @@ def read_square(file: Path, size: int) -> np.ndarray[Any, Any] | None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to RGB, dropping transparency, of a palette too."""
+    if image.mode == "RGB":
+        image.load()
+        return image
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")

@@ -237,13 +237,19 @@ def first_views(config: RunConfig, images: Images, count: int = 8) -> Views:
     """
     seed = fold_seed(config.seed, "picture")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    options: dict[str, Any] = {"size": config.image_size, "min_scale": config.min_scale}
+    index = order[:count]
     if isinstance(images, Tensor):
-        images = images.cpu()
-    draw = Draw(order[:count], 2, seed)
-    device = torch.device("cpu")
-    with closing(read_batches(images, [draw], workers=0, device=device, **options)) as batches:
-        batch = next(batches)
+        images, index = images[index].cpu(), torch.arange(len(index))
+    reading = read_batches(
+        images,
+        [Draw(index, 2, seed)],
+        size=config.image_size,
+        min_scale=config.min_scale,
+        workers=0,
+        device=torch.device("cpu"),
+    )
+    with closing(reading):
+        batch = next(reading)
     torch.manual_seed(seed)
     x_q, x_k = random_view(config, images)(batch).chunk(2)
     generator = torch.Generator().manual_seed(seed)

@@ -117,7 +117,7 @@ class Meter:
         """Return what the progress bar shows."""
         row = self.row()
         text = f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
-        return text + (f", {row['wait']:.0%} of it waiting" if row["wait"] >= 0.01 else "")
+        return text + (f", waiting {row['wait']:.0%}" if row["wait"] >= 0.01 else "")
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""

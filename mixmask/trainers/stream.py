@@ -8,7 +8,7 @@ import math
 import signal
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mixmask.trainers.data import UNREADABLE, FolderImages, Images, read_any, to_rgb
 from mixmask.trainers.folders import Files
@@ -32,6 +32,8 @@ _PART = 32
 # torchvision's RandomResizedCrop has these too.
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+# How much larger than its views an image is at least decoded; closer to 1, views become sharper.
+_MARGIN = 2
 
 
 class Batches(Protocol):
@@ -193,12 +195,13 @@ class Stream(Iterator[Tensor]):
         except BaseException as error:  # noqa: BLE001  # It is raised in the main thread.
             # The frames hold the loader, and with it the workers.
             traceback.clear_frames(error.__traceback__)
-            self.ready.put(_explained(error))
+            error.__context__ = None
+            self.ready.put(error)
 
     def _collect(self, *, pinned: bool) -> Iterator[Tensor]:
         """Join the parts of each batch, in host memory: (crops * N, 3, S, S)."""
         batch = torch.empty(0)
-        for part in self.loader:
+        for part in self._answers():
             if self.closed.is_set():
                 return
             if part.error:
@@ -212,21 +215,27 @@ class Stream(Iterator[Tensor]):
                 yield batch.flatten(0, 1).permute(0, 3, 1, 2)
 
 
+    def _answers(self) -> Iterator[_Answer]:
+        """Return what the workers hand over, in order."""
+        try:
+            yield from self.loader
+        except (EOFError, OSError, RuntimeError) as error:
+            dead = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
+            if not (self.workers and dead):
+                raise
+            text = " ".join(str(error).split())
+            raise ChildProcessError(
+                f"a process that decodes images has died ({text}); if memory was short, use fewer "
+                "--workers"
+            ) from None
+
+
 def _copy(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any]:
     """Copy a batch on a stream of its own, and return the event that ends it, if there is one."""
     if copies is None:
         return batch.to(device), None
     with torch.cuda.stream(copies):
         return batch.to(device, non_blocking=True), copies.record_event()
-
-
-def _explained(error: BaseException) -> BaseException:
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return ChildProcessError(
-            f"a process that decodes images has died ({' '.join(str(error).split())}); if memory "
-            "was short, use fewer --workers"
-        )
-    return error
 
 
 class _Request(NamedTuple):
@@ -247,7 +256,7 @@ class _Answer(NamedTuple):
     error: str
 
 
-class _Parts(Sequence[_Request]):
+class _Parts(Sampler[_Request]):
     """The parts of all draws, in order, drawn when a worker is to have the next one."""
 
     def __init__(self, draws: Iterable[Draw]) -> None:
@@ -309,9 +318,8 @@ def read_crops(
 ) -> Tensor | None:
     """Read an image and take random resized crops of it.
 
-    A JPEG of which even the smallest crop is at least twice the size is decoded at a half, a
-    quarter or an eighth, which the crops do not show: they differ by less than one grey level
-    of 256 on average.
+    A large JPEG is decoded at a half, a quarter or an eighth, of which even the smallest crop has
+    twice the size. The crops hardly show it: photographs differ by about 0.3 grey levels of 256.
 
     Args:
         file: An image file.
@@ -324,46 +332,48 @@ def read_crops(
         (count, 3, size, size) uint8, or None for a file that cannot be read.
     """
     try:
-        data = file.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        # At once: over a network, many small reads take long.
+        with Image.open(io.BytesIO(file.read_bytes())) as image:
             width, height = image.size
             boxes = [
                 random_box(height, width, min_scale=min_scale, generator=generator)
                 for _ in range(count)
             ]
             smallest = min(min(box.height, box.width) for box in boxes)
-            pixels = _decode(image, data, smallest // size)
+            kept = _MARGIN * size / smallest
+            image.draft("RGB", (math.ceil(width * kept), math.ceil(height * kept)))
+            rgb = to_rgb(image)
     except UNREADABLE:
         return None
-    crops = []
-    for box in boxes:
-        top, left = (box.top * pixels.shape[1]) // height, (box.left * pixels.shape[2]) // width
-        bottom = math.ceil((box.top + box.height) * pixels.shape[1] / height)
-        right = math.ceil((box.left + box.width) * pixels.shape[2] / width)
-        crop = pixels[None, :, top:bottom, left:right]
-        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    if rgb.size != (width, height):
+        return torch.stack([_crop_reduced(rgb, box, size, (width, height)) for box in boxes])
+    pixels = _to_tensor(rgb)
+    crops = [
+        F.interpolate(
+            pixels[None, :, box.top : box.top + box.height, box.left : box.left + box.width],
+            (size, size),
+            mode="bilinear",
+            antialias=True,
+        )
+        for box in boxes
+    ]
     return torch.cat(crops)
 
 
-def _decode(image: Image.Image, data: bytes, reduction: int) -> Tensor:
-    """Decode to (3, H, W) uint8, channels last; H and W up to `reduction` times smaller."""
-    if image.format == "JPEG" and reduction < 2:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        try:  # In about half of Pillow's time.
-            file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels: Tensor = decode_jpeg(file, mode=ImageReadMode.RGB)
-        except (AttributeError, RuntimeError):  # Without libjpeg; or no JPEG that it knows.
-            pass
-        else:
-            return pixels
-    image.draft("RGB", (image.width // max(1, reduction), image.height // max(1, reduction)))
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+def _crop_reduced(image: Image.Image, box: Box, size: int, whole: tuple[int, int]) -> Tensor:
+    """Crop an image that was decoded smaller, to fractions of its pixels, which Pillow can."""
+    x, y = image.width / whole[0], image.height / whole[1]
+    right, bottom = (box.left + box.width) * x, (box.top + box.height) * y
+    place = (box.left * x, box.top * y, min(right, image.width), min(bottom, image.height))
+    return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, place))
 
 
-def random_box(
-    height: int, width: int, *, min_scale: float, generator: torch.Generator
-) -> Box:
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Return (3, H, W) uint8, channels last."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_box(height: int, width: int, *, min_scale: float, generator: torch.Generator) -> Box:
     """Draw a crop as torchvision's RandomResizedCrop does, with its ratios of 3/4 to 4/3.
 
     Example:
