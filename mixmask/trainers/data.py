@@ -268,14 +268,18 @@ def _warn_small(name: str, side: float, image_size: int) -> None:
 
 def _median_side(files: Files) -> float:
     """Return the median of the shorter sides of a few images, in pixels; infinity for none."""
-    sides = []
-    for number in range(0, len(files), max(1, len(files) // 16)):
-        try:
-            with Image.open(files[number]) as image:
-                sides.append(min(image.size))
-        except UNREADABLE:
-            continue
+    step = max(1, len(files) // 16)
+    sides = [side for i in range(0, len(files), step) if (side := _side(files[i]))]
     return statistics.median(sides) if sides else float("inf")
+
+
+def _side(file: Path) -> int:
+    """Return an image's shorter side, without decoding it; 0 if it is none."""
+    try:
+        with Image.open(file) as image:
+            return min(image.size)
+    except UNREADABLE:
+        return 0
 
 
 def _read_split(listed: Listed, size: int) -> Split:
@@ -288,9 +292,7 @@ def _read_split(listed: Listed, size: int) -> Split:
                 images[len(kept)] = torch.from_numpy(image).permute(2, 0, 1)
                 kept.append(number)
             elif len(kept) == number:
-                warnings.warn(
-                    f"skipped {files[number]}, which is no readable image", stacklevel=2
-                )
+                warnings.warn(f"skipped {files[number]}, which is no readable image", stacklevel=2)
     if not kept:
         raise ValueError(f"none of the {len(files)} images in {root} can be read")
     if len(kept) < len(files):

@@ -33,10 +33,11 @@ def available_cores() -> int:
 
 def free_bytes() -> int:
     """Return the free bytes for this process: of its share of the host, or of its GPU if fewer."""
-    host = psutil.virtual_memory().available // local_processes()
+    host: int = psutil.virtual_memory().available // local_processes()
     if not torch.cuda.is_available():
         return host
-    return min(host, torch.cuda.mem_get_info()[0])
+    device: int = torch.cuda.mem_get_info()[0]
+    return min(host, device)
 
 
 def choose_workers(asked: int, part_bytes: int) -> int:

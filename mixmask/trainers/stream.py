@@ -36,24 +36,23 @@ _ATTEMPTS = 10
 _MARGIN = 2
 
 
-class Batches(Protocol):
+class Batches(Iterator[Tensor], Protocol):
     """An iterator that can be closed."""
 
-    def __next__(self) -> Tensor: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop what reads ahead."""
 
 
 class Draw(NamedTuple):
     """What a step takes from the data.
 
     Attributes:
-        index: (N,) int64, which images.
+        images: (N,) int64, which images.
         crops: How many views of each.
         seed: From which all that is drawn for them follows.
     """
 
-    index: Tensor
+    images: Tensor
     crops: int
     seed: int
 
@@ -91,7 +90,7 @@ def read_batches(
     """
     if isinstance(images, FolderImages):
         return Stream(images, draws, size=size, min_scale=min_scale, workers=workers, device=device)
-    return (images[draw.index.to(device)].repeat(draw.crops, 1, 1, 1) for draw in draws)
+    return (images[draw.images.to(device)].repeat(draw.crops, 1, 1, 1) for draw in draws)
 
 
 def part_bytes(size: int, crops: int) -> int:
@@ -192,7 +191,7 @@ class Stream(Iterator[Tensor]):
                     return
                 self.ready.put(_copy(batch, self.device, copies))
             self.ready.put(StopIteration())
-        except BaseException as error:  # noqa: BLE001  # It is raised in the main thread.
+        except BaseException as error:  # It is raised in the main thread.
             # The frames hold the loader, and with it the workers.
             traceback.clear_frames(error.__traceback__)
             error.__context__ = None
@@ -213,7 +212,6 @@ class Stream(Iterator[Tensor]):
             batch[:, part.first : part.first + n] = part.images
             if part.first + n == part.total:
                 yield batch.flatten(0, 1).permute(0, 3, 1, 2)
-
 
     def _answers(self) -> Iterator[_Answer]:
         """Return what the workers hand over, in order."""
@@ -241,7 +239,7 @@ def _copy(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any
 class _Request(NamedTuple):
     """A part of a draw: these images, from this place in the batch on."""
 
-    index: list[int]
+    numbers: list[int]
     first: int
     draw: Draw
 
@@ -264,7 +262,7 @@ class _Parts(Sampler[_Request]):
 
     def __iter__(self) -> Iterator[_Request]:
         for draw in self.draws:
-            numbers = draw.index.tolist()
+            numbers = draw.images.tolist()
             for first in range(0, len(numbers), _PART):
                 yield _Request(numbers[first : first + _PART], first, draw)
 
@@ -278,12 +276,12 @@ class _Decoder(Dataset[_Answer]):
     min_scale: float
 
     def __getitem__(self, request: _Request) -> _Answer:
-        index, first, draw = request
-        images = torch.empty(draw.crops, len(index), self.size, self.size, 3, dtype=torch.uint8)
+        numbers, first, draw = request
+        images = torch.empty(draw.crops, len(numbers), self.size, self.size, 3, dtype=torch.uint8)
         unreadable: list[int] = []
         error = ""
         generator = torch.Generator()
-        for place, number in enumerate(index):
+        for place, number in enumerate(numbers):
             generator.manual_seed(fold_seed(draw.seed, first + place))
 
             def read(file: Path) -> Tensor | None:
@@ -298,10 +296,10 @@ class _Decoder(Dataset[_Answer]):
                 break
             images[:, place] = crops.permute(0, 2, 3, 1)
             unreadable += tried
-        return _Answer(images, first, len(draw.index), unreadable, error)
+        return _Answer(images, first, len(draw.images), unreadable, error)
 
 
-def _unchanged(answer: _Answer) -> _Answer:
+def _unchanged(answer: Any) -> Any:
     return answer
 
 
@@ -345,8 +343,9 @@ def read_crops(
             rgb = to_rgb(image)
     except UNREADABLE:
         return None
-    if rgb.size != (width, height):
-        return torch.stack([_crop_reduced(rgb, box, size, (width, height)) for box in boxes])
+    reduction = round(width / rgb.width)
+    if reduction > 1:
+        return torch.stack([_crop_reduced(rgb, box, size, reduction) for box in boxes])
     pixels = _to_tensor(rgb)
     crops = [
         F.interpolate(
@@ -360,11 +359,10 @@ def read_crops(
     return torch.cat(crops)
 
 
-def _crop_reduced(image: Image.Image, box: Box, size: int, whole: tuple[int, int]) -> Tensor:
+def _crop_reduced(image: Image.Image, box: Box, size: int, reduction: int) -> Tensor:
     """Crop an image that was decoded smaller, to fractions of its pixels, which Pillow can."""
-    x, y = image.width / whole[0], image.height / whole[1]
-    right, bottom = (box.left + box.width) * x, (box.top + box.height) * y
-    place = (box.left * x, box.top * y, min(right, image.width), min(bottom, image.height))
+    right, bottom = (box.left + box.width) / reduction, (box.top + box.height) / reduction
+    place = (box.left / reduction, box.top / reduction, right, bottom)
     return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, place))
 
 

@@ -35,7 +35,12 @@ def test_files_are_a_sequence_of_paths(tmp_path: Path) -> None:
 def test_flat_folder(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a/x.png", ".hidden.jpg", ".cache/y.jpg", "notes.txt")
     train, test, classes = list_folder(tmp_path)
-    assert (names(train.files), train.labels, test, classes) == (["a/x.png", "b.JPG"], None, None, ())
+    assert (names(train.files), train.labels, test, classes) == (
+        ["a/x.png", "b.JPG"],
+        None,
+        None,
+        (),
+    )
 
 
 def test_class_folders_of_any_depth_and_links(tmp_path: Path) -> None:
@@ -119,6 +124,8 @@ def test_folders_that_are_refused(files: list[str], message: str, tmp_path: Path
 
 
 def test_data_set_that_is_to_be_unpacked() -> None:
-    fix = r"got tiny-imagenet; unpack tiny-imagenet and pass its folder, with --recipe tiny-imagenet"
+    fix = (
+        r"got tiny-imagenet; unpack tiny-imagenet and pass its folder, with --recipe tiny-imagenet"
+    )
     with pytest.raises(ValueError, match=fix):
         load_data("tiny-imagenet", 64)
