@@ -1,4 +1,4 @@
-"""Views of a folder's images: decoded and cropped by workers, coloured in batches, against torchvision.
+"""Views of a folder: cropped by workers and coloured in batches, against torchvision's, one by one.
 
 The counterpart is what most training scripts do: a DataLoader whose workers take both views of
 an image through torchvision's transforms. Both sides read the same files with two workers, which
@@ -65,9 +65,7 @@ def measure(paths: Files, size: int, batch_size: int, options: Any) -> list[Case
     """Measure one pass over the files on both sides, and ours without the colours too."""
     device = torch.device(options.device)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
-    view = RandomView(
-        size, jitter=_JITTER, hue=_HUE, grey=_GREY, blur=_BLUR, crop=False
-    ).to(device)
+    view = RandomView(size, jitter=_JITTER, hue=_HUE, grey=_GREY, blur=_BLUR, crop=False).to(device)
 
     def crops() -> Stream:
         draws = [Draw(part, 2, i) for i, part in enumerate(order.split(batch_size))]

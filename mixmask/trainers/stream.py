@@ -237,11 +237,13 @@ def _copy(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any
 
 
 class _Request(NamedTuple):
-    """A part of a draw: these images, from this place in the batch on."""
+    """A part of a draw: these images, from this place in a batch of so many on."""
 
     numbers: list[int]
     first: int
-    draw: Draw
+    total: int
+    crops: int
+    seed: int
 
 
 class _Answer(NamedTuple):
@@ -264,7 +266,8 @@ class _Parts(Sampler[_Request]):
         for draw in self.draws:
             numbers = draw.images.tolist()
             for first in range(0, len(numbers), _PART):
-                yield _Request(numbers[first : first + _PART], first, draw)
+                part = numbers[first : first + _PART]
+                yield _Request(part, first, len(numbers), draw.crops, draw.seed)
 
 
 @dataclass(frozen=True)
@@ -276,27 +279,24 @@ class _Decoder(Dataset[_Answer]):
     min_scale: float
 
     def __getitem__(self, request: _Request) -> _Answer:
-        numbers, first, draw = request
-        images = torch.empty(draw.crops, len(numbers), self.size, self.size, 3, dtype=torch.uint8)
+        numbers, first, total, crops, seed = request
+        images = torch.empty(crops, len(numbers), self.size, self.size, 3, dtype=torch.uint8)
+        generator = torch.Generator()
         unreadable: list[int] = []
         error = ""
-        generator = torch.Generator()
-        for place, number in enumerate(numbers):
-            generator.manual_seed(fold_seed(draw.seed, first + place))
 
-            def read(file: Path) -> Tensor | None:
-                return read_crops(
-                    file, draw.crops, self.size, min_scale=self.min_scale, generator=generator
-                )
+        def read(file: Path) -> Tensor | None:
+            return read_crops(file, crops, self.size, min_scale=self.min_scale, generator=generator)
 
-            try:
-                crops, tried = read_any(self.files, number, read)
-            except OSError as problem:  # A worker's exception would come with its traceback.
-                error = str(problem)
-                break
-            images[:, place] = crops.permute(0, 2, 3, 1)
-            unreadable += tried
-        return _Answer(images, first, len(draw.images), unreadable, error)
+        try:
+            for place, number in enumerate(numbers):
+                generator.manual_seed(fold_seed(seed, first + place))
+                found, tried = read_any(self.files, number, read)
+                images[:, place] = found.permute(0, 2, 3, 1)
+                unreadable += tried
+        except OSError as problem:  # A worker's exception would come with its traceback.
+            error = str(problem)
+        return _Answer(images, first, total, unreadable, error)
 
 
 def _unchanged(answer: Any) -> Any:
