@@ -81,16 +81,15 @@ class FolderImages(Sequence[Tensor]):
         return torch.Size((len(self), 3, self.size, self.size))
 
     def __getitem__(self, index: Any) -> Any:
-        """Read images: one (3, S, S), or those of a slice, a sequence or a tensor (n, 3, S, S)."""
-        if isinstance(index, int):
-            return self[[index]][0]
-        numbers = torch.arange(len(self))[index].tolist()
-        squares = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        """Read the images of an index, as a tensor would take it: (..., 3, size, size) uint8."""
+        numbers = torch.arange(len(self))[index]
+        squares = torch.empty(numbers.numel(), 3, self.size, self.size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(16, available_cores())) as pool:
-            for place, (square, unreadable) in enumerate(pool.map(self._read, numbers)):
+            read = pool.map(self._read, numbers.flatten().tolist())
+            for place, (square, unreadable) in enumerate(read):
                 squares[place] = torch.from_numpy(square).permute(2, 0, 1)
                 self.note(unreadable)
-        return squares
+        return squares.view(*numbers.shape, *squares.shape[1:])
 
     def _read(self, number: int) -> tuple[np.ndarray[Any, Any], list[int]]:
         return read_any(self.files, number, lambda file: read_square(file, self.size))

@@ -131,6 +131,11 @@ def test_images_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     assert torch.equal(images[index], whole[index])
     assert torch.equal(images[1:3], whole[1:3])
     assert torch.equal(images[-1], whole[-1])
+    table = torch.tensor([[0, 1, 2], [4, 4, 3]])
+    assert torch.equal(images[table], whole[table])
+    assert images[:0].shape == (0, 3, 16, 16)
+    with pytest.raises(IndexError):
+        images[5]
     assert isinstance(images, FolderImages)
     assert torch.equal(images.subset(index)[:], whole[index])
 
