@@ -137,8 +137,9 @@ def main() -> None:
     parser.add_argument(
         "folders",
         nargs="*",
+        default=["clothing64:64"],
         metavar="FOLDER[:SIZE]",
-        help="folders of images and the size of their views; default: clothing64 at 64 px",
+        help="folders of images and the size of their views [clothing64:64, the embedded one]",
     )
     parser.add_argument("--images", type=int, default=512, help="how many of each folder")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -146,11 +147,12 @@ def main() -> None:
     count, batch_size = (8, 4) if options.small else (options.images, options.batch_size)
     cases: list[Case] = []
     with tempfile.TemporaryDirectory() as scratch:
-        if not options.folders:
-            with as_file(files("mixmask.datasets") / "clothing64.zip") as path:
-                ZipFile(path).extractall(scratch)
-        for given in options.folders or [f"{scratch}/clothing64:64"]:
+        for given in options.folders:
             folder, _, size = given.rpartition(":") if ":" in given else (given, "", "224")
+            if folder == "clothing64":
+                with as_file(files("mixmask.datasets") / "clothing64.zip") as path:
+                    ZipFile(path).extractall(scratch)
+                folder = f"{scratch}/clothing64"
             found = list_folder(Path(folder)).train.files
             step = max(1, len(found) // count)
             cases += measure(found[::step][:count], int(size), batch_size, options)

@@ -25,13 +25,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mixmask.trainers.data import UNREADABLE, FolderImages, Images, read_any, to_rgb
 from mixmask.trainers.folders import Files
 from mixmask.trainers.parts import fold_seed
+from mixmask.views import random_boxes
 
 # Images that a worker hands over at once: few enough for shared memory and a quick start, enough
 # that handing over costs little beside decoding.
 _PART = 32
-# torchvision's RandomResizedCrop has these too.
-_RATIO = (3 / 4, 4 / 3)
-_ATTEMPTS = 10
 # How much larger than its views an image is at least decoded; closer to 1, views become sharper.
 _MARGIN = 2
 
@@ -55,15 +53,6 @@ class Draw(NamedTuple):
     images: Tensor
     crops: int
     seed: int
-
-
-class Box(NamedTuple):
-    """A crop's place in an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def read_batches(
@@ -333,11 +322,9 @@ def read_crops(
         # At once: over a network, many small reads take long.
         with Image.open(io.BytesIO(file.read_bytes())) as image:
             width, height = image.size
-            boxes = [
-                random_box(height, width, min_scale=min_scale, generator=generator)
-                for _ in range(count)
-            ]
-            smallest = min(min(box.height, box.width) for box in boxes)
+            drawn = random_boxes(count, height, width, min_scale, generator=generator)
+            boxes: list[list[int]] = drawn.long().tolist()
+            smallest = min(min(w, h) for _, _, w, h in boxes)
             kept = _MARGIN * size / smallest
             image.draft("RGB", (math.ceil(width * kept), math.ceil(height * kept)))
             rgb = to_rgb(image)
@@ -349,43 +336,23 @@ def read_crops(
     pixels = _to_tensor(rgb)
     crops = [
         F.interpolate(
-            pixels[None, :, box.top : box.top + box.height, box.left : box.left + box.width],
+            pixels[None, :, top : top + h, left : left + w],
             (size, size),
             mode="bilinear",
             antialias=True,
         )
-        for box in boxes
+        for left, top, w, h in boxes
     ]
     return torch.cat(crops)
 
 
-def _crop_reduced(image: Image.Image, box: Box, size: int, reduction: int) -> Tensor:
+def _crop_reduced(image: Image.Image, box: list[int], size: int, reduction: int) -> Tensor:
     """Crop an image that was decoded smaller, to fractions of its pixels, which Pillow can."""
-    right, bottom = (box.left + box.width) / reduction, (box.top + box.height) / reduction
-    place = (box.left / reduction, box.top / reduction, right, bottom)
+    left, top, w, h = (side / reduction for side in box)
+    place = (left, top, left + w, top + h)
     return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, place))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
     """Return (3, H, W) uint8, channels last."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def random_box(height: int, width: int, *, min_scale: float, generator: torch.Generator) -> Box:
-    """Draw a crop as torchvision's RandomResizedCrop does, with its ratios of 3/4 to 4/3.
-
-    Example:
-        >>> box = random_box(30, 40, min_scale=0.2, generator=torch.Generator().manual_seed(0))
-        >>> 0.15 < box.height * box.width / (30 * 40) <= 1
-        True
-    """
-    low, high = map(math.log, _RATIO)
-    for area, aspect, y, x in torch.rand(_ATTEMPTS, 4, generator=generator).tolist():
-        target = height * width * (min_scale + (1 - min_scale) * area)
-        ratio = math.exp(low + (high - low) * aspect)
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return Box(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
-    # The largest central crop with an allowed ratio.
-    h, w = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
-    return Box((height - h) // 2, (width - w) // 2, h, w)

@@ -22,7 +22,6 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_images
-from torchvision.transforms import RandomResizedCrop
 
 from mixmask.trainers import loop, resources, stream
 from mixmask.trainers.data import FolderImages, load_data, to_rgb
@@ -31,7 +30,8 @@ from mixmask.trainers.methods import make_config
 from mixmask.trainers.moco import MoCo
 from mixmask.trainers.resources import choose_workers
 from mixmask.trainers.run import Run
-from mixmask.trainers.stream import Draw, Stream, random_box, read_crops
+from mixmask.trainers.stream import Draw, Stream, read_crops
+from mixmask.views import random_boxes
 
 # Newer Pythons warn of what torch's loader does on Linux.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -94,25 +94,6 @@ def _nothing_left_behind() -> Iterator[None]:
 # Crops
 
 
-@pytest.mark.parametrize("height, width, scale", [(90, 120, 0.2), (40, 41, 0.9), (30, 300, 0.3)])
-def test_boxes_are_torchvisions(height: int, width: int, scale: float) -> None:
-    generator, n = seeded(), 2000
-    ours = torch.tensor(
-        [random_box(height, width, min_scale=scale, generator=generator) for _ in range(n)]
-    )
-    blank = torch.empty(3, height, width)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(blank, (scale, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
-    )
-    for mine, other in zip(ours.T.double(), theirs.T.double(), strict=True):
-        error = (2 / n) ** 0.5 * float(other.std()) + 1e-9
-        assert abs(float(mine.mean() - other.mean())) < 4 * error
-        assert float(mine.std()) == pytest.approx(float(other.std()), rel=0.06, abs=1e-9)
-        at = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-        apart = (mine.quantile(at) - other.quantile(at)).abs().max()
-        assert apart <= max(1, 0.04 * max(height, width))
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_crops_are_those_of_the_whole_image(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"photograph.{suffix}"
@@ -122,10 +103,9 @@ def test_crops_are_those_of_the_whole_image(suffix: str, tmp_path: Path) -> None
     assert crops is not None
     assert (crops.shape, crops.dtype) == ((3, 3, 40, 40), torch.uint8)
     whole = TF.pil_to_tensor(Image.open(file))
-    generator = seeded(4)
-    for crop in crops:
-        box = random_box(60, 70, min_scale=0.3, generator=generator)
-        expected = TF.resized_crop(whole, *box, [40, 40], antialias=True)
+    boxes = random_boxes(3, 60, 70, 0.3, generator=seeded(4)).int().tolist()
+    for crop, (left, top, w, h) in zip(crops, boxes, strict=True):
+        expected = TF.resized_crop(whole, top, left, h, w, [40, 40], antialias=True)
         assert (crop.float() - expected.float()).abs().mean() < 0.5
     assert not torch.equal(crops[0], crops[1])
 
