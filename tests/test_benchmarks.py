@@ -47,6 +47,7 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("loss", [0.30, 1 / 6, 0.85, None]),
         ("step", [1.80, 1.10, 1.00, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
+        ("loader", [None, None]),
     ],
 )
 def test_script_writes_a_whole_record(

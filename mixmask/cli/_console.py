@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixmask.trainers.data import ImageData
+    from mixmask.trainers.data import ImageData, Images
 
 
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
@@ -40,7 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
 
 
-def labelled_splits(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def labelled_splits(data: ImageData) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
     """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
     assert data.test is not None
     assert data.test.labels is not None

@@ -40,7 +40,7 @@ def ablate(study: str, out: Path | None, seeds: int, threads: int | None, **give
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
     plans = plan_runs(cells, seeds, out)
-    data = load_data(config.data, config.image_size)
+    data = load_data(config.data, config.image_size, stream=config.stream)
     monitor = accuracy_monitor(data)
     if monitor is None:
         raise ValueError(

@@ -14,6 +14,7 @@ from mixmask.cli._console import check_out, labelled_splits, say
 
 if TYPE_CHECKING:
     from mixmask.evaluation.checkpoints import Loaded
+    from mixmask.trainers.data import Images
 
 # More points hide each other, and t-SNE would take minutes.
 _MOST_POINTS = 5000
@@ -23,9 +24,9 @@ class _Images(NamedTuple):
     """Images to look at, their labels where known, and the images to find neighbours among."""
 
     data: str
-    shown: Tensor
+    shown: Images
     labels: Tensor | None
-    bank: Tensor
+    bank: Images
     bank_labels: Tensor | None
     classes: tuple[str, ...]
     split: str
@@ -169,7 +170,7 @@ def _choose_classes(images: _Images, classes: Sequence[str] | None) -> Tensor:
     return torch.isin(images.labels, wanted).nonzero()[:, 0]
 
 
-def _features(backbone: nn.Module, images: Tensor) -> Tensor:
+def _features(backbone: nn.Module, images: Images) -> Tensor:
     from mixmask.evaluation import extract_features
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixmask.cli._console import say
-from mixmask.cli._training import accuracy_monitor, set_threads
+from mixmask.cli._training import MEASURED, accuracy_monitor, set_threads
 
 if TYPE_CHECKING:
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.data import ImageData
+
+# Share of an epoch's time.
+_MUCH_WAITING = 0.1
 
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
@@ -45,7 +48,9 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     else:  # One process chooses the folder, or refuses it, for all.
         chosen = [_new_folder(out, config) if state.is_main_process else Path()]
         folder = broadcast_object_list(chosen)[0]
-    data = load_data(config.data, config.image_size)
+    data = load_data(config.data, config.image_size, stream=config.stream)
+    # A resumed run must find its images where they were, however much memory is free by then.
+    config = dataclasses.replace(config, stream="always" if data.streamed else "never")
 
     def start() -> None:
         _say_start(config, data, folder)
@@ -174,8 +179,12 @@ def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
         f"{config.arch} at {config.image_size} px, {config.epochs} epochs, {device}\n"
         f"run folder: {out}"
     )
+    if data.streamed:
+        say("the images stay on disk and are decoded anew in every epoch")
     if not data.labelled:
         say("no labelled test split: accuracies are off")
+    elif data.streamed and len(data.train.images) > MEASURED:
+        say(f"accuracies on the way are measured with {MEASURED:,} of the training images")
 
 
 def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
@@ -184,4 +193,9 @@ def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
         say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
         for name, label in (("knn", "nearest neighbours"), ("linear", "linear probe")):
             say(f"{label:<22}{first[name]:>10.1%}{last[name]:>10.1%}")
+    if last["wait"] > _MUCH_WAITING:
+        say(
+            f"\nthe training waited for images {last['wait']:.0%} of the last epoch; more "
+            "--workers or a faster disk would help"
+        )
     say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")

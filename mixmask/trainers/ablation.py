@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mixmask.trainers.config import RunConfig
+from mixmask.trainers.data import Images
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
 from mixmask.trainers.records import Row, describe_option, mean_sd, percent, read_rows
@@ -220,12 +219,12 @@ def read_finished(plan: Plan) -> Outcome | None:
     return None
 
 
-def carry_out(plan: Plan, images: Tensor, monitor: Monitor) -> Outcome:
+def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
     """Train a run of a study, from its checkpoint where it has one.
 
     Args:
         plan: The run.
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, or a folder's.
         monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
 
     Returns:
