@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from mixmask.backbones import build_backbone
 from mixmask.evaluation.layouts import (
     Found,
+    exported_metadata,
     find_backbone,
     infer_arch,
     is_run,
     is_small_stem,
+    weights_in,
 )
 from mixmask.evaluation.reading import DamagedError, read_checkpoint
 
@@ -86,9 +88,11 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
     file, content, metadata = _read_run(path) if path.is_dir() else (path, *read_checkpoint(path))
     config = _read_config(file.parent / "config.json") if is_run(content) else {}
-    arch = arch or config.get("arch")
+    tensors = weights_in(file, content)
+    metadata = metadata or exported_metadata(tensors)
+    arch = arch or config.get("arch") or metadata.get("arch")
     expected = [] if arch is None or config else list(build_backbone(arch).state_dict())
-    found = find_backbone(file, content, metadata, expected)
+    found = find_backbone(file, content, tensors, metadata, expected)
     arch = arch or found.arch
     if arch is None:
         shown = ", ".join(list(found.keys.values())[:3])

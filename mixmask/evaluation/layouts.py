@@ -58,23 +58,49 @@ class Found:
     stem_relu: bool = True
 
 
+def weights_in(path: Path, content: Any) -> Mapping[str, Any]:
+    """Return the mapping from keys to tensors inside of a checkpoint.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(content, Mapping):
+        for key in ("state_dict", "model", "model_state_dict"):
+            inner = content.get(key)
+            if isinstance(inner, Mapping) and _holds_tensors(inner):
+                return inner
+        if _holds_tensors(content):
+            return content
+    held = (
+        f"the keys {', '.join(map(repr, list(content)[:5]))}"
+        if isinstance(content, Mapping)
+        else f"a {type(content).__name__}"
+    )
+    raise ValueError(
+        f"{path} holds {held} and no weights that are known; pass a state dict, or a checkpoint "
+        "that holds one as 'state_dict' or 'model'"
+    )
+
+
 def find_backbone(
-    path: Path, content: Any, metadata: Mapping[str, str], expected: Iterable[str]
+    path: Path,
+    content: Any,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    expected: Iterable[str],
 ) -> Found:
     """Find the backbone in what a checkpoint file held.
 
     Args:
         path: The file, for messages.
         content: What `read_checkpoint` returned.
+        tensors: What `weights_in` found in it.
         metadata: The file's own, as exports write it.
         expected: Names of the tensors of the backbone that was asked for; empty if none was.
 
     Raises:
         ValueError: If no layout is recognised, or several encoders are in question.
     """
-    tensors = _tensors(path, content)
-    if isinstance(tensors, dict) and not metadata:
-        metadata = exported_metadata(tensors)
     # Names without wrappers, each with the checkpoint's own key.
     own = {_unwrapped(key): key for key, value in tensors.items() if isinstance(value, Tensor)}
     ours = is_run(content)
@@ -140,26 +166,6 @@ def exported_metadata(tensors: Mapping[str, Any]) -> dict[str, str]:
     versions = getattr(tensors, "_metadata", None)
     noted = versions.get("", {}) if isinstance(versions, dict) else {}
     return {key: value for key, value in noted.items() if isinstance(value, str)}
-
-
-def _tensors(path: Path, content: Any) -> Mapping[str, Any]:
-    """Return the mapping from keys to tensors inside of a checkpoint."""
-    if isinstance(content, Mapping):
-        for key in ("state_dict", "model", "model_state_dict"):
-            inner = content.get(key)
-            if isinstance(inner, Mapping) and _holds_tensors(inner):
-                return inner
-        if _holds_tensors(content):
-            return content
-    held = (
-        f"the keys {', '.join(map(repr, list(content)[:5]))}"
-        if isinstance(content, Mapping)
-        else f"a {type(content).__name__}"
-    )
-    raise ValueError(
-        f"{path} holds {held} and no weights that are known; pass a state dict, or a checkpoint "
-        "that holds one as 'state_dict' or 'model'"
-    )
 
 
 def _holds_tensors(content: Mapping[Any, Any]) -> bool:

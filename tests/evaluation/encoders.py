@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from mixmask.backbones import build_backbone
 from mixmask.trainers.data import load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import make_config
@@ -36,14 +38,32 @@ def used(model: Any) -> Any:
     return model.eval()
 
 
-def torchvision_resnet(arch: str = "resnet18", *, small_stem: bool = False, padding: int = 1) -> Any:
+def torchvision_resnet(
+    arch: str = "resnet18", *, small_stem: bool = False, padding: int = 1
+) -> Any:
     """Return a used ResNet of torchvision without its classifier, in evaluation mode."""
+    return copy.deepcopy(_torchvision_resnet(arch, small_stem, padding))
+
+
+@cache
+def _torchvision_resnet(arch: str, small_stem: bool, padding: int) -> Any:
     model = torchvision.models.get_model(arch)
     model.fc = nn.Identity()
     if small_stem:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
         model.maxpool = nn.Identity()
     return used(model)
+
+
+def timm_backbone(arch: str = "resnet18", *, small_stem: bool = False) -> nn.Module:
+    """Return a used backbone of ours, in evaluation mode."""
+    return copy.deepcopy(_timm_backbone(arch, small_stem))
+
+
+@cache
+def _timm_backbone(arch: str, small_stem: bool) -> nn.Module:
+    backbone: nn.Module = used(build_backbone(arch, small_stem=small_stem))
+    return backbone
 
 
 @torch.no_grad()

@@ -15,11 +15,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from encoders import assert_same_features, pretrained, torchvision_resnet, used
+from encoders import assert_same_features, pretrained, timm_backbone, torchvision_resnet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixmask.backbones import build_backbone
 from mixmask.evaluation.checkpoints import load_backbone
 from mixmask.evaluation.layouts import infer_arch
 
@@ -119,18 +118,24 @@ def test_a_bottleneck_resnet_of_moco_is_told_by_its_keys(tmp_path: Path) -> None
     assert_same_features(loaded.backbone, model)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.backbone.", "net.0."])
-def test_state_dicts_are_found_behind_prefixes(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "prefix, name",
+    [
+        ("", "x.pth"),
+        ("", "x.safetensors"),
+        ("module._orig_mod.", "x.pth"),
+        ("model.net.module.0.", "x.safetensors"),
+    ],
+)
+def test_state_dicts_are_found_behind_prefixes(prefix: str, name: str, tmp_path: Path) -> None:
     model = torchvision_resnet(small_stem=True)
     state = {prefix + key: value for key, value in model.state_dict().items()}
     state |= {prefix + "fc.weight": torch.randn(10, 512), prefix + "fc.bias": torch.randn(10)}
-    torch.save(state, tmp_path / "x.pth")
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "x.safetensors")
-    for name in ("x.pth", "x.safetensors"):
-        loaded = load_backbone(tmp_path / name)
-        assert_same_features(loaded.backbone, model)
-        assert (loaded.arch, loaded.small_stem) == ("resnet18", True)
-        assert set(loaded.left) == {prefix + "fc.weight", prefix + "fc.bias"}
+    (save_file if name.endswith("rs") else torch.save)(state, tmp_path / name)
+    loaded = load_backbone(tmp_path / name)
+    assert_same_features(loaded.backbone, model)
+    assert (loaded.arch, loaded.small_stem) == ("resnet18", True)
+    assert set(loaded.left) == {prefix + "fc.weight", prefix + "fc.bias"}
 
 
 def test_old_files_without_counters_and_in_half_precision(tmp_path: Path) -> None:
@@ -143,9 +148,9 @@ def test_old_files_without_counters_and_in_half_precision(tmp_path: Path) -> Non
 
 def test_other_families_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    model = used(timm.create_model("convnext_atto", num_classes=0))
+    model = timm_backbone("convnext_atto")
     torch.save(timm.create_model("convnext_atto").state_dict() | model.state_dict(), path)
-    with pytest.raises(ValueError, match="holds no ResNet, .*stem.0.weight.* with --arch"):
+    with pytest.raises(ValueError, match=r"holds no ResNet, .*stem\.0\.weight.* with --arch"):
         load_backbone(path)
     loaded = load_backbone(path, arch="convnext_atto")
     assert_same_features(loaded.backbone, model)
@@ -168,13 +173,21 @@ def test_resnets_are_told_by_their_blocks(arch: str) -> None:
         assert infer_arch(torchvision.models.get_model(arch).state_dict()) == arch
 
 
-@pytest.mark.parametrize("arch", ["resnet50d", "resnet26", "seresnet50", "resnet10t", "resnet50c"])
-def test_variants_are_not_taken_for_plain_resnets(arch: str, tmp_path: Path) -> None:
-    model = timm.create_model(arch, num_classes=0)
+@pytest.mark.parametrize("arch", ["resnet50d", "resnet50c", "resnet26", "resnet10t", "resnet18d"])
+def test_variants_are_not_taken_for_plain_resnets(arch: str) -> None:
+    with torch.device("meta"):
+        assert infer_arch(timm.create_model(arch, num_classes=0).state_dict()) is None
+
+
+def test_variants_are_asked_for(tmp_path: Path) -> None:
+    model = timm_backbone("resnet10t")
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="which backbone it holds|does not fit resnet50"):
+    with pytest.raises(ValueError, match=r"does not say which backbone it holds .* with --arch"):
         load_backbone(tmp_path / "x.pth")
-    assert load_backbone(tmp_path / "x.pth", arch=arch).arch == arch
+    assert_same_features(load_backbone(tmp_path / "x.pth", arch="resnet10t").backbone, model)
+    torch.save(timm.create_model("seresnet18", num_classes=0).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"does not fit resnet18: 32 unexpected \(layer1.0.se."):
+        load_backbone(tmp_path / "x.pth")
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -184,14 +197,14 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
         load_backbone(path, arch="resnet50")
     text = str(caught.value)
     counters = "num_batches_tracked"
-    wanted = set(build_backbone("resnet50").state_dict()) - set(torchvision_resnet().state_dict())
+    wanted = set(timm_backbone("resnet50").state_dict()) - set(torchvision_resnet().state_dict())
     count = sum(not name.endswith(counters) for name in wanted)
     assert f"x.pth does not fit resnet50: {count} missing (layer1.0.conv3.weight, " in text
     assert "layer1.0.conv1.weight (64, 64, 3, 3) instead of (64, 64, 1, 1)" in text
     assert "its keys are those of resnet18" in text
     with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight .* --no-small-stem"):
         load_backbone(path, small_stem=True)
-    state = build_backbone("resnet18").state_dict()
+    state = timm_backbone().state_dict()
     torch.save({**state, "layer1.0.gate": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"1 unexpected \(layer1.0.gate\)"):
         load_backbone(path)
@@ -240,7 +253,7 @@ def test_a_pickle_that_would_run_code_is_refused(
 ) -> None:
     path, mark = tmp_path / "x.ckpt", tmp_path / "ran"
     argument = mark if form is None else form.format(str(mark))
-    content = {"state_dict": torchvision_resnet().state_dict(), "callbacks": Mark(call, argument)}
+    content = {"state_dict": {"w": torch.ones(1)}, "callbacks": Mark(call, argument)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=rf"could run code when it is read: .*({named})"):
         load_backbone(path)
@@ -327,7 +340,7 @@ def test_safetensors_cut_short(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run folder: it holds neither last.pt nor"):
+    with pytest.raises(ValueError, match=r"is no run folder: it holds neither last\.pt nor"):
         load_backbone(tmp_path)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         load_backbone(tmp_path / "nowhere")
