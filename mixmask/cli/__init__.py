@@ -12,6 +12,7 @@ import torch
 
 from mixmask import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli.evaluate import add_evaluate
 from mixmask.cli.pretrain import add_pretrain, add_recipes
 from mixmask.cli.show import add_show
 
@@ -58,4 +59,5 @@ def _parser() -> argparse.ArgumentParser:
     add_pretrain(commands)
     add_recipes(commands)
     add_show(commands)
+    add_evaluate(commands)
     return parser

@@ -25,10 +25,14 @@ _MAX_BYTES = 24 * 2**30
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, H, W) uint8 and, where they are known, labels (N,) int64."""
+    """Images (N, 3, H, W) uint8 and, where they are known, labels (N,) int64.
+
+    Those of a folder keep their names, relative to that of the split: class/name.jpg.
+    """
 
     images: Tensor
     labels: Tensor | None = None
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def _read_split(path: Path, size: int, classes: tuple[str, ...]) -> Split:
         )
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     labels: list[int] = []
+    names: list[str] = []
     unreadable: list[Path] = []
     with ThreadPoolExecutor() as pool:
         for file, image in zip(files, _lazily(pool, files, size), strict=True):
@@ -166,6 +171,7 @@ def _read_split(path: Path, size: int, classes: tuple[str, ...]) -> Split:
                 unreadable.append(file)
                 continue
             images[len(labels)] = torch.from_numpy(image).permute(2, 0, 1)
+            names.append(file.relative_to(path).as_posix())
             top = file.relative_to(path).parts[0]
             labels.append(classes.index(top) if top in classes else -1)
     if not labels:
@@ -173,7 +179,7 @@ def _read_split(path: Path, size: int, classes: tuple[str, ...]) -> Split:
     if unreadable:
         warnings.warn(f"skipped {len(unreadable)} unreadable images in {path}", stacklevel=2)
     known = bool(classes) and min(labels) >= 0
-    return Split(images[: len(labels)], torch.tensor(labels) if known else None)
+    return Split(images[: len(labels)], torch.tensor(labels) if known else None, tuple(names))
 
 
 def _lazily(
