@@ -137,7 +137,7 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()
     side = min(max(0.5 * count + 2.5, 4.0), 12.0)
     figure: Figure
-    figure, axis = _pyplot().subplots(figsize=(side + 0.8, side))
+    figure, axis = _pyplot().subplots(figsize=(side + 0.8, side), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="% of the class")
     axis.set(xlabel="predicted", ylabel="right class")
@@ -151,7 +151,6 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
             axis.text(
                 column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour
             )
-    figure.tight_layout()
     return figure
 
 

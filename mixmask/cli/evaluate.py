@@ -183,12 +183,12 @@ def _finetune(
         f"fine-tuning on {len(index):,} images ({subset}, seed {seed}), batches of "
         f"{min(training.batch_size, len(index))}"
     )
-    x, x_test = (extract_features(job.loaded.backbone, i) for i in (images, job.test))
-    frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=seed)
     scores = finetune_scores(
         job.loaded.backbone, images, labels, job.test, training,
         lr=lr, head_lr=head_lr, classes=classes,
     )  # fmt: skip
+    x, x_test = (extract_features(job.loaded.backbone, i) for i in (images, job.test))
+    frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=seed)
     return scores, {
         "name": f"finetune-{'list' if subset_list else f'{percent or 100:g}'}",
         "subset": subset,

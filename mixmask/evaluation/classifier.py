@@ -63,7 +63,8 @@ def steps_of_moco(done: float) -> float:
 
 def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
     """Build a linear head on a backbone's features, its weights drawn as MoCo draws them."""
-    head = nn.Linear(int(backbone.num_features), classes)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):  # What torch draws first is thrown away.
+        head = nn.Linear(int(backbone.num_features), classes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)

@@ -41,7 +41,8 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
         labels: (M,) int64 below C.
 
     Raises:
-        ValueError: If shapes do not fit, there are no rows, or a label has no score.
+        ValueError: If shapes do not fit, there are no rows, a label has no score, or a score is
+            not finite.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
@@ -50,6 +51,8 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
         ([[1, 0], [1, 1]], 0.75)
     """
     check_features("scores", scores, labels)
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite, got NaN or infinity; the training has diverged")
     classes = count_classes(labels, scores.shape[1])
     labels = labels.to(scores.device)
     own = scores.gather(1, labels[:, None])
