@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# More classes than these would be unreadable in a confusion matrix.
+_NUMBERED_CLASSES, _NAMED_CLASSES = 20, 40
 _PATTERNS = {"block": BlockMaskGenerator, "discrete": DiscreteMaskGenerator}
 
 
@@ -144,6 +146,47 @@ def figure_detections(
     figure.legend(
         handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False
     )
+
+
+def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """Draw what images of each class were taken for, as shares of the class.
+
+    Up to 20 classes the shares stand in the cells, in per cent; up to 40 classes are named.
+
+    Args:
+        confusion: (C, C) counts: rows are the right classes, columns the predicted ones.
+        classes: Their C names.
+
+    Returns:
+        A matplotlib figure; rows of classes that do not occur stay white.
+
+    Raises:
+        ValueError: If shapes and names do not fit.
+    """
+    count = len(classes)
+    if confusion.shape != (count, count):
+        raise ValueError(
+            f"confusion must be ({count}, {count}) for {count} classes, got "
+            f"{tuple(confusion.shape)}; pass the names of all classes"
+        )
+    totals = confusion.sum(dim=1, keepdim=True)
+    shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()
+    side = min(max(0.5 * count + 2.5, 4.0), 12.0)
+    figure: Figure
+    figure, axis = _pyplot().subplots(figsize=(side + 0.8, side), layout="constrained")
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="% of the class")
+    axis.set(xlabel="predicted", ylabel="right class")
+    if count <= _NAMED_CLASSES:
+        axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
+        axis.set_yticks(range(count), classes, fontsize=8)
+    if count <= _NUMBERED_CLASSES:
+        for row, column in confusion.nonzero().tolist():
+            share = shares[row, column]
+            colour = "white" if share > 50 else "black"
+            axis.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour
+            )
     return figure
 
 

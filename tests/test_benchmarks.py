@@ -46,6 +46,7 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("mixing", [0.55, 0.55]),
         ("loss", [0.30, 1 / 6, 0.85, None]),
         ("step", [1.80, 1.10, 1.00, None]),
+        ("knn", [0.5, 0.1, None, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
         ("loader", [None, None]),
     ],

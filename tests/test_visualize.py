@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mixmask.visualize import (
+    figure_confusion,
     figure_curves,
     figure_detections,
     figure_masks,
@@ -77,3 +78,24 @@ def test_detections_beside_what_was_annotated(masks: bool) -> None:
     assert left.patches[0].get_edgecolor() != left.patches[1].get_edgecolor()
     assert bool(left.collections) == masks
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cell", "nut"]
+
+
+@pytest.mark.parametrize(
+    "count, numbered, named", [(3, True, True), (30, False, True), (90, False, False)]
+)
+def test_confusion_as_shares_of_classes(count: int, numbered: bool, named: bool) -> None:
+    confusion = torch.zeros(count, count, dtype=torch.int64)
+    confusion[0, :2] = torch.tensor([1, 3])
+    axis = figure_confusion(confusion, [f"class {i}" for i in range(count)]).axes[0]
+    shares = axis.get_images()[0].get_array()
+    assert shares is not None
+    assert shares[0, :3].tolist() == [25, 75, 0]
+    assert shares[1:].sum() == 0
+    assert ([text.get_text() for text in axis.texts] == ["25", "75"]) == numbered
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert (ticks[:2] == ["class 0", "class 1"]) == named
+
+
+def test_confusion_needs_a_name_for_each_class() -> None:
+    with pytest.raises(ValueError, match="must be \\(2, 2\\) for 2 classes"):
+        figure_confusion(torch.zeros(3, 3), ["a", "b"])

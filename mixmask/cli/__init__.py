@@ -15,6 +15,7 @@ from mixmask.cli._console import OneLineParser, refuse, say
 from mixmask.cli.ablate import add_ablate
 from mixmask.cli.compare import add_compare
 from mixmask.cli.detect import add_detect
+from mixmask.cli.evaluate import add_evaluate
 from mixmask.cli.export import add_export
 from mixmask.cli.features import add_map, add_neighbours
 from mixmask.cli.pretrain import add_pretrain, add_recipes
@@ -69,4 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     add_neighbours(commands)
     add_ablate(commands)
     add_export(commands)
+    add_evaluate(commands)
     return parser

@@ -46,6 +46,7 @@ def test_folder_with_splits_and_classes(tmp_path: Path) -> None:
     assert loaded.train.labels is not None
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert loaded.train.images[:, 0, 0, 0].tolist() == [10, 11, 12, 50, 51]
+    assert loaded.train.files == ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png")
     assert loaded.labelled
 
 
