@@ -146,6 +146,7 @@ def figure_detections(
     figure.legend(
         handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False
     )
+    return figure
 
 
 def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:

@@ -85,9 +85,9 @@ def _backbone(
     run: str | None, config: DetectionConfig, small_stem: bool | None
 ) -> tuple[nn.Module, DetectionConfig, dict[str, Any]]:
     """Return the backbone, the options with what it is, and what results say of it."""
+    from mixmask._seeds import fold_seed
     from mixmask.backbones import build_backbone
     from mixmask.evaluation.checkpoints import load_backbone
-    from mixmask.evaluation.detection_run import fold_seed
 
     if run is None:  # A run that goes on, whose checkpoint holds the weights.
         return build_backbone(config.arch, small_stem=config.small_stem), config, {}

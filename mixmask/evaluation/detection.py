@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import horizontal_flip
 from tqdm import tqdm
 
+from mixmask._seeds import fold_seed
 from mixmask.evaluation.detection_config import DetectionConfig
 from mixmask.evaluation.detection_data import DetectionData, Target
 from mixmask.evaluation.detection_metrics import batches, evaluate_detector
@@ -21,7 +22,6 @@ from mixmask.evaluation.detection_model import batch_norms, train_mode
 from mixmask.evaluation.detection_run import (
     Row,
     Run,
-    fold_seed,
     generator,
     write_json,
 )

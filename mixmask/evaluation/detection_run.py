@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ from zipfile import BadZipFile
 import torch
 from torch import nn
 
+from mixmask._seeds import fold_seed
 from mixmask.evaluation.detection_config import DetectionConfig
 from mixmask.evaluation.detection_data import DetectionData
 from mixmask.evaluation.detection_model import build_detector
@@ -185,12 +185,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def fold_seed(*parts: int | str) -> int:
-    """Hash a seed and a position (step, ...) into one seed, the same on every machine."""
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
 def generator(*parts: int | str) -> torch.Generator:

@@ -33,12 +33,22 @@ UNREADABLE = (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBo
 class Split:
     """Images (N, 3, H, W) uint8 and, where they are known, labels (N,) int64.
 
-    Those of a folder keep their names, relative to that of the split: class/name.jpg.
+    Attributes:
+        images: In memory, or on disk.
+        labels: None where they are not known.
+        names: Of images in memory that were read from files, relative to the split's folder.
     """
 
     images: Images
     labels: Tensor | None = None
-    files: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files, relative to the split's folder: class/name.jpg."""
+        if isinstance(self.images, FolderImages):
+            return tuple(self.images.files.name(i) for i in range(len(self.images)))
+        return self.names
 
 
 @dataclass(frozen=True)
@@ -302,27 +312,7 @@ def _read_split(listed: Listed, size: int) -> Split:
         skipped = len(files) - len(kept)
         warnings.warn(f"skipped {skipped} unreadable images in {root}", stacklevel=2)
     labels = None if listed.labels is None else listed.labels[kept]
-    return Split(images[: len(kept)], labels)
-    labels: list[int] = []
-    names: list[str] = []
-    unreadable: list[Path] = []
-    with ThreadPoolExecutor() as pool:
-        for file, image in zip(files, _lazily(pool, files, size), strict=True):
-            if image is None:
-                if not unreadable:
-                    warnings.warn(f"skipped {file}, which is no readable image", stacklevel=2)
-                unreadable.append(file)
-                continue
-            images[len(labels)] = torch.from_numpy(image).permute(2, 0, 1)
-            names.append(file.relative_to(path).as_posix())
-            top = file.relative_to(path).parts[0]
-            labels.append(classes.index(top) if top in classes else -1)
-    if not labels:
-        raise ValueError(f"none of the {len(files)} images in {path} can be read")
-    if unreadable:
-        warnings.warn(f"skipped {len(unreadable)} unreadable images in {path}", stacklevel=2)
-    known = bool(classes) and min(labels) >= 0
-    return Split(images[: len(labels)], torch.tensor(labels) if known else None, tuple(names))
+    return Split(images[: len(kept)], labels, tuple(listed.files.name(i) for i in kept))
 
 
 def _lazily(

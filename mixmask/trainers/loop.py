@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig, save_config
 from mixmask.trainers.data import Images
-from mixmask.trainers.parts import Term, build_mixtures, fold_seed
+from mixmask.trainers.parts import Term, build_mixtures
 from mixmask.trainers.run import Meter, Row, Run, random_view
 from mixmask.trainers.stream import Batches, Draw, read_batches
 

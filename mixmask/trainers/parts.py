@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -32,17 +31,6 @@ class Term(NamedTuple):
     loss: Tensor
     lam: Tensor | None = None
     pair: tuple[Tensor, Tensor] | None = None
-
-
-def fold_seed(*parts: int | str) -> int:
-    """Hash a seed and a position (rank, step, ...) into one seed, the same on every machine.
-
-    Example:
-        >>> fold_seed(0, 1) != fold_seed(1, 0)
-        True
-    """
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:

@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.data import FolderImages, Images
 from mixmask.trainers.methods import build_method
-from mixmask.trainers.parts import Term, build_optimizer, fold_seed
+from mixmask.trainers.parts import Term, build_optimizer
 from mixmask.trainers.resources import choose_workers
 from mixmask.trainers.stream import part_bytes
 from mixmask.views import RandomView

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mixmask._seeds import fold_seed
 from mixmask.trainers.data import UNREADABLE, FolderImages, Images, read_any, to_rgb
 from mixmask.trainers.folders import Files
-from mixmask.trainers.parts import fold_seed
 from mixmask.views import random_boxes
 
 # Images that a worker hands over at once: few enough for shared memory and a quick start, enough
