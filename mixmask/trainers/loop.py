@@ -21,6 +21,7 @@ from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig, save_config
 from mixmask.trainers.data import Images
 from mixmask.trainers.parts import Term, build_mixtures
+from mixmask.trainers.resources import memory_gib
 from mixmask.trainers.run import Meter, Row, Run, random_view
 from mixmask.trainers.stream import Batches, Draw, read_batches
 
@@ -178,7 +179,8 @@ def _train_epoch(
             run.save()
             raise KeyboardInterrupt
     run.meter = Meter()
-    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, meter.row()), "lr": lr}
+    row = meter.row() | {"memory_gib": memory_gib(accelerator.device)}
+    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, row), "lr": lr}
 
 
 def _batches(run: Run) -> Batches:

@@ -40,6 +40,14 @@ def free_bytes() -> int:
     return min(host, device)
 
 
+def memory_gib(device: torch.device) -> float:
+    """Return the GiB taken: of a GPU by tensors at their peak, of the host by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    taken: int = psutil.Process().memory_info().rss
+    return taken / 2**30
+
+
 def choose_workers(asked: int, part_bytes: int) -> int:
     """Return the number of worker processes.
 
