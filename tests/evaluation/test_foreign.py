@@ -42,10 +42,11 @@ pytestmark = [
 ]
 
 
-class Loop(pl.LightningModule):  # type: ignore[misc]
+class Loop(pl.LightningModule):
     """What is common to the loops below: a loss that moves whatever is trained."""
 
     backbone: nn.Module
+    projection_head: nn.Module
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         del batch_idx
@@ -260,7 +261,8 @@ def test_solo_learns_own_checkpoints(method: str, dataset: str, tmp_path: Path) 
     OmegaConf.set_struct(cfg, False)
     model = METHODS[method](cfg)
     images = normalize(photographs()[0][:4])
-    batches = DataLoader([(i, [x, x.flip(-1)], i) for i, x in enumerate(images)], batch_size=4)  # type: ignore[arg-type]
+    rows: Any = [(i, [x, x.flip(-1)], i) for i, x in enumerate(images)]
+    batches: DataLoader[Any] = DataLoader(rows, batch_size=4)
     trainer = theirs.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
