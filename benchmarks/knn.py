@@ -24,7 +24,8 @@ def lightly_classes(
 ) -> Tensor:
     """Return lightly's predictions, all at once; it expects normalised features."""
     bank = F.normalize(train, dim=1).T
-    return knn_predict(F.normalize(test, dim=1), bank, labels, classes, k, temperature)[:, 0]
+    ranked: Tensor = knn_predict(F.normalize(test, dim=1), bank, labels, classes, k, temperature)
+    return ranked[:, 0]
 
 
 def lightly_in_batches(
@@ -82,10 +83,19 @@ def main() -> None:
         ("whole", "lightly's knn_predict", 0.5, 0.1),
         ("batches", f"lightly's knn_predict, batches of {_BATCH}", None, None),
     ):
-        timed = {"sizes": sizes, "calls": calls, "bound": time_bound}
-        held = {"sizes": sizes, "quantity": "peak memory", "bound": memory_bound}
-        cases.append(compare("knn_scores", against, samples["ours"], samples[side], **timed))
-        cases.append(compare("knn_scores", against, peaks["ours"], peaks[side], **held))
+        pair = samples["ours"], samples[side]
+        cases += [
+            compare("knn_scores", against, *pair, sizes=sizes, calls=calls, bound=time_bound),
+            compare(
+                "knn_scores",
+                against,
+                peaks["ours"],
+                peaks[side],
+                sizes=sizes,
+                quantity="peak memory",
+                bound=memory_bound,
+            ),
+        ]
     report("knn", cases, options)
 
 
