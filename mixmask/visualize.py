@@ -188,6 +188,8 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
             axis.text(
                 column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour
             )
+    # Where the labels lie is known once they are drawn; only then is room kept for them.
+    figure.canvas.draw()
     return figure
 
 

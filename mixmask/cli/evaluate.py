@@ -138,9 +138,15 @@ def _linear(
             job.loaded.backbone, job.train, job.train_labels, job.test, training,
             lr=lr, classes=classes,
         )  # fmt: skip
-        told = {"epochs": training.epochs, "batch_size": training.batch_size, "lr": lr}
-        told["schedule"] = "a tenth after 60 % and 80 % of the epochs"
-        return scores, {"name": "linear-sgd", "n_train": len(job.train), **told, "seed": seed}
+        return scores, {
+            "name": "linear-sgd",
+            "n_train": len(job.train),
+            "epochs": training.epochs,
+            "batch_size": training.batch_size,
+            "lr": lr,
+            "schedule": "a tenth after 60 % and 80 % of the epochs",
+            "seed": seed,
+        }
     for flag, value in (("--epochs", epochs), ("--batch-size", batch_size), ("--lr", lr)):
         if value is not None:
             raise ValueError(f"{flag} belongs to --protocol sgd; name it, or leave {flag} out")
@@ -262,7 +268,7 @@ def _prepare(
     if not images.labelled:
         raise ValueError(f"--data {data} has no labels; {fix}")
     (train, train_labels), (test, test_labels) = labelled_splits(images)
-    loaded.backbone.to(where, memory_format=torch.channels_last)
+    loaded.backbone.to(where).to(memory_format=torch.channels_last)
     return _Job(
         loaded,
         data,

@@ -148,7 +148,7 @@ def test_training_refuses(function: Scores, changes: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 0}, {"batch_size": 1}, {"seed": -1}])
-def test_training_options_out_of_range(changes: dict[str, int]) -> None:
+def test_training_options_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         dataclasses.replace(SHORT, **changes)
 
