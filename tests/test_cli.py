@@ -66,7 +66,8 @@ def test_streamed_folder_is_measured_and_resumed_from_disk(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mixmask.cli._training.MEASURED", 15)
+    for module in ("_training", "pretrain"):
+        monkeypatch.setattr(f"mixmask.cli.{module}.MEASURED", 15)
     monkeypatch.setattr("mixmask.cli.pretrain._MUCH_WAITING", 0.0)
     out = tmp_path / "run"
     assert cli.main(options(photographs, "--stream", "always", "--out", str(out))) == 0

@@ -101,7 +101,8 @@ def list_folder(path: Path) -> ListedFolder:
     classes = tuple(sorted({top for part in listed for top in part.classes}))
     if any(part.flat for part in listed):
         classes = ()
-    names = [f"{part.below(path)}{name}" for part in listed for name in part.names]
+    root = parts[0] if len(parts) == 1 else path
+    names = [f"{part.below(root)}{name}" for part in listed for name in part.names]
     if not names:
         raise ValueError(
             f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}); pass the folder above them"
@@ -111,8 +112,8 @@ def list_folder(path: Path) -> ListedFolder:
             f"{path} holds one image, {names[0]}; training needs at least a batch of two"
         )
     labels = [top for part in listed for top in part.tops()] if classes else []
-    train = Listed(Files.of(path, names), _to_labels(labels, classes))
-    return ListedFolder(train, _choose_test(path, tests, classes), classes)
+    train = Listed(Files.of(root, names), _to_labels(labels, classes))
+    return ListedFolder(train, _choose_test(tests, classes), classes)
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ def _walk(path: Path) -> Iterator[str]:
                 yield start + name
 
 
-def _choose_test(path: Path, folders: list[Path], classes: tuple[str, ...]) -> Listed | None:
+def _choose_test(folders: list[Path], classes: tuple[str, ...]) -> Listed | None:
     """Return the first split with labels, or the first one if none has."""
     found: list[Listed] = []
     refused: ValueError | None = None
     for folder in folders:
         try:
-            listed = _list_test(path, folder, classes)
+            listed = _list_test(folder, classes)
         except ValueError as error:
             refused = refused or error
             continue
@@ -184,11 +185,11 @@ def _choose_test(path: Path, folders: list[Path], classes: tuple[str, ...]) -> L
     return found[0] if found else None
 
 
-def _list_test(path: Path, folder: Path, classes: tuple[str, ...]) -> Listed:
+def _list_test(folder: Path, classes: tuple[str, ...]) -> Listed:
     part = _list_part(folder)
     if not part.names:
         raise ValueError(f"{folder} holds no images; fill or remove it")
-    files = Files.of(path, [f"{part.below(path)}{name}" for name in part.names])
+    files = Files.of(folder, part.names)
     tops = list(part.tops())
     annotations = folder / _ANNOTATIONS
     if classes and annotations.is_file():

@@ -49,13 +49,13 @@ def test_class_folders_of_any_depth_and_links(tmp_path: Path) -> None:
     (tmp_path / "data" / "train" / "n2").symlink_to(tmp_path / "elsewhere" / "n2")
     (tmp_path / "data" / "train" / "n1" / "loop").symlink_to(tmp_path / "data" / "train")
     train, test, classes = list_folder(tmp_path / "data")
-    assert names(train.files) == ["train/n1/deep/1.jpg", "train/n1-b/1.jpg", "train/n2/2.jpg"]
+    assert names(train.files) == ["n1/deep/1.jpg", "n1-b/1.jpg", "n2/2.jpg"]
     assert classes == ("n1", "n1-b", "n2")
     assert train.labels is not None
     assert train.labels.tolist() == [0, 1, 2]
     assert test is not None
     assert test.labels is not None
-    assert (names(test.files), test.labels.tolist()) == (["val/n1/3.jpg"], [0])
+    assert (names(test.files), test.labels.tolist()) == (["n1/3.jpg"], [0])
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert train.labels is not None
     assert train.labels.tolist() == [0, 1]
     assert test is not None
-    assert names(test.files)[0] == "val/images/val_0.JPEG"
+    assert names(test.files)[0] == "images/val_0.JPEG"
     assert test.labels is not None
     assert test.labels.tolist() == [1, 0, 1]
     annotations.write_text(rows[0])
@@ -93,7 +93,7 @@ def test_split_without_labels_serves_where_there_is_no_other(tmp_path: Path) -> 
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "val/2.jpg")
     found = list_folder(tmp_path).test
     assert found is not None
-    assert (names(found.files), found.labels) == (["test/1.jpg"], None)
+    assert (names(found.files), found.labels) == (["1.jpg"], None)
 
 
 @pytest.mark.parametrize(
