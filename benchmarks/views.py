@@ -1,18 +1,21 @@
 """Random views of a batch: ours beside kornia's pipeline and torchvision's transforms.
 
 Operation by operation and whole, at the size of small photographs and at ImageNet's, and the
-share of the time of a training step that the two views of its images take.
+share of the time of a training step that the two views of its images take. Our operations take
+parameters that were drawn before, all in one go, whose time stands by itself; kornia's draw their
+own. The whole includes the draws on all sides.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import kornia.augmentation as K
 import torch
-from common import Case, Side, arguments, compare, interleave, report
+from common import Case, Figure, Side, arguments, compare, interleave, report
 from peers import Setting, TrainerStep
 from torch import Tensor, nn
 from torchvision import transforms as T
@@ -20,7 +23,7 @@ from torchvision import transforms as T
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.run import random_view
-from mixmask.views import MEAN, STD, RandomView, luma
+from mixmask.views import MEAN, STD, RandomView, ViewParameters, luma
 
 _JITTERED, _SIGMA = 0.8, (0.1, 2.0)
 
@@ -57,14 +60,13 @@ def kornia_operations(config: RunConfig) -> dict[str, nn.Module]:
     return found
 
 
-def our_operations(view: RandomView) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return what `RandomView` does, in its order, each with its own draws."""
-
-    def draw(x: Tensor) -> Any:
-        return view.draw(len(x), *x.shape[-2:])
+def our_operations(
+    view: RandomView, drawn: ViewParameters
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what `RandomView` does, in its order; its parameters are drawn all at once before."""
 
     def grey(x: Tensor) -> Tensor:
-        chosen = draw(x).grey.to(x.device, non_blocking=True)[:, None, None, None]
+        chosen = drawn.grey.to(x.device, non_blocking=True)[:, None, None, None]
         return torch.where(chosen, luma(x), x)
 
     def normalise(x: Tensor) -> Tensor:
@@ -72,12 +74,12 @@ def our_operations(view: RandomView) -> dict[str, Callable[[Tensor], Tensor]]:
         return (x - mean).div_(std)
 
     found: dict[str, Callable[[Tensor], Tensor]] = {
-        "crop and flip": lambda x: view._cropped(x, draw(x)),
-        "colour jitter": lambda x: view._jittered(x, draw(x)),
+        "crop and flip": lambda x: view._cropped(x, drawn),
+        "colour jitter": lambda x: view._jittered(x, drawn),
         "grey": grey,
     }
     if view.blur > 0:
-        found["blur"] = lambda x: view._blurred(x, draw(x))
+        found["blur"] = lambda x: view._blurred(x, drawn)
     found["normalise"] = normalise
     return found
 
@@ -98,8 +100,8 @@ def torchvision_view(config: RunConfig) -> Callable[[Any], Tensor]:
     return view
 
 
-def measure(at: Size, options: Any) -> list[Case]:
-    """Measure one size: each operation, the whole, and the share of a step."""
+def measure(at: Size, options: Any) -> tuple[list[Case], Figure]:
+    """Measure one size: each operation, the whole, the share of a step, and the draws."""
     device, config, n = options.device, at.config, at.batch_size
     images = torch.randint(256, (n, 3, at.image, at.image), dtype=torch.uint8)
     pictures = [T.functional.to_pil_image(image) for image in images]
@@ -132,7 +134,8 @@ def measure(at: Size, options: Any) -> list[Case]:
     whole: dict[str, Side] = {"kornia": kornia_whole, "torchvision, image by image": by_torchvision}
     cases = compared(f"a view at {px} px", whole, lambda: ours(images), 1.0)
     operations = kornia_operations(config)
-    for name, operation in our_operations(ours).items():
+    drawn = ours.draw(n, at.image, at.image)
+    for name, operation in our_operations(ours, drawn).items():
         before = at.image if name == "crop and flip" else px
         x = torch.rand(n, 3, before, before, device=device)
         peer = operations[name].to(device)
@@ -158,7 +161,11 @@ def measure(at: Size, options: Any) -> list[Case]:
         calls=calls,
         images=n,
     )
-    return [*cases, share]
+    draws, _ = interleave(
+        {"draw": lambda: ours.draw(n, at.image, at.image)}, repeats=options.repeats, device=device
+    )
+    seconds = statistics.median(draws["draw"])
+    return [*cases, share], Figure(f"drawing the parameters of {n} views at {px} px", seconds, "s")
 
 
 def main() -> None:
@@ -170,9 +177,9 @@ def main() -> None:
     large_config = make_config(
         data="imagenet", arch=arch, image_size=large, batch_size=n_large, queue_size=512
     )
-    cases = measure(Size(n, 2 * px, small), options)
-    cases += measure(Size(n_large, large * 8 // 7, large_config), options)
-    report("views", cases, options)
+    cases, draws = measure(Size(n, 2 * px, small), options)
+    more, more_draws = measure(Size(n_large, large * 8 // 7, large_config), options)
+    report("views", cases + more, options, [draws, more_draws])
 
 
 if __name__ == "__main__":
