@@ -47,11 +47,10 @@ def draw(cases: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
         axes.plot([case["bound"]] * 2, [place - 0.33, place + 0.33], color=_BOUND, linewidth=2)
         axes.annotate(
             f"{ratio['median']:.2g}" if ratio["median"] < 0.1 else f"{ratio['median']:.2f}",
-            (ratio["median"], place),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
             color=color,
         )
     axes.set_yticks(range(len(cases)), [name for name, _ in cases], fontsize=7.5)

@@ -148,7 +148,7 @@ def measure(at: Size, options: Any) -> tuple[list[Case], Figure]:
     x1, x2 = ours(images.repeat(2, 1, 1, 1)).chunk(2)
     samples, calls = interleave(
         {"views": lambda: ours(images.repeat(2, 1, 1, 1)), "step": lambda: step(x1, x2)},
-        repeats=options.repeats,
+        repeats=min(3, options.repeats),  # A step of a large network takes long on a CPU.
         device=device,
         warmup=1,
     )
