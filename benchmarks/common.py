@@ -68,6 +68,7 @@ class Case:
         ratio: Ours by theirs, sample by sample; None where the counterpart's is zero.
         bound: What the ratio (or, for synchronisations, the difference) must not exceed.
         reached: Whether the median keeps the bound; None where there is no bound.
+        images: Images in one call, from which images a second follow; None where it has none.
     """
 
     name: str
@@ -82,6 +83,31 @@ class Case:
     ratio: Spread | None
     bound: float | None
     reached: bool | None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that has no counterpart beside it.
+
+    Attributes:
+        name: What was measured.
+        value: The number.
+        unit: "s", "share", "FLOP/s", "B/s" or a word.
+        bound: What it must not exceed; None where there is no bound.
+        reached: Whether it keeps the bound; None where there is no bound.
+    """
+
+    name: str
+    value: float
+    unit: str
+    bound: float | None = None
+    reached: bool | None = None
+
+    @classmethod
+    def bounded(cls, name: str, value: float, unit: str, bound: float | None) -> Figure:
+        """Judge a number by its bound, if it has one."""
+        return cls(name, value, unit, bound, None if bound is None else value <= bound)
 
 
 def arguments(description: str | None, repeats: int) -> argparse.ArgumentParser:
@@ -179,6 +205,7 @@ def compare(
     quantity: str = "time",
     calls: int = 1,
     bound: float | None = None,
+    images: int | None = None,
 ) -> Case:
     """Summarise samples of two sides, taken in pairs, as one figure."""
     ratio = None
@@ -203,28 +230,48 @@ def compare(
         ratio,
         bound,
         reached,
+        images,
     )
 
 
-def report(script: str, cases: Sequence[Case], options: argparse.Namespace) -> None:
+def report(
+    script: str,
+    cases: Sequence[Case],
+    options: argparse.Namespace,
+    figures: Sequence[Figure] = (),
+    *,
+    variant: str = "",
+) -> None:
     """Print a table of the figures and write them with their circumstances.
 
-    A trial with `--small` is written only where `--out` says so.
+    A trial with `--small` is written only where `--out` says so. A variant, as "bf16", becomes
+    part of the file's name.
     """
     record = {
         "script": script,
         "small": options.small,
         **circumstances(options.device),
         "cases": [asdict(case) for case in cases],
+        "figures": [asdict(figure) for figure in figures],
     }
     print(f"{record['hardware']}, torch {torch.__version__}, commit {record['commit']}")
     for case in cases:
         print(line(asdict(case)))
+    for figure in figures:
+        print(figure_line(asdict(figure)))
     if options.out is None and options.small:
         return
-    out = options.out or ROOT / "results" / f"{script}-{slug(options.device)}.json"
+    name = "-".join(filter(None, (script, variant, slug(options.device))))
+    write_json(options.out or ROOT / "results" / f"{name}.json", record)
+
+
+def write_json(out: Path, record: Mapping[str, Any]) -> None:
+    """Write a record whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = out.with_name(out.name + ".tmp")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out)
 
 
 def line(case: dict[str, Any]) -> str:
@@ -233,6 +280,9 @@ def line(case: dict[str, Any]) -> str:
     text = f"{case['name']} | {case['against']} | {case['quantity']}: "
     text += f"{amount(case['ours']['median'], case['unit'])} against "
     text += amount(case["theirs"]["median"], case["unit"])
+    if case.get("images") and case["unit"] == "s":
+        rates = (throughput(case, side) for side in ("ours", "theirs"))
+        text += " ({} against {})".format(*rates)
     if ratio is not None:
         text += f", ratio {ratio['median']:.3f}"
         text += f" ({ratio['q1']:.3f} ... {ratio['q3']:.3f}, n {case['n']})"
@@ -241,10 +291,28 @@ def line(case: dict[str, Any]) -> str:
     return text
 
 
+def figure_line(figure: Mapping[str, Any]) -> str:
+    """Return one line about a number without a counterpart, as it is in the JSON."""
+    text = f"{figure['name']}: {amount(figure['value'], figure['unit'])}"
+    if figure["bound"] is not None:
+        bound = amount(figure["bound"], figure["unit"])
+        text += f", bound {bound} {'reached' if figure['reached'] else 'MISSED'}"
+    return text
+
+
+def throughput(case: Mapping[str, Any], side: str) -> str:
+    """Return the images a second of a side, "ours" or "theirs", at its median time."""
+    return f"{case['images'] / case[side]['median']:,.4g} images/s"
+
+
 def amount(value: float, unit: str) -> str:
     """Write a number with a unit that suits its size."""
     if unit == "bytes":
         return f"{value / 2**20:.4g} MiB"
+    if unit == "share":
+        return f"{value:.1%}"
+    if unit in ("FLOP/s", "B/s"):
+        return f"{value / 1e9:.4g} G{unit}"
     if unit != "s":
         return f"{value:g} {unit}"
     for size, name in ((1, "s"), (1e-3, "ms")):

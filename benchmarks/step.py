@@ -1,19 +1,29 @@
 """Time, peak memory and synchronisations of a training step: MoCo v2 with MixMask.
 
-Against the same step without mixing and against the step of the authors' release. All three
-train the same model on the same images.
+Against the same step without mixing and against the step of the authors' release: these three
+train one model on the same images. Then the trainer's step, beside the authors', lightly's and
+solo-learn's, each as its user runs it.
+
+`--precision`, `--channels-last` and `--compile` hold for the trainer's step; lightly's and
+solo-learn's have the same precision and nothing else, the authors' stays in float32.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from common import (
     Case,
+    Side,
     arguments,
     compare,
     interleave,
@@ -24,12 +34,15 @@ from common import (
 from loss import cross_entropy
 from masks import beit_mask
 from mixing import formula
+from peers import LightlyStep, Setting, TrainerStep, solo_missing, solo_step
+from roofline import roofline
 from torch import Tensor, nn
 
 import mixmask
 from mixmask.losses import InfoNCE
+from mixmask.trainers.methods import make_config
 
-_DIM, _TEMPERATURE, _MOMENTUM, _LEARNING_RATE = 128, 0.2, 0.999, 0.03
+_DIM, _TEMPERATURE, _MOMENTUM, _LEARNING_RATE, _GRID = 128, 0.2, 0.999, 0.03, 8
 
 
 class MoCo:
@@ -124,75 +137,189 @@ def reference_step(moco: MoCo, x_q: Tensor, x_k: Tensor, grid: int) -> None:
     moco.enqueue(k, columns=True)
 
 
-def main() -> None:
-    """Measure one size, all sides interleaved."""
+@dataclass(frozen=True)
+class Pair:
+    """Two sides that are compared, by their names, with what they are called and their bound."""
+
+    ours: str
+    theirs: str
+    name: str
+    against: str
+    bound: float | None = None
+
+
+_PAIRS = (
+    Pair("ours", "plain", "MixMask step", "the step without mixing", 1.80),
+    Pair("ours", "reference", "MixMask step", "the authors' step", 1.00),
+    Pair("trainer", "trainer plain", "trainer's MixMask step", "the same without mixing", 1.80),
+    Pair("trainer", "reference", "trainer's MixMask step", "the authors' step", 1.00),
+    Pair("trainer", "lightly mixed", "trainer's MixMask step", "lightly's step with wrap"),
+    Pair("trainer plain", "lightly", "trainer's step without mixing", "lightly's step"),
+    Pair("trainer symmetric", "solo", "trainer's symmetric step", "solo-learn's step"),
+)
+# What a GPU with bf16 is to reach: twice the authors' images a second, 1.3 times lightly's.
+_ON_GPU = {("trainer", "reference"): 1 / 2, ("trainer plain", "lightly"): 1 / 1.3}
+_SMALL = {"arch": "resnet18", "size": 32, "K": 512, "batch_size": 4}
+
+
+def _options() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--batch-size", type=int, help="default: 8 on a CPU, 256 elsewhere")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16"), help="of the trainer's and peers'"
+    )
+    parser.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory layout of the trainer's step, which always has it",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the trainer's backbone")
     options = parser.parse_args()
-    device = options.device
-    arch, size, k_queue, grid = "resnet50", 224, 65_536, 8
-    n = options.batch_size or (8 if device == "cpu" else 256)
+    sizes = {"arch": "resnet50", "size": 224, "K": 65_536}
+    sizes["batch_size"] = options.batch_size or (8 if options.device == "cpu" else 256)
     if options.small:
-        arch, size, k_queue, n = "resnet18", 32, 512, 4
-    if k_queue % n:
-        parser.error(f"--batch-size must divide the queue of {k_queue}, got {n}")
-    moco = MoCo(arch, k_queue, device)
-    x_q, x_k = torch.randn(2, n, 3, size, size, device=device)
-    masks = mixmask.BlockMaskGenerator(grid)
-    sides = {
-        "ours": lambda: mixmask_step(moco, x_q, x_k, masks),
-        "plain": lambda: plain_step(moco, x_q, x_k),
-        "reference": lambda: reference_step(moco, x_q, x_k, grid),
+        sizes = dict(_SMALL)
+    if sizes["K"] % sizes["batch_size"]:
+        parser.error(
+            f"--batch-size must divide the queue of {sizes['K']}, got {sizes['batch_size']}"
+        )
+    return options, sizes
+
+
+def peer_sides(
+    options: argparse.Namespace, sizes: dict[str, Any], x: Tensor
+) -> tuple[dict[str, Side], dict[str, Side]]:
+    """Return the trainer's and the peers' steps, and those whose work can be counted."""
+    arch, k_queue, n = sizes["arch"], sizes["K"], sizes["batch_size"]
+    own = Setting(options.device, options.precision, options.channels_last, options.compile)
+    theirs = Setting(options.device, options.precision)
+    config = make_config(
+        data="imagenet",
+        arch=arch,
+        image_size=sizes["size"],
+        queue_size=k_queue,
+        batch_size=n,
+        grid_size=_GRID,
+    )
+    trainer = TrainerStep(config, own)
+    lightly = LightlyStep(arch, k_queue, _LEARNING_RATE, theirs, _GRID)
+    views, plain_views = [own.view(part) for part in x], list(x)
+    sides: dict[str, Side] = {
+        "trainer": partial(trainer, *views),
+        "trainer plain": partial(trainer, *views, mix=False),
+        "lightly": partial(lightly, *plain_views),
+        "lightly mixed": partial(lightly, *plain_views, mix=True),
     }
+    counted = {"trainer": sides["trainer"], "lightly": sides["lightly"]}
+    if own.compile:  # Operations inside of compiled code are not seen.
+        counted["trainer"] = partial(TrainerStep(config, replace(own, compile=False)), *views)
+    missing = solo_missing()
+    if missing:
+        print(f"left out: solo-learn's step; {missing}")
+    else:
+        symmetric = TrainerStep(replace(config, symmetric=True), own)
+        sides["trainer symmetric"] = partial(symmetric, *views, mix=False)
+        sides["solo"] = partial(solo_step(arch, k_queue, _LEARNING_RATE, theirs, n), *plain_views)
+    return sides, counted
+
+
+def main() -> None:
+    """Measure one size, all sides interleaved."""
+    options, chosen = _options()
+    device, n, size = options.device, chosen["batch_size"], chosen["size"]
+    moco = MoCo(chosen["arch"], chosen["K"], device)
+    x = torch.randn(2, n, 3, size, size, device=device)
+    masks = mixmask.BlockMaskGenerator(_GRID)
+    own: dict[str, Side] = {
+        "ours": lambda: mixmask_step(moco, *x, masks),
+        "plain": lambda: plain_step(moco, *x),
+        "reference": lambda: reference_step(moco, *x, _GRID),
+    }
+    peers, counted = peer_sides(options, chosen, x)
+    sides = own | peers
     samples, calls = interleave(sides, repeats=options.repeats, device=device, warmup=1)
-    peaks = {name: [peak_bytes(side, device)] for name, side in sides.items()}
+    peaks = {name: [peak_bytes(side, device)] for name, side in own.items()}
     sizes = {
-        "arch": arch,
+        "arch": chosen["arch"],
         "images": [n, 3, size, size],
-        "K": k_queue,
-        "grid_size": grid,
+        "K": chosen["K"],
+        "grid_size": _GRID,
         "dtype": "float32",
     }
-    name = "MixMask step"
-    against = {"plain": "the step without mixing", "reference": "the authors' step"}
-    time_bounds, peak_bounds = {"plain": 1.80, "reference": 1.00}, {"plain": 1.10}
+    setting = Setting(device, options.precision, options.channels_last, options.compile)
+    peer_sizes = {**sizes, "dtype": f"trainer {setting.label}; peers {options.precision}"}
+    on_gpu = torch.device(device).type == "cuda"
     cases: list[Case] = []
-    for other, label in against.items():
+    for pair in _PAIRS:
+        if pair.theirs not in sides:
+            continue
+        bound = pair.bound
+        if on_gpu and options.precision == "bf16":
+            bound = _ON_GPU.get((pair.ours, pair.theirs), bound)
+        is_own = pair.ours in own
         cases.append(
             compare(
-                name,
-                label,
-                samples["ours"],
-                samples[other],
-                sizes=sizes,
+                pair.name,
+                pair.against,
+                samples[pair.ours],
+                samples[pair.theirs],
+                sizes=sizes if is_own else peer_sizes,
                 calls=calls,
-                bound=time_bounds[other],
+                bound=bound,
+                images=n,
             )
         )
-        cases.append(
-            compare(
-                name,
-                label,
-                peaks["ours"],
-                peaks[other],
-                sizes=sizes,
-                quantity="peak memory",
-                bound=peak_bounds.get(other),
-            )
-        )
-        if torch.device(device).type == "cuda":
-            cases.append(
-                compare(
-                    name,
-                    label,
-                    [synchronisations(sides["ours"], device)],
-                    [synchronisations(sides[other], device)],
-                    sizes=sizes,
-                    quantity="synchronisations",
-                    bound=0 if other == "plain" else None,
-                )
-            )
-    report("step", cases, options)
+        if is_own:
+            cases += memory_and_synchronisations(pair, sides, peaks, sizes, device)
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    figures = roofline(counted, medians, device=device, dtype=setting.dtype, small=options.small)
+    figures += roofline(
+        {"reference": own["reference"]},
+        medians,
+        device=device,
+        dtype=torch.float32,
+        small=options.small,
+    )
+    plain_fp32 = options.precision == "fp32" and not options.compile
+    report("step", cases, options, figures, variant="" if plain_fp32 else slug_of(setting))
+
+
+def slug_of(setting: Setting) -> str:
+    """Return a setting in the letters of a file name."""
+    return setting.label.replace(", ", "-").replace("channels-last", "nhwc")
+
+
+def memory_and_synchronisations(
+    pair: Pair,
+    sides: dict[str, Side],
+    peaks: dict[str, list[int]],
+    sizes: dict[str, Any],
+    device: str,
+) -> list[Case]:
+    """Return a pair's peak memory, and on a GPU how often each side waits for it."""
+    without_mixing = pair.theirs == "plain"
+    memory = compare(
+        pair.name,
+        pair.against,
+        peaks[pair.ours],
+        peaks[pair.theirs],
+        sizes=sizes,
+        quantity="peak memory",
+        bound=1.10 if without_mixing else None,
+    )
+    if torch.device(device).type != "cuda":
+        return [memory]
+    waits = compare(
+        pair.name,
+        pair.against,
+        [synchronisations(sides[pair.ours], device)],
+        [synchronisations(sides[pair.theirs], device)],
+        sizes=sizes,
+        quantity="synchronisations",
+        bound=0 if without_mixing else None,
+    )
+    return [memory, waits]
 
 
 if __name__ == "__main__":

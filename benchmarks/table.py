@@ -1,6 +1,7 @@
 """Write the figures of results/*.json into README.md, with their circumstances.
 
-`--check` only says whether the page is up to date.
+`--check` only says whether the page is up to date; `--summary` prints a short table, of the
+figures that have a bound.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, amount
+from common import ROOT, amount, figure_line, throughput
 from methods import table
+from time_to_accuracy import line, outcome
 
 _BEGIN, _END = "<!-- results: written by table.py -->", "<!-- end of results -->"
 _HEAD = (
@@ -32,6 +35,9 @@ def section(record: dict[str, Any]) -> str:
     )
     if "runs" in record:
         return "\n".join([title, "", circumstances, "", table(record["runs"])])
+    if "curve" in record:
+        rows = (f"- {line(point)}" for point in record["curve"])
+        return "\n".join([title, "", circumstances, "", outcome(record) + ".", "", *rows])
     sizes = []
     for case in record["cases"]:
         text = ", ".join(f"{name} {value}" for name, value in case["sizes"].items())
@@ -39,7 +45,9 @@ def section(record: dict[str, Any]) -> str:
             sizes.append(text)
     listed = f"Sizes: {'; '.join(sizes)}."
     rows = (row(case) for case in record["cases"])
-    return "\n".join([title, "", circumstances, listed, "", *_HEAD, *rows])
+    lines = [title, "", circumstances, listed, "", *_HEAD, *rows]
+    figures = [f"- {figure_line(figure)}" for figure in record.get("figures", ())]
+    return "\n".join([*lines, "", *figures] if figures else lines)
 
 
 def row(case: dict[str, Any]) -> str:
@@ -55,8 +63,8 @@ def row(case: dict[str, Any]) -> str:
         case["name"],
         case["against"].replace("|", "\\|"),
         case["quantity"],
-        amount(case["ours"]["median"], case["unit"]),
-        amount(case["theirs"]["median"], case["unit"]),
+        cell(case, "ours"),
+        cell(case, "theirs"),
         ratios,
         str(case["n"]),
         "–" if bound is None else f"{bound:.3g}",
@@ -65,13 +73,46 @@ def row(case: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def cell(case: dict[str, Any], side: str) -> str:
+    """Return the median of a side, and the images a second that follow from it."""
+    text = amount(case[side]["median"], case["unit"])
+    if case.get("images") and case["unit"] == "s":
+        text += f" ({throughput(case, side)})"
+    return text
+
+
+def read_records(results: Path) -> list[dict[str, Any]]:
+    """Read all records, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+
+
+def summary(records: Iterable[dict[str, Any]]) -> str:
+    """Return a row for each figure that has a bound."""
+    rows = ["| what | beside | machine | ratio | bound | reached |", "| --- " * 6 + "|"]
+    for record in records:
+        machine = "GPU" if record["hardware"]["gpu"] else "CPU"
+        for case in record.get("cases", ()):
+            if case["bound"] is None or case["ratio"] is None:
+                continue
+            cells = [
+                f"{case['name']}, {case['quantity']}",
+                case["against"].replace("|", "\\|"),
+                machine,
+                f"{case['ratio']['median']:.2f}",
+                f"{case['bound']:.2f}",
+                "yes" if case["reached"] else "**no**",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def rendered(page: str, results: Path) -> str:
     """Return the page with the part between the markers written anew."""
-    records = (
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
-    )
-    # Accuracies have records of their own form, and are told about in words.
-    sections = "\n\n".join(section(record) for record in records if "cases" in record)
+    # Detectors have a record of their own form, and are told about in words.
+    records = (r for r in read_records(results) if "cases" in r or "runs" in r)
+    sections = "
+
+".join(section(record) for record in records)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}\n\n{sections}\n\n{_END}{after}"
@@ -81,7 +122,11 @@ def main() -> int:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--summary", action="store_true", help="print a short table, no page")
     options = parser.parse_args()
+    if options.summary:
+        print(summary(read_records(ROOT / "results")))
+        return 0
     page = ROOT / "README.md"
     old = page.read_text(encoding="utf-8")
     new = rendered(old, ROOT / "results")

@@ -1,6 +1,8 @@
 """The benchmark scripts run at tiny sizes and write whole records; no timing is judged."""
 
 import importlib
+import importlib.util
+import io
 import json
 import math
 import subprocess
@@ -8,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SPREAD = ("min", "q1", "median", "q3", "max")
@@ -22,6 +26,13 @@ def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         text=True,
         check=False,
     )
+
+
+def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    """Run a script inside of this process, which has imported what takes most of its time."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    importlib.import_module(script).main()
 
 
 def check_case(case: dict[str, Any], repeats: int) -> None:
@@ -45,7 +56,6 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("masks", [0.10, None, None, None, None]),
         ("mixing", [0.55, 0.55]),
         ("loss", [0.30, 1 / 6, 0.85, None]),
-        ("step", [1.80, 1.10, 1.00, None]),
         ("knn", [0.5, 0.1, None, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
         ("loader", [None, None]),
@@ -57,7 +67,23 @@ def test_script_writes_a_whole_record(
     out = tmp_path / "record.json"
     done = run(f"{script}.py", "--small", "--repeats", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text(encoding="utf-8"))
+    check_record(script, json.loads(out.read_text(encoding="utf-8")), bounds, done.stdout)
+
+
+def check_record(
+    script: str, record: dict[str, Any], bounds: list[float | None], printed: str
+) -> None:
+    check_circumstances(script, record)
+    assert [case["bound"] for case in record["cases"]] == bounds
+    for case in record["cases"]:
+        check_case(case, repeats=2)
+        assert case["name"] in printed
+    for figure in record["figures"]:
+        assert math.isfinite(figure["value"])
+        assert figure["name"] in printed
+
+
+def check_circumstances(script: str, record: dict[str, Any]) -> None:
     assert record["script"] == script
     assert record["small"] is True
     assert record["hardware"]["cpu"]
@@ -66,10 +92,121 @@ def test_script_writes_a_whole_record(
     assert set(record["versions"]) == {"python", "torch", "mixmask"}
     assert record["commit"]
     assert record["date"]
-    assert [case["bound"] for case in record["cases"]] == bounds
+
+
+# Trainers, with the bounds of their figures and how many numbers stand by themselves. Where
+# solo-learn can be imported, its step is one figure more.
+STEP = [1.80, 1.10, 1.00, None, 1.80, 1.00, None, None]
+STEP += [None] * (importlib.util.find_spec("solo") is not None)
+VIEWS = [1.0, 1.0, *[None] * 5, 1.0, 1.0, *[None] * 6]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("script", "bounds", "figures"),
+    [
+        ("step", STEP, 13),
+        ("views", VIEWS, 2),
+        ("memory", [1.10, 1.10, 1.10], 0),
+        ("epoch", [1 / 1.5, None], 2),
+    ],
+)
+def test_script_of_the_trainers_writes_a_whole_record(
+    script: str,
+    bounds: list[float | None],
+    figures: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "record.json"
+    call(monkeypatch, script, "--small", "--repeats", "2", "--out", str(out))
+    record = json.loads(out.read_text(encoding="utf-8"))
+    check_record(script, record, bounds, capsys.readouterr().out)
+    assert len(record["figures"]) == figures
     for case in record["cases"]:
-        check_case(case, repeats=2)
-        assert case["name"] in done.stdout
+        timed = case["quantity"] == "time"
+        assert (case["images"] is not None) == (timed and script != "memory")
+
+
+def test_time_to_accuracy_goes_on_and_says_what_it_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "record.json"
+    arguments = ("--small", "--run", str(tmp_path / "run"), "--out", str(out))
+    with monkeypatch.context() as patched:
+        call(patched, "time_to_accuracy", *arguments)
+    first = json.loads(out.read_text(encoding="utf-8"))
+    check_circumstances("time_to_accuracy", first)
+    plain, curve = first["plain"], first["curve"]
+    assert [point["epoch"] for point in plain] == [0, 1, 2]
+    assert first["target"] == plain[-1]["knn"]
+    seconds = [point["seconds"] for point in curve]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert all(0 <= point["knn"] <= 1 for point in curve)
+    over = [point for point in curve[1:] if point["knn"] >= first["target"]]
+    if over:  # It stops there.
+        assert first["reached"] == {"mix": "mixmask", **over[0]}
+        assert curve[-1] == over[0]
+    else:
+        assert first["reached"] is None
+        assert curve[-1]["epoch"] == 2
+    capsys.readouterr()
+
+    # A second start finds both runs finished, and a higher target goes on with the schedule.
+    call(monkeypatch, "time_to_accuracy", *arguments)
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert again["curve"] == curve
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    call(monkeypatch, "time_to_accuracy", *arguments, "--target", "1.0")
+    further = json.loads(out.read_text(encoding="utf-8"))
+    assert further["reached"] is None
+    assert [point["epoch"] for point in further["curve"]] == [0, 1, 2]
+    assert further["curve"][: len(curve)] == curve
+    assert further["curve"][-1]["seconds"] >= seconds[-1]
+
+
+def test_arrays_and_stacks_of_images_are_read_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("time_to_accuracy")
+    images = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(6) % 2
+    np.savez(tmp_path / "some_test.npz", images=images, labels=labels)
+    bodies = []
+    for part in (images[:2], images[2:]):
+        file = io.BytesIO()
+        Image.fromarray(part.reshape(-1, 8, 3)).save(file, "webp", lossless=True)
+        bodies.append(file.getvalue())
+    webp = np.frombuffer(b"".join(bodies), dtype=np.uint8)
+    offsets = np.cumsum([0, *map(len, bodies)])
+    np.savez(tmp_path / "some_train0.npz", webp=webp, offsets=offsets, fine=labels)
+    data = script.read_data(str(tmp_path), None)
+    assert torch.equal(data.train.images, data.test.images)
+    assert torch.equal(data.train.images, torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert torch.equal(data.train.labels, data.test.labels)
+    assert len(script.read_data(str(tmp_path), 3).train.images) == 3
+
+
+def test_work_of_a_step_is_what_its_operations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    roofline = importlib.import_module("roofline")
+    a, b = torch.rand(4, 5), torch.rand(5, 6)
+    # Two operations a multiply-add; a view moves nothing, the product 20 + 30 + 24 numbers.
+    assert roofline.work(lambda: torch.mm(a.view(4, 5), b)) == (2 * 4 * 5 * 6, 4 * 74)
+    assert roofline.covered([(0, 4), (2, 5), (7, 8)]) == 6
+
+
+def test_plot_shows_what_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "ratios.png"
+    call(monkeypatch, "plot", "--out", str(out))
+    with Image.open(out) as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+    plot = importlib.import_module("plot")
+    with pytest.raises(ValueError, match="no figure with a bound"):
+        plot.draw(plot.bounded([]), out)
 
 
 def test_detection_writes_both_sides(tmp_path: Path) -> None:
@@ -113,6 +250,10 @@ def test_table_says_what_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         "name": "a", "against": "b", "quantity": "time", "unit": "s", "n": 3,
         "ours": spread, "theirs": spread, "ratio": spread, "bound": 1.0, "reached": False,
     }  # fmt: skip
+    short = table.summary([{"hardware": {"gpu": None}, "cases": [case]}])
+    assert short.endswith("| a, time | b | CPU | 2.00 | 1.00 | **no** |")
+    rated = table.row({**case, "images": 8})
+    assert "| 2 s (4 images/s) | 2 s (4 images/s) |" in rated
     assert (
         table.row(case) == "| a | b | time | 2 s | 2 s | 2.000 (2.000 … 2.000) | 3 | 1 | **no** |"
     )
