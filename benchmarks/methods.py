@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import ROOT, circumstances
-from torch import Tensor, nn
+from torch import nn
 
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 from mixmask.trainers.data import load_data
@@ -38,9 +38,9 @@ def main() -> None:
     for cell in _cells(options):
         if _key(cell) in done:
             continue
-        results.append(cell | _train(cell, options.images))
-        print(line(results[-1]), flush=True)
         record = {"script": "methods", "small": False, **circumstances("cpu"), "runs": results}
+        results.append(cell | _train(cell, options.images) | {"commit": record["commit"]})
+        print(line(results[-1]), flush=True)
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(out)
@@ -80,7 +80,7 @@ def _train(cell: Mapping[str, Any], count: int | None) -> dict[str, Any]:
     assert data.test.labels is not None
     step = len(data.train.images) // (count or len(data.train.images))
     images, labels = data.train.images[::step], data.train.labels[::step]
-    test: tuple[Tensor, Tensor] = data.test.images, data.test.labels
+    test = data.test.images, data.test.labels
 
     def measure(backbone: nn.Module, thorough: bool) -> dict[str, float]:
         del thorough

@@ -195,7 +195,14 @@ class RandomView(nn.Module):
         return x.index_copy(0, index, rearrange(rows, "1 (n c) h w -> n c h w", c=3))
 
 
-def random_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
+def random_boxes(
+    n: int,
+    height: int,
+    width: int,
+    min_scale: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Draw crops as torchvision's `RandomResizedCrop` does, without a loop over images.
 
     Args:
@@ -203,6 +210,7 @@ def random_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
         height: Of the images, in pixels.
         width: Of the images, in pixels.
         min_scale: Smallest share of the image's area; the largest is 1.
+        generator: A CPU generator. Default: torch's global one.
 
     Returns:
         (n, 4) float32 of whole numbers: left, top, width, height.
@@ -211,9 +219,11 @@ def random_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
         >>> random_boxes(3, 48, 64, min_scale=0.2).shape
         torch.Size([3, 4])
     """
-    area = (min_scale + torch.rand(n, _TRIES) * (1 - min_scale)) * height * width
+    area = (
+        (min_scale + torch.rand(n, _TRIES, generator=generator) * (1 - min_scale)) * height * width
+    )
     low, high = (math.log(aspect) for aspect in _ASPECTS)
-    aspect = (low + torch.rand(n, _TRIES) * (high - low)).exp()
+    aspect = (low + torch.rand(n, _TRIES, generator=generator) * (high - low)).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -223,7 +233,7 @@ def random_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
     none = ~fits.any(dim=1)
     w = torch.where(none, float(full_w), w.gather(1, first)[:, 0])
     h = torch.where(none, float(full_h), h.gather(1, first)[:, 0])
-    place = torch.rand(2, n)
+    place = torch.rand(2, n, generator=generator)
     left = torch.where(none, (width - w).div(2).floor(), (place[0] * (width - w + 1)).floor())
     top = torch.where(none, (height - h).div(2).floor(), (place[1] * (height - h + 1)).floor())
     return torch.stack([left, top, w, h], dim=1)

@@ -56,7 +56,9 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("masks", [0.10, None, None, None, None]),
         ("mixing", [0.55, 0.55]),
         ("loss", [0.30, 1 / 6, 0.85, None]),
+        ("knn", [0.5, 0.1, None, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
+        ("loader", [None, None]),
     ],
 )
 def test_script_writes_a_whole_record(
@@ -205,6 +207,20 @@ def test_plot_shows_what_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plot = importlib.import_module("plot")
     with pytest.raises(ValueError, match="no figure with a bound"):
         plot.draw(plot.bounded([]), out)
+
+
+def test_detection_writes_both_sides(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    done = run("detection.py", "--small", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["small"] is True
+    assert record["commit"]
+    assert record["recipe"]["epochs"] == record["n"] == 1
+    assert record["sides"]["pretrained"]["pretraining"]["method"] == "moco-v2"
+    for side in record["sides"].values():
+        assert 0 <= side["ap"]["median"] <= side["ap50"]["median"] <= 1
+        assert len(side["epochs"][0]) == 1
 
 
 def test_peak_memory_counts_live_bytes_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

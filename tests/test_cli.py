@@ -60,6 +60,32 @@ def test_pretrain_leaves_a_run_folder(
     assert "untrained" in printed
 
 
+def test_streamed_folder_is_measured_and_resumed_from_disk(
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("_training", "pretrain"):
+        monkeypatch.setattr(f"mixmask.cli.{module}.MEASURED", 15)
+    monkeypatch.setattr("mixmask.cli.pretrain._MUCH_WAITING", 0.0)
+    out = tmp_path / "run"
+    assert cli.main(options(photographs, "--stream", "always", "--out", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "the images stay on disk and are decoded anew in every epoch" in printed
+    assert "measured with 15 of the training images" in printed
+    assert "nearest neighbours" in printed
+    assert "the training waited for images" in printed
+    assert json.loads((out / "config.json").read_text())["stream"] == "always"
+    assert cli.main(["pretrain", "--resume", str(out)]) == 0
+    assert {file.name for file in out.iterdir()} >= RUN_FILES
+
+
+def test_config_keeps_where_the_images_were(photographs: Path, tmp_path: Path) -> None:
+    assert cli.main(options(photographs, "--out", str(tmp_path / "run"))) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stream"] == "never"
+
+
 def test_out_has_a_default_that_overwrites_nothing(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ HEAVY = (
     "matplotlib",
     "pandas",
     "PIL",
+    "pycocotools",
     "scipy",
     "sklearn",
     "timm",

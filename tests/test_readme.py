@@ -11,6 +11,14 @@ from mixmask import cli
 
 ROOT = Path(__file__).parent.parent
 SOLO_LEARNS = {"--config-path", "--config-name"}
+FLAG = r"(?<![\w-])--[a-z][a-z0-9-]+"
+LAUNCHERS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+# Of accelerate, with its underscores cut off; and of pip.
+OTHERS = SOLO_LEARNS | LAUNCHERS | {"--multi", "--num"}
+COMMANDS = {
+    *("pretrain", "show", "recipes", "detect", "export", "compare", "map", "neighbours", "ablate"),
+    *("evaluate knn", "evaluate linear", "evaluate finetune"),
+}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -23,13 +31,15 @@ def test_python_blocks_run() -> None:
 
 
 def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    known = ""
-    for command in ("pretrain", "show"):
-        assert cli.main([command, "--help"]) == 0
-        known += capsys.readouterr().out
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    known: set[str] = set()
+    for command in COMMANDS:
+        assert cli.main([*command.split(), "--help"]) == 0
+        known |= set(re.findall(FLAG, capsys.readouterr().out))
+    used = set(re.findall(r"^mixmask ([a-z]+(?: (?:knn|linear|finetune)\b)?)", TEXT, re.MULTILINE))
+    assert used <= COMMANDS
+    flags = set(re.findall(FLAG, TEXT))
     assert {"--grid-size", "--resume"} <= flags
-    assert {flag for flag in flags - SOLO_LEARNS if flag not in known} == set()
+    assert flags - OTHERS - known == set()
 
 
 def test_links_lead_somewhere() -> None:

@@ -12,6 +12,12 @@ import torch
 
 from mixmask import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli.ablate import add_ablate
+from mixmask.cli.compare import add_compare
+from mixmask.cli.detect import add_detect
+from mixmask.cli.evaluate import add_evaluate
+from mixmask.cli.export import add_export
+from mixmask.cli.features import add_map, add_neighbours
 from mixmask.cli.pretrain import add_pretrain, add_recipes
 from mixmask.cli.show import add_show
 
@@ -57,5 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_pretrain(commands)
     add_recipes(commands)
+    add_evaluate(commands)
+    add_detect(commands)
+    add_export(commands)
     add_show(commands)
+    add_compare(commands)
+    add_map(commands)
+    add_neighbours(commands)
+    add_ablate(commands)
     return parser

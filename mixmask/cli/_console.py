@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixmask.trainers.data import ImageData
+    from mixmask.trainers.data import ImageData, Images
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Write a line to standard output, or to another file, at once."""
-    (file or sys.stdout).write(text + "\n")
+    (file or sys.stdout).write(text + end)
     (file or sys.stdout).flush()
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file to write whose folder is not there, before any work is done for it."""
+    if not out.parent.is_dir():
+        raise ValueError(f"--out lies in {out.parent}, which is no folder; make it first")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it, as {out / 'figure.png'}")
 
 
 def refuse(message: str) -> int:
@@ -31,7 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
 
 
-def labelled_splits(data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def labelled_splits(data: ImageData) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
     """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
     assert data.test is not None
     assert data.test.labels is not None

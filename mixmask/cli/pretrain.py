@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixmask.cli._console import labelled_splits, say
+from mixmask.cli._console import say
+from mixmask.cli._training import MEASURED, accuracy_monitor, set_threads
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.data import ImageData
+
+# Share of an epoch's time.
+_MUCH_WAITING = 0.1
 
 
 def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
@@ -30,12 +32,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     from mixmask.trainers.methods import load_config, make_config
     from mixmask.visualize import figure_curves, figure_views, save_figure
 
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(
-                f"--threads must be at least 1, got {threads}; use the number of cores"
-            )
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if resume is not None:
         if given or out is not None:
             named = ", ".join("--" + name.replace("_", "-") for name in given) or "--out"
@@ -51,7 +48,9 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     else:  # One process chooses the folder, or refuses it, for all.
         chosen = [_new_folder(out, config) if state.is_main_process else Path()]
         folder = broadcast_object_list(chosen)[0]
-    data = load_data(config.data, config.image_size)
+    data = load_data(config.data, config.image_size, stream=config.stream)
+    # A resumed run must find its images where they were, however much memory is free by then.
+    config = dataclasses.replace(config, stream="always" if data.streamed else "never")
 
     def start() -> None:
         _say_start(config, data, folder)
@@ -63,7 +62,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
         config,
         data.train.images,
         folder,
-        monitor=_monitor(data),
+        monitor=accuracy_monitor(data),
         on_start=start,
         resume=resume is not None,
     )
@@ -102,13 +101,13 @@ def add_pretrain(commands: Any) -> None:
             fields.setdefault(field.name, field)
             owners.setdefault(field.name, []).append(method)
     for name, field in fields.items():
-        _add_option(parser, field, () if name in shared else owners[name])
+        add_option(parser, field, () if name in shared else owners[name])
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder, a new one")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads to use")
 
 
-def _add_option(
+def add_option(
     parser: argparse.ArgumentParser, field: dataclasses.Field[Any], owners: Sequence[str]
 ) -> None:
     """Add the option of a field, with the methods that have it if not all do."""
@@ -173,24 +172,6 @@ def _new_folder(out: Path | None, config: RunConfig) -> Path:
     return out
 
 
-def _monitor(data: ImageData) -> Callable[[nn.Module, bool], dict[str, float]] | None:
-    """Measure kNN and linear accuracy on the test split, where there are labels."""
-    from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
-
-    if not data.labelled:
-        return None
-    train, test = labelled_splits(data)
-
-    def measure(backbone: nn.Module, thorough: bool) -> dict[str, float]:
-        x, x_test = (extract_features(backbone, images) for images in (train[0], test[0]))
-        measured = {"knn": knn_accuracy(x, train[1], x_test, test[1])}
-        if thorough:
-            measured["linear"] = linear_accuracy(x, train[1], x_test, test[1])
-        return measured
-
-    return measure
-
-
 def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     say(
@@ -198,8 +179,12 @@ def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
         f"{config.arch} at {config.image_size} px, {config.epochs} epochs, {device}\n"
         f"run folder: {out}"
     )
+    if data.streamed:
+        say("the images stay on disk and are decoded anew in every epoch")
     if not data.labelled:
         say("no labelled test split: accuracies are off")
+    elif data.streamed and len(data.train.images) > MEASURED:
+        say(f"accuracies on the way are measured with {MEASURED:,} of the training images")
 
 
 def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
@@ -208,4 +193,9 @@ def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
         say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
         for name, label in (("knn", "nearest neighbours"), ("linear", "linear probe")):
             say(f"{label:<22}{first[name]:>10.1%}{last[name]:>10.1%}")
+    if last["wait"] > _MUCH_WAITING:
+        say(
+            f"\nthe training waited for images {last['wait']:.0%} of the last epoch; more "
+            "--workers or a faster disk would help"
+        )
     say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")

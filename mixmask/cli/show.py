@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mixmask.cli._console import say
+from mixmask.cli._console import check_out, say
 
 
 def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
@@ -17,8 +17,7 @@ def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, see
 
     if len(images) == 1:
         raise ValueError(f"one image has nobody to mix with, got {images[0]} alone; name another")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out lies in {out.parent}, which is no folder; make it first")
+    check_out(out)
     if images:
         read = []
         for path in images:

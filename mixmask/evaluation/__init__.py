@@ -1,7 +1,33 @@
-"""How good a representation is: nearest neighbours and linear probes on frozen features."""
+"""How good a representation is: neighbours, linear probes, fine-tuning."""
 
+from mixmask.evaluation.checkpoints import Loaded, load_backbone
+from mixmask.evaluation.classifier import Training
+from mixmask.evaluation.export import export_backbone
 from mixmask.evaluation.features import extract_features
-from mixmask.evaluation.knn import knn_accuracy
-from mixmask.evaluation.linear import linear_accuracy
+from mixmask.evaluation.finetune import (
+    balanced_subset,
+    finetune_scores,
+    linear_sgd_scores,
+    listed_subset,
+)
+from mixmask.evaluation.knn import knn_accuracy, knn_scores
+from mixmask.evaluation.linear import linear_accuracy, linear_scores
+from mixmask.evaluation.metrics import Accuracy, measure_accuracy
 
-__all__ = ["extract_features", "knn_accuracy", "linear_accuracy"]
+__all__ = [
+    "Accuracy",
+    "Loaded",
+    "Training",
+    "balanced_subset",
+    "export_backbone",
+    "extract_features",
+    "finetune_scores",
+    "knn_accuracy",
+    "knn_scores",
+    "linear_accuracy",
+    "linear_scores",
+    "linear_sgd_scores",
+    "listed_subset",
+    "load_backbone",
+    "measure_accuracy",
+]

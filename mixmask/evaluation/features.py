@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from mixmask.views import normalize
 
 
+class Images(Protocol):
+    """A tensor of images, or something that reads those of a slice when it is asked for them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Tensor: ...
+
+
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Tensor, *, batch_size: int = 256, device: str | None = None
+    backbone: nn.Module, images: Images, *, batch_size: int = 256, device: str | None = None
 ) -> Tensor:
     """Compute pooled features of whole images, in evaluation mode, leaving the mode as it was.
 
     Args:
         backbone: (N, 3, H, W) -> (N, D).
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, a tensor or sliced like one; while a batch is computed, the
+            next one is read.
         batch_size: Images at a time.
         device: Where to compute. Default: where the backbone's parameters are.
 
@@ -29,8 +42,20 @@ def extract_features(
     try:
         parts = [
             backbone(normalize(batch.to(where)).contiguous(memory_format=torch.channels_last))
-            for batch in torch.split(images, batch_size)
+            for batch in _batches(images, batch_size)
         ]
     finally:
         backbone.train(was_training)
     return torch.cat(parts).float()
+
+
+def _batches(images: Images, size: int) -> Iterator[Tensor]:
+    """Slice images, one batch ahead in a thread, where slicing may mean reading files."""
+    starts = range(0, len(images), size)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(images.__getitem__, slice(i, i + size)) for i in starts[:1]]
+        for i in starts:
+            batch = ahead.pop().result()
+            if i + size < len(images):
+                ahead.append(reader.submit(images.__getitem__, slice(i + size, i + 2 * size)))
+            yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -205,6 +205,71 @@ class LambdaWeightedLoss(nn.Module):
         for term in terms[1:]:
             total = total + term
         return total
+
+    def terms(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        images: Tensor,
+        target: Tensor,
+        mixed: MixedBatch | Sequence[MixedBatch],
+    ) -> Iterator[Tensor]:
+        """Yield the loss term by term, each embedded when asked for: the mixed ones, the clean one.
+
+        Call backward on a term before asking for the next, and only one forward pass is alive at
+        a time, so that a step needs the memory of one without mixing; gradients add up. Under
+        DistributedDataParallel, put all but the last backward into `no_sync()`, and gradients
+        travel once. The sum of the terms is what `forward` returns, but for batch norm, whose
+        running statistics see the mixed views first.
+
+        Args:
+            encode: The online branch, from images to what the criterion takes.
+            images: (N, C, H, W) clean views.
+            target: (N, ...) their targets, without a gradient.
+            mixed: As in `forward`.
+
+        Yields:
+            () scalars, one a mixed view and then that of the clean images.
+
+        Raises:
+            ValueError: As `forward` does; or if the targets carry a gradient, whose graph the
+                first backward would free.
+            TypeError: If the criterion compares mixed with clean embeddings, which has to be done
+                at once.
+
+        Example:
+            >>> import torch, mixmask
+            >>> criterion = mixmask.LambdaWeightedLoss(mixmask.losses.InfoNCE())
+            >>> encode = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16))
+            >>> x, target = torch.rand(4, 3, 8, 8), torch.randn(4, 16)
+            >>> mixed = mixmask.mix_batch(x, mixmask.BlockMaskGenerator(2))
+            >>> for term in criterion.terms(encode, x, target, mixed):
+            ...     term.backward()
+        """
+        records = [mixed] if isinstance(mixed, MixedBatch) else list(mixed)
+        if isinstance(self.criterion, MatchingCriterion):
+            raise TypeError(
+                f"{type(self.criterion).__name__} compares mixed with clean embeddings, so its "
+                "terms cannot be taken one by one; call it with z, target, z_mixed, mixed"
+            )
+        if target.requires_grad:
+            raise ValueError(
+                "targets must carry no gradient where terms are taken one by one, for the first "
+                "backward frees their graph; pass target.detach(), or call the loss at once"
+            )
+        for record in records:
+            check_sizes(len(record), images=images, target=target)
+        return self._terms(encode, images, target, records)
+
+    def _terms(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        images: Tensor,
+        target: Tensor,
+        records: Sequence[MixedBatch],
+    ) -> Iterator[Tensor]:
+        for record in records:
+            yield self._mixed_term(encode(record.images), target, record, None)
+        yield _checked(self.criterion(encode(images), target), len(images)).mean()
 
     def _mixed_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None

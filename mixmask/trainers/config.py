@@ -25,6 +25,13 @@ class RunConfig:
     method: str = option("moco-v2", "training method")
     mix: str = option("mixmask", "what fills the mixed view", MIXTURES)
     data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
+    stream: str = option(
+        "auto",
+        "whether a folder's images stay on disk, decoded anew in every epoch; auto if they are "
+        "too many for memory",
+        ("auto", "always", "never"),
+    )
+    workers: int = option(0, "processes that decode a streamed folder; 0 for one a core but one")
     recipe: str = option("", "named settings; without it those of --data, for a folder imagenet's")
     arch: str = option("resnet50", "backbone: a timm name, or 'narrow' for our small ResNet")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
@@ -93,9 +100,9 @@ class RunConfig:
         check_range("grid_size", self.grid_size, 2, self.mixed_size or self.image_size)
         check_range("seed", self.seed, 0)
         check_range("monitor", self.monitor, 0)
+        check_range("workers", self.workers, 0)
         shares = ("min_scale", "jitter", "grey", "blur", "warmup", "sgd_momentum")
-        shares += ("global_share", "channel_share")
-        for name in shares:
+        for name in (*shares, "global_share", "channel_share"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("hue", self.hue, 0, 0.5)
         for name in ("lr", "weight_decay"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,9 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig, save_config
-from mixmask.trainers.parts import Term, build_mixtures, fold_seed
+from mixmask.trainers.data import Images
+from mixmask.trainers.parts import Term, build_mixtures
+from mixmask.trainers.resources import memory_gib
 from mixmask.trainers.run import Meter, Row, Run, random_view
+from mixmask.trainers.stream import Batches, Draw, read_batches
 
 # Embeddings that are this little spread out are one point, and no loss brings them apart again.
 _COLLAPSED = 0.02
@@ -41,7 +46,7 @@ class Views:
 
 def pretrain(
     config: RunConfig,
-    images: Tensor,
+    images: Images,
     out: Path,
     *,
     monitor: Monitor | None = None,
@@ -57,7 +62,8 @@ def pretrain(
 
     Args:
         config: The run's options.
-        images: (N, 3, H, W) uint8, N of at least the batch size.
+        images: (N, 3, H, W) uint8, N of at least the batch size; or a folder's, which workers
+            read.
         out: The run folder, made if need be.
         monitor: Measures the backbone before, every `config.monitor` epochs, and at the end.
         on_start: Called when the options are found good and the folder is there.
@@ -71,6 +77,8 @@ def pretrain(
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite or the run has collapsed; the last
             checkpoint is kept.
+        OSError: If a folder's images can no longer be read or a worker has died, once the steps
+            before are saved.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
     run = Run.build(config, images, out)
@@ -91,9 +99,10 @@ def pretrain(
 
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
-    with bar, _finish_steps(run.accelerator) as stop_requested:
+    reading = closing(_batches(run))
+    with bar, reading as batches, _finish_steps(run.accelerator) as stop_requested:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
-            row = _train_epoch(run, epoch, bar, stop_requested)
+            row = _train_epoch(run, epoch, batches, bar, stop_requested)
             _check_health(run, row)
             last = epoch == config.epochs
             due = last or (config.monitor > 0 and epoch % config.monitor == 0)
@@ -125,25 +134,23 @@ def _check_health(run: Run, row: Row) -> None:
         )
 
 
-def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bool]) -> Row:
+def _train_epoch(
+    run: Run, epoch: int, batches: Batches, bar: Any, stop_requested: Callable[[], bool]
+) -> Row:
     """Train one epoch, or what a resumed run has left of it, and return its row."""
     config, model, accelerator = run.config, run.model, run.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
-    order = _epoch_order(config.seed, epoch, len(run.images))
     meter = run.meter
     meter.start(config.batch_size * processes)
     lr = 0.0
     model.train()
     for i in range(run.step % run.steps, run.steps):
-        start = (i * processes + rank) * config.batch_size
-        index = order[start : start + config.batch_size]
-        batch = run.images[index.to(run.images.device)]
+        batch = _next_batch(run, batches)
 
         # kornia draws from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
-        mix = run.step % config.mix_every == 0
-        crops = 2 + (config.extra_crops if mix else 0)
-        views = run.view(batch.repeat(crops, 1, 1, 1)).chunk(crops)
+        views = run.view(batch).chunk(_crops(config, run.step))
+        mix = _is_mixed(config, run.step)
         seed = fold_seed(config.seed, rank, run.step, "mixing")
         generator = torch.Generator().manual_seed(seed)
         parts = config.accumulate
@@ -172,23 +179,82 @@ def _train_epoch(run: Run, epoch: int, bar: Any, stop_requested: Callable[[], bo
             run.save()
             raise KeyboardInterrupt
     run.meter = Meter()
-    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, meter.row()), "lr": lr}
+    row = meter.row() | {"memory_gib": memory_gib(accelerator.device)}
+    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, row), "lr": lr}
 
 
-def first_views(config: RunConfig, images: Tensor, count: int = 8) -> Views:
+def _batches(run: Run) -> Batches:
+    """Read what each step that is left takes: this process's part of the epoch's order."""
+    config, accelerator = run.config, run.accelerator
+    rank, processes = accelerator.process_index, accelerator.num_processes
+
+    def draws(first: int) -> Iterator[Draw]:
+        order = torch.empty(0)
+        for step in range(first, run.steps * config.epochs):
+            epoch, i = divmod(step, run.steps)
+            if i == 0 or step == first:
+                order = _epoch_order(config.seed, epoch + 1, len(run.images))
+            start = (i * processes + rank) * config.batch_size
+            seed = fold_seed(config.seed, rank, step, "crops")
+            index = order[start : start + config.batch_size]
+            yield Draw(index, _crops(config, step), seed)
+
+    return read_batches(
+        run.images,
+        draws(run.step),
+        size=config.image_size,
+        min_scale=config.min_scale,
+        workers=run.workers,
+        device=accelerator.device,
+    )
+
+
+def _is_mixed(config: RunConfig, step: int) -> bool:
+    return step % config.mix_every == 0
+
+
+def _crops(config: RunConfig, step: int) -> int:
+    """Return how many views of each image a step takes."""
+    return 2 + (config.extra_crops if _is_mixed(config, step) else 0)
+
+
+def _next_batch(run: Run, batches: Batches) -> Tensor:
+    """Wait for a batch, and note for how long."""
+    began = time.perf_counter()
+    try:
+        batch = next(batches)
+    except OSError as error:
+        run.save()  # Between two steps, where all is whole.
+        raise OSError(f"{error}; all steps before are saved: --resume {run.out}") from error
+    run.meter.waited += time.perf_counter() - began
+    return batch
+
+
+def first_views(config: RunConfig, images: Images, count: int = 8) -> Views:
     """Draw what a step sees: views for queries, mixed views, and views for keys.
 
     Args:
         config: The run's options.
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, or a folder's.
         count: How many images, if there are so many.
     """
     seed = fold_seed(config.seed, "picture")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batch = images[order[:count]].cpu()
+    index = order[:count]
+    if isinstance(images, Tensor):
+        images, index = images[index].cpu(), torch.arange(len(index))
+    reading = read_batches(
+        images,
+        [Draw(index, 2, seed)],
+        size=config.image_size,
+        min_scale=config.min_scale,
+        workers=0,
+        device=torch.device("cpu"),
+    )
+    with closing(reading):
+        batch = next(reading)
     torch.manual_seed(seed)
-    view = random_view(config)
-    x_q, x_k = view(torch.cat([batch, batch])).chunk(2)
+    x_q, x_k = random_view(config, images)(batch).chunk(2)
     generator = torch.Generator().manual_seed(seed)
     mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
     return Views(x_q, mixed, x_k)

@@ -19,9 +19,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig
+from mixmask.trainers.data import FolderImages, Images
 from mixmask.trainers.methods import build_method
-from mixmask.trainers.parts import Term, build_optimizer, fold_seed
+from mixmask.trainers.parts import Term, build_optimizer
+from mixmask.trainers.resources import choose_workers
+from mixmask.trainers.stream import part_bytes
 from mixmask.views import RandomView
 
 Row = dict[str, float]
@@ -30,8 +34,8 @@ Row = dict[str, float]
 _SEEN = ("spread", "alignment", "uniformity")
 
 
-def random_view(config: RunConfig) -> RandomView:
-    """Build the random view that a configuration describes."""
+def random_view(config: RunConfig, images: Images) -> RandomView:
+    """Build the random view that a configuration describes; a folder's images come cropped."""
     return RandomView(
         config.image_size,
         min_scale=config.min_scale,
@@ -39,6 +43,7 @@ def random_view(config: RunConfig) -> RandomView:
         hue=config.hue,
         grey=config.grey,
         blur=config.blur,
+        crop=isinstance(images, Tensor),
     )
 
 
@@ -56,6 +61,7 @@ class Meter:
     uniformity: Tensor | float = 0.0
     looks: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     began: float | None = None
     images_a_step: int = 0
 
@@ -105,18 +111,20 @@ class Meter:
             **{name: float(getattr(self, name)) / self.looks for name in _SEEN if self.looks},
             "images_per_s": steps * self.images_a_step / seconds,
             "seconds": seconds,
+            "wait": self.waited / seconds,
         }
 
     def summary(self) -> str:
         """Return what the progress bar shows."""
         row = self.row()
-        return f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
+        text = f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
+        return text + (f", waiting {row['wait']:.0%}" if row["wait"] >= 0.01 else "")
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""
         sums = {name: float(getattr(self, name)) for name in ("clean", "mixed", "lam", *_SEEN)}
         counts = {name: getattr(self, name) for name in ("steps", "views", "looks")}
-        return {**counts, "seconds": self.elapsed(), **sums}
+        return {**counts, "seconds": self.elapsed(), "waited": self.waited, **sums}
 
 
 @dataclass
@@ -128,7 +136,8 @@ class Run:
     model: Any
     optimizer: Any
     view: RandomView
-    images: Tensor
+    images: Images
+    workers: int
     steps: int
     out: Path
     rows: list[Row] = field(default_factory=list)
@@ -136,7 +145,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
-    def build(cls, config: RunConfig, images: Tensor, out: Path) -> Run:
+    def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
         """Build a run at its first step; the seed alone decides its weights."""
         precision = "no" if config.precision == "fp32" else config.precision
         AcceleratorState._reset_state()  # An earlier run in this process may have had another.
@@ -149,6 +158,12 @@ class Run:
                 f"--batch-size {config.batch_size} is more than the {len(images)} images there "
                 f"are for {accelerator.num_processes} process(es); use a smaller one"
             )
+        workers = 0
+        if isinstance(images, FolderImages):
+            handed = part_bytes(config.image_size, 2 + config.extra_crops)
+            workers = choose_workers(config.workers, handed)
+        else:
+            images = images.to(accelerator.device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = build_method(config)
         if config.sync_bn and accelerator.num_processes > 1:
@@ -168,8 +183,9 @@ class Run:
             accelerator,
             model,
             accelerator.prepare(optimizer),
-            random_view(config).to(accelerator.device),
-            images.to(accelerator.device),
+            random_view(config, images).to(accelerator.device),
+            images,
+            workers,
             steps,
             out,
         )

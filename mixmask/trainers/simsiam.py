@@ -22,7 +22,7 @@ from mixmask.trainers.parts import (
 
 _CIFAR = {"lr": 0.06}
 PRESETS: dict[str, dict[str, Any]] = {
-    "clothing64": {"lr": 0.06, "dim": 128, "hidden": 32},
+    "clothing64": {"lr": 0.1, "dim": 256, "hidden": 64},
     # SimSiam, appendix D: lr .03 for 256 images.
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,

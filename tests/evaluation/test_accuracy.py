@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
+from mixmask.backbones import build_backbone
+from mixmask.evaluation import (
+    extract_features,
+    knn_accuracy,
+    knn_scores,
+    linear_accuracy,
+    linear_scores,
+)
+from mixmask.evaluation import knn as knn_module
+from mixmask.evaluation.linear import PENALTIES
+from mixmask.trainers.data import load_data
 
 
 def clusters(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -19,26 +33,148 @@ def clusters(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
     return centres[labels] + spread * torch.randn(n, 16, generator=generator), labels
 
 
-@pytest.mark.parametrize("k, chunk", [(1, 7), (20, 64), (500, 1024)])
-def test_knn_equals_weighted_neighbours_of_scikit_learn(k: int, chunk: int) -> None:
+def neighbours(k: int, temperature: float = 0.1) -> KNeighborsClassifier:
+    return KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+
+
+@pytest.mark.parametrize("k, chunk", [(1, 7), (20, 64), (500, 1024), (20, None)])
+def test_knn_equals_weighted_neighbours_of_scikit_learn(k: int, chunk: int | None) -> None:
     (x, y), (x_test, y_test) = clusters(400, 2.0, 1), clusters(100, 2.0, 2)
-    reference = KNeighborsClassifier(
-        min(k, 400),
-        metric="cosine",
-        weights=lambda distance: np.exp((1 - distance) / 0.1),
-    ).fit(x, y)
+    reference = neighbours(min(k, 400)).fit(x, y)
+    scores = knn_scores(x, y, x_test, k=k, chunk=chunk)
+    np.testing.assert_allclose(scores, reference.predict_proba(x_test), atol=1e-5)
     ours = knn_accuracy(x, y, x_test, y_test, k=k, chunk=chunk)
     assert ours == pytest.approx(reference.score(x_test, y_test), abs=1e-6)
 
 
-def test_linear_equals_logistic_regression_of_scikit_learn() -> None:
-    (x, y), (x_test, y_test) = clusters(400, 2.0, 1), clusters(1000, 2.0, 2)
-    penalty = 1e-2
-    ours = linear_accuracy(x, y, x_test, y_test, penalties=(penalty,))
-    mean, std = x.mean(dim=0), x.std(dim=0)
-    reference = LogisticRegression(C=1 / (penalty * len(x)), max_iter=1000, tol=1e-8)
-    reference.fit((x - mean) / std, y)
-    assert ours == pytest.approx(reference.score((x_test - mean) / std, y_test), abs=0.002)
+@pytest.mark.parametrize("k, temperature", [(3, 0.1), (11, 0.5), (5, 0.02)])
+@pytest.mark.parametrize("features", [16 * 999, 2**24])
+def test_knn_finds_the_nearest_through_groups_of_maxima(
+    k: int, temperature: float, features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 3001 columns leave a rest in every group; 999 a time make four chunks, the last of four rows.
+    monkeypatch.setattr(knn_module, "_FEATURES", features)
+    monkeypatch.setattr(knn_module, "_SIMILARITIES", 3001 * 70)
+    (x, y), (x_test, _) = clusters(3001, 2.0, 1), clusters(150, 2.0, 2)
+    scores = knn_scores(x, y, x_test, k=k, temperature=temperature, classes=7)
+    expected = neighbours(k, temperature).fit(x, y).predict_proba(x_test)
+    np.testing.assert_allclose(scores[:, :5], expected, atol=2e-5)
+    assert scores[:, 5:].eq(0).all()
+
+
+def test_knn_counts_duplicates_and_survives_cold_votes() -> None:
+    x = torch.ones(40, 3)
+    y = torch.cat([torch.zeros(30, dtype=torch.int64), torch.ones(10, dtype=torch.int64)])
+    scores = knn_scores(x, y, torch.ones(2, 3), k=40, temperature=1e-4)
+    torch.testing.assert_close(scores, torch.tensor([[0.75, 0.25]]).expand(2, 2))
+
+
+def test_knn_of_one_class_is_always_right() -> None:
+    x, y = torch.randn(9, 4), torch.zeros(9, dtype=torch.int64)
+    assert knn_accuracy(x, y, torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)) == 1.0
+
+
+def test_knn_takes_half_precision_and_changes_no_input() -> None:
+    (x, y), (x_test, y_test) = clusters(300, 1.0, 1), clusters(50, 1.0, 2)
+    before = x.clone(), x_test.clone()
+    half = knn_accuracy(x.half(), y, x_test.half(), y_test)
+    assert half == pytest.approx(knn_accuracy(x, y, x_test, y_test), abs=0.021)
+    assert torch.equal(x, before[0])
+    assert torch.equal(x_test, before[1])
+
+
+def test_knn_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    common = importlib.import_module("common")
+    monkeypatch.setattr(knn_module, "_FEATURES", 2**14)
+    monkeypatch.setattr(knn_module, "_SIMILARITIES", 2**18)
+    (x, y), (x_test, _) = clusters(8000, 2.0, 1), clusters(1000, 2.0, 2)
+    peak = common.peak_bytes(lambda: knn_scores(x, y, x_test), "cpu")
+    assert 2**20 < peak < 8000 * 1000 * 4 / 8
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"train": torch.zeros(0, 4), "train_labels": torch.zeros(0).long()}, "not be empty"),
+        ({"test": torch.zeros(0, 4)}, "not be empty"),
+        ({"test": torch.zeros(2, 3)}, "same width, got 4 and 3"),
+        ({"train_labels": torch.tensor([0, -1, 1])}, "leave unlabelled images out"),
+        ({"train_labels": torch.tensor([0, 1])}, "one for each row"),
+        ({"train": torch.full((3, 4), torch.nan)}, "train features must be finite"),
+        ({"test": torch.full((3, 4), torch.inf)}, "test features must be finite"),
+        ({"classes": 1}, "below the number of classes, 1, got 2"),
+    ],
+)
+def test_knn_refuses(changes: dict[str, Any], message: str) -> None:
+    given = {"train": torch.eye(3, 4), "train_labels": torch.arange(3), "test": torch.eye(3, 4)}
+    with pytest.raises(ValueError, match=message):
+        knn_scores(**{**given, **changes})
+
+
+def test_linear_equals_logistic_regression_on_photographs() -> None:
+    data = load_data("clothing64", 32)
+    assert data.train.labels is not None
+    order = torch.randperm(len(data.train.images))[:1000]
+    x = extract_features(build_backbone("narrow"), data.train.images[order])
+    y = data.train.labels[order]
+    (x, x_test), (y, y_test) = x.split((400, 600)), y.split((400, 600))
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0).clamp_min(1e-6)
+    for penalty in (1e-1, 1e-3):
+        logits, chosen = linear_scores(x, y, x_test, penalties=(penalty,))
+        assert chosen == penalty
+        reference = LogisticRegression(C=1 / (penalty * len(x)), max_iter=20_000, tol=1e-6)
+        reference.fit((x - mean) / std, y)
+        ours = float((logits.argmax(dim=1) == y_test).float().mean())
+        assert ours == pytest.approx(reference.score((x_test - mean) / std, y_test), abs=0.002)
+        assert ours > 0.3
+
+
+def test_linear_chooses_as_scikit_learn_would() -> None:
+    (x, y), (x_test, y_test) = clusters(300, 2.5, 1), clusters(4000, 2.5, 2)
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    held, kept = order[:60], order[60:]
+
+    def fit(index: Tensor, penalty: float) -> LogisticRegression:
+        model = LogisticRegression(C=1 / (penalty * len(index)), max_iter=20_000, tol=1e-8)
+        return model.fit(x[index], y[index])
+
+    best = max(PENALTIES, key=lambda penalty: float(fit(kept, penalty).score(x[held], y[held])))
+    reference = fit(order, best).score(x_test, y_test)
+    ours = linear_accuracy(x, y, x_test, y_test, seed=3)
+    assert ours == pytest.approx(reference, abs=0.002)
+
+
+def test_linear_of_a_constant_feature_and_a_single_row() -> None:
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    x[:, 0], x[:, 1] = 5.0, 4.0 * y
+    assert linear_accuracy(x, y, x, y) == 1.0
+    scores, penalty = linear_scores(x[:1], y[:1], x, classes=2)
+    assert scores.isfinite().all()
+    assert penalty == PENALTIES[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"penalties": ()}, "penalties must be positive"),
+        ({"penalties": (0.0,)}, "penalties must be positive"),
+        ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
+        ({"test": torch.full((3, 4), torch.nan)}, "features must be finite"),
+        ({"train_labels": torch.tensor([0, -1, 1])}, "leave unlabelled images out"),
+    ],
+)
+def test_linear_refuses(changes: dict[str, Any], message: str) -> None:
+    given = {"train": torch.eye(3, 4), "train_labels": torch.arange(3), "test": torch.eye(3, 4)}
+    with pytest.raises(ValueError, match=message):
+        linear_scores(**{**given, **changes})
 
 
 def test_features_are_those_of_evaluation_mode_and_leave_the_mode() -> None:

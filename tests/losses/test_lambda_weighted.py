@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask import (
     BlockMaskGenerator,
@@ -15,6 +15,7 @@ from mixmask import (
     erase_batch,
     lambda_weighted_loss,
     mix_batch,
+    mixup_batch,
 )
 from mixmask.losses import (
     DINO,
@@ -502,3 +503,63 @@ def test_matched_barlow_twins_weighs_samples_and_shares() -> None:
     shared = whole(z, target, z_mixed, _mixed(partner, torch.tensor(0.3)))
     each = whole(z, target, z_mixed, _mixed(partner, torch.full((N,), 0.3)))
     torch.testing.assert_close(shared, each)
+
+
+class Bank(nn.Module):
+    """A criterion whose buffer moves at every call."""
+
+    keys: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.randn(6, 5))
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        loss = InfoNCE(self.keys.clone(), 0.5)(z, target)
+        self.keys.copy_(torch.cat([target, self.keys])[:6].detach())
+        return loss
+
+
+def test_terms_taken_one_by_one_are_the_whole_loss() -> None:
+    encode = nn.Linear(12, 5)
+    alive: list[int] = []
+
+    def counting(images: Tensor) -> Tensor:
+        alive.append(len(images))
+        z: Tensor = encode(images.flatten(1))
+        return z
+
+    images, target = torch.rand(4, 3, 2, 2), torch.randn(4, 5)
+    mixed = [mix_batch(images, BlockMaskGenerator(2)), mixup_batch(images)]
+    whole, parts = (LambdaWeightedLoss(Bank()) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    embedded = [counting(one.images) for one in mixed]
+    loss = whole(counting(images), target, embedded, mixed)
+    expected = torch.autograd.grad(loss, list(encode.parameters()))
+
+    alive.clear()
+    total = 0.0
+    for number, term in enumerate(parts.terms(counting, images, target, mixed), start=1):
+        assert len(alive) == number  # No view is embedded before its turn.
+        term.backward()
+        total += float(term.detach())
+    assert number == 3
+    assert total == pytest.approx(float(loss.detach()), rel=1e-6)
+    for parameter, gradient in zip(encode.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert torch.equal(parts.criterion.keys, whole.criterion.keys)  # type: ignore[union-attr, arg-type]
+
+
+def test_terms_that_cannot_be_taken_one_by_one_are_refused_at_once() -> None:
+    images, target = torch.rand(4, 3, 2, 2), torch.randn(4, 5)
+    mixed = mix_batch(images, BlockMaskGenerator(2))
+
+    def encode(images: Tensor) -> Tensor:
+        raise AssertionError(f"{len(images)} images were embedded before the check")
+
+    with pytest.raises(TypeError, match="MatchedBarlowTwins compares mixed with clean"):
+        LambdaWeightedLoss(MatchedBarlowTwins()).terms(encode, images, target, mixed)
+    with pytest.raises(ValueError, match=r"no gradient where terms .* pass target.detach\(\)"):
+        LambdaWeightedLoss(InfoNCE()).terms(encode, images, target.requires_grad_(), mixed)
+    with pytest.raises(ValueError, match="images must hold one row for each of the 4"):
+        LambdaWeightedLoss(InfoNCE()).terms(encode, images[:3], target.detach(), mixed)

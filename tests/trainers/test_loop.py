@@ -51,6 +51,20 @@ def test_seconds_of_the_epochs_add_up_to_no_more_than_the_run(
     assert 0 < sum(float(row["seconds"]) for row in read_rows(tmp_path)) <= whole
 
 
+def test_every_epoch_notes_what_a_tracker_shows(images: Tensor, tmp_path: Path) -> None:
+    run(make_config(**TINY, lr=0.02), images, tmp_path)
+    for row in read_rows(tmp_path):
+        number = {name: float(value) for name, value in row.items()}
+        assert number["loss"] == pytest.approx(number["loss_clean"] + number["loss_mixed"])
+        assert 0 < number["lam"] < 1
+        assert 0 < number["lr"] <= 0.02
+        assert 0.1 < number["memory_gib"] < 100  # Torch alone takes more than that.
+        assert number["images_per_s"] > 0
+        assert 0 <= number["wait"] < 1
+        assert 0 <= number["alignment"] <= 4
+        assert number["uniformity"] < 0 < number["spread"]
+
+
 def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:
     config = make_config(**(TINY | {"epochs": 1}))
     first = run(config, images, tmp_path / "a")

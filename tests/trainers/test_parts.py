@@ -9,6 +9,7 @@ import torch
 from tiny_runs import build_tiny
 from torch import nn
 
+from mixmask._seeds import fold_seed
 from mixmask.backbones import build_backbone
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.parts import (
@@ -18,7 +19,6 @@ from mixmask.trainers.parts import (
     build_mixtures,
     build_mlp,
     build_optimizer,
-    fold_seed,
     parameter_groups,
     rising_momentum,
     split_batch_norm,

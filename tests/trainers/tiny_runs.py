@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixmask import MixedBatch
-from mixmask.trainers.data import load_data
+from mixmask.trainers.data import Images, load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.parts import Mixture
@@ -65,7 +65,9 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 @cache
 def _photographs() -> Tensor:
-    return load_data("clothing64", 32).train.images
+    images = load_data("clothing64", 32).train.images
+    assert isinstance(images, Tensor)
+    return images
 
 
 def tiny_images(count: int) -> Tensor:
@@ -97,7 +99,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def run(config: Any, images: Tensor, out: Path, **options: Any) -> Any:
+def run(config: Any, images: Images, out: Path, **options: Any) -> Any:
     return pretrain(config, images, out, progress=False, **options)[0]
 
 

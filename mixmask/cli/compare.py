@@ -1,0 +1,110 @@
+"""`mixmask compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmask.cli._console import check_out, say
+
+if TYPE_CHECKING:
+    from mixmask.trainers.records import Group, Record
+
+_COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
+
+
+def compare(runs: list[Path], out: Path, band: str) -> None:
+    """Draw the curves of several runs in one figure, and print their last accuracies."""
+    from mixmask.trainers.records import common_options, describe_option, group_seeds, read_record
+    from mixmask.visualize import save_figure
+    from mixmask.visualize_runs import figure_comparison
+
+    if len(runs) == 1:
+        raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
+    check_out(out)
+    records = [read_record(run) for run in runs]
+    _check_data(records)
+    groups = group_seeds(records)
+    common = common_options(groups)
+    named = ("method", "mix", "data", "arch", "image_size", "epochs")
+    title = ", ".join(
+        str(common[name]) if name in ("data", "arch") else describe_option(name, common[name])
+        for name in named
+        if name in common
+    )
+    curves = {group.label: {name: group.points(name) for name in _COLUMNS} for group in groups}
+    save_figure(figure_comparison(curves, title=title, kind=band), out)
+    say("\n".join([title, "", *_table(groups), *_notes(groups), "", f"drew {out}"]))
+
+
+def _check_data(records: Sequence[Record]) -> None:
+    """Refuse runs whose accuracies are of different images."""
+    first = records[0]
+    for record in records:
+        if Path(record.config["data"]) != Path(first.config["data"]):
+            raise ValueError(
+                f"accuracies on different data do not compare: {first.folder} used "
+                f"{first.config['data']}, {record.folder} {record.config['data']}; "
+                "name runs on the same data"
+            )
+
+
+def _table(groups: Sequence[Group]) -> list[str]:
+    """Lay out the last accuracies: mean ± standard deviation over seeds."""
+    from mixmask.trainers.records import percent
+
+    cells = [["run", "seeds", "epoch", "kNN, %", "linear, %"]]
+    for group in groups:
+        knn, linear = group.last("knn"), group.last("linear")
+        epoch = str(knn[0]) if knn else "–"
+        texts = [percent(last[1]) if last else "–" for last in (knn, linear)]
+        cells.append([group.label, str(len(group.records)), epoch, *texts])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _notes(groups: Sequence[Group]) -> list[str]:
+    """Say what a reader of the table must know: ±, what else differs, what is missing."""
+    from mixmask.trainers.records import describe_option, unlabelled_differences
+
+    notes = []
+    if any(len(group.records) > 1 for group in groups):
+        notes.append("± is the standard deviation over seeds")
+    if any(group.last("knn") is None for group in groups):
+        notes.append("–: not measured, as without labels, with --monitor 0, or too early in a run")
+    for name, values in unlabelled_differences(groups).items():
+        told = "; ".join(
+            f"{group.label}: {'none' if value is None else describe_option('', value).strip()}"
+            for group, value in zip(groups, values, strict=True)
+        )
+        notes.append(f"they differ in {name.replace('_', '-')} too ({told})")
+    return ["", *notes] if notes else []
+
+
+def add_compare(commands: Any) -> None:
+    """Add `compare`."""
+    from mixmask.visualize_runs import BANDS
+
+    parser = commands.add_parser(
+        "compare",
+        help="draw the curves of several runs in one figure",
+        description="Draw the losses and accuracies of several runs in one figure and print their "
+        "last accuracies. Runs that differ in the seed alone are one line, their mean, with a "
+        "band.",
+    )
+    parser.set_defaults(command=compare)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or checkpoints in them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the PNG to write")
+    explained = "; ".join(f"{name}: {text}" for name, text in BANDS.items())
+    parser.add_argument(
+        "--band", choices=tuple(BANDS), default="se", help=f"what the band is ({explained}) [se]"
+    )

@@ -1,0 +1,54 @@
+"""`mixmask export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mixmask.cli._console import say
+
+
+def export(
+    run: Path, to: str, out: Path, arch: str | None, small_stem: bool | None, force: bool
+) -> None:
+    """Write a run's or a checkpoint's backbone in the format of another library."""
+    from mixmask.evaluation.checkpoints import load_backbone
+    from mixmask.evaluation.export import export_backbone
+
+    loaded = load_backbone(run, arch=arch, small_stem=small_stem)
+    say(loaded.describe())
+    exported = export_backbone(loaded, to, out, force=force)
+    say(f"wrote {', '.join(map(str, exported.files))}")
+    for note in exported.notes:
+        say(note)
+
+
+def add_export(commands: Any) -> None:
+    """Add `export`."""
+    from mixmask.evaluation.export import FORMATS
+
+    parser = commands.add_parser(
+        "export",
+        help="write a backbone for another library",
+        description="Write the backbone of a run, or of a checkpoint of MoCo, lightly, "
+        "solo-learn, torchvision or timm, for another library. Heads, queues and momentum "
+        "encoders are left out.",
+    )
+    parser.set_defaults(command=export)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint file")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="whose format")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="the file to write: *.safetensors, *.pkl for Detectron2, else what torch.save writes",
+    )
+    parser.add_argument("--arch", help="timm's name of the backbone, where the file does not say")
+    parser.add_argument(
+        "--small-stem",
+        action=argparse.BooleanOptionalAction,
+        help="whether its stem is the one for small images, where the file does not say",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite files")

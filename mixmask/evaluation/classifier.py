@@ -1,0 +1,194 @@
+"""A classifier of images: a backbone and a linear head, trained on random crops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixmask.evaluation.metrics import count_classes
+from mixmask.views import MEAN, STD, normalize
+
+# Of images that are larger than a view, the usual part is tested: 224 px of 256.
+_CENTRE = 7 / 8
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier is trained.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch_size: Images a step, or all where there are fewer.
+        image_size: Height and width of the views, in pixels.
+        momentum: Of SGD, without weight decay.
+        nesterov: Whether it is Nesterov's.
+        seed: From which the head, the order and the views follow.
+        progress: Show a progress bar.
+    """
+
+    epochs: int
+    batch_size: int
+    image_size: int
+    momentum: float = 0.9
+    nesterov: bool = False
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no training could use."""
+        for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+
+
+def cosine(done: float) -> float:
+    """Return the factor of the learning rate when a share `done` of the steps lies behind."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def steps_of_moco(done: float) -> float:
+    """Return a factor that falls to a tenth after 60 % and again after 80 % of the steps."""
+    return 0.1 ** sum(done >= milestone for milestone in (0.6, 0.8))
+
+
+def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
+    """Build a linear head on a backbone's features, its weights drawn as MoCo draws them."""
+    with torch.random.fork_rng(devices=[]):  # What torch draws first is thrown away.
+        head = nn.Linear(int(backbone.num_features), classes)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head.to(next(backbone.parameters()).device)
+
+
+def train_classifier(
+    backbone: nn.Module,
+    head: nn.Linear,
+    images: Tensor,
+    labels: Tensor,
+    rates: Sequence[float],
+    schedule: Schedule,
+    training: Training,
+) -> None:
+    """Train a head, and its backbone with it, on random resized crops and flips, by SGD.
+
+    A frozen backbone is used in evaluation mode, and nothing of it changes. On a CPU the same
+    seed gives the same weights; torch's global generator is left as it was.
+
+    Args:
+        backbone: (n, 3, S, S) -> (n, D).
+        head: (n, D) -> (n, C).
+        images: (N, 3, H, W) uint8; batches go to the backbone's device.
+        labels: (N,) int64 below C.
+        rates: Learning rates of the head and of the backbone; the head's alone freezes it.
+        schedule: The factor of both, from the share of the steps that lies behind.
+        training: The rest.
+
+    Raises:
+        ValueError: If there are fewer than two images, or labels beyond the head's.
+        FloatingPointError: If the loss is no longer finite.
+    """
+    count_classes(labels, head.out_features)
+    if len(images) < 2:
+        raise ValueError(f"training needs at least two images, got {len(images)}; use more")
+    frozen, device = len(rates) == 1, head.weight.device
+    modules = [head] if frozen else [head, backbone]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": list(module.parameters()), "lr": rate, "rate": rate}
+            for module, rate in zip(modules, rates, strict=True)
+        ],
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+    )
+    view = _random_crop(training.image_size)
+    size = min(training.batch_size, len(images))
+    steps = len(images) // size
+    total = steps * training.epochs
+    backbone.train(not frozen)
+    cuda = [device] if device.type == "cuda" else []
+    bar = tqdm(total=total, unit="step", disable=not training.progress)
+    with bar, torch.random.fork_rng(cuda), _deterministic():
+        torch.manual_seed(training.seed)
+        for step in range(total):
+            if step % steps == 0:
+                order = torch.randperm(len(images))
+            index = order[step % steps * size :][:size]
+            x = view(images[index].to(device).float() / 255)
+            with torch.set_grad_enabled(not frozen):
+                features = backbone(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(head(features.float()), labels[index].to(device))
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * schedule(step / total)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            if (step + 1) % steps == 0:
+                _check_loss(float(loss.detach()), bar)
+    backbone.eval()
+
+
+@torch.no_grad()
+def classifier_scores(
+    backbone: nn.Module, head: nn.Linear, images: Tensor, image_size: int, batch_size: int = 256
+) -> Tensor:
+    """Return logits (M, C) of images (M, 3, H, W), each seen once, in evaluation mode.
+
+    Images larger than `image_size` are seen without their outer eighth, smaller ones whole; both
+    are resized to it.
+    """
+    backbone.eval()
+    device = head.weight.device
+    parts = []
+    for start in range(0, len(images), batch_size):
+        x = normalize(_centre(images[start : start + batch_size].to(device), image_size))
+        parts.append(head(backbone(x.contiguous(memory_format=torch.channels_last)).float()))
+    return torch.cat(parts)
+
+
+def _centre(images: Tensor, size: int) -> Tensor:
+    height, width = images.shape[-2:]
+    if min(height, width) > size:
+        side = max(size, round(_CENTRE * min(height, width)))
+        top, left = (height - side) // 2, (width - side) // 2
+        images = images[..., top : top + side, left : left + side]
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(
+        images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized.round().clamp(0, 255)
+
+
+def _random_crop(size: int) -> nn.Module:
+    """Crop 8 to 100 % of the area and flip, as torchvision's reference does for ImageNet."""
+    import kornia.augmentation as K
+
+    return nn.Sequential(
+        K.RandomResizedCrop((size, size), scale=(0.08, 1.0), cropping_mode="resample"),
+        K.RandomHorizontalFlip(p=0.5),
+        K.Normalize(mean=torch.tensor(MEAN), std=torch.tensor(STD)),
+    )
+
+
+def _deterministic() -> Any:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+
+def _check_loss(loss: float, bar: tqdm[Any]) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss} while the classifier was trained; lower the learning rate"
+        )
+    bar.set_postfix_str(f"loss {loss:.3f}")

@@ -1,0 +1,108 @@
+"""Accuracies from class scores, and checks of features and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# With five classes the right one is always among the five best.
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often predictions are right.
+
+    Attributes:
+        top1: Share of images whose best class is the right one, 0 ... 1.
+        top5: Share whose right class is among the five best; None up to five classes, where it
+            says nothing.
+        mean_class: Mean over the classes that occur of their shares of right predictions.
+        per_class: (C,) float64 shares; NaN for classes that do not occur.
+        confusion: (C, C) int64 counts: rows are the right classes, columns the predicted ones.
+    """
+
+    top1: float
+    top5: float | None
+    mean_class: float
+    per_class: Tensor
+    confusion: Tensor
+
+
+def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
+    """Compare the scores of classes with the right ones.
+
+    Of classes with equal scores, the one with the lower number comes first.
+
+    Args:
+        scores: (M, C), larger for likelier classes.
+        labels: (M,) int64 below C.
+
+    Raises:
+        ValueError: If shapes do not fit, there are no rows, a label has no score, or a score is
+            not finite.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+        >>> measured = measure_accuracy(scores, torch.tensor([0, 1, 1]))
+        >>> measured.confusion.tolist(), measured.mean_class
+        ([[1, 0], [1, 1]], 0.75)
+    """
+    check_features("scores", scores, labels)
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite, got NaN or infinity; the training has diverged")
+    classes = count_classes(labels, scores.shape[1])
+    labels = labels.to(scores.device)
+    own = scores.gather(1, labels[:, None])
+    before = torch.arange(classes, device=scores.device) < labels[:, None]
+    # Counting what comes before the right class needs no sorting.
+    rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    best = (scores == scores.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    confusion = torch.bincount(labels * classes + best, minlength=classes**2)
+    confusion = confusion.view(classes, classes).cpu()
+    per_class = confusion.diagonal().double() / confusion.sum(dim=1)
+    return Accuracy(
+        top1=float((rank == 0).double().mean()),
+        top5=float((rank < _TOP).double().mean()) if classes > _TOP else None,
+        mean_class=float(per_class.nanmean()),
+        per_class=per_class,
+        confusion=confusion,
+    )
+
+
+def check_features(name: str, features: Tensor, labels: Tensor | None = None) -> None:
+    """Refuse anything but floating features (N, D), N and D of at least 1, and N known labels."""
+    if features.ndim != 2 or features.numel() == 0:
+        raise ValueError(
+            f"{name} must be (N, D) and not be empty, got {tuple(features.shape)}; both splits "
+            "need at least one image"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {features.dtype}; convert with .float()")
+    if labels is None:
+        return
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"labels of {name} must be ({len(features)},), one for each row, got "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels of {name} must be int64, got {labels.dtype}; use .long()")
+    if int(labels.min()) < 0:
+        raise ValueError(
+            f"labels of {name} must be at least 0, got {int(labels.min())}; leave unlabelled "
+            "images out"
+        )
+
+
+def count_classes(labels: Tensor, classes: int | None = None) -> int:
+    """Return the number of classes, refusing labels beyond a given one."""
+    found = int(labels.max()) + 1
+    if classes is not None and found > classes:
+        raise ValueError(
+            f"labels must lie below the number of classes, {classes}, got {found - 1}; both "
+            "splits need the same classes"
+        )
+    return found if classes is None else classes

@@ -1,0 +1,125 @@
+"""`mixmask detect` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_detection import write_coco, write_voc
+
+from mixmask import cli
+
+TINY = ["--size", "64", "--epochs", "1", "--batch-size", "4", "--rois", "8", "--proposals", "20"]
+FILES = {"config.json", "detections.png", "last.pt", "results.json"}
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()  # What runs before have said.
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `pretrain`, of one step."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(256, size=(24, 24, 3), dtype=np.uint8)
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    words = ["--arch", "narrow", "--epochs", "1", "--batch-size", "8", "--image-size", "16"]
+    words += ["--queue-size", "16", "--data", str(folder / "images"), "--out", str(folder / "run")]
+    assert cli.main(["pretrain", *words]) == 0
+    return folder / "run"
+
+
+def test_detect_on_a_run_and_on_its_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_voc(tmp_path / "data")
+    for number, given in enumerate((run, run / "last.pt")):
+        out = tmp_path / f"out{number}"
+        words = ["detect", str(given), "--data", str(data), *TINY, "--out", str(out)]
+        assert cli.main(words) == 0
+        assert {path.name for path in out.iterdir()} == FILES
+        results = json.loads((out / "results.json").read_text())
+        assert results["backbone"]["layout"] == "mixmask"
+        assert results["backbone"]["pretraining"]["method"] == "moco-v2"
+        assert results["config"]["arch"] == "narrow"
+        assert {"torch", "torchmetrics", "pycocotools"} < set(results["versions"])
+    printed = capsys.readouterr().out
+    for word in ("5 images to train (trainval)", "2 to test (test)", "AP50", "blue", "red"):
+        assert word in printed
+    with Image.open(out / "detections.png") as image:
+        assert image.width > 800
+
+
+def test_random_mask_rcnn_with_a_default_folder_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_coco(tmp_path / "data", train=2, test=1)
+    words = ["detect", "random", "--arch", "narrow", "--data", str(data), *TINY]
+    words += ["--model", "mask-rcnn", "--neck", "fpn"]
+    for _ in range(2):
+        assert cli.main(words) == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders == ["detect-data-random", "detect-data-random-2"]
+    first, second = (tmp_path / "runs" / name for name in folders)
+    texts = [(folder / "results.json").read_text() for folder in (first, second)]
+    rows = [json.loads(text)["epochs"][0] for text in texts]
+    assert rows[0]["loss"] == rows[1]["loss"]  # The seed decides all, the backbone included.
+    assert "masks  " in capsys.readouterr().out
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps({**config, "epochs": 2}))
+    assert cli.main(["detect", "--resume", str(second)]) == 0
+    results = json.loads((second / "results.json").read_text())
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2]
+    assert results["backbone"]["run"] == "random"
+    line = refused(["detect", "--resume", str(second), "--lr", "1"], capsys)
+    assert "--resume goes on with the options of the run, got --lr too" in line
+    assert "got RUN too" in refused(["detect", "random", "--resume", str(second)], capsys)
+    line = refused([*words, "--out", str(second)], capsys)
+    assert "exists and is not empty; go on with --resume" in line
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "detect needs RUN, or the word random, and --data"),
+        (["random", "--arch", "narrow"], "detect needs RUN, or the word random, and --data"),
+        (["random", "--data", "DATA"], "a random backbone needs --arch"),
+        (["random", "--data", "DATA", "--arch", "resnet81"], "--arch resnet81 is no backbone"),
+        (["random", "--data", "DATA", "--neck", "c5"], "argument --neck: invalid choice: 'c5'"),
+        (["random", "--data", "nowhere", "--arch", "narrow"], "--data must be a folder or a zip"),
+        (["random", "--data", "DATA", "--arch", "narrow", "--threads", "0"], "--threads must be"),
+        (["random", "--data", "DATA", "--arch", "narrow", "--model", "mask-rcnn"],
+         "--model mask-rcnn needs a segmentation of every object"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_in_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_voc(tmp_path / "data"), tmp_path / "out"
+    words = [str(data) if word == "DATA" else word for word in words]
+    assert message in refused(["detect", *words, "--out", str(out)], capsys)
+    assert not out.exists()
+
+
+def test_missing_libraries_are_named_and_nothing_else_needs_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert refused(["detect", "random", "--data", str(tmp_path)], capsys).endswith(
+        "detection needs pycocotools, torchmetrics: pip install 'mixmask[detection]'"
+    )
+    assert cli.main(["pretrain", "--help"]) == 0
+    assert cli.main(["detect", "--help"]) == 0
+    assert "--batch-norm" in capsys.readouterr().out

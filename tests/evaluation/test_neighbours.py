@@ -1,0 +1,81 @@
+"""Neighbours against a brute force, maps against numpy."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mixmask.evaluation.neighbours import nearest_neighbours, project
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_neighbours_equal_a_brute_force(chunk: int) -> None:
+    queries, bank = torch.randn(7, 5), torch.randn(11, 5)
+    similarity, index = nearest_neighbours(queries, bank, 3, chunk=chunk)
+    for i, query in enumerate(queries.double().numpy()):
+        cosines = [
+            query @ other / np.linalg.norm(query) / np.linalg.norm(other)
+            for other in bank.double().numpy()
+        ]
+        best = sorted(range(11), key=lambda j: -cosines[j])[:3]
+        assert index[i].tolist() == best
+        assert similarity[i].tolist() == pytest.approx([cosines[j] for j in best], abs=1e-6)
+
+
+def test_an_image_is_no_neighbour_of_its_own() -> None:
+    bank = torch.randn(11, 5)
+    own = torch.tensor([3, 0, 10])
+    _, all_found = nearest_neighbours(bank[own], bank, 11)
+    assert all_found[:, 0].tolist() == own.tolist()
+    _, found = nearest_neighbours(bank[own], bank, 10, own=own, chunk=2)
+    assert torch.equal(found, all_found[:, 1:])
+
+
+@pytest.mark.parametrize("k, own", [(0, None), (5, None), (4, torch.tensor([0]))])
+def test_neighbours_that_are_not_there_are_refused(k: int, own: torch.Tensor | None) -> None:
+    with pytest.raises(ValueError, match=f"k must be within 1 ... {4 - (own is not None)}"):
+        nearest_neighbours(torch.randn(1, 5), torch.randn(4, 5), k, own=own)
+
+
+def test_pca_equals_numpys_singular_vectors() -> None:
+    features = torch.randn(40, 6) * torch.tensor([5.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+    points, axes = project(features)
+    x = features.double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = x - x.mean(axis=0)
+    _, singular, directions = np.linalg.svd(x)
+    for i, name in enumerate(("first", "second")):
+        direction = directions[i] * np.sign(directions[i][np.abs(directions[i]).argmax()])
+        np.testing.assert_allclose(points[:, i].numpy(), x @ direction, atol=1e-5)
+        share = 100 * singular[i] ** 2 / (singular**2).sum()
+        assert axes[i] == f"{name} component, {share:.0f} % of the variance"
+
+
+def test_lengths_of_features_do_not_move_the_map() -> None:
+    features = torch.randn(20, 6)
+    torch.testing.assert_close(
+        project(features).points, project(features * torch.rand(20, 1).add(0.1)).points
+    )
+
+
+def test_tsne_keeps_clusters_apart_and_follows_its_seed() -> None:
+    labels = torch.arange(60) % 3
+    features = 8 * torch.eye(3)[labels] @ torch.randn(3, 64) + torch.randn(60, 64)
+    points, axes = project(features, method="tsne", seed=1)
+    distances = torch.cdist(points, points).fill_diagonal_(float("inf"))
+    assert torch.equal(labels[distances.argmin(dim=1)], labels)
+    assert axes == ("t-SNE, first axis", "t-SNE, second axis")
+    assert torch.equal(points, project(features, method="tsne", seed=1).points)
+
+
+def test_maps_that_cannot_be_drawn_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="a map needs at least 3 images, got 2"):
+        project(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="method must be one of 'pca', 'tsne', got 'umap'"):
+        project(torch.randn(9, 4), method="umap")
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ValueError, match="t-SNE needs scikit-learn, which is not installed"):
+        project(torch.randn(9, 4), method="tsne")
