@@ -68,7 +68,8 @@ class TrainerStep:
     def __init__(self, config: RunConfig, setting: Setting) -> None:
         """Build method and optimiser."""
         self.setting = setting
-        self.model: Any = setting.placed(build_method(config)).train()
+        self.model: Any = build_method(config)
+        setting.placed(self.model).train()
         if setting.compile:
             self.model.backbone.compile()
         self.optimizer = build_optimizer(self.model, config)
@@ -114,7 +115,7 @@ class LightlyStep:
         self.setting = setting
         resnet = torchvision.models.get_model(arch)
         width = resnet.fc.in_features
-        self.backbone = setting.placed(nn.Sequential(*list(resnet.children())[:-1]))
+        self.backbone: nn.Module = setting.placed(nn.Sequential(*list(resnet.children())[:-1]))
         self.head = MoCoProjectionHead(width, width, 128).to(setting.device)
         self.key_backbone, self.key_head = copy.deepcopy((self.backbone, self.head))
         deactivate_requires_grad(self.key_backbone)
@@ -202,9 +203,9 @@ def solo_step(
         }
     )
     OmegaConf.set_struct(cfg, False)
-    model = METHODS["mocov2plus"](cfg)
+    model: Any = METHODS["mocov2plus"](cfg)
     model.log = model.log_dict = lambda *_, **__: None  # There is no trainer to log to.
-    model = setting.placed(model).train()
+    setting.placed(model).train()
     optimizer: torch.optim.Optimizer = model.configure_optimizers()
     labels = torch.arange(n, device=setting.device) % 10
     numbers = torch.arange(n, device=setting.device)

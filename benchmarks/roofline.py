@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from common import Figure, Side, synchronise
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +27,7 @@ class TrafficMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Start at zero."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(
@@ -143,6 +142,6 @@ def idle_share(side: Side, device: str) -> float:
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profile.profiler.kineto_results.events()
         # Annotations span kernels and the gaps between them.
-        if event.device_type() == DeviceType.CUDA and not event.name().startswith("Optimizer.")
+        if event.device_type().name == "CUDA" and not event.name().startswith("Optimizer.")
     )
     return max(0.0, 1 - busy / 1e9 / seconds)

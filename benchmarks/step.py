@@ -176,7 +176,7 @@ def _options() -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     parser.add_argument("--compile", action="store_true", help="compile the trainer's backbone")
     options = parser.parse_args()
-    sizes = {"arch": "resnet50", "size": 224, "K": 65_536}
+    sizes: dict[str, Any] = {"arch": "resnet50", "size": 224, "K": 65_536}
     sizes["batch_size"] = options.batch_size or (8 if options.device == "cpu" else 256)
     if options.small:
         sizes = dict(_SMALL)
@@ -231,10 +231,11 @@ def main() -> None:
     moco = MoCo(chosen["arch"], chosen["K"], device)
     x = torch.randn(2, n, 3, size, size, device=device)
     masks = mixmask.BlockMaskGenerator(_GRID)
+    x_q, x_k = x
     own: dict[str, Side] = {
-        "ours": lambda: mixmask_step(moco, *x, masks),
-        "plain": lambda: plain_step(moco, *x),
-        "reference": lambda: reference_step(moco, *x, _GRID),
+        "ours": lambda: mixmask_step(moco, x_q, x_k, masks),
+        "plain": lambda: plain_step(moco, x_q, x_k),
+        "reference": lambda: reference_step(moco, x_q, x_k, _GRID),
     }
     peers, counted = peer_sides(options, chosen, x)
     sides = own | peers

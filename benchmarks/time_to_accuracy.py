@@ -209,7 +209,8 @@ def read_data(name: str, count: int | None) -> ImageData:
             if not paths:
                 raise ValueError(f"{folder} holds no {' or '.join(words)} .npz; add one")
             parts = [_read_arrays(path) for path in paths]
-            splits.append(Split(*(torch.cat(part) for part in zip(*parts, strict=True))))
+            images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+            splits.append(Split(images, labels))
         train, test = splits
         data = ImageData(train, test, ())
     else:

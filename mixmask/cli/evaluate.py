@@ -37,10 +37,10 @@ class _Job:
     data: str
     image_size: int
     classes: tuple[str, ...]
-    train: Tensor
+    train: Images
     train_labels: Tensor
     files: tuple[str, ...]
-    test: Tensor
+    test: Images
     test_labels: Tensor
     device: torch.device
 
@@ -175,7 +175,8 @@ def _finetune(
     )
 
     index, subset = _subset(job, percent, subset_list, seed)
-    images, labels, classes = job.train[index], job.train_labels[index], len(job.classes)
+    images = job.train[index] if isinstance(job.train, Tensor) else job.train.subset(index)
+    labels, classes = job.train_labels[index], len(job.classes)
     usual = min(_BATCH, max(_LEAST_BATCH, len(index) // _STEPS))
     training = Training(
         epochs=epochs,
