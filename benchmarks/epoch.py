@@ -94,7 +94,7 @@ def main() -> None:
         pin_memory=torch.device(device).type == "cuda",
     )
     batch = images[:batch_size].to(device).repeat(2, 1, 1, 1)
-    ready = random_view(config).to(device)(batch).chunk(2)
+    ready = random_view(config, images).to(device)(batch).chunk(2)
 
     def steps_alone() -> None:
         for _ in range(steps):

@@ -22,6 +22,7 @@ from mixmask.cli._console import labelled_splits, say
 if TYPE_CHECKING:
     from mixmask.evaluation import Accuracy
     from mixmask.evaluation.checkpoints import Loaded
+    from mixmask.trainers.data import Images
 
 # A matrix of more classes would fill the JSON; the picture shows it all the same.
 _MATRIX_CLASSES = 100
