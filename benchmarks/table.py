@@ -110,9 +110,7 @@ def rendered(page: str, results: Path) -> str:
     """Return the page with the part between the markers written anew."""
     # Accuracies have records of their own form, and are told about in words.
     records = (r for r in read_records(results) if "cases" in r or "curve" in r)
-    sections = "
-
-".join(section(record) for record in records)
+    sections = "\n\n".join(section(record) for record in records)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}\n\n{sections}\n\n{_END}{after}"

@@ -209,19 +209,20 @@ def read_data(name: str, count: int | None) -> ImageData:
             if not paths:
                 raise ValueError(f"{folder} holds no {' or '.join(words)} .npz; add one")
             parts = [_read_arrays(path) for path in paths]
-            splits.append(Split(*(torch.cat(part) for part in zip(*parts, strict=True))))
+            images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+            splits.append(Split(images, labels))
         train, test = splits
         data = ImageData(train, test, ())
     else:
         data = load_data(name, 32)
     if not data.labelled:
         raise ValueError(f"--data {name} has no labelled test split, without which there is no kNN")
-    labels = data.train.labels
-    assert labels is not None
+    known = data.train.labels
+    assert known is not None
     if count is None:
         return data
-    step = max(1, len(labels) // count)
-    return ImageData(Split(data.train.images[::step], labels[::step]), data.test, data.classes)
+    step = max(1, len(known) // count)
+    return ImageData(Split(data.train.images[::step], known[::step]), data.test, data.classes)
 
 
 def _read_arrays(path: Path) -> tuple[Tensor, Tensor]:

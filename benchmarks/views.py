@@ -106,7 +106,7 @@ def measure(at: Size, options: Any) -> tuple[list[Case], Figure]:
     images = torch.randint(256, (n, 3, at.image, at.image), dtype=torch.uint8)
     pictures = [T.functional.to_pil_image(image) for image in images]
     images = images.to(device)
-    ours, theirs = random_view(config).to(device), kornia_view(config).to(device)
+    ours, theirs = random_view(config, images).to(device), kornia_view(config).to(device)
     one_by_one = torchvision_view(config)
     px = config.image_size
     sizes = {"images": [n, 3, at.image, at.image], "view": px}
