@@ -2,7 +2,9 @@
 
 The counterpart takes the trainer's own steps, on views that torchvision draws image by image in
 a DataLoader with two workers; its images are in memory and decoded, as ours are. A second
-comparison is with the steps alone, on views that are ready: what is above 1 is not the step.
+comparison is with the steps alone, on views that are ready: what is above 1 is not the step. The
+trainer's epochs are those of one run by its own clock, in which checkpoints do not count, and
+the other sides run between them.
 
 `--recipe cifar10 --images 50000` takes random images at CIFAR's size, whose content costs
 nothing: for a GPU that cannot download.
@@ -12,21 +14,23 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, arguments, compare, interleave, report, synchronise
+from common import Figure, Side, arguments, compare, report, synchronise
 from peers import Setting, TrainerStep
-from roofline import idle_share
-from torch import Tensor
+from roofline import busy_seconds, start_profile
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from views import torchvision_view
 
-from mixmask.trainers.config import RunConfig
 from mixmask.trainers.data import load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import make_config
@@ -54,11 +58,38 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         return self.view(image), self.view(image)
 
 
-def trainer_epoch(config: RunConfig, images: Tensor) -> None:
-    """Train one epoch as `mixmask pretrain` does, its start and its checkpoint included."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pretrain(config, images, Path(folder), progress=False)
+@dataclass
+class Between:
+    """Runs the other sides between two epochs of a run, where it asks for an accuracy.
+
+    On a GPU the last epoch is for the profiler alone.
+    """
+
+    sides: Mapping[str, Side]
+    epochs: int
+    device: str
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    done: int = 0
+    profile: torch.profiler.profile | None = None
+    busy: float | None = None
+
+    def __call__(self, backbone: nn.Module, thorough: bool) -> dict[str, float]:
+        """Time each side once; what comes before and behind the first epoch is to warm up."""
+        del backbone, thorough
+        if self.profile is not None:
+            self.busy = busy_seconds(self.profile)
+            return {}
+        for name, side in self.sides.items():
+            synchronise(self.device)
+            start = time.perf_counter()
+            side()
+            synchronise(self.device)
+            if self.done > 1:
+                self.samples[name].append(time.perf_counter() - start)
+        self.done += 1
+        if self.done > self.epochs:
+            self.profile = start_profile(self.device)
+        return {}
 
 
 def loader_epoch(step: TrainerStep, loader: DataLoader[Any], setting: Setting) -> None:
@@ -80,7 +111,9 @@ def main() -> None:
     given: dict[str, Any] = {"precision": options.precision, "compile": options.compile}
     if options.small or options.batch_size:
         given["batch_size"] = options.batch_size or 16
-    config = make_config(data=options.recipe, epochs=1, monitor=0, **given)
+    on_gpu = torch.device(options.device).type == "cuda"
+    epochs = 1 + options.repeats + on_gpu
+    config = make_config(data=options.recipe, epochs=epochs, monitor=1, **given)
     images = _images(options.recipe, 64 if options.small else options.images)
     device, batch_size = options.device, config.batch_size
     setting = Setting(device, config.precision, channels_last=True, compile=config.compile)
@@ -91,7 +124,7 @@ def main() -> None:
         shuffle=True,
         drop_last=True,
         num_workers=_WORKERS,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=on_gpu,
     )
     batch = images[:batch_size].to(device).repeat(2, 1, 1, 1)
     ready = random_view(config, images).to(device)(batch).chunk(2)
@@ -100,12 +133,16 @@ def main() -> None:
         for _ in range(steps):
             step(*ready)
 
-    sides = {
-        "ours": lambda: trainer_epoch(config, images),
-        "torchvision": lambda: loader_epoch(step, loader, setting),
-        "steps": steps_alone,
-    }
-    samples, calls = interleave(sides, repeats=options.repeats, device=device, warmup=1)
+    between = Between(
+        {"torchvision": lambda: loader_epoch(step, loader, setting), "steps": steps_alone},
+        config.epochs - on_gpu,
+        device,
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, rows = pretrain(config, images, Path(folder), monitor=between, progress=False)
+    # The row at the start has no time, the first epoch warms up, the last one is profiled.
+    ours = [row["seconds"] for row in rows[2:]][: options.repeats]
     sizes = {
         "arch": config.arch,
         "images": [len(images), *images.shape[1:]],
@@ -123,27 +160,24 @@ def main() -> None:
         compare(
             name,
             label,
-            samples["ours"],
-            samples[other],
+            ours,
+            between.samples[other],
             sizes=sizes,
-            calls=calls,
             images=steps * batch_size,
             bound=bounds.get(other),
         )
         for other, label in against.items()
     ]
-    seconds = statistics.median(samples["ours"])
-    share = 1 - statistics.median(samples["steps"]) / seconds
-    on_gpu = torch.device(device).type == "cuda"
+    seconds = statistics.median(ours)
+    share = 1 - statistics.median(between.samples["steps"]) / seconds
     judged = on_gpu and len(images) == _GPU_IMAGES
     figures = [
         Figure.bounded("an epoch of the trainer", seconds, "s", _GPU_SECONDS if judged else None),
         Figure("of which not the step", share, "share"),
     ]
-    if on_gpu:
-        idle = idle_share(lambda: trainer_epoch(config, images), device)
+    if between.busy is not None:
+        idle = max(0.0, 1 - between.busy / rows[-1]["seconds"])
         figures.append(Figure.bounded("of which the device is idle", idle, "share", _GPU_IDLE))
-    synchronise(device)
     variant = "" if options.recipe == "clothing64" else options.recipe
     report("epoch", cases, options, figures, variant=variant)
 

@@ -127,21 +127,26 @@ def covered(intervals: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def idle_share(side: Side, device: str) -> float:
-    """Return the share of one call's time in which a CUDA device ran nothing."""
-    side()
+def start_profile(device: str) -> torch.profiler.profile | None:
+    """Start to note what a CUDA device runs; None for other devices."""
+    if torch.device(device).type != "cuda":
+        return None
     synchronise(device)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        start = time.perf_counter()
-        side()
-        synchronise(device)
-        seconds = time.perf_counter() - start
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profile.start()
+    return profile
+
+
+def busy_seconds(profile: torch.profiler.profile) -> float:
+    """End a profile and return for how long the device ran something."""
+    torch.cuda.synchronize()
+    profile.stop()
     assert profile.profiler is not None
-    busy = covered(
+    assert profile.profiler.kineto_results is not None
+    nanoseconds = covered(
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profile.profiler.kineto_results.events()
         # Annotations span kernels and the gaps between them.
         if event.device_type().name == "CUDA" and not event.name().startswith("Optimizer.")
     )
-    return max(0.0, 1 - busy / 1e9 / seconds)
+    return nanoseconds / 1e9

@@ -272,7 +272,9 @@ def main() -> None:
             )
         )
         if is_own:
-            cases += memory_and_synchronisations(pair, sides, peaks, sizes, device)
+            cases.append(memory(pair, peaks, sizes))
+        if on_gpu and pair.theirs in ("plain", "reference", "trainer plain"):
+            cases.append(waits(pair, sides, sizes if is_own else peer_sizes, device))
     medians = {name: statistics.median(times) for name, times in samples.items()}
     figures = roofline(counted, medians, device=device, dtype=setting.dtype, small=options.small)
     figures += roofline(
@@ -291,36 +293,30 @@ def slug_of(setting: Setting) -> str:
     return setting.label.replace(", ", "-").replace("channels-last", "nhwc")
 
 
-def memory_and_synchronisations(
-    pair: Pair,
-    sides: dict[str, Side],
-    peaks: dict[str, list[int]],
-    sizes: dict[str, Any],
-    device: str,
-) -> list[Case]:
-    """Return a pair's peak memory, and on a GPU how often each side waits for it."""
-    without_mixing = pair.theirs == "plain"
-    memory = compare(
+def memory(pair: Pair, peaks: dict[str, list[int]], sizes: dict[str, Any]) -> Case:
+    """Return a pair's peak memory."""
+    return compare(
         pair.name,
         pair.against,
         peaks[pair.ours],
         peaks[pair.theirs],
         sizes=sizes,
         quantity="peak memory",
-        bound=1.10 if without_mixing else None,
+        bound=1.10 if pair.theirs == "plain" else None,
     )
-    if torch.device(device).type != "cuda":
-        return [memory]
-    waits = compare(
+
+
+def waits(pair: Pair, sides: dict[str, Side], sizes: dict[str, Any], device: str) -> Case:
+    """Return how often each side of a pair waits for the GPU; mixing may add nothing."""
+    return compare(
         pair.name,
         pair.against,
         [synchronisations(sides[pair.ours], device)],
         [synchronisations(sides[pair.theirs], device)],
         sizes=sizes,
         quantity="synchronisations",
-        bound=0 if without_mixing else None,
+        bound=None if pair.theirs == "reference" else 0,
     )
-    return [memory, waits]
 
 
 if __name__ == "__main__":
