@@ -216,8 +216,8 @@ def read_data(name: str, count: int | None) -> ImageData:
             if not paths:
                 raise ValueError(f"{folder} holds no {' or '.join(words)} .npz; add one")
             parts = [_read_arrays(path) for path in paths]
-            images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-            splits.append(Split(images, labels))
+            pixels, classes = (torch.cat(part) for part in zip(*parts, strict=True))
+            splits.append(Split(pixels, classes))
         train, test = splits
         data = ImageData(train, test, ())
     else:

@@ -39,7 +39,8 @@ def run(tmp_path: Path, photographs: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     weights = {f"backbone.{key}": v for key, v in build_backbone("narrow").state_dict().items()}
-    torch.save({"model": weights}, folder / "last.pt")
+    content = {"model": weights, "optimizer": {}, "step": 1, "rows": [], "meter": {}}
+    torch.save(content, folder / "last.pt")
     config = {"arch": "narrow", "small_stem": False, "data": str(photographs), "image_size": 16}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
