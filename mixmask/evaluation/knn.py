@@ -14,7 +14,7 @@ _FEATURES = 2**24
 # Similarities at a time: 128 MiB.
 _SIMILARITIES = 2**25
 # Neighbours are sought among the maxima of so many columns each.
-_GROUP = 8
+_GROUP = 4
 
 
 def knn_accuracy(
