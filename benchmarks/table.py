@@ -108,8 +108,8 @@ def summary(records: Iterable[dict[str, Any]]) -> str:
 
 def rendered(page: str, results: Path) -> str:
     """Return the page with the part between the markers written anew."""
-    # Accuracies have records of their own form, and are told about in words.
-    records = (r for r in read_records(results) if "cases" in r or "curve" in r)
+    # Detectors have a record of their own form, and are told about in words.
+    records = (r for r in read_records(results) if {"cases", "runs", "curve"} & r.keys())
     sections = "\n\n".join(section(record) for record in records)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)

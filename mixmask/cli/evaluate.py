@@ -22,6 +22,7 @@ from mixmask.cli._console import labelled_splits, say
 if TYPE_CHECKING:
     from mixmask.evaluation import Accuracy
     from mixmask.evaluation.checkpoints import Loaded
+    from mixmask.trainers.data import Images
 
 # A matrix of more classes would fill the JSON; the picture shows it all the same.
 _MATRIX_CLASSES = 100
@@ -37,10 +38,10 @@ class _Job:
     data: str
     image_size: int
     classes: tuple[str, ...]
-    train: Tensor
+    train: Images
     train_labels: Tensor
     files: tuple[str, ...]
-    test: Tensor
+    test: Images
     test_labels: Tensor
     device: torch.device
 
@@ -175,7 +176,8 @@ def _finetune(
     )
 
     index, subset = _subset(job, percent, subset_list, seed)
-    images, labels, classes = job.train[index], job.train_labels[index], len(job.classes)
+    images = job.train[index] if isinstance(job.train, Tensor) else job.train.subset(index)
+    labels, classes = job.train_labels[index], len(job.classes)
     usual = min(_BATCH, max(_LEAST_BATCH, len(index) // _STEPS))
     training = Training(
         epochs=epochs,

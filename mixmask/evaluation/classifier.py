@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask.evaluation.features import Images
 from mixmask.evaluation.metrics import count_classes
 from mixmask.views import MEAN, STD, normalize
 
@@ -74,7 +75,7 @@ def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
 def train_classifier(
     backbone: nn.Module,
     head: nn.Linear,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     rates: Sequence[float],
     schedule: Schedule,
@@ -141,7 +142,7 @@ def train_classifier(
 
 @torch.no_grad()
 def classifier_scores(
-    backbone: nn.Module, head: nn.Linear, images: Tensor, image_size: int, batch_size: int = 256
+    backbone: nn.Module, head: nn.Linear, images: Images, image_size: int, batch_size: int = 256
 ) -> Tensor:
     """Return logits (M, C) of images (M, 3, H, W), each seen once, in evaluation mode.
 

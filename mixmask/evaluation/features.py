@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from mixmask.views import normalize
 
 
 class Images(Protocol):
-    """A tensor of images, or something that reads those of a slice when it is asked for them."""
+    """A tensor of images, or something that reads those of an index when it is asked for them."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: slice, /) -> Tensor: ...
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @torch.no_grad()

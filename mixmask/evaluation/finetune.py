@@ -17,14 +17,15 @@ from mixmask.evaluation.classifier import (
     steps_of_moco,
     train_classifier,
 )
+from mixmask.evaluation.features import Images
 from mixmask.evaluation.metrics import count_classes
 
 
 def finetune_scores(
     backbone: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
-    test: Tensor,
+    test: Images,
     training: Training,
     *,
     lr: float = 0.01,
@@ -65,9 +66,9 @@ def finetune_scores(
 
 def linear_sgd_scores(
     backbone: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
-    test: Tensor,
+    test: Images,
     training: Training,
     *,
     lr: float = 30.0,
