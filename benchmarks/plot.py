@@ -45,8 +45,9 @@ def draw(cases: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
         axes.plot([ratio["q1"], ratio["q3"]], [place] * 2, color=color, linewidth=4, alpha=0.4)
         axes.plot(ratio["median"], place, "o", color=color, markersize=6)
         axes.plot([case["bound"]] * 2, [place - 0.33, place + 0.33], color=_BOUND, linewidth=2)
+        number = f"{ratio['median']:.2g}" if ratio["median"] < 0.1 else f"{ratio['median']:.2f}"
         axes.annotate(
-            f"{ratio['median']:.2g}" if ratio["median"] < 0.1 else f"{ratio['median']:.2f}",
+            number if case["reached"] else f"{number} missed",
             (1.02, place),
             xycoords=("axes fraction", "data"),
             va="center",

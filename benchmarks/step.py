@@ -276,14 +276,13 @@ def main() -> None:
         if on_gpu and pair.theirs in ("plain", "reference", "trainer plain"):
             cases.append(waits(pair, sides, sizes if is_own else peer_sizes, device))
     medians = {name: statistics.median(times) for name, times in samples.items()}
-    figures = roofline(counted, medians, device=device, dtype=setting.dtype, small=options.small)
-    figures += roofline(
-        {"reference": own["reference"]},
-        medians,
-        device=device,
-        dtype=torch.float32,
-        small=options.small,
-    )
+    rooflines = partial(roofline, seconds=medians, device=device, small=options.small)
+    reference = {"reference": own["reference"]}
+    if setting.precision == "fp32":
+        figures = rooflines(counted | reference, dtype=torch.float32)
+    else:
+        figures = rooflines(counted, dtype=setting.dtype)
+        figures += rooflines(reference, dtype=torch.float32)
     plain_fp32 = options.precision == "fp32" and not options.compile
     report("step", cases, options, figures, variant="" if plain_fp32 else slug_of(setting))
 

@@ -105,7 +105,7 @@ VIEWS = [1.0, 1.0, *[None] * 5, 1.0, 1.0, *[None] * 6]
 @pytest.mark.parametrize(
     ("script", "bounds", "figures"),
     [
-        ("step", STEP, 13),
+        ("step", STEP, 11),
         ("views", VIEWS, 2),
         ("memory", [1.10, 1.10, 1.10], 0),
         ("epoch", [1 / 1.5, None], 2),
