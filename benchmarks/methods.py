@@ -123,10 +123,13 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     A cell is marked where the loss did not fall, or an accuracy is not above the untrained one.
     """
     mixes = list(dict.fromkeys(run["mix"] for run in runs))
-    rows = [f"| method | untrained | {' | '.join(mixes)} |", "| --- " * (2 + len(mixes)) + "|"]
+    head = ["method", "epochs", "seeds", "untrained", *mixes]
+    rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
-        cells = [_pair([run["untrained"] for run in own])]
+        epochs = ", ".join(str(n) for n in sorted({run["epochs"] for run in own}))
+        seeds = len({run["seed"] for run in own})
+        cells = [epochs, str(seeds), _pair([run["untrained"] for run in own])]
         for mix in mixes:
             found = [run for run in own if run["mix"] == mix]
             cells.append(_cell(found) if found else "–")
