@@ -15,6 +15,9 @@ from mixmask.trainers.methods import METHODS
 
 Row = dict[str, float]
 
+# What changes nothing about a run but its speed, its memory or where it is watched.
+_SETTING = ("stream", "workers", "monitor", "tracker", "compile", "checkpointing")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -178,7 +181,8 @@ def percent(values: Sequence[float]) -> str:
 
 
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "seed"}
+    """Return the options that tell runs apart: where and how they ran does not."""
+    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
 
 
 def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
