@@ -1,7 +1,7 @@
 """Every method with every mixture on the embedded photographs, for a few epochs.
 
-Not a race between methods: their settings are those of `mixmask recipes`, tuned for none of the
-mixtures by itself, and so few epochs say whether a representation forms, not which is best.
+Not a race between methods: a method has one setting for all mixtures, that of its preset, and so
+few epochs say whether a representation forms, not which is best.
 """
 
 from __future__ import annotations

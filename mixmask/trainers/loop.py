@@ -147,7 +147,7 @@ def _train_epoch(
     for i in range(run.step % run.steps, run.steps):
         batch = _next_batch(run, batches)
 
-        # kornia draws from torch's global generator, masks and partners from one of their own.
+        # Views draw from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
         views = run.view(batch).chunk(_crops(config, run.step))
         mix = _is_mixed(config, run.step)
