@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixmask._files import write_text
 from mixmask.cli._console import say
 from mixmask.cli._training import accuracy_monitor, set_threads
 from mixmask.cli.pretrain import add_option
@@ -152,8 +153,8 @@ class _Report:
         from mixmask.visualize import save_figure
 
         lines = collect(self.cells, outcomes)
-        _write(self.out / f"{self.study}.md", self.markdown(outcomes))
-        _write(self.out / f"{self.study}.csv", table_csv(lines))
+        write_text(self.out / f"{self.study}.md", self.markdown(outcomes))
+        write_text(self.out / f"{self.study}.csv", table_csv(lines))
         if any(line.accuracies["knn"] for line in lines):
             save_figure(self._figure(lines, outcomes), self.out / f"{self.study}.png")
 
@@ -180,12 +181,6 @@ class _Report:
             if any(name in row for row in firsts)
         }
         return figure_factors(panels, untrained=untrained, title=self.title)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _ratio(text: str) -> float | tuple[float, float]:

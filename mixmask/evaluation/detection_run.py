@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 import torch
 from torch import nn
 
+from mixmask._files import write_text
 from mixmask._seeds import fold_seed
 from mixmask.evaluation.detection_config import DetectionConfig
 from mixmask.evaluation.detection_data import DetectionData
@@ -180,11 +181,8 @@ class Run:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON under another name and rename it, so that no reader meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write JSON, whole whenever somebody looks."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def generator(*parts: int | str) -> torch.Generator:
