@@ -1,4 +1,4 @@
-"""Time of a block mask, drawn in batches, against BEiT's procedure in plain Python."""
+"""Time of block masks, drawn in batches and singly, against BEiT's procedure in plain Python."""
 
 from __future__ import annotations
 
@@ -66,26 +66,27 @@ def main() -> None:
     options = parser.parse_args()
     n = 32 if options.small else 4096
     cases = []
-    for grid in (8, 2, 4, 16, 32):
+    for grid, count in ((8, n), (2, n), (4, n), (16, n), (32, n), (8, 1)):
         masks = mixmask.BlockMaskGenerator(grid)
+        bounded = (grid, count) == (8, n)
         samples, calls = interleave(
             {
-                "ours": partial(masks, n, device=options.device),
-                "theirs": partial(beit_masks, n, grid),
+                "ours": partial(masks, count, device=options.device),
+                "theirs": partial(beit_masks, count, grid),
             },
-            repeats=options.repeats if grid == 8 else min(3, options.repeats),
+            repeats=options.repeats if bounded else min(3, options.repeats),
             device=options.device,
             warmup=1,
         )
         cases.append(
             compare(
-                f"{n} block masks at grid {grid}",
+                f"{count} block mask{'s' * (count > 1)} at grid {grid}",
                 "BEiT's procedure in Python",
                 samples["ours"],
                 samples["theirs"],
-                sizes={"masks": n, "grid_size": grid, "ratio": 0.5},
+                sizes={"masks": count, "grid_size": grid, "ratio": 0.5},
                 calls=calls,
-                bound=_BOUND if grid == 8 else None,
+                bound=_BOUND if bounded else None,
             )
         )
     report("masks", cases, options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mixmask
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import build_method
-from mixmask.trainers.parts import Term, build_optimizer
+from mixmask.trainers.parts import Term, build_optimizer, compile_backbones
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +71,7 @@ class TrainerStep:
         self.model: Any = build_method(config)
         setting.placed(self.model).train()
         if setting.compile:
-            self.model.backbone.compile()
+            compile_backbones(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self.generator = torch.Generator().manual_seed(0)
 

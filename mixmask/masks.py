@@ -320,7 +320,8 @@ def _block_masks(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(int(seed))
     wanted = _wanted_cells(n, grid_size, low, high, generator)
-    masks, stalled = _lay_blocks(wanted, grid_size, min_cells, min_aspect, generator)
+    lay = _lay_blocks_once if n == 1 else _lay_blocks
+    masks, stalled = lay(wanted, grid_size, min_cells, min_aspect, generator)
     if exact and len(stalled):
         masks[stalled] = _grow(masks[stalled], wanted[stalled], generator)
     return _roll(masks, generator) if roll else masks
@@ -388,6 +389,41 @@ def _lay_blocks(
     row, column = torch.arange(g)[:, None], torch.arange(g)
     masks = finished[:, row // rows_a_word] >> (row % rows_a_word * g + column) & 1
     return masks.bool(), torch.cat(stalled)
+
+
+def _lay_blocks_once(
+    wanted: Tensor, g: int, min_cells: int, min_aspect: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Do the same for a single mask, from the same draws.
+
+    An operation on tensors costs as much for one number as for hundreds, so for one mask plain
+    numbers are several times as fast. The whole grid is one integer.
+    """
+    log_aspect = -math.log(min_aspect)
+    cells, missing, stalled = 0, int(wanted), False
+    while missing and not stalled:
+        stalled = True
+        draws = torch.rand(4, _ATTEMPTS, generator=generator).T.tolist()
+        for of_area, of_aspect, of_top, of_left in draws:
+            root = math.sqrt(min_cells + of_area * (missing - min_cells))
+            stretch = math.exp((of_aspect - 0.5) * log_aspect)
+            height, width = round(root * stretch), round(root / stretch)
+            if height >= g or width >= g:
+                continue
+            top, left = int(of_top * (g + 1 - height)), int(of_left * (g + 1 - width))
+            row = ((1 << width) - 1) << left
+            # A ladder of rows: ones at the multiples of g.
+            block = ((1 << g * height) - 1) // ((1 << g) - 1) * row << g * top
+            added = (block & ~cells).bit_count()
+            if 1 <= added <= missing:
+                cells, missing, stalled = cells | block, missing - added, False
+                break
+    octets = torch.frombuffer(
+        bytearray(cells.to_bytes(math.ceil(g * g / 8), "little")), dtype=torch.uint8
+    )
+    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    mask = bits.flatten()[: g * g].view(1, g, g).bool()
+    return mask, torch.arange(int(stalled))
 
 
 def _count_bits(words: Tensor) -> Tensor:

@@ -190,6 +190,18 @@ def test_completion_only_adds_to_stalled_masks(grid: int, ratio: float) -> None:
     assert bool((after <= before.clamp(min=1)).all())
 
 
+@pytest.mark.parametrize("grid, ratio", [(2, 0.5), (3, 0.75), (8, 0.5), (16, 0.9), (31, 0.5)])
+@pytest.mark.parametrize("min_cells", [1, 4, 16])
+def test_a_single_mask_is_laid_as_in_a_batch(grid: int, ratio: float, min_cells: int) -> None:
+    wanted = torch.tensor([_wanted(grid, ratio)])
+    for seed in range(100):
+        single, batch = (
+            lay(wanted, grid, min_cells, 0.3, _seeded(seed))
+            for lay in (masks_module._lay_blocks_once, masks_module._lay_blocks)
+        )
+        torch.testing.assert_close(single, batch)
+
+
 def test_growing_keeps_masks_connected() -> None:
     masks = torch.zeros(300, 9, 9, dtype=torch.bool)
     masks[100:200, 0, 0] = True

@@ -71,6 +71,11 @@ class RunConfig:
     accumulate: int = option(1, "parts of a batch that are forwarded one after the other")
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
     compile: bool = option(False, "compile the backbone")
+    compile_mode: str = option(
+        "default",
+        "how to compile; reduce-overhead replays CUDA graphs, for small networks on a GPU",
+        ("default", "reduce-overhead", "max-autotune"),
+    )
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs)")
     tracker: str = option(
@@ -108,6 +113,10 @@ class RunConfig:
         for name in ("lr", "weight_decay"):
             check_range(name, getattr(self, name), 0)
         check_over_zero("alpha", self.alpha)
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(
+                f"--compile-mode {self.compile_mode} needs --compile; add it, or leave both out"
+            )
 
 
 def default(name: str, value: Any) -> Any:

@@ -146,6 +146,8 @@ def _train_epoch(
     model.train()
     for i in range(run.step % run.steps, run.steps):
         batch = _next_batch(run, batches)
+        # CUDA graphs may reuse what they hold of the step before, and nothing of this one.
+        torch.compiler.cudagraph_mark_step_begin()
 
         # Views draw from torch's global generator, masks and partners from one of their own.
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
@@ -194,6 +196,8 @@ def _batches(run: Run) -> Batches:
             epoch, i = divmod(step, run.steps)
             if i == 0 or step == first:
                 order = _epoch_order(config.seed, epoch + 1, len(run.images))
+                if isinstance(run.images, Tensor):  # Copied once an epoch, not at every step.
+                    order = order.to(run.images.device)
             start = (i * processes + rank) * config.batch_size
             seed = fold_seed(config.seed, rank, step, "crops")
             index = order[start : start + config.batch_size]

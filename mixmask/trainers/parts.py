@@ -117,6 +117,13 @@ def update_momentum(online: nn.Module, target: nn.Module, momentum: float) -> No
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
 
 
+def compile_backbones(model: nn.Module, mode: str = "default") -> None:
+    """Compile a method's backbones in place, that of the slowly following branch too."""
+    for name, child in model.named_children():
+        if name.endswith("backbone"):
+            child.compile(mode=mode)
+
+
 class Queue(nn.Module):
     """The keys of past batches, unit vectors (K, dim), oldest overwritten first.
 

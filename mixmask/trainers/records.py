@@ -16,7 +16,9 @@ from mixmask.trainers.methods import METHODS
 Row = dict[str, float]
 
 # What changes nothing about a run but its speed, its memory or where it is watched.
-_SETTING = ("stream", "workers", "monitor", "tracker", "compile", "checkpointing")
+_SETTING = (
+    "stream", "workers", "monitor", "tracker", "compile", "compile_mode", "checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

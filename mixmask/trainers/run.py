@@ -23,7 +23,7 @@ from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.data import FolderImages, Images
 from mixmask.trainers.methods import build_method
-from mixmask.trainers.parts import Term, build_optimizer
+from mixmask.trainers.parts import Term, build_optimizer, compile_backbones
 from mixmask.trainers.resources import choose_workers
 from mixmask.trainers.stream import part_bytes
 from mixmask.views import RandomView
@@ -47,6 +47,47 @@ def random_view(config: RunConfig, images: Images) -> RandomView:
     )
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A meter's sums on their way to the host, for which nobody waits."""
+
+    sums: tuple[Tensor | float, ...]
+    steps: int
+    views: int
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, meter: Meter) -> Sent:
+        """Send a meter's sums."""
+        sums: list[Tensor | float] = []
+        copied: torch.cuda.Event | None = None
+        for total in (meter.clean, meter.mixed, meter.lam):
+            if isinstance(total, Tensor):
+                # From a GPU into pinned memory, behind the steps that were queued before.
+                sums.append(total.to("cpu", non_blocking=True))
+                copied = torch.cuda.Event() if total.is_cuda else None
+            else:
+                sums.append(total)
+        if copied is not None:
+            copied.record()
+        return cls(tuple(sums), max(meter.steps, 1), meter.views, copied)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether they can be read."""
+        return self.copied is None or self.copied.query()
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a step."""
+        return (float(self.sums[0]) + float(self.sums[1])) / self.steps
+
+    @property
+    def lam(self) -> float:
+        """The mean λ of the mixed views, 1 where there are none."""
+        return float(self.sums[2]) / self.views if self.views else 1.0
+
+
 @dataclass
 class Meter:
     """Means over an epoch: sums that stay on the device until somebody looks."""
@@ -64,6 +105,8 @@ class Meter:
     waited: float = 0.0
     began: float | None = None
     images_a_step: int = 0
+    sent: Sent | None = field(default=None, init=False)
+    shown: str = field(default="", init=False)
 
     def start(self, images_a_step: int) -> None:
         """Start the clock, or go on with the seconds of an interrupted epoch."""
@@ -115,10 +158,15 @@ class Meter:
         }
 
     def summary(self) -> str:
-        """Return what the progress bar shows."""
-        row = self.row()
-        text = f"loss {row['loss']:.3f}, λ {row['lam']:.3f}, {row['images_per_s']:.0f} images/s"
-        return text + (f", waiting {row['wait']:.0%}" if row["wait"] >= 0.01 else "")
+        """Return what the progress bar shows; loss and λ are the last ones that a GPU has sent."""
+        sent = self.sent or Sent.of(self)
+        self.sent = None if sent.arrived else sent
+        if sent.arrived:
+            self.shown = f"loss {sent.loss:.3f}, λ {sent.lam:.3f}, "
+        seconds = self.elapsed()
+        text = f"{self.shown}{self.steps * self.images_a_step / seconds:.0f} images/s"
+        wait = self.waited / seconds
+        return text + (f", waiting {wait:.0%}" if wait >= 0.01 else "")
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""
@@ -176,7 +224,7 @@ class Run:
         if config.checkpointing:
             _recompute(model.backbone, config.arch)
         if config.compile:
-            model.backbone.compile()
+            compile_backbones(model, config.compile_mode)
         optimizer = build_optimizer(model, config)
         return cls(
             config,

@@ -45,7 +45,7 @@ class Draw(NamedTuple):
     """What a step takes from the data.
 
     Attributes:
-        images: (N,) int64, which images.
+        images: (N,) int64, which images; on the device where the images are.
         crops: How many views of each.
         seed: From which all that is drawn for them follows.
     """
@@ -79,7 +79,7 @@ def read_batches(
     """
     if isinstance(images, FolderImages):
         return Stream(images, draws, size=size, min_scale=min_scale, workers=workers, device=device)
-    return (images[draw.images.to(device)].repeat(draw.crops, 1, 1, 1) for draw in draws)
+    return (images[draw.images].repeat(draw.crops, 1, 1, 1) for draw in draws)
 
 
 def part_bytes(size: int, crops: int) -> int:
