@@ -199,14 +199,19 @@ def test_work_of_a_step_is_what_its_operations_do(monkeypatch: pytest.MonkeyPatc
     assert roofline.covered([(0, 4), (2, 5), (7, 8)]) == 6
 
 
-def test_plot_shows_what_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "ratios.png"
-    call(monkeypatch, "plot", "--out", str(out))
-    with Image.open(out) as picture:
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+def test_plot_draws_each_record_and_all_that_have_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(monkeypatch, "plot", "--out", str(tmp_path))
+    records = {path.stem for path in (BENCHMARKS / "results").glob("*.json")}
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    assert {"ratios", "step-cpu", "views-cpu"} <= drawn <= records | {"ratios"}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 10
     plot = importlib.import_module("plot")
-    with pytest.raises(ValueError, match="no figure with a bound"):
-        plot.draw(plot.bounded([]), out)
+    with pytest.raises(ValueError, match="no ratio"):
+        plot.draw([], tmp_path / "none.png")
 
 
 def test_detection_writes_both_sides(tmp_path: Path) -> None:
