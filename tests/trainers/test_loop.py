@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_images
+from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_config, tiny_images
 from torch import Tensor
 
 from mixmask.trainers.methods import make_config
@@ -72,6 +72,29 @@ def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:
     assert_same(run(config, images, tmp_path / "b"), first)
     other = run(make_config(**(TINY | {"epochs": 1, "seed": 1})), images, tmp_path / "c")
     assert not torch.equal(other.head[0].weight, first.head[0].weight)
+
+
+@pytest.mark.parametrize("method", ["moco-v2", "byol"])
+def test_compiled_backbones_train_like_plain_ones(
+    method: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 1, "monitor": 0}
+    images = images[:8]  # One step: rounding grows from step to step.
+    plain = run(tiny_config(method, **options), images, tmp_path / "plain")
+    asked: list[tuple[torch.nn.Module, Any]] = []
+    compile_ = torch.nn.Module.compile
+
+    def noting(module: torch.nn.Module, **given: Any) -> None:
+        asked.append((module, given["mode"]))
+        compile_(module, backend="aot_eager")  # Generating code takes a minute.
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noting)
+    config = tiny_config(method, **options, compile=True, compile_mode="reduce-overhead")
+    compiled = run(config, images, tmp_path / "compiled")
+    follower = compiled.key_backbone if method == "moco-v2" else compiled.target_backbone
+    assert asked == [(compiled.backbone, "reduce-overhead"), (follower, "reduce-overhead")]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
