@@ -20,6 +20,7 @@ from common import ROOT, circumstances
 from torch import nn
 
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
+from mixmask.trainers.config import RunConfig
 from mixmask.trainers.data import load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
@@ -39,7 +40,8 @@ def main() -> None:
         if _key(cell) in done:
             continue
         record = {"script": "methods", "small": False, **circumstances("cpu"), "runs": results}
-        results.append(cell | _train(cell, options.images) | {"commit": record["commit"]})
+        trained = train(make_config(**cell, monitor=0), options.images)
+        results.append(cell | trained | {"commit": record["commit"]})
         print(line(results[-1]), flush=True)
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -71,9 +73,8 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return run["method"], run["mix"], run["seed"], run["epochs"]
 
 
-def _train(cell: Mapping[str, Any], count: int | None) -> dict[str, Any]:
-    """Train one run and return its losses by epoch, and accuracies before and after it."""
-    config = make_config(**cell, monitor=0)
+def train(config: RunConfig, count: int | None) -> dict[str, Any]:
+    """Train on so many photographs; return losses by epoch, and accuracies before and after."""
     data = load_data(config.data, config.image_size)
     assert data.train.labels is not None
     assert data.test is not None
@@ -98,7 +99,7 @@ def _train(cell: Mapping[str, Any], count: int | None) -> dict[str, Any]:
         "losses": [round(row["loss"], 4) for row in rows[1:]],
         "untrained": {name: before[name] for name in ("knn", "linear")},
         "trained": {name: after[name] for name in ("knn", "linear")},
-        "spread": after["spread"],
+        "spread": after.get("spread"),
         "lam": after["lam"],
         "seconds": sum(row["seconds"] for row in rows[1:]),
     }

@@ -53,7 +53,7 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
 @pytest.mark.parametrize(
     ("script", "bounds"),
     [
-        ("masks", [0.10, None, None, None, None]),
+        ("masks", [0.10, None, None, None, None, None]),
         ("mixing", [0.55, 0.55]),
         ("loss", [0.30, 1 / 6, 0.85, None]),
         ("knn", [0.5, 0.1, None, None]),
@@ -188,6 +188,22 @@ def test_arrays_and_stacks_of_images_are_read_alike(
     assert torch.equal(data.train.images, torch.from_numpy(images).permute(0, 3, 1, 2))
     assert torch.equal(data.train.labels, data.test.labels)
     assert len(script.read_data(str(tmp_path), 3).train.images) == 3
+
+
+def test_cheaper_views_get_equal_compute_and_runs_are_taken_up(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    command = "cheaper.py", "--small", "--repeats", "2", "--seeds", "1", "--out", str(out)
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    check_record("cheaper", record | {"figures": []}, [None] * 4, done.stdout)
+    epochs = {trial["arm"]: trial["epochs"] for trial in record["trials"]}
+    # Four passes of the encoder without mixed views, seven with them.
+    assert epochs["MixMask"] == 1
+    assert epochs["without mixed views"] == round(7 / 4)
+    assert len(record["figures"]) == 2 * len(epochs) == 10
+    assert run(*command).returncode == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["trials"] == record["trials"]
 
 
 def test_work_of_a_step_is_what_its_operations_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,9 @@ def pretrain(
         on_start()
     if config.tracker != "none":
         options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
-        run.accelerator.init_trackers("mixmask", config=options)
+        # Otherwise Weights & Biases writes where the command was started.
+        where = {"wandb": {"dir": str(out)}}
+        run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
     if monitor and main and not resume:
         run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
         run.write_csv()

@@ -226,7 +226,9 @@ def mixed_terms(
             mixed = mix(_resized(view, config.mixed_size), generator)
             z = encode(mixed.images)
             loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
-            yield Term(loss, mixed.lam.mean())
+            # Without clean queries, the mixed ones tell whether a run collapses.
+            pair = (z, target.detach()) if config.replace_clean else None
+            yield Term(loss, mixed.lam.mean(), pair)
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

@@ -210,6 +210,12 @@ def test_mixed_views_may_replace_the_clean_queries(variant: str) -> None:
     assert len(one) == len(both) - clean
     for beside, instead in zip(both[clean:], one, strict=True):
         torch.testing.assert_close(beside.loss, instead.loss)
+    # A run's health is still seen, by the mixed views.
+    assert one[0].pair is not None
+    z, target = one[0].pair
+    assert z.shape == target.shape
+    assert z.requires_grad
+    assert not target.requires_grad
     for method in (model, alone):  # The queue and the teacher go on as ever.
         method.after_step(0.5)
     for name, tensor in alone.state_dict().items():
