@@ -42,7 +42,11 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
     if small_stem:
         if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
             raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        width = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-        backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        backbone.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
+    # Some families widen their features behind the pooling, and count those before it.
+    width = getattr(backbone, "head_hidden_size", None)
+    if width not in (None, backbone.num_features):
+        backbone.num_features = width
     return backbone

@@ -8,7 +8,9 @@ import torch
 from mixmask.backbones import build_backbone
 
 
-@pytest.mark.parametrize("arch, small_stem", [("narrow", False), ("resnet18", True)])
+@pytest.mark.parametrize(
+    "arch, small_stem", [("narrow", False), ("resnet18", True), ("lcnet_050", False)]
+)
 def test_backbone_returns_pooled_features(arch: str, small_stem: bool) -> None:
     backbone = build_backbone(arch, small_stem=small_stem)
     features = backbone(torch.randn(2, 3, 32, 32))
