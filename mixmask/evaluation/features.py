@@ -40,8 +40,12 @@ def extract_features(
     was_training = backbone.training
     backbone.eval()
     try:
+        # Beside what `Module.compile` has set up: that would compile once more for these sizes,
+        # and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
         parts = [
-            backbone(normalize(batch.to(where)).contiguous(memory_format=torch.channels_last))
+            backbone._call_impl(
+                normalize(batch.to(where)).contiguous(memory_format=torch.channels_last)
+            )
             for batch in _batches(images, batch_size)
         ]
     finally:

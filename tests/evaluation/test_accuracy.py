@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -188,3 +188,20 @@ def test_features_are_those_of_evaluation_mode_and_leave_the_mode() -> None:
     backbone.eval()
     torch.testing.assert_close(in_parts, extract_features(backbone, images))
     assert in_parts.shape == (10, 4)
+
+
+def test_features_pass_by_compilation_and_keep_hooks() -> None:
+    backbone = build_backbone("narrow")
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    eager = extract_features(backbone, images, batch_size=4)
+
+    def refuse(graph: object, inputs: object) -> NoReturn:
+        raise NotImplementedError(f"compiled {graph} for {inputs}")
+
+    backbone.compile(backend=refuse)
+    seen: list[int] = []
+    with backbone.register_forward_hook(lambda _, x, __: seen.append(len(x[0]))):
+        torch.testing.assert_close(extract_features(backbone, images, batch_size=4), eager)
+    assert seen == [4, 2]
+    with pytest.raises(Exception, match="compiled"):
+        backbone(torch.zeros(2, 3, 32, 32))
