@@ -61,8 +61,8 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         return self.view(whole), self.view(whole)
 
 
-def measure(paths: Files, size: int, batch_size: int, options: Any) -> list[Case]:
-    """Measure one pass over the files on both sides, and ours without the colours too."""
+def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -> list[Case]:
+    """Measure one pass over a folder's files on both sides, and ours without the colours too."""
     device = torch.device(options.device)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
     view = RandomView(size, jitter=_JITTER, hue=_HUE, grey=_GREY, blur=_BLUR, crop=False).to(device)
@@ -107,7 +107,7 @@ def measure(paths: Files, size: int, batch_size: int, options: Any) -> list[Case
     with Image.open(paths[0]) as first:
         about = list(first.size)
     sizes = {
-        "folder": paths.root.name,
+        "folder": name,
         "images": len(paths),
         "first_image": about,
         "views": size,
@@ -115,12 +115,12 @@ def measure(paths: Files, size: int, batch_size: int, options: Any) -> list[Case
         "workers": _WORKERS,
     }
     against = "torchvision's transforms in the workers"
-    for name, seconds in samples.items():
+    for side, seconds in samples.items():
         rate = len(paths) / sorted(seconds)[len(seconds) // 2]
-        print(f"{paths.root.name}, {size} px, {name}: {rate:.0f} images/s, two views each")
+        print(f"{name}, {size} px, {side}: {rate:.0f} images/s, two views each")
     return [
         compare(
-            f"{text}, {paths.root.name} at {size} px",
+            f"{text}, {name} at {size} px",
             against,
             samples[side],
             samples["theirs"],
@@ -155,7 +155,8 @@ def main() -> None:
                 folder = f"{scratch}/clothing64"
             found = list_folder(Path(folder)).train.files
             step = max(1, len(found) // count)
-            cases += measure(found[::step][:count], int(size), batch_size, options)
+            chosen = found[::step][:count]
+            cases += measure(Path(folder).name, chosen, int(size), batch_size, options)
     report("loader", cases, options)
 
 
