@@ -26,7 +26,8 @@ from mixmask.trainers.parts import (
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "hidden": 2048, "encoder_momentum": 0.99}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {
-        "optimizer": "sgd", "lr": 0.1, "hidden": 512, "dim": 128, "encoder_momentum": 0.9,
+        "optimizer": "sgd", "batch_size": 32, "lr": 0.1, "hidden": 512, "dim": 128,
+        "encoder_momentum": 0.9,
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
