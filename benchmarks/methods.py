@@ -39,9 +39,12 @@ def main() -> None:
     for cell in _cells(options):
         if _key(cell) in done:
             continue
-        record = {"script": "methods", "small": False, **circumstances("cpu"), "runs": results}
+        where = circumstances("cpu")
         trained = train(make_config(**cell, monitor=0), options.images)
-        results.append(cell | trained | {"commit": record["commit"]})
+        made = {"commit": where["commit"], "cpu": where["hardware"]["cpu"]}
+        results.append(cell | trained | made)
+        where["hardware"]["cpu"] = " and ".join(dict.fromkeys(run["cpu"] for run in results))
+        record = {"script": "methods", "small": False, **where, "runs": results}
         print(line(results[-1]), flush=True)
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
