@@ -190,6 +190,24 @@ def test_arrays_and_stacks_of_images_are_read_alike(
     assert len(script.read_data(str(tmp_path), 3).train.images) == 3
 
 
+def test_methods_keep_earlier_runs_and_where_each_was_made(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = "--images", "64", "--epochs", "1", "--seeds", "1", "--out", str(out)
+    first = run("methods.py", "--methods", "simsiam", "--mixes", "none", *options)
+    assert first.returncode == 0, first.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    record["runs"][0]["cpu"] = "another processor"
+    out.write_text(json.dumps(record), encoding="utf-8")
+    second = run("methods.py", "--methods", "simsiam", "--mixes", "none", "erase", *options)
+    assert second.returncode == 0, second.stderr
+    later = json.loads(out.read_text(encoding="utf-8"))
+    assert later["runs"][0] == record["runs"][0]
+    assert [made["mix"] for made in later["runs"]] == ["none", "erase"]
+    cpus = ["another processor", later["runs"][1]["cpu"]]
+    assert later["hardware"]["cpu"] == " and ".join(cpus)
+    assert "| simsiam | 1 | 1 |" in second.stdout
+
+
 def test_cheaper_views_get_equal_compute_and_runs_are_taken_up(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     command = "cheaper.py", "--small", "--repeats", "2", "--seeds", "1", "--out", str(out)
