@@ -190,6 +190,7 @@ def test_arrays_and_stacks_of_images_are_read_alike(
     assert len(script.read_data(str(tmp_path), 3).train.images) == 3
 
 
+@pytest.mark.slow
 def test_methods_keep_earlier_runs_and_where_each_was_made(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options = "--images", "64", "--epochs", "1", "--seeds", "1", "--out", str(out)
