@@ -24,7 +24,9 @@ from mixmask.trainers.parts import (
 
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "prototypes": 100}
 PRESETS: dict[str, dict[str, Any]] = {
-    "clothing64": {"optimizer": "sgd", "lr": 0.3, "hidden": 128, "prototypes": 32},
+    "clothing64": {
+        "optimizer": "sgd", "batch_size": 32, "lr": 0.3, "hidden": 128, "prototypes": 32,
+    },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "tiny-imagenet": _CIFAR,
