@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stl10": _CIFAR,
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
     "imagenet100": {"lr": 0.3, "prototypes": 1000},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
