@@ -257,8 +257,10 @@ class VICReg:
         covariance = _products(centred, centred) / (n - 1)
         variance = covariance.diagonal()
         hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
-        off_diagonal = ((covariance**2).sum() - (variance**2).sum()) / features
-        return self.variance_weight * hinge + self.covariance_weight * off_diagonal
+        # Squared after the diagonal has gone: next to its squares the others' would be rounded.
+        off_diagonal = covariance - torch.diag(variance)
+        covariances = (off_diagonal**2).sum() / features
+        return self.variance_weight * hinge + self.covariance_weight * covariances
 
 
 def _products(rows: Tensor, others: Tensor) -> Tensor:
