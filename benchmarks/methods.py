@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import ROOT, circumstances
+from common import ROOT, circumstances, write_json
 from torch import nn
 
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
@@ -46,9 +46,7 @@ def main() -> None:
         where["hardware"]["cpu"] = " and ".join(dict.fromkeys(run["cpu"] for run in results))
         record = {"script": "methods", "small": False, **where, "runs": results}
         print(line(results[-1]), flush=True)
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_json(out, record)
     print(table(results))
 
 
