@@ -76,6 +76,7 @@ def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -
             min_scale=_SCALE,
             workers=_WORKERS,
             device=device,
+            decode=options.decode,
         )
 
     def ours() -> None:
@@ -113,6 +114,7 @@ def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -
         "views": size,
         "batch": batch_size,
         "workers": _WORKERS,
+        "decode": options.decode,
     }
     against = "torchvision's transforms in the workers"
     for side, seconds in samples.items():
@@ -143,6 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=512, help="how many of each folder")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--decode", choices=("workers", "device"), default="workers")
     options = parser.parse_args()
     count, batch_size = (8, 4) if options.small else (options.images, options.batch_size)
     cases: list[Case] = []
@@ -157,7 +160,7 @@ def main() -> None:
             step = max(1, len(found) // count)
             chosen = found[::step][:count]
             cases += measure(Path(folder).name, chosen, int(size), batch_size, options)
-    report("loader", cases, options)
+    report("loader", cases, options, variant="" if options.decode == "workers" else "decoding")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_streamed_folder_is_measured_and_resumed_from_disk(
     out = tmp_path / "run"
     assert cli.main(options(photographs, "--stream", "always", "--out", str(out))) == 0
     printed = capsys.readouterr().out
-    assert "the images stay on disk and are decoded anew in every epoch" in printed
+    assert "the images stay on disk and are decoded by workers anew in every epoch" in printed
     assert "measured with 15 of the training images" in printed
     assert "nearest neighbours" in printed
     assert "the training waited for images" in printed

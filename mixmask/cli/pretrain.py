@@ -180,7 +180,8 @@ def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
         f"run folder: {out}"
     )
     if data.streamed:
-        say("the images stay on disk and are decoded anew in every epoch")
+        by = "the device" if config.decode == "device" else "workers"
+        say(f"the images stay on disk and are decoded by {by} anew in every epoch")
     if not data.labelled:
         say("no labelled test split: accuracies are off")
     elif data.streamed and len(data.train.images) > MEASURED:

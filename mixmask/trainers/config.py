@@ -31,7 +31,13 @@ class RunConfig:
         "too many for memory",
         ("auto", "always", "never"),
     )
-    workers: int = option(0, "processes that decode a streamed folder; 0 for one a core but one")
+    workers: int = option(0, "processes that read a streamed folder; 0 for one a core but one")
+    decode: str = option(
+        "workers",
+        "who decodes a streamed folder's JPEGs: its workers, or the device that trains, by "
+        "TorchCodec (nvJPEG on a GPU)",
+        ("workers", "device"),
+    )
     recipe: str = option("", "named settings; without it those of --data, for a folder imagenet's")
     arch: str = option("resnet50", "backbone: a timm name, or 'narrow' for our small ResNet")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")

@@ -212,6 +212,7 @@ def _batches(run: Run) -> Batches:
         min_scale=config.min_scale,
         workers=run.workers,
         device=accelerator.device,
+        decode=config.decode,
     )
 
 

@@ -17,7 +17,7 @@ Row = dict[str, float]
 
 # What changes nothing about a run but its speed, its memory or where it is watched.
 _SETTING = (
-    "stream", "workers", "monitor", "tracker", "compile", "compile_mode", "checkpointing",
+    "stream", "workers", "decode", "monitor", "tracker", "compile", "compile_mode", "checkpointing",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mixmask._seeds import fold_seed
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.data import FolderImages, Images
+from mixmask.trainers.jpegs import check_decoder
 from mixmask.trainers.methods import build_method
 from mixmask.trainers.parts import Term, build_optimizer, compile_backbones
 from mixmask.trainers.resources import choose_workers
@@ -208,9 +210,19 @@ class Run:
             )
         workers = 0
         if isinstance(images, FolderImages):
-            handed = part_bytes(config.image_size, 2 + config.extra_crops)
+            largest = 0
+            if config.decode == "device":
+                check_decoder(accelerator.device)
+                largest = _large_file(images)
+            handed = part_bytes(config.image_size, 2 + config.extra_crops, largest)
             workers = choose_workers(config.workers, handed)
         else:
+            if config.decode == "device":
+                warnings.warn(
+                    "--decode device changes nothing here: the images are decoded already and in "
+                    "memory; a folder stays on disk with --stream always",
+                    stacklevel=2,
+                )
             images = images.to(accelerator.device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = build_method(config)
@@ -309,6 +321,16 @@ def _check_joined(accelerator: Accelerator) -> None:
             f"{started} processes were started, but accelerate has joined "
             f"{accelerator.num_processes}; without GPUs, set ACCELERATE_USE_CPU=true"
         )
+
+
+def _large_file(images: FolderImages) -> int:
+    """Return the bytes of the largest of a few files."""
+    step = max(1, len(images) // 64)
+    sizes = [0]
+    for number in range(0, len(images), step):
+        with contextlib.suppress(OSError):  # Whoever reads it will say so.
+            sizes.append(images.files[number].stat().st_size)
+    return max(sizes)
 
 
 def _installed(tracker: str) -> str:

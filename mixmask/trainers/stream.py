@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import io
-import math
-import signal
 import traceback
-import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from mixmask._seeds import fold_seed
-from mixmask.trainers.data import UNREADABLE, FolderImages, Images, read_any, to_rgb
-from mixmask.trainers.folders import Files
-from mixmask.views import random_boxes
+from mixmask.trainers.crops import Answer, Reader, Request, start_worker
+from mixmask.trainers.data import FolderImages, Images
+from mixmask.trainers.jpegs import decode_crops
 
 # Images that a worker hands over at once: few enough for shared memory and a quick start, enough
 # that handing over costs little beside decoding.
 _PART = 32
-# How much larger than its views an image is at least decoded; closer to 1, views become sharper.
-_MARGIN = 2
 
 
 class Batches(Iterator[Tensor], Protocol):
@@ -63,6 +52,7 @@ def read_batches(
     min_scale: float,
     workers: int,
     device: torch.device,
+    decode: str = "workers",
 ) -> Batches:
     """Return what `RandomView` takes, (crops * N, 3, H, W) uint8 on the device, for each draw.
 
@@ -74,32 +64,50 @@ def read_batches(
         draws: What the steps take, in order.
         size: Height and width of a folder's crops, in pixels.
         min_scale: Smallest share of an image's area that a folder's crop takes.
-        workers: Processes that decode a folder; 0 for none but a thread.
+        workers: Processes that read a folder; 0 for none but a thread.
         device: Where the batches go.
+        decode: Who decodes a folder's JPEGs, "workers" or "device".
     """
     if isinstance(images, FolderImages):
-        return Stream(images, draws, size=size, min_scale=min_scale, workers=workers, device=device)
+        return Stream(
+            images,
+            draws,
+            size=size,
+            min_scale=min_scale,
+            workers=workers,
+            device=device,
+            decode=decode,
+        )
     return (images[draw.images].repeat(draw.crops, 1, 1, 1) for draw in draws)
 
 
-def part_bytes(size: int, crops: int) -> int:
-    """Return what a worker hands over at once: the crops of a few images."""
-    return _PART * crops * 3 * size * size
+def part_bytes(size: int, crops: int, largest_file: int = 0) -> int:
+    """Return what a worker hands over at once: the crops of a few images, or files that are larger.
+
+    Args:
+        size: Height and width of the crops, in pixels.
+        crops: How many of each image.
+        largest_file: Bytes of a large file, where JPEGs are left to the device.
+    """
+    return _PART * max(crops * 3 * size * size, largest_file)
 
 
 class Stream(Iterator[Tensor]):
     """Random resized crops of a folder's images, decoded by workers and copied one batch ahead.
 
     Which crops are taken follows from the draws alone, whatever the number of workers. A thread
-    collects what the workers hand over and copies it to the device, beside the step that runs.
+    collects what the workers hand over and copies it to the device, beside the step that runs; or
+    the workers hand over JPEGs as they are, and the device decodes and crops them on that thread's
+    stream.
 
     Args:
         images: The folder.
         draws: What the steps take, in order.
         size: Height and width of the crops, in pixels.
         min_scale: Smallest share of an image's area that a crop takes.
-        workers: Processes that decode; 0 for none but that thread.
+        workers: Processes that read; 0 for none but that thread.
         device: Where the batches go.
+        decode: Who decodes JPEGs, "workers" or "device".
     """
 
     def __init__(
@@ -111,18 +119,21 @@ class Stream(Iterator[Tensor]):
         min_scale: float,
         workers: int,
         device: torch.device,
+        decode: str = "workers",
     ) -> None:
         """Start nothing yet: workers start with the first batch."""
         self.images = images
         self.device = device
         self.workers = workers
+        self.reader = Reader(images.files, size, min_scale)
+        self.on_device = decode == "device"
         self.loader = DataLoader(
-            _Decoder(images.files, size, min_scale),
+            replace(self.reader, keep_jpegs=self.on_device),
             batch_size=None,
             sampler=_Parts(draws),
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # Otherwise the loader draws from the global generator, in the middle of a step.
             generator=torch.Generator(),
         )
@@ -169,16 +180,18 @@ class Stream(Iterator[Tensor]):
     def _read_ahead(self) -> None:
         """Copy batches, of which one may wait; runs in the thread."""
         try:
-            on_gpu = self.device.type == "cuda"
             copies = None
-            if on_gpu:  # A thread starts on the first GPU, whatever the process's own is.
+            if self.device.type == "cuda":
+                # A thread starts on the first GPU, whatever the process's own is.
                 torch.cuda.set_device(self.device)
                 copies = torch.cuda.Stream(self.device)
-            for batch in self._collect(pinned=on_gpu):
-                self.room.acquire()
-                if self.closed.is_set():
-                    return
-                self.ready.put(_copy(batch, self.device, copies))
+            with torch.cuda.stream(copies):  # Of its own, beside the step's; on a CPU, none.
+                for batch in self._collect():
+                    self.room.acquire()
+                    if self.closed.is_set():
+                        return
+                    moved = batch.to(self.device, non_blocking=True)
+                    self.ready.put((moved, copies.record_event() if copies else None))
             self.ready.put(StopIteration())
         except BaseException as error:  # It is raised in the main thread.
             # The frames hold the loader, and with it the workers.
@@ -186,23 +199,57 @@ class Stream(Iterator[Tensor]):
             error.__context__ = None
             self.ready.put(error)
 
-    def _collect(self, *, pinned: bool) -> Iterator[Tensor]:
-        """Join the parts of each batch, in host memory: (crops * N, 3, S, S)."""
+    def _collect(self) -> Iterator[Tensor]:
+        """Join the parts of each batch: (crops * N, 3, S, S), on the device if it decodes there."""
         batch = torch.empty(0)
         for part in self._answers():
             if self.closed.is_set():
                 return
-            if part.error:
-                raise OSError(part.error)
-            self.images.note(part.unreadable)
-            crops, n, *rest = part.images.shape
-            if part.first == 0:
-                batch = torch.empty(crops, part.total, *rest, dtype=torch.uint8, pin_memory=pinned)
-            batch[:, part.first : part.first + n] = part.images
-            if part.first + n == part.total:
+            self._check(part)
+            request = part.request
+            end = request.first + len(request.numbers)
+            if request.first == 0:
+                batch = self._room_for(part)
+            self._fill(batch[:, request.first : end], part)
+            if end == request.total:
                 yield batch.flatten(0, 1).permute(0, 3, 1, 2)
 
-    def _answers(self) -> Iterator[_Answer]:
+    def _check(self, part: Answer) -> None:
+        if part.error:
+            raise OSError(part.error)
+        self.images.note(part.unreadable)
+
+    def _room_for(self, part: Answer) -> Tensor:
+        """Return an empty batch, (crops, N, S, S, 3): on the device, or in memory that it reads."""
+        crops, _, *pixels = part.images.shape
+        shape = (crops, part.request.total, *pixels)
+        if self.on_device:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def _fill(self, batch: Tensor, part: Answer) -> None:
+        """Fill a part of a batch, (crops, n, S, S, 3), and decode what workers did not.
+
+        A JPEG that the device cannot decode is read as ever, and if that fails too, the next file
+        stands in for it.
+        """
+        if not part.places:
+            batch[:] = part.images
+            return
+        rest = [place for place in range(batch.shape[1]) if place not in part.places]
+        for place, images in zip(rest, part.images.unbind(1), strict=True):
+            batch[:, place] = images
+        decoded = decode_crops(part.jpegs, self.reader.size, self.device)
+        for place, crops in zip(part.places, decoded, strict=True):
+            batch[:, place] = self._read_one(part.request, place) if crops is None else crops
+
+    def _read_one(self, request: Request, place: int) -> Tensor:
+        """Read one image of a part as a worker would: its (crops, S, S, 3), or a stand-in's."""
+        answer = self.reader[request.one(place)]
+        self._check(answer)
+        return answer.images[:, 0]
+
+    def _answers(self) -> Iterator[Answer]:
         """Return what the workers hand over, in order."""
         try:
             yield from self.loader
@@ -217,142 +264,19 @@ class Stream(Iterator[Tensor]):
             ) from None
 
 
-def _copy(batch: Tensor, device: torch.device, copies: Any) -> tuple[Tensor, Any]:
-    """Copy a batch on a stream of its own, and return the event that ends it, if there is one."""
-    if copies is None:
-        return batch.to(device), None
-    with torch.cuda.stream(copies):
-        return batch.to(device, non_blocking=True), copies.record_event()
-
-
-class _Request(NamedTuple):
-    """A part of a draw: these images, from this place in a batch of so many on."""
-
-    numbers: list[int]
-    first: int
-    total: int
-    crops: int
-    seed: int
-
-
-class _Answer(NamedTuple):
-    """A part of a batch, (crops, n, S, S, 3); what could not be read; what is wrong for good."""
-
-    images: Tensor
-    first: int
-    total: int
-    unreadable: list[int]
-    error: str
-
-
-class _Parts(Sampler[_Request]):
+class _Parts(Sampler[Request]):
     """The parts of all draws, in order, drawn when a worker is to have the next one."""
 
     def __init__(self, draws: Iterable[Draw]) -> None:
         self.draws = draws
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Request]:
         for draw in self.draws:
             numbers = draw.images.tolist()
             for first in range(0, len(numbers), _PART):
                 part = numbers[first : first + _PART]
-                yield _Request(part, first, len(numbers), draw.crops, draw.seed)
-
-
-@dataclass(frozen=True)
-class _Decoder(Dataset[_Answer]):
-    """What a worker does: read files and crop them."""
-
-    files: Files
-    size: int
-    min_scale: float
-
-    def __getitem__(self, request: _Request) -> _Answer:
-        numbers, first, total, crops, seed = request
-        images = torch.empty(crops, len(numbers), self.size, self.size, 3, dtype=torch.uint8)
-        generator = torch.Generator()
-        unreadable: list[int] = []
-        error = ""
-
-        def read(file: Path) -> Tensor | None:
-            return read_crops(file, crops, self.size, min_scale=self.min_scale, generator=generator)
-
-        try:
-            for place, number in enumerate(numbers):
-                generator.manual_seed(fold_seed(seed, first + place))
-                found, tried = read_any(self.files, number, read)
-                images[:, place] = found.permute(0, 2, 3, 1)
-                unreadable += tried
-        except OSError as problem:  # A worker's exception would come with its traceback.
-            error = str(problem)
-        return _Answer(images, first, total, unreadable, error)
+                yield Request(part, first, len(numbers), draw.crops, draw.seed)
 
 
 def _unchanged(answer: Any) -> Any:
     return answer
-
-
-def _start_worker(number: int) -> None:
-    """Leave Ctrl-C and a scheduler's SIGTERM to the process that trains, which ends the step."""
-    del number
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")
-
-
-def read_crops(
-    file: Path, count: int, size: int, *, min_scale: float, generator: torch.Generator
-) -> Tensor | None:
-    """Read an image and take random resized crops of it.
-
-    A large JPEG is decoded at a half, a quarter or an eighth, of which even the smallest crop has
-    twice the size. The crops hardly show it: photographs differ by about 0.3 grey levels of 256.
-
-    Args:
-        file: An image file.
-        count: How many crops.
-        size: Their height and width, in pixels.
-        min_scale: Smallest share of the image's area that a crop takes; the largest is 1.
-        generator: A CPU generator. As many numbers are drawn from it for every readable image.
-
-    Returns:
-        (count, 3, size, size) uint8, or None for a file that cannot be read.
-    """
-    try:
-        # At once: over a network, many small reads take long.
-        with Image.open(io.BytesIO(file.read_bytes())) as image:
-            width, height = image.size
-            drawn = random_boxes(count, height, width, min_scale, generator=generator)
-            boxes: list[list[int]] = drawn.long().tolist()
-            smallest = min(min(w, h) for _, _, w, h in boxes)
-            kept = _MARGIN * size / smallest
-            image.draft("RGB", (math.ceil(width * kept), math.ceil(height * kept)))
-            rgb = to_rgb(image)
-    except UNREADABLE:
-        return None
-    reduction = round(width / rgb.width)
-    if reduction > 1:
-        return torch.stack([_crop_reduced(rgb, box, size, reduction) for box in boxes])
-    pixels = _to_tensor(rgb)
-    crops = [
-        F.interpolate(
-            pixels[None, :, top : top + h, left : left + w],
-            (size, size),
-            mode="bilinear",
-            antialias=True,
-        )
-        for left, top, w, h in boxes
-    ]
-    return torch.cat(crops)
-
-
-def _crop_reduced(image: Image.Image, box: list[int], size: int, reduction: int) -> Tensor:
-    """Crop an image that was decoded smaller, to fractions of its pixels, which Pillow can."""
-    left, top, w, h = (side / reduction for side in box)
-    place = (left, top, left + w, top + h)
-    return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, place))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """Return (3, H, W) uint8, channels last."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -23,14 +23,15 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_images
 
-from mixmask.trainers import loop, resources, stream
+from mixmask.trainers import crops, loop, resources, stream
+from mixmask.trainers.crops import read_crops, start_worker
 from mixmask.trainers.data import FolderImages, load_data, to_rgb
 from mixmask.trainers.loop import first_views
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.moco import MoCo
 from mixmask.trainers.resources import choose_workers
 from mixmask.trainers.run import Run
-from mixmask.trainers.stream import Draw, Stream, read_crops
+from mixmask.trainers.stream import Draw, Stream
 from mixmask.views import random_boxes
 
 # Newer Pythons warn of what torch's loader does on Linux.
@@ -122,16 +123,16 @@ def test_large_jpegs_are_decoded_smaller_with_the_same_crops(
         sizes.append(to_rgb(image).size)
         return to_rgb(image)
 
-    def crops() -> torch.Tensor:
+    def taken() -> torch.Tensor:
         found = read_crops(file, 2, 64, min_scale=0.3, generator=seeded(2))
         assert found is not None
         return found.float()
 
-    monkeypatch.setattr(stream, "to_rgb", noting)
-    reduced = crops()
+    monkeypatch.setattr(crops, "to_rgb", noting)
+    reduced = taken()
     monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
     monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
-    whole = crops()
+    whole = taken()
     assert sizes == [(301, 226), (1201, 903)]
     assert (whole - reduced).abs().mean() < 0.5
     assert whole.std() > 20
@@ -210,7 +211,7 @@ def test_what_workers_are_given_can_be_pickled(images: FolderImages) -> None:
         d[pickle.loads(pickle.dumps(request))] for d in (decoder, batches.loader.dataset)
     )
     assert torch.equal(ours.images, theirs.images)
-    assert pickle.loads(pickle.dumps(batches.loader.worker_init_fn)) is stream._start_worker
+    assert pickle.loads(pickle.dumps(batches.loader.worker_init_fn)) is start_worker
 
 
 def test_closing_early_ends_the_workers(images: FolderImages) -> None:
