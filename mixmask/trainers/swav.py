@@ -24,16 +24,14 @@ from mixmask.trainers.parts import (
 
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "prototypes": 100}
 PRESETS: dict[str, dict[str, Any]] = {
-    "clothing64": {
-        "optimizer": "sgd", "lr": 0.3, "hidden": 128, "prototypes": 32, "batch_size": 32,
-    },
+    "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "tiny-imagenet": _CIFAR,
     "stl10": _CIFAR,
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
     "imagenet100": {"lr": 0.3, "prototypes": 1000},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
