@@ -281,8 +281,7 @@ def _warn_small(name: str, side: float, image_size: int) -> None:
 
 def _median_side(files: Files) -> float:
     """Return the median of the shorter sides of a few images, in pixels; infinity for none."""
-    step = max(1, len(files) // 16)
-    sides = [side for i in range(0, len(files), step) if (side := _side(files[i]))]
+    sides = [side for file in files.sample(16) if (side := _side(file))]
     return statistics.median(sides) if sides else float("inf")
 
 

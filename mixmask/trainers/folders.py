@@ -60,6 +60,10 @@ class Files(Sequence[Path]):
             return Files.of(self.root, (self.name(i) for i in range(*index.indices(len(self)))))
         return self.root / self.name(index)
 
+    def sample(self, count: int) -> Files:
+        """Return about so many of them, evenly spread, or all if they are fewer."""
+        return self[:: max(1, len(self) // count)]
+
     def name(self, index: int) -> str:
         """Return a file's name relative to the root."""
         place = range(len(self))[index]

@@ -146,7 +146,8 @@ def take_crops(pixels: Tensor, boxes: Sequence[Sequence[int]], size: int) -> Ten
         )
         for left, top, w, h in boxes
     ]
-    return torch.cat(crops).round().byte()
+    found = torch.cat(crops)
+    return found.round().byte() if found.is_floating_point() else found
 
 
 def _groups(pixels: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -170,7 +171,7 @@ def _decoder() -> Callable[..., Any]:
 def _decode(contents: Sequence[Tensor], device: torch.device) -> list[Tensor | None]:
     """Decode to (3, H, W) uint8 each; one that fails, which makes the whole call fail, is None."""
     try:
-        return list(_decoder()(list(contents), device=device))
+        return list(_decoder()(contents, device=device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:

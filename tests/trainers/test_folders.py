@@ -32,6 +32,14 @@ def test_files_are_a_sequence_of_paths(tmp_path: Path) -> None:
     assert len(Files.of(tmp_path, [])) == 0
 
 
+def test_a_sample_is_spread_over_all_files() -> None:
+    files = Files.of(Path("x"), [str(i) for i in range(100)])
+    assert [file.name for file in files.sample(4)] == ["0", "25", "50", "75"]
+    assert len(files.sample(16)) == 17
+    assert list(files[:3].sample(16)) == list(files[:3])
+    assert list(files[:0].sample(16)) == []
+
+
 def test_flat_folder(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a/x.png", ".hidden.jpg", ".cache/y.jpg", "notes.txt")
     train, test, classes = list_folder(tmp_path)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import assert_same, interrupt_at, run, tiny_images
+from tiny_runs import assert_same, interrupt_at, on_disk, run, tiny_images
 from torch import Tensor
 
 from mixmask.trainers import jpegs, stream
 from mixmask.trainers.crops import Reader, Request, read_jpeg
-from mixmask.trainers.data import FolderImages, load_data
+from mixmask.trainers.data import FolderImages
 from mixmask.trainers.jpegs import Jpeg, Jpegs, check_decoder, decode_crops, is_plain
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.moco import MoCo
@@ -55,12 +55,6 @@ def folder(tmp_path: Path) -> Path:
     for i in range(9, 12):
         picture(i).save(path / f"{i:02}.png")
     return path
-
-
-def on_disk(folder: Path) -> FolderImages:
-    found = load_data(str(folder), 16, stream="always").train.images
-    assert isinstance(found, FolderImages)
-    return found
 
 
 def read_all(

@@ -21,11 +21,11 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_images
+from tiny_runs import assert_same, interrupt_at, on_disk, read_rows, run, tiny_images
 
 from mixmask.trainers import crops, loop, resources, stream
 from mixmask.trainers.crops import read_crops, start_worker
-from mixmask.trainers.data import FolderImages, load_data, to_rgb
+from mixmask.trainers.data import FolderImages, to_rgb
 from mixmask.trainers.loop import first_views
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.moco import MoCo
@@ -60,12 +60,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def images(folder: Path) -> FolderImages:
     return on_disk(folder)
-
-
-def on_disk(folder: Path) -> FolderImages:
-    found = load_data(str(folder), 16, stream="always").train.images
-    assert isinstance(found, FolderImages)
-    return found
 
 
 def draws(count: int = 3) -> list[Draw]:

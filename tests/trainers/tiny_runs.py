@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixmask import MixedBatch
-from mixmask.trainers.data import Images, load_data
+from mixmask.trainers.data import FolderImages, Images, load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.parts import Mixture
@@ -32,6 +32,13 @@ TINY: dict[str, Any] = {
     "queue_size": 29,
     "prototypes": 12,
 }
+
+
+def on_disk(folder: Path) -> FolderImages:
+    """Return a folder's images as a run streams them."""
+    found = load_data(str(folder), 16, stream="always").train.images
+    assert isinstance(found, FolderImages)
+    return found
 
 
 def tiny_config(method: str, **options: Any) -> Any:
