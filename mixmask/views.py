@@ -70,8 +70,8 @@ class RandomView(nn.Module):
 
     The distributions are those of kornia's `RandomResizedCrop` (by resampling),
     `RandomHorizontalFlip`, `ColorJitter` with a random order a batch, `RandomGrayscale` and
-    `RandomGaussianBlur`; with the same parameters the views are the same. All draws follow
-    torch's global generator, on the host, and are the same on every device. For two views of a
+    `RandomGaussianBlur`; with the same parameters the views are the same. All draws are
+    made on the host: a seed gives the same parameters on every device. For two views of a
     batch, pass it twice in a row and split the result, which is cheaper than two calls.
 
     Args:
@@ -110,36 +110,60 @@ class RandomView(nn.Module):
         # SimCLR's kernel spans a tenth of the image; it has to be odd.
         self.kernel = max(3, size // 10 // 2 * 2 + 1)
 
-    def draw(self, n: int, height: int, width: int) -> ViewParameters:
-        """Draw the parameters of n views of images (3, height, width)."""
+    def draw(
+        self, n: int, height: int, width: int, *, generator: torch.Generator | None = None
+    ) -> ViewParameters:
+        """Draw the parameters of n views of images (3, height, width).
+
+        Args:
+            n: Number of views.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+            generator: A CPU generator. Default: torch's global one.
+        """
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device="cpu")
+
         whole = torch.tensor([0, 0, width, height]).float().expand(n, 4)
-        boxes = random_boxes(n, height, width, self.min_scale) if self.crop else whole
+        boxes = (
+            random_boxes(n, height, width, self.min_scale, generator=generator)
+            if self.crop
+            else whole
+        )
         strengths = torch.tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]
         middle = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
         low = (middle - strengths).clamp_min(0)
         low[3] = -self.hue
-        factors = low + torch.rand(4, n) * (middle + strengths - low)
-        jittered = torch.rand(n) < _JITTERED
+        factors = low + uniform(4, n) * (middle + strengths - low)
+        jittered = uniform(n) < _JITTERED
         low_sigma, high_sigma = _SIGMA
-        sigma = low_sigma + torch.rand(n) * (high_sigma - low_sigma)
+        sigma = low_sigma + uniform(n) * (high_sigma - low_sigma)
         return ViewParameters(
             boxes,
-            torch.rand(n) < 0.5,
+            uniform(n) < 0.5,
             torch.where(jittered, factors, middle),
-            tuple(torch.randperm(4).tolist()),
-            torch.rand(n) < self.grey,
-            torch.where(torch.rand(n) < self.blur, sigma, 0.0),
+            tuple(torch.randperm(4, generator=generator, device="cpu").tolist()),
+            uniform(n) < self.grey,
+            torch.where(uniform(n) < self.blur, sigma, 0.0),
         )
 
     @torch.no_grad()
-    def forward(self, images: Tensor, parameters: ViewParameters | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        parameters: ViewParameters | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Return a view of each uint8 image (N, 3, H, W): (N, 3, size, size) float32.
 
         Args:
             images: (N, 3, H, W) uint8.
             parameters: What `draw` returned, to make the same views again. Default: drawn anew.
+            generator: A CPU generator for the draws. Default: torch's global one.
         """
-        drawn = parameters or self.draw(len(images), *images.shape[-2:])
+        drawn = parameters or self.draw(len(images), *images.shape[-2:], generator=generator)
         x = self._cropped(images.float().mul_(1 / 255), drawn)
         x = self._jittered(x, drawn)
         if self.grey > 0:

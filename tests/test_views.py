@@ -191,3 +191,12 @@ def test_crops_are_left_as_they_are_where_none_is_asked_for() -> None:
     made = RandomView(40, jitter=0, hue=0, grey=0, crop=False)(images, plain(6, 40, 40))
     torch.testing.assert_close(made, normalize(images), atol=1e-5, rtol=0)
     assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_generator_decides_the_view_and_leaves_the_global_one_alone() -> None:
+    view, images = RandomView(24, blur=0.5), photographs()
+    before = torch.get_rng_state()
+    made = [view(images, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert torch.equal(before, torch.get_rng_state())

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixmask._seeds import fold_seed
+from mixmask._seeds import fold_seed, step_generator
 from mixmask.trainers.config import RunConfig, save_config
 from mixmask.trainers.data import Images
 from mixmask.trainers.parts import Term, build_mixtures
@@ -151,12 +151,12 @@ def _train_epoch(
         # CUDA graphs may reuse what they hold of the step before, and nothing of this one.
         torch.compiler.cudagraph_mark_step_begin()
 
-        # Views draw from torch's global generator, masks and partners from one of their own.
-        torch.manual_seed(fold_seed(config.seed, rank, run.step, "views"))
-        views = run.view(batch).chunk(_crops(config, run.step))
+        # All that the step draws comes from this generator; torch's global one serves networks
+        # that draw for themselves (dropout, stochastic depth).
+        generator = step_generator(config.seed, rank, run.step)
+        torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
+        views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
         mix = _is_mixed(config, run.step)
-        seed = fold_seed(config.seed, rank, run.step, "mixing")
-        generator = torch.Generator().manual_seed(seed)
         parts = config.accumulate
         for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
             terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
@@ -260,9 +260,8 @@ def first_views(config: RunConfig, images: Images, count: int = 8) -> Views:
     )
     with closing(reading):
         batch = next(reading)
-    torch.manual_seed(seed)
-    x_q, x_k = random_view(config, images)(batch).chunk(2)
     generator = torch.Generator().manual_seed(seed)
+    x_q, x_k = random_view(config, images)(batch, generator=generator).chunk(2)
     mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
     return Views(x_q, mixed, x_k)
 
@@ -284,8 +283,7 @@ def learning_rate(config: RunConfig, done: float) -> float:
 
 
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(fold_seed(seed, "order", epoch))
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=step_generator(seed, "order", epoch))
 
 
 def _autocast(accelerator: Accelerator, terms: Iterator[Term]) -> Iterator[Term]:
