@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from views import torchvision_view
 
-from mixmask.trainers.data import load_data
+from mixmask.data.sets import load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.run import random_view

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from mixmask.trainers.data import FolderImages
-from mixmask.trainers.folders import Files, list_folder
-from mixmask.trainers.stream import Draw, Stream
-from mixmask.views import MEAN, STD, RandomView
+from mixmask.data.folders import Files, list_folder
+from mixmask.data.sets import FolderImages
+from mixmask.data.stream import Draw, Stream
+from mixmask.data.views import MEAN, STD, RandomView
 
 _WORKERS = 2
 # MoCo v2's views, on both sides.
@@ -153,7 +153,7 @@ def main() -> None:
         for given in options.folders:
             folder, _, size = given.rpartition(":") if ":" in given else (given, "", "224")
             if folder == "clothing64":
-                with as_file(files("mixmask.datasets") / "clothing64.zip") as path:
+                with as_file(files("mixmask.data.clothing") / "clothing64.zip") as path:
                     ZipFile(path).extractall(scratch)
                 folder = f"{scratch}/clothing64"
             found = list_folder(Path(folder)).train.files

@@ -19,9 +19,9 @@ import torch
 from common import ROOT, circumstances, write_json
 from torch import nn
 
+from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 from mixmask.trainers.config import RunConfig
-from mixmask.trainers.data import load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
 

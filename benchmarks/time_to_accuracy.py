@@ -29,9 +29,9 @@ from common import ROOT, circumstances, slug, write_json
 from PIL import Image
 from torch import Tensor, nn
 
+from mixmask.data.sets import ImageData, Split, load_data
 from mixmask.evaluation import extract_features, knn_accuracy
 from mixmask.trainers.config import PRESETS
-from mixmask.trainers.data import ImageData, Split, load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import make_config
 

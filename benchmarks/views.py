@@ -20,10 +20,10 @@ from peers import Setting, TrainerStep
 from torch import Tensor, nn
 from torchvision import transforms as T
 
+from mixmask.data.views import MEAN, STD, RandomView, ViewParameters, luma
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.run import random_view
-from mixmask.views import MEAN, STD, RandomView, ViewParameters, luma
 
 _JITTERED, _SIGMA = 0.8, (0.1, 2.0)
 

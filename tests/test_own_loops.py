@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mixmask
 from mixmask import MixedBatch, losses
-from mixmask.trainers.data import load_data
+from mixmask.data.sets import load_data
 
 N, C, K, TAU = 8, 16, 32, 0.2
 MASKS = mixmask.BlockMaskGenerator(grid_size=4, ratio=0.4)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixmask.trainers.data import ImageData, Images
+    from mixmask.data.sets import ImageData, Images
 
 
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:

@@ -13,7 +13,7 @@ from mixmask.cli._console import labelled_splits
 if TYPE_CHECKING:
     from torch import nn
 
-    from mixmask.trainers.data import ImageData, Images
+    from mixmask.data.sets import ImageData, Images
 
 # Of a folder that stays on disk, a monitor takes no more images: to read all of ImageNet lasts as
 # long as an epoch.

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmask._files import write_text
 from mixmask.cli._console import say
 from mixmask.cli._training import accuracy_monitor, set_threads
 from mixmask.cli.pretrain import add_option
+from mixmask.runs.folder import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mixmask.trainers.ablation import Cell, Line, Outcome, Plan
-    from mixmask.trainers.data import ImageData
+    from mixmask.data.sets import ImageData
+    from mixmask.trainers.studies import Cell, Line, Outcome, Plan
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (
@@ -31,8 +31,8 @@ _PASSED_ON = (
 
 def ablate(study: str, out: Path | None, seeds: int, threads: int | None, **given: Any) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
-    from mixmask.trainers.ablation import plan_runs, read_finished
-    from mixmask.trainers.data import load_data
+    from mixmask.data.sets import load_data
+    from mixmask.trainers.studies import plan_runs, read_finished
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
@@ -67,7 +67,7 @@ def ablate(study: str, out: Path | None, seeds: int, threads: int | None, **give
 
 
 def _carry_out(plan: Plan, data: ImageData, monitor: Any) -> Outcome:
-    from mixmask.trainers.ablation import carry_out
+    from mixmask.trainers.studies import carry_out
 
     return carry_out(plan, data.train.images, monitor)
 
@@ -103,7 +103,7 @@ def _run_all(
 
 def _cells(study: str, given: dict[str, Any]) -> list[Cell]:
     """Lay out the study, refusing options of the other one."""
-    from mixmask.trainers.ablation import budget_cells, mask_cells
+    from mixmask.trainers.studies import budget_cells, mask_cells
 
     own = {"masks": ("grid_sizes", "ratios"), "budgets": ("budgets", "baseline_lr")}
     for other, names in own.items():
@@ -142,15 +142,15 @@ class _Report:
         return f"{config.method} + mixmask on {config.data}, {arch}, {config.epochs} epochs"
 
     def markdown(self, outcomes: dict[Plan, Outcome]) -> str:
-        from mixmask.trainers.ablation import collect, markdown
+        from mixmask.trainers.studies import collect, markdown
 
         assert self.data.test is not None
         lines = collect(self.cells, outcomes)
         return markdown(lines, title=self.title, test_images=len(self.data.test.images))
 
     def write(self, outcomes: dict[Plan, Outcome]) -> None:
-        from mixmask.trainers.ablation import collect, table_csv
-        from mixmask.visualize import save_figure
+        from mixmask.figures.masks import save_figure
+        from mixmask.trainers.studies import collect, table_csv
 
         lines = collect(self.cells, outcomes)
         write_text(self.out / f"{self.study}.md", self.markdown(outcomes))
@@ -159,9 +159,9 @@ class _Report:
             save_figure(self._figure(lines, outcomes), self.out / f"{self.study}.png")
 
     def _figure(self, lines: Sequence[Line], outcomes: dict[Plan, Outcome]) -> Figure:
-        from mixmask.trainers.ablation import MEASURES
-        from mixmask.trainers.records import describe_option
-        from mixmask.visualize_runs import figure_budgets, figure_factors
+        from mixmask.figures.runs import figure_budgets, figure_factors
+        from mixmask.runs.records import describe_option
+        from mixmask.trainers.studies import MEASURES
 
         panels: dict[str, Any] = {}
         if self.study == "budgets":
@@ -198,9 +198,9 @@ def _ratio(text: str) -> float | tuple[float, float]:
 
 def add_ablate(commands: Any) -> None:
     """Add `ablate`."""
-    from mixmask.trainers.ablation import BUDGET_METHODS
     from mixmask.trainers.config import RunConfig
     from mixmask.trainers.methods import METHODS
+    from mixmask.trainers.studies import BUDGET_METHODS
 
     parser = commands.add_parser(
         "ablate",

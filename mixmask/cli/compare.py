@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 from mixmask.cli._console import check_out, say
 
 if TYPE_CHECKING:
-    from mixmask.trainers.records import Group, Record
+    from mixmask.runs.records import Group, Record
 
 _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 
 
 def compare(runs: list[Path], out: Path, band: str) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
-    from mixmask.trainers.records import common_options, describe_option, group_seeds, read_record
-    from mixmask.visualize import save_figure
-    from mixmask.visualize_runs import figure_comparison
+    from mixmask.figures.masks import save_figure
+    from mixmask.figures.runs import figure_comparison
+    from mixmask.runs.records import common_options, describe_option, group_seeds, read_record
+    from mixmask.trainers.methods import option_defaults
 
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
     check_out(out)
-    records = [read_record(run) for run in runs]
+    records = [read_record(run, defaults=option_defaults) for run in runs]
     _check_data(records)
     groups = group_seeds(records)
     common = common_options(groups)
@@ -52,7 +53,7 @@ def _check_data(records: Sequence[Record]) -> None:
 
 def _table(groups: Sequence[Group]) -> list[str]:
     """Lay out the last accuracies: mean ± standard deviation over seeds."""
-    from mixmask.trainers.records import percent
+    from mixmask.runs.records import percent
 
     cells = [["run", "seeds", "epoch", "kNN, %", "linear, %"]]
     for group in groups:
@@ -72,7 +73,7 @@ def _table(groups: Sequence[Group]) -> list[str]:
 
 def _notes(groups: Sequence[Group]) -> list[str]:
     """Say what a reader of the table must know: ±, what else differs, what is missing."""
-    from mixmask.trainers.records import describe_option, unlabelled_differences
+    from mixmask.runs.records import describe_option, unlabelled_differences
 
     notes = []
     if any(len(group.records) > 1 for group in groups):
@@ -90,7 +91,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
 
 def add_compare(commands: Any) -> None:
     """Add `compare`."""
-    from mixmask.visualize_runs import BANDS
+    from mixmask.figures.runs import BANDS
 
     parser = commands.add_parser(
         "compare",

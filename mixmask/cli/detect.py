@@ -16,8 +16,8 @@ from mixmask.cli._console import say
 if TYPE_CHECKING:
     from torch import nn
 
-    from mixmask.evaluation.detection_config import DetectionConfig
-    from mixmask.evaluation.detection_data import DetectionData
+    from mixmask.detection.config import DetectionConfig
+    from mixmask.detection.data import DetectionData
 
 # What `pip install 'mixmask[detection]'` adds to the trainers' libraries.
 _LIBRARIES = ("pycocotools", "torchmetrics")
@@ -45,9 +45,9 @@ def detect(
 
 
 def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[str, Any]) -> None:
-    from mixmask.evaluation.detection import train_detector
-    from mixmask.evaluation.detection_config import DetectionConfig, load_config
-    from mixmask.evaluation.detection_data import load_detection
+    from mixmask.detection.config import DetectionConfig, load_config
+    from mixmask.detection.data import load_detection
+    from mixmask.detection.train import train_detector
 
     if resume is not None:
         if given or out is not None or run is not None:
@@ -87,7 +87,7 @@ def _backbone(
     """Return the backbone, the options with what it is, and what results say of it."""
     from mixmask._seeds import fold_seed
     from mixmask.backbones import build_backbone
-    from mixmask.evaluation.checkpoints import load_backbone
+    from mixmask.checkpoints.load import load_backbone
 
     if run is None:  # A run that goes on, whose checkpoint holds the weights.
         return build_backbone(config.arch, small_stem=config.small_stem), config, {}
@@ -132,8 +132,8 @@ def _draw(
     detector: nn.Module, data: DetectionData, folder: Path, *, masks: bool, count: int = 4
 ) -> None:
     """Draw the first test images with what is annotated and what is detected."""
-    from mixmask.evaluation.detection_metrics import predict
-    from mixmask.visualize import figure_detections, save_figure
+    from mixmask.detection.metrics import predict
+    from mixmask.figures.masks import figure_detections, save_figure
 
     test = data.test.with_masks() if masks else data.test
     images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
@@ -162,7 +162,7 @@ def _say_end(results: dict[str, Any], folder: Path, seconds: float) -> None:
 
 def add_detect(commands: Any) -> None:
     """Add `detect`, with an option for each field of its configuration."""
-    from mixmask.evaluation.detection_config import DetectionConfig
+    from mixmask.detection.config import DetectionConfig
 
     parser = commands.add_parser(
         "detect",

@@ -20,9 +20,9 @@ from mixmask import __version__
 from mixmask.cli._console import labelled_splits, say
 
 if TYPE_CHECKING:
+    from mixmask.checkpoints.load import Loaded
+    from mixmask.data.sets import Images
     from mixmask.evaluation import Accuracy
-    from mixmask.evaluation.checkpoints import Loaded
-    from mixmask.trainers.data import Images
 
 # A matrix of more classes would fill the JSON; the picture shows it all the same.
 _MATRIX_CLASSES = 100
@@ -252,8 +252,8 @@ def _prepare(
     device: str | None,
 ) -> _Job:
     """Load the backbone and the labelled data, which are the run's own by default."""
-    from mixmask.evaluation.checkpoints import load_backbone
-    from mixmask.trainers.data import load_data
+    from mixmask.checkpoints.load import load_backbone
+    from mixmask.data.sets import load_data
 
     where = _device(device)
     loaded = load_backbone(run, arch=arch, small_stem=small_stem)
@@ -333,7 +333,7 @@ def _write(
     results: dict[str, Any], measured: Accuracy, classes: tuple[str, ...], path: Path
 ) -> Path:
     """Write results and picture to temporary names, and rename them when both are whole."""
-    from mixmask.visualize import figure_confusion, save_figure
+    from mixmask.figures.masks import figure_confusion, save_figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = path.with_suffix(".png")

@@ -13,8 +13,8 @@ def export(
     run: Path, to: str, out: Path, arch: str | None, small_stem: bool | None, force: bool
 ) -> None:
     """Write a run's or a checkpoint's backbone in the format of another library."""
-    from mixmask.evaluation.checkpoints import load_backbone
-    from mixmask.evaluation.export import export_backbone
+    from mixmask.checkpoints.export import export_backbone
+    from mixmask.checkpoints.load import load_backbone
 
     loaded = load_backbone(run, arch=arch, small_stem=small_stem)
     say(loaded.describe())
@@ -26,7 +26,7 @@ def export(
 
 def add_export(commands: Any) -> None:
     """Add `export`."""
-    from mixmask.evaluation.export import FORMATS
+    from mixmask.checkpoints.export import FORMATS
 
     parser = commands.add_parser(
         "export",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mixmask.cli._console import check_out, labelled_splits, say
 
 if TYPE_CHECKING:
-    from mixmask.evaluation.checkpoints import Loaded
-    from mixmask.trainers.data import Images
+    from mixmask.checkpoints.load import Loaded
+    from mixmask.data.sets import Images
 
 # More points hide each other, and t-SNE would take minutes.
 _MOST_POINTS = 5000
@@ -42,8 +42,8 @@ def draw_map(
 ) -> None:
     """Draw the test split's features in two dimensions, a panel a run."""
     from mixmask.evaluation.neighbours import project
-    from mixmask.visualize import save_figure
-    from mixmask.visualize_features import figure_map
+    from mixmask.figures.features import figure_map
+    from mixmask.figures.masks import save_figure
 
     check_out(out)
     loaded, images = _load(runs, **source)
@@ -66,8 +66,8 @@ def draw_map(
 def draw_neighbours(run: Path, out: Path, queries: int, k: int, seed: int, **source: Any) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
     from mixmask.evaluation.neighbours import nearest_neighbours
-    from mixmask.visualize import save_figure
-    from mixmask.visualize_features import figure_neighbours
+    from mixmask.figures.features import figure_neighbours
+    from mixmask.figures.masks import save_figure
 
     check_out(out)
     (loaded,), images = _load([run], **source)
@@ -132,7 +132,7 @@ def _load(
     image_size: int | None,
 ) -> tuple[list[Loaded], _Images]:
     """Load backbones and the data that they were trained on, or that is asked for."""
-    from mixmask.evaluation.checkpoints import load_backbone
+    from mixmask.checkpoints.load import load_backbone
 
     loaded = [load_backbone(run, arch=arch, small_stem=small_stem) for run in runs]
     names = {str(name) for each in loaded if (name := data or each.config.get("data"))}
@@ -144,7 +144,7 @@ def _load(
 
 
 def _load_images(name: str, image_size: int) -> _Images:
-    from mixmask.trainers.data import load_data
+    from mixmask.data.sets import load_data
 
     data = load_data(name, image_size)
     if data.labelled:

@@ -15,8 +15,8 @@ from mixmask.cli._console import say
 from mixmask.cli._training import MEASURED, accuracy_monitor, set_threads
 
 if TYPE_CHECKING:
+    from mixmask.data.sets import ImageData
     from mixmask.trainers.config import RunConfig
-    from mixmask.trainers.data import ImageData
 
 # Share of an epoch's time.
 _MUCH_WAITING = 0.1
@@ -27,10 +27,10 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-    from mixmask.trainers.data import load_data
+    from mixmask.data.sets import load_data
+    from mixmask.figures.masks import figure_curves, figure_views, save_figure
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
-    from mixmask.visualize import figure_curves, figure_views, save_figure
 
     set_threads(threads)
     if resume is not None:

@@ -1,8 +1,6 @@
 """How good a representation is: neighbours, linear probes, fine-tuning."""
 
-from mixmask.evaluation.checkpoints import Loaded, load_backbone
 from mixmask.evaluation.classifier import Training
-from mixmask.evaluation.export import export_backbone
 from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.finetune import (
     balanced_subset,
@@ -16,10 +14,8 @@ from mixmask.evaluation.metrics import Accuracy, measure_accuracy
 
 __all__ = [
     "Accuracy",
-    "Loaded",
     "Training",
     "balanced_subset",
-    "export_backbone",
     "extract_features",
     "finetune_scores",
     "knn_accuracy",
@@ -28,6 +24,5 @@ __all__ = [
     "linear_scores",
     "linear_sgd_scores",
     "listed_subset",
-    "load_backbone",
     "measure_accuracy",
 ]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask.data.views import MEAN, STD, normalize
 from mixmask.evaluation.features import Images
 from mixmask.evaluation.metrics import count_classes
-from mixmask.views import MEAN, STD, normalize
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mixmask.views import normalize
+from mixmask.data.views import normalize
 
 
 class Images(Protocol):

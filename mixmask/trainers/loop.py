@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
+from mixmask.data.resources import memory_gib
+from mixmask.data.sets import Images
+from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.trainers.config import RunConfig, save_config
-from mixmask.trainers.data import Images
 from mixmask.trainers.parts import Term, build_mixtures
-from mixmask.trainers.resources import memory_gib
 from mixmask.trainers.run import Meter, Row, Run, random_view
-from mixmask.trainers.stream import Batches, Draw, read_batches
 
 # Embeddings that are this little spread out are one point, and no loss brings them apart again.
 _COLLAPSED = 0.02

@@ -21,14 +21,14 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mixmask._seeds import fold_seed
+from mixmask.data.jpegs import check_decoder
+from mixmask.data.resources import choose_workers
+from mixmask.data.sets import FolderImages, Images
+from mixmask.data.stream import part_bytes
+from mixmask.data.views import RandomView
 from mixmask.trainers.config import RunConfig
-from mixmask.trainers.data import FolderImages, Images
-from mixmask.trainers.jpegs import check_decoder
 from mixmask.trainers.methods import build_method
 from mixmask.trainers.parts import Term, build_optimizer, compile_backbones
-from mixmask.trainers.resources import choose_workers
-from mixmask.trainers.stream import part_bytes
-from mixmask.views import RandomView
 
 Row = dict[str, float]
 

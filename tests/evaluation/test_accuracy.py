@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
+from mixmask.data.sets import load_data
 from mixmask.evaluation import (
     extract_features,
     knn_accuracy,
@@ -23,7 +24,6 @@ from mixmask.evaluation import (
 )
 from mixmask.evaluation import knn as knn_module
 from mixmask.evaluation.linear import PENALTIES
-from mixmask.trainers.data import load_data
 
 
 def clusters(n: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:

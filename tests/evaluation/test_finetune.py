@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
+from mixmask.data.sets import load_data
 from mixmask.evaluation import (
     Training,
     balanced_subset,
@@ -22,7 +23,6 @@ from mixmask.evaluation import (
     measure_accuracy,
 )
 from mixmask.evaluation.classifier import _centre, cosine, steps_of_moco
-from mixmask.trainers.data import load_data
 
 SHORT = Training(epochs=2, batch_size=8, image_size=16)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import BlockMaskGenerator, mix_batch
-from mixmask.datasets import clothing64
+from mixmask.data.clothing import clothing64
 
 pytest.importorskip(
     "lightly", reason="lightly is not installed; pip install 'mixmask[lightly]' for these tests"

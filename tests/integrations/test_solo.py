@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from mixmask import MixMask
-from mixmask.datasets import clothing64
+from mixmask.data.clothing import clothing64
 from mixmask.integrations import solo as integration
 
 N, CLASSES = 6, 10

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import build_tiny, gradients, note_mixes, run, seeded, tiny_config, tiny_images
 from torch import Tensor
 
-from mixmask.trainers.byol import BYOL
 from mixmask.trainers.methods import make_config
+from mixmask.trainers.methods.byol import BYOL
 
 
 def build(**options: Any) -> tuple[BYOL, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from mixmask import cli
 from mixmask.trainers.config import PRESETS, RunConfig, save_config
 from mixmask.trainers.loop import learning_rate
 from mixmask.trainers.methods import METHODS, load_config, make_config
-from mixmask.trainers.moco import MoCoConfig
+from mixmask.trainers.methods.moco import MoCoConfig
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

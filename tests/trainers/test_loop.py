@@ -12,7 +12,7 @@ from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_config, ti
 from torch import Tensor
 
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.moco import MoCo
+from mixmask.trainers.methods.moco import MoCo
 
 TINY: dict[str, Any] = {"epochs": 3, "batch_size": 8, "queue_size": 29, "dim": 16, "image_size": 16}
 

@@ -11,7 +11,7 @@ from tiny_runs import build_tiny, note_mixes, seeded
 from torch import Tensor
 
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.moco import MoCo, MoCoConfig
+from mixmask.trainers.methods.moco import MoCo, MoCoConfig
 
 TINY: dict[str, Any] = {"batch_size": 8, "queue_size": 13, "dim": 16, "epochs": 2}
 

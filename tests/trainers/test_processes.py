@@ -28,8 +28,8 @@ from mixmask import MixedBatch, mix_batch
 from mixmask._distributed import average
 from mixmask.trainers import loop
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.moco import MoCo
-from mixmask.trainers.simsiam import SimSiam
+from mixmask.trainers.methods.moco import MoCo
+from mixmask.trainers.methods.simsiam import SimSiam
 
 pytestmark = pytest.mark.slow
 

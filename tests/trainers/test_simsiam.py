@@ -15,7 +15,7 @@ from mixmask import MixedBatch
 from mixmask.trainers import parts
 from mixmask.trainers import run as run_module
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.simsiam import SimSiam
+from mixmask.trainers.methods.simsiam import SimSiam
 
 
 def formula(

@@ -22,7 +22,7 @@ from tiny_runs import (
 from torch import Tensor
 
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.swav import SwAV
+from mixmask.trainers.methods.swav import SwAV
 
 
 def paper_codes(scores: Tensor, epsilon: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Object detection on a pretrained backbone: Faster R-CNN and Mask R-CNN."""

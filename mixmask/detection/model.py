@@ -1,0 +1,291 @@
+"""torchvision's Faster R-CNN and Mask R-CNN on a backbone of timm's."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
+
+from mixmask._checks import check_choice
+from mixmask.data.views import MEAN, STD
+from mixmask.detection.config import BATCH_NORMS, MODELS, NECKS
+
+# The size that anchors and levels of the published recipes are made for, shorter by longer side.
+_PUBLISHED_SIZE, _PUBLISHED_LONGEST = 800, 1333
+_ANCHORS = (32, 64, 128, 256, 512)
+_RATIOS = (0.5, 1.0, 2.0)
+
+
+def build_detector(
+    backbone: nn.Module,
+    classes: int,
+    *,
+    model: str = "faster-rcnn",
+    neck: str = "c4",
+    batch_norm: str = "train",
+    size: int = 800,
+    min_scale: float = 0.6,
+    rois: int = 512,
+    proposals: int = 1000,
+) -> nn.Module:
+    """Build a detector around a backbone, whose modules it takes over.
+
+    C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage (stride
+    16 behind the usual stem, less behind those for small images), and the last stage is the head
+    of each region, followed by one more batch norm; masks share that head. FPN makes a pyramid of
+    the last four stages, as wide as the last one and at most 256, with a batch norm after each
+    of its convolutions. Anchors and the assignment of regions to levels are those published for
+    800 pixels, in proportion.
+
+    Batch norm "train" tunes scales, shifts and statistics of all layers, as MoCo does, because
+    features of self-supervised backbones are scaled unlike those that detectors are made for.
+    Its statistics cover positions as well as images, so that a batch of 4 images is enough even
+    at 160 pixels; that is why it is the default. "frozen" keeps the backbone's statistics,
+    scales and shifts and puts no norms into the new layers, as older recipes do: for batches of
+    1 or 2 images, and only for a trained backbone, since an untrained one has no statistics yet.
+
+    Args:
+        backbone: A model of timm's without a classifier; C4 needs a ResNet.
+        classes: Number of classes without the background.
+        model: "faster-rcnn" for boxes, "mask-rcnn" for masks too.
+        neck: "c4" or "fpn".
+        batch_norm: "train" or "frozen".
+        size: Shorter side of a test image, in pixels; the longer one is at most 5/3 of it.
+        min_scale: Smallest shorter side of a training image, as a share of `size`.
+        rois: Regions an image that the head learns from in a step.
+        proposals: Regions an image that are proposed in a test, twice as many in training.
+
+    Returns:
+        torchvision's detector: images in a list, (3, H, W) within 0 ... 1, and targets.
+
+    Raises:
+        ValueError: If an option is out of its range, or the backbone has not the stages.
+
+    Source:
+        He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", section
+        4.2; Ren et al., "Faster R-CNN"; Lin et al., "Feature Pyramid Networks".
+
+    Example:
+        >>> from mixmask.backbones import build_backbone
+        >>> detector = build_detector(build_backbone("narrow"), 2, size=64, proposals=50).eval()
+        >>> sorted(detector([torch.rand(3, 64, 80)])[0])
+        ['boxes', 'labels', 'scores']
+    """
+    check_choice("--model", model, MODELS)
+    check_choice("--neck", neck, NECKS)
+    check_choice("--batch-norm", batch_norm, BATCH_NORMS)
+    channels, strides = _stages(backbone)
+    tuned = batch_norm == "train"
+    if neck == "c4":
+        parts = _c4_parts(backbone, channels[-2:], strides[-2], classes, size, model, tuned)
+    else:
+        parts = _fpn_parts(backbone, channels, strides, classes, size, model, tuned)
+    # All of C4's boxes come from one stage, so it ranks more of them than a level of a pyramid.
+    ranked = (12 * proposals, 6 * proposals) if neck == "c4" else (2 * proposals, proposals)
+    parts["rpn_pre_nms_top_n_train"], parts["rpn_pre_nms_top_n_test"] = ranked
+    parts["rpn_post_nms_top_n_train"] = 2 * proposals
+    parts["rpn_post_nms_top_n_test"] = proposals
+    parts["box_batch_size_per_image"] = rois
+    detector: nn.Module = (MaskRCNN if model == "mask-rcnn" else FasterRCNN)(
+        min_size=_train_sizes(size, min_scale),
+        max_size=round(size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        size_divisible=max(strides),
+        **parts,
+    )
+    if not tuned:
+        for norm in batch_norms(detector):
+            norm.requires_grad_(False)
+    return detector
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    """Yield the batch norms of a module."""
+    return (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def train_mode(detector: nn.Module) -> None:
+    """Set training mode, but for frozen batch norms, which keep their statistics."""
+    detector.train()
+    for norm in batch_norms(detector):
+        if not norm.weight.requires_grad:
+            norm.eval()
+
+
+def _train_sizes(size: int, min_scale: float) -> tuple[int, ...]:
+    """Return eleven shorter sides, of which a step draws one; a test takes the last."""
+    return tuple(round(size * (min_scale + (1 - min_scale) * i / 10)) for i in range(11))
+
+
+@torch.no_grad()
+def _stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
+    """Measure the channels and strides of the last four stages on a blank image.
+
+    What timm declares is of no use here: a stem without pooling halves the strides.
+    """
+    side = 64
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        maps = _intermediates(backbone, torch.zeros(1, 3, side, side))
+    except (AttributeError, AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"detection needs a backbone with four stages, such as a ResNet, got "
+            f"{type(backbone).__name__} ({error})"
+        ) from None
+    finally:
+        backbone.train(was_training)
+    strides = [side // features.shape[-1] for features in maps]
+    if len(maps) != 4 or any(2 * low != high for low, high in pairwise(strides)):
+        raise ValueError(
+            f"detection needs four stages that each halve the image, such as a ResNet's; "
+            f"{type(backbone).__name__} has strides {strides}"
+        )
+    return [features.shape[1] for features in maps], strides
+
+
+def _intermediates(backbone: Any, images: Tensor) -> list[Tensor]:
+    maps: list[Tensor] = backbone.forward_intermediates(images, indices=4, intermediates_only=True)
+    return maps
+
+
+def _anchors(sizes: list[tuple[int, ...]], size: int) -> AnchorGenerator:
+    share = size / _PUBLISHED_SIZE
+    scaled = tuple(tuple(max(1, round(share * anchor)) for anchor in level) for level in sizes)
+    return AnchorGenerator(scaled, (_RATIOS,) * len(scaled))
+
+
+def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign:
+    """Build region pooling for levels of known strides.
+
+    torchvision would guess them from the sizes of the first batch, wrongly where padding is a
+    large part of a small image.
+    """
+    names = [str(i) for i in range(len(strides))]
+    pool = MultiScaleRoIAlign(names, output_size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
+    levels = [int(math.log2(stride)) for stride in strides]
+    # Regions of 224 pixels at a size of 800 belong to the third of four levels.
+    canonical_size = max(1, round(224 * size / _PUBLISHED_SIZE))
+    canonical_level = levels[min(2, len(levels) - 1)]
+    pool.map_levels = initLevelMapper(levels[0], levels[-1], canonical_size, canonical_level)
+    return pool
+
+
+class _C4(nn.Module):
+    """The stem and first three stages of a ResNet."""
+
+    def __init__(self, backbone: Any, out_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool)
+        self.stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.stages(self.stem(images))
+        return features
+
+
+class _Res5(nn.Module):
+    """The last stage on regions (n, C, 14, 14) -> (n, C', 7, 7), and MoCo's extra norm."""
+
+    def __init__(self, stage: nn.Module, out_channels: int, norm: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.out_channels = out_channels
+
+    def forward(self, regions: Tensor) -> Tensor:
+        if len(regions) == 0:  # No mask to learn in this step, and batch norm takes no empty batch.
+            side = regions.shape[-1] // 2
+            return regions.new_zeros(0, self.out_channels, side, side)
+        features: Tensor = self.norm(self.stage(regions))
+        return features
+
+
+def _c4_parts(
+    backbone: Any,
+    channels: list[int],
+    stride: int,
+    classes: int,
+    size: int,
+    model: str,
+    norm: bool,
+) -> dict[str, Any]:
+    names = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    if not all(hasattr(backbone, name) for name in names):
+        raise ValueError(f"--neck c4 needs a ResNet, got {type(backbone).__name__}; use --neck fpn")
+    inner, outer = channels
+    res5 = _Res5(backbone.layer4, outer, norm)
+    parts: dict[str, Any] = {
+        "backbone": _C4(backbone, inner),
+        "rpn_anchor_generator": _anchors([_ANCHORS], size),
+        "box_roi_pool": _pool([stride], size, 14),
+        "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "box_predictor": FastRCNNPredictor(outer, classes + 1),
+    }
+    if model == "mask-rcnn":
+        parts["mask_roi_pool"] = _pool([stride], size, 14)
+        parts["mask_head"] = res5
+        parts["mask_predictor"] = MaskRCNNPredictor(outer, min(256, outer), classes + 1)
+    return parts
+
+
+class _Pyramid(nn.Module):
+    """A feature pyramid over the last four stages, and a pooled fifth level for large anchors."""
+
+    def __init__(self, backbone: nn.Module, channels: list[int], width: int, norm: bool) -> None:
+        super().__init__()
+        self.body = backbone
+        self.fpn = FeaturePyramidNetwork(
+            channels,
+            width,
+            extra_blocks=LastLevelMaxPool(),
+            norm_layer=nn.BatchNorm2d if norm else None,
+        )
+        self.out_channels = width
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps = _intermediates(self.body, images)
+        levels: OrderedDict[str, Tensor] = self.fpn(
+            OrderedDict((str(i), features) for i, features in enumerate(maps))
+        )
+        return levels
+
+
+def _fpn_parts(
+    backbone: nn.Module,
+    channels: list[int],
+    strides: list[int],
+    classes: int,
+    size: int,
+    model: str,
+    norm: bool,
+) -> dict[str, Any]:
+    width = min(256, channels[-1])
+    hidden = 4 * width
+    parts: dict[str, Any] = {
+        "backbone": _Pyramid(backbone, channels, width, norm),
+        "rpn_anchor_generator": _anchors([(anchor,) for anchor in _ANCHORS], size),
+        "box_roi_pool": _pool(strides, size, 7),
+        "box_head": TwoMLPHead(width * 7**2, hidden),
+        "box_predictor": FastRCNNPredictor(hidden, classes + 1),
+    }
+    if model == "mask-rcnn":
+        parts["mask_roi_pool"] = _pool(strides, size, 14)
+        parts["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
+        parts["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
+    return parts

@@ -1,0 +1,1 @@
+"""Figures of masks, runs, features and detections."""

@@ -1,0 +1,1 @@
+"""Run folders: what is written into them, and what is read back."""

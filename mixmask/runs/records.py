@@ -1,0 +1,216 @@
+"""What runs have left behind: read back, grouped by their options, averaged over seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, float]
+
+# What changes nothing about a run but its speed, its memory or where it is watched.
+_SETTING = (
+    "stream", "workers", "decode", "monitor", "tracker", "compile", "compile_mode", "checkpointing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: The run folder.
+        config: What `config.json` holds.
+        rows: The rows of `metrics.csv`, each without the columns that were not measured.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed alone.
+
+    Attributes:
+        label: What tells them from the other groups.
+        records: Ordered by seed.
+    """
+
+    label: str
+    records: tuple[Record, ...]
+
+    def points(self, column: str) -> dict[int, list[float]]:
+        """Return epoch -> one value a run, for the epochs at which all runs have the column."""
+        measured = [
+            {int(row["epoch"]): row[column] for row in record.rows if column in row}
+            for record in self.records
+        ]
+        shared = [epoch for epoch in measured[0] if all(epoch in one for one in measured)]
+        return {epoch: [one[epoch] for one in measured] for epoch in shared}
+
+    def last(self, column: str) -> tuple[int, list[float]] | None:
+        """Return the last epoch of training at which all runs have the column, and its values."""
+        trained = {epoch: values for epoch, values in self.points(column).items() if epoch > 0}
+        return max(trained.items()) if trained else None
+
+
+def read_record(path: Path, *, defaults: Callable[[str], dict[str, Any]] = lambda _: {}) -> Record:
+    """Read a run's options and metrics.
+
+    Args:
+        path: A run folder, or a checkpoint file in it.
+        defaults: Returns a method's options for what an older run does not say.
+
+    Raises:
+        ValueError: If it is no run, or has measured nothing yet.
+    """
+    folder = path.parent if path.is_file() else path
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["mix"], config["data"], config["seed"]
+        # A run of an older version has what newer options leave as it was.
+        config = defaults(config["method"]) | config
+        rows = read_rows(folder / "metrics.csv")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no run ({type(error).__name__}: {error}); "
+            "pass a folder that mixmask pretrain made"
+        ) from error
+    if not rows:
+        raise ValueError(f"{path} has no epoch yet; train it further with pretrain --resume")
+    return Record(folder, config, rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a `metrics.csv`, each without its empty columns."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: float(text) for name, text in row.items() if text}
+            for row in csv.DictReader(file)
+        ]
+
+
+def group_seeds(records: Sequence[Record]) -> list[Group]:
+    """Group runs that differ in the seed alone, in the order given.
+
+    Raises:
+        ValueError: If a run is there twice, by its folder or by its options.
+    """
+    found: dict[str, dict[int, Record]] = {}
+    for record in records:
+        key = json.dumps(_without_seed(record.config), sort_keys=True)
+        seeds = found.setdefault(key, {})
+        seed = record.config["seed"]
+        if seed in seeds:
+            raise ValueError(
+                f"{seeds[seed].folder} and {record.folder} have the same options and the same "
+                f"seed, {seed}, so they are one run; leave one of them out"
+            )
+        seeds[seed] = record
+    groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in found.values()]
+    labels = _labels([group[0].config for group in groups])
+    if len(set(labels)) < len(labels):  # Options that only one version of the package knows.
+        labels = [f"{label} ({g[0].folder.name})" for label, g in zip(labels, groups, strict=True)]
+    return [Group(label, group) for label, group in zip(labels, groups, strict=True)]
+
+
+def common_options(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return the options that all groups have alike."""
+    configs = [_without_seed(group.records[0].config) for group in groups]
+    first = configs[0]
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in config and config[name] == value for config in configs)
+    }
+
+
+def unlabelled_differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Return the options that differ and that no label names: option -> one value a group."""
+    configs = [_without_seed(group.records[0].config) for group in groups]
+    named, common = _telling(configs), common_options(groups)
+    names = dict.fromkeys(name for config in configs for name in config)
+    return {
+        name: [config.get(name) for config in configs]
+        for name in names
+        if name not in common and name not in named
+    }
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and, for two values or more, the sample standard deviation.
+
+    Example:
+        >>> mean_sd([1.0, 2.0, 3.0])
+        (2.0, 1.0)
+        >>> mean_sd([1.0])
+        (1.0, None)
+    """
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def percent(values: Sequence[float]) -> str:
+    """Write accuracies, 0 ... 1, as their mean in percent, with ± sd for two or more.
+
+    Example:
+        >>> percent([0.5]), percent([0.4, 0.5, 0.6]), percent([])
+        ('50.0', '50.0 ± 10.0', '–')
+    """
+    if not values:
+        return "–"
+    mean, sd = mean_sd(values)
+    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that tell runs apart: where and how they ran does not."""
+    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
+
+
+def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Choose options that tell the configurations apart: method and mixture first, few of them."""
+    names = [
+        "method",
+        "mix",
+        *(name for name in configs[0] if name not in ("method", "mix", "seed")),
+    ]
+    chosen: list[str] = []
+    told = 1
+    for name in names:
+        if all(name in config for config in configs):
+            count = len({_values(config, [*chosen, name]) for config in configs})
+            if count > told:
+                chosen, told = [*chosen, name], count
+    return chosen
+
+
+def _values(config: dict[str, Any], names: Sequence[str]) -> str:
+    return json.dumps([config[name] for name in names])
+
+
+def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
+    names = _telling(configs) or ["method", "mix"]
+    return [", ".join(describe_option(name, config[name]) for name in names) for config in configs]
+
+
+def describe_option(name: str, value: Any) -> str:
+    """Write an option and its value for a label.
+
+    Example:
+        >>> describe_option("grid_size", 4), describe_option("mix", "none")
+        ('grid size 4', 'no mixing')
+    """
+    if name in ("method", "mix"):
+        return "no mixing" if value == "none" else str(value)
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    if isinstance(value, list | tuple):
+        value = "–".join(f"{bound:g}" for bound in value)
+    return f"{words} {value}"

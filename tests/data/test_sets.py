@@ -1,0 +1,240 @@
+"""Reading the embedded photographs and folders of images."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import tiny_images
+
+from mixmask.data import sets as data_module
+from mixmask.data.sets import FolderImages, load_data, read_square
+
+
+def write_images(folder: Path, count: int, mode: str = "RGB", value: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.full((20, 30, 3), value + i, dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+
+def test_clothing64_is_whole() -> None:
+    loaded = load_data("clothing64", 32)
+    assert isinstance(loaded.train.images, torch.Tensor)
+    assert loaded.train.images.shape == (3409, 3, 64, 64)
+    assert loaded.train.images.dtype == torch.uint8
+    assert loaded.test is not None
+    assert loaded.test.images.shape == (372, 3, 64, 64)
+    assert loaded.labelled
+    assert loaded.test.labels is not None
+    counts = torch.bincount(loaded.test.labels, minlength=10)
+    assert dict(zip(loaded.classes, counts.tolist(), strict=True))["shoes"] == 73
+
+
+def test_folder_with_splits_and_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cat", 3, value=10)
+    write_images(tmp_path / "train" / "dog", 2, mode="L", value=50)
+    write_images(tmp_path / "val" / "dog", 2)
+    loaded = load_data(str(tmp_path), 14)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.train.images.shape == (5, 3, 16, 16)
+    assert loaded.train.labels is not None
+    assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert loaded.train.images[:, 0, 0, 0].tolist() == [10, 11, 12, 50, 51]
+    assert loaded.train.files == ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png")
+    assert loaded.labelled
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    loaded = load_data(str(tmp_path), 14)
+    assert len(loaded.train.images) == 4
+    assert loaded.train.labels is None
+    assert not loaded.labelled
+
+
+def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", 3)
+    (tmp_path / "cat" / "bad1.jpg").write_bytes(b"no image")
+    (tmp_path / "cat" / "bad2.jpg").write_bytes(b"")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_data(str(tmp_path), 14)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 2
+    assert "bad1.jpg" in messages[0]
+    assert messages[1].startswith("skipped 2 unreadable images")
+    assert len(loaded.train.images) == 3
+    assert loaded.train.labels is not None
+    assert len(loaded.train.labels) == 3
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_folder_with_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no images"):
+        load_data(str(tmp_path), 14)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 2 images in .* can be read"):
+        load_data(str(tmp_path), 14)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="--data must be a folder or one of clothing64, cifar10"):
+        load_data("imagenet-22k", 224)
+
+
+def test_folder_beyond_memory_stays_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 3)
+    needed = 3 * 3 * 16 * 16
+    monkeypatch.setattr(data_module, "MAX_BYTES", needed)
+    assert not load_data(str(tmp_path), 14).streamed
+    monkeypatch.setattr(data_module, "MAX_BYTES", needed - 1)
+    assert load_data(str(tmp_path), 14).streamed
+    assert not load_data(str(tmp_path), 14, stream="never").streamed
+    monkeypatch.setattr(data_module, "MAX_BYTES", needed)
+    monkeypatch.setattr(data_module, "free_bytes", lambda: 4 * needed - 1)
+    assert load_data(str(tmp_path), 14).streamed
+    monkeypatch.setattr(data_module, "free_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"GiB are free; leave out --stream never"):
+        load_data(str(tmp_path), 14, stream="never")
+
+
+def test_named_data_are_not_streamed() -> None:
+    with pytest.raises(ValueError, match="--stream always is for folders of images, got --data cl"):
+        load_data("clothing64", 32, stream="always")
+
+
+def test_images_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cat", 3, value=10)
+    write_images(tmp_path / "train" / "dog", 2, mode="L", value=50)
+    write_images(tmp_path / "test" / "dog", 2, mode="P")
+    memory, disk = (load_data(str(tmp_path), 14, stream=s) for s in ("never", "always"))
+    assert disk.labelled
+    assert disk.classes == memory.classes
+    assert memory.test is not None
+    assert disk.test is not None
+    for ours, theirs in ((disk.train, memory.train), (disk.test, memory.test)):
+        assert ours.labels is not None
+        assert theirs.labels is not None
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.images.shape == theirs.images.shape
+        assert torch.equal(ours.images[:], theirs.images[:])
+    images, whole = disk.train.images, memory.train.images
+    index = torch.tensor([4, 0])
+    assert torch.equal(images[index], whole[index])
+    assert torch.equal(images[1:3], whole[1:3])
+    assert torch.equal(images[-1], whole[-1])
+    table = torch.tensor([[0, 1, 2], [4, 4, 3]])
+    assert torch.equal(images[table], whole[table])
+    assert images[:0].shape == (0, 3, 16, 16)
+    with pytest.raises(IndexError):
+        images[5]
+    assert isinstance(images, FolderImages)
+    assert torch.equal(images.subset(index)[:], whole[index])
+
+
+def test_large_jpeg_is_decoded_smaller_to_the_same_square(tmp_path: Path) -> None:
+    file = tmp_path / "large.jpg"
+    photograph = tiny_images(1)[0].permute(1, 2, 0).numpy()
+    large = Image.fromarray(photograph).resize((800, 800), Image.Resampling.BICUBIC)
+    large.save(file, quality=95)
+    square = read_square(file, 64)
+    assert square is not None
+    whole = np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BICUBIC), np.float32)
+    assert np.abs(square - whole).mean() < 1
+
+
+def test_a_file_on_disk_that_cannot_be_read_is_named_and_replaced_in_its_place(
+    tmp_path: Path,
+) -> None:
+    for label, value in (("cat", 10), ("dog", 90)):
+        write_images(tmp_path / label, 12, value=value)
+    for number in range(11):
+        (tmp_path / "dog" / f"{number}.png").write_bytes(b"no image")
+    images = load_data(str(tmp_path), 14, stream="always").train.images
+    assert isinstance(images, FolderImages)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read = images[:]
+        images.warn_rest()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 3, messages
+    assert Path("dog", "0.png").as_posix() in messages[0]
+    assert messages[1].startswith("10 unreadable images")
+    assert messages[2].startswith("11 unreadable images")
+    # 11.png is the only whole one in dog, and the fourth by name; then the first of all follows.
+    assert read[12:, 0, 0, 0].tolist() == [101] * 4 + [10] * 8
+
+
+def test_views_much_larger_than_the_images(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    with pytest.warns(UserWarning, match="are about 20 px, and views of 41 px"):
+        load_data(str(tmp_path), 41)
+    load_data(str(tmp_path), 40)
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay tiny data sets out on disk as torchvision's downloads are, checksums aside."""
+    rng = np.random.default_rng(0)
+
+    def cifar(path: Path, count: int, key: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        data = rng.integers(256, size=(count, 3072), dtype=np.uint8)
+        path.write_bytes(pickle.dumps({"data": data, key: [i % 3 for i in range(count)]}))
+
+    names = ["cat", "dog", "owl"]
+    for file in ("train", "test"):
+        cifar(tmp_path / "cifar-100-python" / file, 6, "fine_labels")
+    meta = pickle.dumps({"fine_label_names": names})
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(meta)
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        cifar(tmp_path / "cifar-10-batches-py" / file, 2, "labels")
+    meta = pickle.dumps({"label_names": names})
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(meta)
+
+    stl = tmp_path / "stl10_binary"
+    stl.mkdir()
+    for file, count in (("train_X", 3), ("unlabeled_X", 4), ("test_X", 2)):
+        rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8).tofile(stl / f"{file}.bin")
+    np.array([1, 2, 3], dtype=np.uint8).tofile(stl / "train_y.bin")
+    np.array([3, 1], dtype=np.uint8).tofile(stl / "test_y.bin")
+    (stl / "class_names.txt").write_text("\n".join(names))
+    for module in ("cifar", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, train, test", [("cifar10", 10, 2), ("cifar100", 6, 6)])
+def test_cifar_from_torchvision(name: str, train: int, test: int, downloads: Path) -> None:
+    loaded = load_data(name, 32, root=downloads)
+    assert isinstance(loaded.train.images, torch.Tensor)
+    assert loaded.train.images.shape == (train, 3, 32, 32)
+    assert loaded.train.images.dtype == torch.uint8
+    assert loaded.test is not None
+    assert len(loaded.test.images) == test
+    assert loaded.classes == ("cat", "dog", "owl")
+    assert loaded.labelled
+
+
+def test_named_images_much_smaller_than_the_views(downloads: Path) -> None:
+    with pytest.warns(UserWarning, match="images of cifar10 are about 32 px, and views of 224 px"):
+        load_data("cifar10", 224, root=downloads)
+
+
+def test_stl10_from_torchvision_trains_on_unlabelled_images_too(downloads: Path) -> None:
+    loaded = load_data("stl10", 64, root=downloads)
+    assert loaded.train.images.shape == (7, 3, 96, 96)
+    assert loaded.train.labels is not None
+    assert loaded.train.labels.tolist() == [0, 1, 2, -1, -1, -1, -1]
+    assert loaded.test is not None
+    assert loaded.test.labels is not None
+    assert loaded.test.labels.tolist() == [2, 0]

@@ -1,0 +1,444 @@
+"""Batches that workers read from a folder: what is drawn, by whom, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing import active_children
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from tiny_runs import assert_same, interrupt_at, on_disk, read_rows, run, tiny_images
+
+from mixmask.data import crops, resources, stream
+from mixmask.data.crops import read_crops, start_worker
+from mixmask.data.resources import choose_workers
+from mixmask.data.sets import FolderImages, to_rgb
+from mixmask.data.stream import Draw, Stream
+from mixmask.data.views import random_boxes
+from mixmask.trainers import loop
+from mixmask.trainers.loop import first_views
+from mixmask.trainers.methods import make_config
+from mixmask.trainers.methods.moco import MoCo
+from mixmask.trainers.run import Run
+
+# Newer Pythons warn of what torch's loader does on Linux.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {"epochs": 2, "batch_size": 8, "queue_size": 29, "dim": 16, "image_size": 16}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return 24 photographs, larger and smaller, as JPEG and PNG."""
+    path = tmp_path / "photographs"
+    path.mkdir()
+    for i, image in enumerate(tiny_images(24)):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = picture.resize((60 + 2 * i, 80 - i), Image.Resampling.BICUBIC)
+        picture.convert("L" if i == 5 else "RGB").save(path / f"{i:02}.{'png' if i % 3 else 'jpg'}")
+    return path
+
+
+@pytest.fixture
+def images(folder: Path) -> FolderImages:
+    return on_disk(folder)
+
+
+def draws(count: int = 3) -> list[Draw]:
+    return [Draw(torch.randperm(24, generator=seeded(i))[:8], 2 + i % 2, i) for i in range(count)]
+
+
+def opened(images: FolderImages, workers: int, drawn: list[Draw] | None = None) -> Stream:
+    return Stream(images, drawn or draws(), size=16, min_scale=0.2, workers=workers, device=CPU)
+
+
+def read_all(images: FolderImages, workers: int, drawn: list[Draw] | None = None) -> list[Any]:
+    with closing(opened(images, workers, drawn)) as batches:
+        return list(batches)
+
+
+def configured(**options: Any) -> Any:
+    return make_config(**(TINY | {"data": "photographs", "recipe": "clothing64"} | options))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    yield
+    assert active_children() == []
+    assert all(thread.name != "read ahead" for thread in threading.enumerate())
+
+
+# Crops
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_crops_are_those_of_the_whole_image(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"photograph.{suffix}"
+    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((70, 60), Image.Resampling.BICUBIC).save(file)
+    crops = read_crops(file, 3, 40, min_scale=0.3, generator=seeded(4))
+    assert crops is not None
+    assert (crops.shape, crops.dtype) == ((3, 3, 40, 40), torch.uint8)
+    whole = TF.pil_to_tensor(Image.open(file))
+    boxes = random_boxes(3, 60, 70, 0.3, generator=seeded(4)).int().tolist()
+    for crop, (left, top, w, h) in zip(crops, boxes, strict=True):
+        expected = TF.resized_crop(whole, top, left, h, w, [40, 40], antialias=True)
+        assert (crop.float() - expected.float()).abs().mean() < 0.5
+    assert not torch.equal(crops[0], crops[1])
+
+
+def test_large_jpegs_are_decoded_smaller_with_the_same_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "large.jpg"
+    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((1201, 903), Image.Resampling.BICUBIC).save(file, quality=95)
+    sizes = []
+
+    def noting(image: Image.Image) -> Image.Image:
+        sizes.append(to_rgb(image).size)
+        return to_rgb(image)
+
+    def taken() -> torch.Tensor:
+        found = read_crops(file, 2, 64, min_scale=0.3, generator=seeded(2))
+        assert found is not None
+        return found.float()
+
+    monkeypatch.setattr(crops, "to_rgb", noting)
+    reduced = taken()
+    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    whole = taken()
+    assert sizes == [(301, 226), (1201, 903)]
+    assert (whole - reduced).abs().mean() < 0.5
+    assert whole.std() > 20
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((20, 20), 300, dtype=np.uint16))
+    else:
+        picture = Image.new("RGB", (20, 20), (204, 204, 204)).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = bytes(range(256))
+    picture.save(file)
+    crops = read_crops(file, 2, 8, min_scale=0.5, generator=seeded())
+    assert crops is not None
+    assert crops.shape == (2, 3, 8, 8)
+    if mode != "I;16":
+        assert (crops.float() - 204).abs().max() <= 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "gone"])
+def test_file_that_cannot_be_read(damage: str, folder: Path) -> None:
+    for file in (folder / "00.jpg", folder / "01.png"):
+        whole = file.read_bytes()
+        content = {"empty": b"", "text": b"no image", "half": whole[: len(whole) // 2]}
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(content[damage])
+        assert read_crops(file, 2, 8, min_scale=0.5, generator=seeded()) is None
+
+
+# Batches
+
+
+def test_batches_are_the_same_whatever_the_number_of_workers(
+    images: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_all(images, 0)
+    monkeypatch.setattr(stream, "_PART", 3)
+    for workers in (0, 1, 2):
+        np.random.seed(workers)  # noqa: NPY002  # What is not to matter.
+        random.seed(workers)
+        torch.manual_seed(workers)
+        batches = read_all(images, workers)
+        assert [batch.shape for batch in batches] == [(8 * n, 3, 16, 16) for n in (2, 3, 2)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches, whole, strict=True))
+
+
+def test_each_view_of_each_image_is_a_crop_of_its_own(images: FolderImages) -> None:
+    draw = Draw(torch.tensor([3, 3, 7]), 2, 5)
+    (batch,) = read_all(images, 0, [draw])
+    assert batch.dtype == torch.uint8
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert len(batch.flatten(1).unique(dim=0)) == 6
+    (other,) = read_all(images, 0, [draw._replace(seed=6)])
+    assert (other != batch).flatten(1).any(dim=1).all()
+    means = batch.float().mean(dim=(2, 3))  # First all first views, then all second ones.
+    assert (means[2] - means[5]).norm() < (means[2] - means[3]).norm()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generator_is_left_alone(workers: int, images: FolderImages) -> None:
+    state = torch.get_rng_state()
+    read_all(images, workers)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_workers_are_given_can_be_pickled(images: FolderImages) -> None:
+    batches = opened(images, 1)
+    decoder = pickle.loads(pickle.dumps(batches.loader.dataset))
+    (request, *_) = batches.loader.sampler
+    ours, theirs = (
+        d[pickle.loads(pickle.dumps(request))] for d in (decoder, batches.loader.dataset)
+    )
+    assert torch.equal(ours.images, theirs.images)
+    assert pickle.loads(pickle.dumps(batches.loader.worker_init_fn)) is start_worker
+
+
+def test_closing_early_ends_the_workers(images: FolderImages) -> None:
+    batches = opened(images, 2, draws(50))
+    next(batches)
+    assert len(active_children()) == 2
+    batches.close()
+    assert active_children() == []
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_signals_to_all_processes_leave_the_workers_at_work(images: FolderImages) -> None:
+    with closing(opened(images, 1, draws(8))) as batches:
+        next(batches)
+        for worker in active_children():
+            assert worker.pid is not None
+            for sent in (signal.SIGINT, signal.SIGTERM):
+                os.kill(worker.pid, sent)
+        assert len(list(batches)) == 7
+
+
+# Damage
+
+
+def test_broken_files_are_named_counted_and_replaced_alike(folder: Path) -> None:
+    for name in ("01.png", "02.png"):
+        (folder / name).write_bytes(b"no image")
+    drawn = [Draw(torch.tensor([0, 1, 2, 9]), 2, 3)] * 2
+    results = []
+    for workers in (0, 1):
+        with pytest.warns(UserWarning, match="readable") as caught:
+            results.append(read_all(on_disk(folder), workers, drawn))
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == 2, messages
+        assert "01.png is no readable image; another stands in for it" in messages[0]
+        assert messages[1].startswith("2 unreadable images in ")
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    # The next whole one stands in, and the others are what they would have been.
+    (stand_in, *_) = read_all(on_disk(folder), 0, [Draw(torch.tensor([0, 3, 3, 9]), 2, 3)])
+    same = (results[0][0] == stand_in).flatten(1).all(dim=1)
+    assert same.tolist() == [True] * 8
+
+
+def test_folder_of_which_nothing_can_be_read(folder: Path, images: FolderImages) -> None:
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"24 images in a row cannot be read, the first of them .*"):
+        read_all(images, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_folder_that_vanishes_stops_the_run_which_goes_on_when_it_is_back(
+    workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, images = configured(monitor=0), on_disk(folder)
+    whole = run(config, images, tmp_path / "whole")
+    away = tmp_path / "away"
+    after_step, steps = MoCo.after_step, [0]
+
+    def vanishing(self: MoCo, done: float) -> None:
+        steps[0] += 1
+        if steps[0] == 1:
+            shutil.move(folder, away)
+        after_step(self, done)
+
+    monkeypatch.setattr(Run, "build", _with_workers(workers))
+    with monkeypatch.context() as patch:
+        patch.setattr(MoCo, "after_step", vanishing)
+        expected = r"photographs, is gone; all steps before are saved: --resume"
+        with pytest.raises(OSError, match=expected):
+            run(config, images, tmp_path / "parts")
+    assert 1 <= steps[0] < 6
+    shutil.move(away, folder)
+    assert_same(run(config, images, tmp_path / "parts", resume=True), whole)
+
+
+def test_worker_that_dies_stops_the_run_with_its_steps_saved(
+    images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(epochs=40, monitor=0, workers=1)
+    after_step, steps = MoCo.after_step, [0]
+
+    def killing(self: MoCo, done: float) -> None:
+        steps[0] += 1
+        for worker in active_children():
+            worker.kill()
+        after_step(self, done)
+
+    monkeypatch.setattr(MoCo, "after_step", killing)
+    with pytest.raises(OSError, match=r"a process that decodes images has died .*--resume"):
+        run(config, images, tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert kept["step"] == steps[0] < 120
+
+
+# Runs
+
+
+def _with_workers(count: int) -> Callable[..., Any]:
+    """Build runs as ever, but with a number of workers that no option asks for: none."""
+    build = Run.build
+
+    def built(*arguments: Any) -> Any:
+        made = build(*arguments)
+        made.workers = count
+        return made
+
+    return built
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_interrupted_and_resumed_with_other_workers_ends_in_the_same_weights(
+    step: int, images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(mix="both", extra_crops=1, mix_every=2, monitor=0, workers=2)
+    whole = run(config, images, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(step, MoCo, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, images, tmp_path / "parts")
+    torch.manual_seed(12345)
+    monkeypatch.setattr(Run, "build", _with_workers(0))
+    assert_same(run(config, images, tmp_path / "parts", resume=True), whole)
+    losses = [
+        [float(row["loss"]) for row in read_rows(tmp_path / name)] for name in ("parts", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_crops_differ_from_epoch_to_epoch_and_seed_to_seed(
+    images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    next_batch = loop._next_batch
+
+    def noting(*arguments: Any) -> torch.Tensor:
+        seen.append(next_batch(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "_next_batch", noting)
+    monkeypatch.setattr(Run, "build", _with_workers(0))
+    for seed in (0, 1):
+        run(configured(seed=seed, monitor=0), images, tmp_path / str(seed))
+    crops = torch.cat(seen).flatten(1)
+    assert len(crops) == 2 * 2 * 3 * 16
+    assert len(crops.unique(dim=0)) == len(crops)
+
+
+def test_processes_see_disjoint_parts_of_each_epoch(
+    images: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "read_batches", lambda _, drawn, **__: list(drawn))
+    parts: list[list[Draw]] = []
+    for rank in range(2):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2, device=CPU)
+        part = SimpleNamespace(
+            config=configured(batch_size=4), accelerator=accelerator, images=images, workers=0,
+            steps=3, step=0,
+        )  # fmt: skip
+        parts.append(loop._batches(part))  # type: ignore[arg-type]
+    assert [len(part) for part in parts] == [6, 6]
+    for epoch in (slice(0, 3), slice(3, 6)):
+        both = torch.cat([draw.images for part in parts for draw in part[epoch]])
+        assert sorted(both.tolist()) == list(range(24))
+    seeds = {draw.seed for part in parts for draw in part}
+    assert len(seeds) == 12
+
+
+def test_time_spent_waiting_is_recorded(
+    images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, pause = stream.read_batches, threading.Event()
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        with closing(read(*arguments, **options)) as batches:
+            for batch in batches:
+                pause.wait(0.05)
+                yield batch
+
+    monkeypatch.setattr(loop, "read_batches", slowly)
+    run(configured(monitor=0), images, tmp_path)
+    for row in read_rows(tmp_path):
+        assert float(row["wait"]) * float(row["seconds"]) >= 3 * 0.05
+        assert float(row["wait"]) <= 1
+
+
+def test_picture_of_a_step_is_drawn_from_a_folder_too(images: FolderImages) -> None:
+    views = first_views(configured(), images, count=5)
+    assert views.query.shape == views.key.shape == (5, 3, 16, 16)
+    assert not torch.equal(views.query, views.key)
+
+
+def test_batch_larger_than_the_folder(images: FolderImages, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--batch-size 25 is more than the 24 images"):
+        run(configured(batch_size=25), images, tmp_path)
+
+
+# Workers
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Set the cores and the free bytes of shared memory."""
+
+    def be(cores: int, shared: int) -> None:
+        monkeypatch.setattr(resources, "available_cores", lambda: cores)
+        monkeypatch.setattr(resources, "_SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=shared))
+
+    return be
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 0), (2, 1), (9, 8), (64, 16)])
+def test_workers_by_cores(cores: int, workers: int, machine: Callable[[int, int], None]) -> None:
+    machine(cores, 10**12)
+    assert choose_workers(0, 1000) == workers
+    assert choose_workers(40, 1000) == 40
+
+
+def test_workers_by_shared_memory(machine: Callable[[int, int], None]) -> None:
+    machine(9, 64 * 2**20)
+    with pytest.warns(UserWarning, match="shared memory has room for 1 of 8 workers"):
+        assert choose_workers(0, 10 * 2**20) == 1
+    message = r"--workers 3 need 90 MiB of shared memory, and there is room for 1; .*--shm-size"
+    with pytest.raises(ValueError, match=message):
+        choose_workers(3, 10 * 2**20)
+
+
+def test_cores_and_memory_are_shared_by_local_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, free = resources.available_cores(), resources.free_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resources.available_cores() == max(1, alone // 4)
+    assert resources.free_bytes() < 0.6 * free

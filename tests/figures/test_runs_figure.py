@@ -1,0 +1,126 @@
+"""Figures of several runs draw the numbers they were given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mixmask.figures.masks import save_figure
+from mixmask.figures.runs import band, figure_budgets, figure_comparison, figure_factors
+
+VALUES = np.random.default_rng(0).random((4, 5))
+
+
+def expected_band(values: np.ndarray[Any, Any], kind: str) -> list[np.ndarray[Any, Any]]:
+    mean, sd = values.mean(axis=0), values.std(axis=0, ddof=1)
+    half = {"sd": sd, "se": sd / np.sqrt(len(values))}
+    if kind == "range":
+        return [mean, values.min(axis=0), values.max(axis=0)]
+    return [mean, mean - half[kind], mean + half[kind]]
+
+
+@pytest.mark.parametrize("kind", ["se", "sd", "range"])
+def test_bands_equal_numpys(kind: str) -> None:
+    for ours, theirs in zip(
+        band(torch.from_numpy(VALUES), kind), expected_band(VALUES, kind), strict=True
+    ):
+        np.testing.assert_allclose(ours.numpy(), theirs)
+
+
+def test_one_seed_has_no_width_and_other_words_are_refused() -> None:
+    one = torch.rand(1, 5)
+    assert all(torch.equal(bound, one[0]) for bound in band(one))
+    with pytest.raises(ValueError, match="band must be one of 'se', 'sd', 'range', got 'ci'"):
+        band(one, "ci")
+
+
+def heights(line: Any) -> np.ndarray[Any, Any]:
+    """Return what a line was drawn at."""
+    return np.asarray(line.get_ydata(), dtype=float)
+
+
+def points(values: np.ndarray[Any, Any]) -> dict[int, list[float]]:
+    return {epoch: column.tolist() for epoch, column in enumerate(values.T)}
+
+
+@pytest.mark.parametrize("kind", ["se", "sd", "range"])
+def test_comparison_draws_means_bands_and_seeds(kind: str) -> None:
+    curves = {
+        "mixmask": {name: points(VALUES) for name in ("loss_clean", "loss_mixed", "knn")},
+        "no mixing": {"loss_clean": points(VALUES[:1]), "loss_mixed": {0: [0.0], 1: [0.0]}},
+    }
+    figure = figure_comparison(curves, title="on photographs", kind=kind)
+    clean, mixed, knn, linear = figure.axes
+    mean, low, high = expected_band(VALUES, kind)
+    np.testing.assert_allclose(heights(clean.lines[0]), mean)
+    np.testing.assert_allclose(heights(clean.lines[1]), VALUES[0])
+    assert len(clean.collections) == 1  # One seed has no band.
+    np.testing.assert_allclose(heights(knn.lines[0]), 100 * mean)
+    corners = knn.collections[0].get_paths()[0].vertices
+    for bound in (low, high):
+        for epoch, value in enumerate(100 * bound):
+            assert np.isclose(corners, [epoch, value]).all(axis=1).any()
+    assert len(mixed.lines) == 1  # A run without mixing has no curve of zeros.
+    assert linear.texts[0].get_text() == "not measured"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "mixmask (4 seeds)", "no mixing (1 seed)",
+    ]  # fmt: skip
+    words = {"se": "standard error", "sd": "standard deviation", "range": "smallest to largest"}
+    assert figure.get_suptitle().startswith("on photographs\nline: mean, band: ")
+    assert words[kind] in figure.get_suptitle()
+
+
+def test_nine_lines_differ_in_colour_or_style() -> None:
+    figure = figure_comparison({str(i): {"knn": points(VALUES[:1] + i)} for i in range(9)})
+    looks = {(str(line.get_color()), line.get_linestyle()) for line in figure.axes[2].lines}
+    assert len(looks) == 9
+    assert figure.get_suptitle() == "one seed each: no band"
+
+
+def test_factors_mark_mean_deviation_and_every_seed() -> None:
+    accuracies = {"knn": [0.2, 0.4, 0.6], "linear": [0.5]}
+    panels: dict[str, Any] = {
+        "grid size": {"2": accuracies, "4": {"knn": [], "linear": []}},
+        "switch": {"on": {}},
+    }
+    figure = figure_factors(panels, untrained={"knn": 0.1}, title="t")
+    grid, switch = figure.axes
+    assert (grid.get_title(), switch.get_title()) == ("grid size", "switch")
+    assert [label.get_text() for label in grid.get_xticklabels()] == ["2", "4"]
+    dots = [line for line in grid.lines if line.get_alpha() == 0.4]
+    assert [heights(line).round(9).tolist() for line in dots] == [[20, 40, 60], [50]]
+    drawn: list[Any] = list(grid.containers)
+    bars = [
+        segment[:, 1].tolist()
+        for container in drawn
+        for segment in container.lines[2][0].get_segments()
+    ]
+    np.testing.assert_allclose(bars, [[20, 60], [50, 50]])
+    dotted = [line for line in grid.lines if line.get_linestyle() == ":"]
+    assert [heights(line)[0] for line in dotted] == [10.0]
+
+
+def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> None:
+    curves = {"no mixing": {2: [0.3, 0.5], 4: [0.6]}, "mixmask": {2: [0.2], 4: []}}
+    panels: dict[str, Any] = {
+        "moco-v2": {"knn": curves},
+        "byol": {"knn": {"mixmask": {2: [], 4: []}}},
+    }
+    figure = figure_budgets(panels, title="t")
+    moco, byol, moco_linear, _ = figure.axes
+    assert (moco.get_title(), byol.get_title()) == ("moco-v2", "byol")
+    assert figure.get_suptitle() == "t\nline: mean, band: ± standard deviation over seeds"
+    baseline, mixmask = moco.lines
+    assert np.asarray(baseline.get_xydata()).round(9).tolist() == [[2, 40], [4, 60]]
+    assert np.asarray(mixmask.get_xydata()).round(9).tolist() == [[2, 20]]
+    assert moco_linear.texts[0].get_text() == byol.texts[0].get_text() == "not measured"
+    (tmp_path / "budgets.png").write_bytes(b"the one before")
+    save_figure(figure, tmp_path / "budgets.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["budgets.png"]
+    with Image.open(tmp_path / "budgets.png") as image:
+        assert image.width > 500
