@@ -153,7 +153,7 @@ def main() -> None:
         for given in options.folders:
             folder, _, size = given.rpartition(":") if ":" in given else (given, "", "224")
             if folder == "clothing64":
-                with as_file(files("mixmask.data.clothing") / "clothing64.zip") as path:
+                with as_file(files("mixmask.data") / "clothing64.zip") as path:
                     ZipFile(path).extractall(scratch)
                 folder = f"{scratch}/clothing64"
             found = list_folder(Path(folder)).train.files

@@ -1,7 +1,9 @@
-"""What the README shows is true: its code runs, its options exist, its picture is there."""
+"""What the pages show is true: their code runs, their options exist, their links lead somewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -19,31 +21,64 @@ COMMANDS = {
     *("pretrain", "show", "recipes", "detect", "export", "compare", "map", "neighbours", "ablate"),
     *("evaluate knn", "evaluate linear", "evaluate finetune"),
 }
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "mixmask/evaluation/README.md",
+    "mixmask/integrations/README.md",
+    "mixmask/trainers/README.md",
+)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """Return what a page's headings are linked by."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 220
 
 
 def test_python_blocks_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", read("README.md"), flags=re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:  # Each goes on where the last one ended.
         exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own text
 
 
-def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """Return every option that a command's help names."""
     known: set[str] = set()
     for command in COMMANDS:
-        assert cli.main([*command.split(), "--help"]) == 0
-        known |= set(re.findall(FLAG, capsys.readouterr().out))
-    used = set(re.findall(r"^mixmask ([a-z]+(?: (?:knn|linear|finetune)\b)?)", TEXT, re.MULTILINE))
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            assert cli.main([*command.split(), "--help"]) == 0
+        known |= set(re.findall(FLAG, shown.getvalue()))
+    return known
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("README", "mixmask/"))])
+def test_commands_and_options_exist(page: str, options: set[str]) -> None:
+    text = read(page)
+    used = set(re.findall(r"^mixmask ([a-z]+(?: (?:knn|linear|finetune)\b)?)", text, re.MULTILINE))
     assert used <= COMMANDS
-    flags = set(re.findall(FLAG, TEXT))
-    assert {"--grid-size", "--resume"} <= flags
-    assert flags - OTHERS - known == set()
+    assert set(re.findall(FLAG, text)) - OTHERS - options == set()
 
 
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read(page))
     assert targets
     for target in targets:
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / path if path else ROOT / page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place.read_text(encoding="utf-8")), target
