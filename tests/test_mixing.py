@@ -642,7 +642,7 @@ def _mix_collated(rows: list[Tensor]) -> MixedBatch:
 def test_a_loader_returns_records(workers: int) -> None:
     images = list(torch.rand(12, 3, 8, 8))
     loader: Any = torch.utils.data.DataLoader(
-        images,
+        images,  # type: ignore[arg-type]
         batch_size=6,
         num_workers=workers,
         collate_fn=_mix_collated,
@@ -681,7 +681,7 @@ def test_every_part_of_a_record_is_pinned(kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device found")
 def test_a_loader_pins_records_for_a_device() -> None:
     loader: Any = torch.utils.data.DataLoader(
-        list(torch.rand(12, 3, 8, 8)),
+        list(torch.rand(12, 3, 8, 8)),  # type: ignore[arg-type]
         batch_size=6,
         collate_fn=_mix_collated,
         pin_memory=True,

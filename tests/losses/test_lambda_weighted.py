@@ -773,7 +773,7 @@ def test_the_record_is_moved_to_embeddings_that_are_matched() -> None:
             self, z_mixed: Tensor, target: Tensor, z: Tensor, other: Tensor | None, lam: Tensor
         ) -> Tensor:
             assert other is not None
-            return ((z_mixed - z) * lam[:, None] + other).mean()
+            return ((z_mixed - z) * lam[:, None] + other - target).mean()
 
     z, target = torch.zeros(2, 4, C, device="meta")
     assert LambdaWeightedLoss(Matching())(z, target, z, EACH).device.type == "meta"
