@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -563,3 +565,422 @@ def test_terms_that_cannot_be_taken_one_by_one_are_refused_at_once() -> None:
         LambdaWeightedLoss(InfoNCE()).terms(encode, images, target.requires_grad_(), mixed)
     with pytest.raises(ValueError, match="images must hold one row for each of the 4"):
         LambdaWeightedLoss(InfoNCE()).terms(encode, images[:3], target.detach(), mixed)
+
+
+# What is passed as criterion, and what to it.
+
+
+class Model(nn.Module):
+    """A whole model, which takes views and returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3 * 8 * 8, C)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return _squares(self.encoder(x1.flatten(1)), self.encoder(x2.flatten(1)))
+
+
+class Projecting(nn.Module):
+    """A criterion with a layer of its own, over dense embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(C, C)
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return _squares(self.layer(z.movedim(1, -1)), target.movedim(1, -1))
+
+
+class Distance(nn.CosineSimilarity):
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return 1 - super().forward(x1, x2)
+
+
+PROBABILITIES = torch.rand(4, C).softmax(dim=1)
+LOGITS = torch.randn(4, 9)
+IMAGES = torch.rand(4, 3, 8, 8)
+NEITHER = torch.randn(4, C)
+WRONG: dict[str, tuple[Any, Tensor, Tensor, type[Exception], str]] = {
+    "similarity": (nn.CosineSimilarity(), ROWS, ROWS, TypeError, r"use losses\.NegativeCosine"),
+    "similarity's function": (F.cosine_similarity, ROWS, ROWS, TypeError, "must be a loss, got a"),
+    "similarity's partial": (
+        functools.partial(F.cosine_similarity, dim=1),
+        ROWS,
+        ROWS,
+        TypeError,
+        "must be a loss, got a cosine similarity",
+    ),
+    "cross-entropy with keys": (
+        nn.CrossEntropyLoss(),
+        ROWS,
+        NEITHER,
+        ValueError,
+        "must be distributions .* look like embeddings",
+    ),
+    "its function": (F.cross_entropy, ROWS, NEITHER, ValueError, "must be distributions"),
+    "its partial": (
+        functools.partial(F.cross_entropy, reduction="none"),
+        ROWS,
+        NEITHER,
+        ValueError,
+        "must be distributions",
+    ),
+    "positive keys": (nn.CrossEntropyLoss(), ROWS, ROWS + 1, ValueError, "must be distributions"),
+    "MoCo's logits and labels": (
+        nn.CrossEntropyLoss(),
+        LOGITS,
+        torch.zeros(4, dtype=torch.long),
+        ValueError,
+        "all class 0.* MoCo's logits and labels; pass losses.InfoNCE",
+    ),
+    "the same after log_softmax": (
+        nn.NLLLoss(),
+        LOGITS.log_softmax(dim=1),
+        torch.zeros(4, dtype=torch.long),
+        ValueError,
+        "all class 0",
+    ),
+    "KL with keys": (
+        nn.KLDivLoss(reduction="batchmean"),
+        ROWS.log_softmax(dim=1),
+        NEITHER,
+        ValueError,
+        "targets of a KL divergence must be distributions",
+    ),
+    "KL of embeddings": (
+        nn.KLDivLoss(reduction="batchmean"),
+        ROWS + 1,
+        PROBABILITIES,
+        ValueError,
+        "needs log-probabilities as z",
+    ),
+    "binary": (nn.BCEWithLogitsLoss(), ROWS, NEITHER, ValueError, r"lie within 0 \.\.\. 1"),
+    "whole model": (
+        Model(),
+        IMAGES,
+        IMAGES,
+        TypeError,
+        r"got the module Model, .* images \(4, 3, 8, 8\); pass the loss alone, and encode\(mixed",
+    ),
+}
+RIGHT: dict[str, tuple[Any, Tensor, Tensor]] = {
+    "distance": (nn.PairwiseDistance(), ROWS, ROWS),
+    "similarity turned round": (Distance(), ROWS, ROWS),
+    "probabilities": (nn.CrossEntropyLoss(), ROWS, PROBABILITIES),
+    "probabilities in bfloat16": (nn.CrossEntropyLoss(), ROWS, PROBABILITIES.bfloat16().float()),
+    "labels": (nn.CrossEntropyLoss(reduction="none"), LOGITS, torch.arange(4)),
+    "one class of few": (nn.CrossEntropyLoss(), LOGITS[:, :2], torch.zeros(4, dtype=torch.long)),
+    "KL": (nn.KLDivLoss(reduction="batchmean"), ROWS.log_softmax(dim=1), PROBABILITIES),
+    "KL of logarithms": (
+        functools.partial(F.kl_div, log_target=True, reduction="batchmean"),
+        ROWS.log_softmax(dim=1),
+        PROBABILITIES.log(),
+    ),
+    "binary": (nn.BCEWithLogitsLoss(), ROWS, PROBABILITIES),
+    "dense embeddings": (
+        Projecting(),
+        torch.randn(4, C, 2, 2, requires_grad=True),
+        torch.randn(4, C, 2, 2),
+    ),
+    "images, nothing trained": (nn.MSELoss(), IMAGES, IMAGES),
+}
+
+
+@pytest.mark.parametrize("criterion, z, target, error, text", WRONG.values(), ids=WRONG)
+def test_what_is_no_criterion_is_refused(
+    criterion: Any, z: Tensor, target: Tensor, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        lambda_weighted_loss(criterion, z, target, SHARED)
+    for arguments in ((z, target), (z, target, z, SHARED)):
+        with pytest.raises(error, match=text):
+            LambdaWeightedLoss(criterion)(*arguments)
+    if isinstance(criterion, Model):
+        assert all(p.grad is None for p in criterion.parameters())
+
+
+@pytest.mark.parametrize("criterion, z, target", RIGHT.values(), ids=RIGHT)
+def test_what_is_a_criterion_is_not_refused(criterion: Any, z: Tensor, target: Tensor) -> None:
+    plain = 0.5 * criterion(z, target) + 0.5 * criterion(z, target[SHARED.partner])
+    torch.testing.assert_close(lambda_weighted_loss(criterion, z, target, SHARED), plain.mean())
+    loss = LambdaWeightedLoss(criterion)(z, target, z, SHARED)
+    torch.testing.assert_close(loss, plain.mean() + criterion(z, target).mean())
+
+
+@pytest.mark.parametrize(
+    "z, target, error, text",
+    [
+        ((ROWS, ROWS), ROWS, TypeError, r"^z_mixed must be .* got tuple; .* z_mixed\[0\]"),
+        ([ROWS], ROWS, TypeError, r"^z_mixed must be a tensor \(N, \.\.\.\), got list"),
+        ({"z": ROWS}, ROWS, TypeError, r"^z_mixed must be .* got dict; pass .* out of 'z'"),
+        (ROWS, (ROWS, ROWS), TypeError, r"^target must be .* got tuple; .* target\[0\]"),
+        (ROWS, None, TypeError, r"^target must be a tensor .* got NoneType"),
+        (torch.rand(8, C), ROWS, ValueError, r"^z_mixed must .* \(8, 5\); both .*z_mixed\.chunk"),
+        (ROWS, torch.rand(8, C), ValueError, r"^target must .* \(8, 5\); both .*target\.chunk"),
+    ],
+)
+def test_what_is_no_embedding_is_refused(
+    z: Any, target: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        lambda_weighted_loss(F.mse_loss, z, target, SHARED)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        (((ROWS, ROWS), ROWS), TypeError, r"both be tensors, .* per direction, got tuple of 2 and"),
+        ((ROWS, [ROWS]), TypeError, r"got Tensor of 4 and list of 1; .* as in z\[0\]"),
+        (((ROWS,) * 8, (ROWS,) * 2), ValueError, r"one entry per direction, got 8 and 2; pair"),
+        (((), ()), ValueError, "one entry per direction, got 0 and 0"),
+        (({"z": ROWS}, ROWS), TypeError, r"^z must be .* got dict; pass .* out of 'z'"),
+        ((ROWS, ROWS, (ROWS, ROWS), SHARED), ValueError, r"got 2 and 1; .* as in z_mixed\[0\]"),
+        ((ROWS, ROWS, {"z": ROWS}, SHARED), TypeError, r"^z_mixed must be .* got dict"),
+        (((ROWS, ROWS[:3]), (ROWS, ROWS)), ValueError, r"^z must hold .* got \(3, 5\)"),
+        (
+            ((ROWS, ROWS), (ROWS, ROWS), [ROWS] * 3, [SHARED] * 3),
+            ValueError,
+            "one mixed view, or one per direction, got 3 for 2 directions",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_before_the_state_moves(
+    arguments: Any, error: type[Exception], text: str
+) -> None:
+    whole = LambdaWeightedLoss(Bank())
+    before = whole.state_dict()["criterion.keys"].clone()
+    with pytest.raises(error, match=text):
+        whole(*arguments)
+    assert torch.equal(whole.state_dict()["criterion.keys"], before)
+
+
+@pytest.mark.parametrize("criterion", [_squares, InfoNCE()], ids=["two calls", "one call"])
+def test_the_record_is_moved_to_the_embeddings(criterion: Criterion) -> None:
+    """A record that a loader made lies on the host; a device of no content stands for any."""
+    z, target = torch.zeros(2, 4, C, device="meta")
+    for record in (SHARED, EACH):
+        assert lambda_weighted_loss(criterion, z, target, record).device.type == "meta"
+        assert LambdaWeightedLoss(criterion)(z, target, z, record).device.type == "meta"
+
+
+def test_the_record_is_moved_to_embeddings_that_are_matched() -> None:
+    class Matching:
+        def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+            return F.mse_loss(z, target)
+
+        def matched(
+            self, z_mixed: Tensor, target: Tensor, z: Tensor, other: Tensor | None, lam: Tensor
+        ) -> Tensor:
+            assert other is not None
+            return ((z_mixed - z) * lam[:, None] + other - target).mean()
+
+    z, target = torch.zeros(2, 4, C, device="meta")
+    assert LambdaWeightedLoss(Matching())(z, target, z, EACH).device.type == "meta"
+
+
+def test_a_record_on_another_device_gives_the_same_loss(device: torch.device) -> None:
+    z, target = torch.randn(2, 4, C)
+    for criterion in (_squares, InfoNCE()):
+        expected = lambda_weighted_loss(criterion, z, target, EACH)
+        ours = lambda_weighted_loss(criterion, z.to(device), target.to(device), EACH)
+        torch.testing.assert_close(ours.cpu(), expected)
+        ours = lambda_weighted_loss(criterion, z, target, EACH.to(device))
+        torch.testing.assert_close(ours, expected)
+
+
+# Both directions of a symmetric method in one call.
+
+
+def _cosine(p: Tensor, target: Tensor) -> Tensor:
+    """-cos, row by row."""
+    return torch.stack([-(a @ b) / a.norm() / b.norm() for a, b in zip(p, target, strict=True)])
+
+
+def _cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    """SwAV's, row by row."""
+    rows = zip(z, target, strict=True)
+    return torch.stack([-(t * (s / 0.1 - (s / 0.1).logsumexp(0))).sum() for s, t in rows])
+
+
+def _centred(z: Tensor, target: Tensor) -> Tensor:
+    """DINO's, row by row."""
+    return _cross_entropy(z, ((target - CENTRE) / 0.04).softmax(dim=1))
+
+
+def _contrastive(z: Tensor, target: Tensor) -> Tensor:
+    """MoCo v3's, row by row, without its factor of 2 tau."""
+    logits = [torch.stack([q @ k / 0.2 for k in target]) for q in z]
+    return torch.stack([row.logsumexp(0) - row[i] for i, row in enumerate(logits)])
+
+
+CENTRE = torch.linspace(-1, 1, C, dtype=torch.float64)
+SYMMETRIC: dict[str, tuple[Criterion, Criterion, str]] = {
+    "BYOL": (NegativeCosine(), _cosine, "sum"),
+    "SimSiam": (NegativeCosine(), _cosine, "mean"),
+    "SwAV": (SwAV(), _cross_entropy, "sum"),
+    "DINO": (DINO(CENTRE), _centred, "mean"),
+    "MoCo v3": (InfoNCE(), _contrastive, "sum"),
+    "a criterion of one's own": (_squares, _squares, "mean"),
+}
+symmetric = pytest.mark.parametrize(
+    "criterion, slow, directions", SYMMETRIC.values(), ids=SYMMETRIC
+)
+
+
+def _views(name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Online, target and mixed embeddings of two views, in float64."""
+    online, mixed = (list(torch.randn(2, N, C, dtype=torch.float64)) for _ in range(2))
+    targets = list(torch.randn(2, N, C, dtype=torch.float64))
+    if name == "sharpened":
+        targets = [t.softmax(dim=1) for t in targets]
+    return [z.requires_grad_() for z in online], targets, [z.requires_grad_() for z in mixed]
+
+
+def _slow_symmetric(
+    slow: Criterion,
+    directions: str,
+    pairs: list[tuple[Tensor, Tensor]],
+    mixed: list[tuple[Tensor, Tensor, MixedBatch]],
+) -> Tensor:
+    """Original terms and those of eq. 4, sample by sample."""
+    total = torch.zeros((), dtype=torch.float64)
+    for z, target in pairs:
+        share = 1 / len(pairs) if directions == "mean" else 1
+        total = total + share * slow(z, target).mean()
+    for z, target, record in mixed:
+        own, other = slow(z, target), slow(z, target[record.partner])
+        for i in range(N):
+            lam = record.lam[i] if record.lam.ndim else record.lam
+            total = total + (lam.double() * own[i] + (1 - lam.double()) * other[i]) / N
+    return total
+
+
+@symmetric
+@pytest.mark.parametrize("views", [1, 2])
+def test_both_directions_are_met_by_their_own_targets(
+    criterion: Criterion, slow: Criterion, directions: str, views: int
+) -> None:
+    online, targets, z_mixed = _views("sharpened" if criterion == SwAV() else "")
+    if not isinstance(criterion, NegativeCosine | SwAV | DINO):
+        targets = [t.requires_grad_() for t in targets]
+    crossed = targets[1], targets[0]
+    per_sample = isinstance(criterion, InfoNCE) or criterion is _squares
+    lams = torch.rand(2, N) if per_sample else torch.rand(2)
+    records = [_mixed(torch.randperm(N), lam) for lam in lams]
+    whole = LambdaWeightedLoss(criterion, directions=directions)
+    given = (z_mixed[0], records[0]) if views == 1 else (z_mixed, records)
+    loss = whole(tuple(online), crossed, *given)
+    triples = list(zip(z_mixed, crossed, records, strict=True))[:views]
+    expected = _slow_symmetric(slow, directions, list(zip(online, crossed, strict=True)), triples)
+    torch.testing.assert_close(loss, expected)
+    leaves = [leaf for leaf in (*online, *targets, *z_mixed[:views]) if leaf.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves, retain_graph=True),
+        torch.autograd.grad(expected, leaves, retain_graph=True),
+    )
+    torch.testing.assert_close(
+        whole.mixed_loss(given[0], crossed, given[1]),
+        _slow_symmetric(slow, directions, [], triples),
+    )
+
+
+@symmetric
+@pytest.mark.parametrize("views", [1, 2])
+def test_both_directions_term_by_term(
+    criterion: Criterion, slow: Criterion, directions: str, views: int
+) -> None:
+    del slow
+    encode = nn.Linear(12, C).double()
+    alive: list[int] = []
+
+    def counting(images: Tensor) -> Tensor:
+        alive.append(len(images))
+        z: Tensor = encode(images.flatten(1))
+        return z
+
+    x = list(torch.rand(2, N, 3, 2, 2, dtype=torch.float64))
+    crossed = tuple(torch.rand(2, N, C, dtype=torch.float64).softmax(dim=2))
+    records = [mix_batch(one, BlockMaskGenerator(2)) for one in x][:views]
+    whole = LambdaWeightedLoss(criterion, directions=directions)
+    loss = whole(
+        [counting(one) for one in x], crossed, [counting(one.images) for one in records], records
+    )
+    expected = torch.autograd.grad(loss, list(encode.parameters()))
+
+    alive.clear()
+    total = 0.0
+    given = records if views == 2 else records[0]
+    for number, term in enumerate(whole.terms(counting, tuple(x), crossed, given), start=1):
+        assert len(alive) == number  # No view is embedded before its turn.
+        term.backward()
+        total += float(term.detach())
+    assert number == 2 + views
+    assert total == pytest.approx(float(loss.detach()), rel=1e-12)
+    for parameter, gradient in zip(encode.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("by_term", [True, False])
+def test_both_directions_move_the_state_as_two_plain_calls_do(by_term: bool) -> None:
+    whole = LambdaWeightedLoss(Bank())
+    criterion = whole.criterion
+    assert isinstance(criterion, Bank)
+    plain = copy.deepcopy(criterion)
+    for _ in range(3):
+        z1, z2, t1, t2, zm1, zm2 = torch.randn(6, 4, 5)
+        before = copy.deepcopy(plain)
+        expected = torch.zeros(())
+        for z_mixed, target in ((zm1, t2), (zm2, t1)):
+            for lam, its_target in ((0.5, target), (0.5, target[SHARED.partner])):
+                expected = expected + lam * copy.deepcopy(before)(z_mixed, its_target)
+        expected = expected + plain(z1, t2) + plain(z2, t1)
+        if by_term:
+            images, records = _encoded([z1, z2]), [_encoded_record(zm) for zm in (zm1, zm2)]
+            terms = whole.terms(lambda x: x.flatten(1), images, (t2, t1), records)
+            loss = torch.stack(list(terms)).sum()
+        else:
+            loss = whole((z1, z2), (t2, t1), (zm1, zm2), (SHARED, SHARED))
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(criterion.keys, plain.keys)
+
+
+def _encoded(rows: list[Tensor]) -> list[Tensor]:
+    return [row.view(4, 5, 1, 1) for row in rows]
+
+
+def _encoded_record(rows: Tensor) -> MixedBatch:
+    return MixedBatch(rows.view(4, 5, 1, 1), SHARED.lam, SHARED.partner)
+
+
+def test_matching_criteria_are_given_the_clean_embeddings_of_their_direction() -> None:
+    criterion = MatchedBarlowTwins(0.1)
+    z1, z2, m1, m2 = torch.randn(4, N, C, dtype=torch.float64)
+    records = [_mixed(torch.randperm(N), torch.rand(N)) for _ in range(2)]
+    whole = LambdaWeightedLoss(criterion)
+    expected = criterion(z1, z2) + criterion(z2, z1)
+    for mixed, target, z, record in ((m1, z2, z1, records[0]), (m2, z1, z2, records[1])):
+        expected = expected + criterion.matched(mixed, target, z, z[record.partner], record.lam)
+    torch.testing.assert_close(whole((z1, z2), (z2, z1), (m1, m2), records), expected)
+
+
+def test_directions_are_checked_where_terms_are_taken_one_by_one() -> None:
+    images = torch.rand(4, 3, 2, 2)
+    mixed = mix_batch(images, BlockMaskGenerator(2))
+    rows = torch.randn(4, C)
+    whole = LambdaWeightedLoss(InfoNCE())
+
+    def encode(images: Tensor) -> Tensor:
+        raise AssertionError(f"{len(images)} images were embedded before the check")
+
+    with pytest.raises(TypeError, match=r"^images and target must both be tensors"):
+        whole.terms(encode, [images, images], rows, mixed)
+    with pytest.raises(ValueError, match="one mixed view, or one per direction, got 3 for 2"):
+        whole.terms(encode, (images, images), (rows, rows), [mixed] * 3)
+    with pytest.raises(ValueError, match=r"no gradient where terms .* pass target.detach\(\)"):
+        whole.terms(encode, (images, images), (rows, rows.clone().requires_grad_()), mixed)
+    with pytest.raises(TypeError, match=r"^z_mixed must be a tensor .* got tuple"):
+        next(whole.terms(lambda x: (x, x), images, rows, mixed))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="directions must be one of 'sum', 'mean', got 'both'"):
+        LambdaWeightedLoss(InfoNCE(), directions="both")
+    assert "directions='mean'" in repr(LambdaWeightedLoss(InfoNCE(), directions="mean"))
