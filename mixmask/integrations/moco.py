@@ -136,6 +136,7 @@ def wrap(
     setattr(builder, _NAME, mixture)
     builder._dequeue_and_enqueue = mixture  # type: ignore[assignment]
     builder.register_forward_pre_hook(mixture.before, with_kwargs=True)
+    builder.register_forward_hook(mixture.after, always_call=True)
     return model
 
 
@@ -187,7 +188,6 @@ class _Mixture:
 
     def before(self, model: nn.Module, args: Any, options: Any) -> None:
         """Find the images of a training step, before its `forward`."""
-        self.views = []
         if not (model.training and torch.is_grad_enabled()):
             return
         if self.term is not None:
@@ -199,6 +199,13 @@ class _Mixture:
         self.views = _views(model, args, options)[: 2 if self.symmetric else None]
         if not self.checked:
             self.probe = _Probe(self.model.encoder_q)
+
+    def after(self, *_: Any) -> None:
+        """Let go of the images, also where `forward` failed."""
+        self.views = []
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
 
     def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
         """Take the mixed term with the old queue, then enqueue."""
@@ -239,6 +246,7 @@ class _Mixture:
 
     def _mix(self, keys: Tensor) -> None:
         if self.term is not None:
+            self.term = None
             raise ValueError(
                 "keys must be enqueued once per forward pass, got a second call; a builder that "
                 "enqueues per view is not supported: take mixmask.lambda_weighted_loss in the loop"
@@ -256,7 +264,7 @@ class _Mixture:
         term = self._direction(query, keys[-n:], criterion)
         if self.symmetric:
             term = term + self._direction(self.views[1], keys[:n], criterion)
-        self.views, self.term = [], term
+        self.term = term
 
     def _direction(self, images: Tensor, keys: Tensor, criterion: InfoNCE) -> Tensor:
         masks = self.masks
