@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from mixmask.losses.lambda_weighted import Criterion
 
 T = TypeVar("T")
 
@@ -56,3 +59,22 @@ class SameState(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[registry] = vars(inner)[registry]
         self.training = inner.training
+
+
+def as_it_is(criterion: Criterion) -> Criterion:
+    """Return the criterion with the state that it has now; parameters are shared."""
+    if not isinstance(criterion, nn.Module):
+        return criterion
+    memo: dict[int, Any] = {id(weight): weight for weight in criterion.parameters()}
+    try:
+        return copy.deepcopy(criterion, memo)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the criterion must be copyable, for the mixed term sees the state of before: {error}"
+            "; detach what it keeps of a call, or pass mixed_criterion="
+        ) from error
+
+
+def call_a_copy(criterion: Criterion, z: Tensor, target: Tensor) -> Tensor:
+    """Call a criterion and leave its state as it is."""
+    return as_it_is(criterion)(z, target)

@@ -13,18 +13,19 @@ arguments, whose place `RecordingCriterion` takes. Barlow Twins and VICReg compu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixmask.integrations._steps import Kept, SameState
+from mixmask.integrations._steps import Kept, SameState, as_it_is, call_a_copy
 from mixmask.losses.lambda_weighted import (
     Criterion,
     LambdaWeightedLoss,
     MatchingCriterion,
+    SharingCriterion,
     lambda_weighted_loss,
 )
 from mixmask.mixing import MixedBatch
@@ -121,7 +122,7 @@ class RecordingCriterion:
                 f"the criterion must take embeddings and targets, got targets of {target.dtype}; "
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
-        self._calls.add((_as_it_is(self.criterion), z, target))
+        self._calls.add((as_it_is(self.criterion), z, target))
         return self.criterion(z, target)
 
     def mixed_loss(
@@ -183,12 +184,18 @@ class RecordingCriterion:
     def _term(
         self, call: tuple[Criterion, Tensor, Tensor], z_mixed: Tensor, mixed: MixedBatch
     ) -> Tensor:
-        criterion, z, target = call
+        kept, z, target = call
         if self.mixed_criterion is not None:
-            criterion = self.mixed_criterion
-        if isinstance(criterion, MatchingCriterion):
-            whole = LambdaWeightedLoss(criterion, switch=self.switch)
+            kept = self.mixed_criterion
+        if isinstance(kept, MatchingCriterion):
+            whole = LambdaWeightedLoss(as_it_is(kept), switch=self.switch)
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
+        criterion = kept
+        if isinstance(kept, SharingCriterion):
+            criterion = as_it_is(kept)
+        elif isinstance(kept, nn.Module):
+            # The term of the partners must not see what that of the images left.
+            criterion = partial(call_a_copy, kept)
         return lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=self.switch)
 
 
@@ -365,20 +372,6 @@ def _order(call: int | Sequence[int] | None, n: int, *, single: bool) -> list[in
     if call is None:
         return [0] if single else list(range(n))
     return [call] if isinstance(call, int) else list(call)
-
-
-def _as_it_is(criterion: Criterion) -> Criterion:
-    """Return the criterion with the state that it has now; parameters are shared."""
-    if not isinstance(criterion, nn.Module):
-        return criterion
-    memo: dict[int, Any] = {id(weight): weight for weight in criterion.parameters()}
-    try:
-        return copy.deepcopy(criterion, memo)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the criterion must be copyable, for the mixed term sees the state of before: {error}"
-            "; detach what it keeps of a call, or pass mixed_criterion="
-        ) from error
 
 
 def _check_criterion(criterion: Any, mixed_criterion: Any) -> None:

@@ -421,7 +421,7 @@ def _work(process: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    spawn(_work, (str(tmp_path),), WORLD)  # type: ignore[no-untyped-call]
+    spawn(_work, (str(tmp_path),), WORLD)
     generators = [seeded(process) for process in range(WORLD)]
     slow = Slow(build(), lambda r, images: draw(images, generators[r], {}), world=WORLD).run(
         views(WORLD)
