@@ -196,7 +196,7 @@ class _Mixture:
                 "mixed_loss(model) to each step's loss, take it also where a step is skipped, and "
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
-        self.views = _views(model, args, options)[: 2 if self.symmetric else None]
+        self.views = _views(model, args, options)
         if not self.checked:
             self.probe = _Probe(self.model.encoder_q)
 
@@ -251,6 +251,11 @@ class _Mixture:
                 "keys must be enqueued once per forward pass, got a second call; a builder that "
                 "enqueues per view is not supported: take mixmask.lambda_weighted_loss in the loop"
             )
+        if self.symmetric and len(self.views) < 2:
+            raise ValueError(
+                "forward must take both views with symmetric=True, got one batch of images; leave "
+                "it out for a builder with one query"
+            )
         query, criterion = self.views[0], self.criterion()
         n = len(query)
         if keys.ndim != 2 or len(keys) != (2 * n if self.symmetric else n):
@@ -280,15 +285,16 @@ class _Mixture:
         assert self.probe is not None
         seen, self.probe = self.probe.close(), None
         mixed = 2 if self.symmetric else 1
-        for view, got in zip(self.views[:mixed], seen or self.views, strict=False):
-            if view.shape != got.shape or not torch.equal(view, got):
+        for view in self.views[:mixed] if seen is not None else ():
+            if not _among(view, seen):
                 raise ValueError(
                     "encoder_q must get the images that forward takes as im_q or first, got others "
-                    f"of shape {tuple(got.shape)}; views that are made or reordered inside forward "
-                    "are not supported: take mixmask.lambda_weighted_loss there"
+                    f"of shapes {[tuple(got.shape) for got in seen]}; views that are made or "
+                    "reordered inside forward are not supported: take "
+                    "mixmask.lambda_weighted_loss there"
                 )
-        for view in self.views[mixed:][:1]:
-            if any(view.shape == got.shape and torch.equal(view, got) for got in seen):
+        for view in self.views[mixed:][:1] if seen is not None else ():
+            if _among(view, seen):
                 raise ValueError(
                     "encoder_q must get the queries' view alone, got the keys' view as well: the "
                     "builder is symmetric; enqueue the keys of both views, cat([k_1, k_2]), and "
@@ -314,10 +320,15 @@ class _Probe:
     def _keep(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.seen += [one.detach() for one in args[:1] if isinstance(one, Tensor)]
 
-    def close(self) -> list[Tensor]:
-        if self.handle is not None:
-            self.handle.remove()
+    def close(self) -> list[Tensor] | None:
+        if self.handle is None:
+            return None
+        self.handle.remove()
         return self.seen
+
+
+def _among(view: Tensor, seen: Sequence[Tensor]) -> bool:
+    return any(view.shape == got.shape and torch.equal(view, got) for got in seen)
 
 
 def _encode(model: Any, images: Tensor) -> Tensor:

@@ -83,12 +83,17 @@ class Builder(nn.Module):
 class Symmetric(Builder):
     """Both views are queries; the keys of both are enqueued at the end, view by view."""
 
+    # Un-Mix embeds a mixture of its own beside each.
+    also: Tensor | None = None
+
     def forward(self, im_1: Tensor, im_2: Tensor) -> Tensor:  # type: ignore[override]
         self._follow()
         keys: list[Tensor] = []
         loss = torch.zeros(())
         for one, other in ((im_1, im_2), (im_2, im_1)):
             q, k = F.normalize(self.encoder_q(one), dim=1), self._keys(other)
+            if self.also is not None:
+                self.encoder_q(self.also)
             logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
             loss = loss + F.cross_entropy(logits / self.T, torch.zeros(len(q), dtype=torch.long))
             keys.insert(0, k)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from codebases import Row, Run, SlowSGD, Step
 from torch import Tensor
+
+import mixmask
 
 N, STEPS = 8, 3
 
@@ -269,3 +272,79 @@ def test_mixmask_wrapped(batches: list[Any], folder: Path) -> None:
         **THEIR_MASKS,
     )
     Row("kirill-vish/MixMask", codebases.commit(source), lines, *errors).check(2)
+
+
+OPENMIXUP = """
+from mmcv.runner import EpochBasedRunner, OptimizerHook
+
+import mixmask
+from mixmask.integrations.moco import wrap
+from openmixup.models import build_model
+"""
+
+
+def test_openmixup(batches: list[Any], folder: Path) -> None:
+    """Their model in mmcv's runner, which their tools/train.py starts."""
+    pytest.importorskip("mmcv", reason="openmixup needs mmcv 1, which is not installed")
+    source = codebases.checkout("openmixup")
+    build = "    model = build_model(cfg.model)\n"
+    wrapped = "    model = wrap(build_model(cfg.model), mixmask.BlockMaskGenerator(4, 0.4))\n"
+    imports = "from openmixup.models import build_model\n"
+    ours = "import mixmask\nfrom mixmask.integrations.moco import wrap\n"
+    model_imports = "from ..utils import concat_all_gather\n"
+    done = "        self._dequeue_and_enqueue(k)\n\n        return losses"
+    term = '        losses["loss_mixmask"] = mixed_loss(self)\n'
+    edits = {
+        "tools/train.py": [(imports, imports + ours), (build, wrapped)],
+        "openmixup/models/selfsup/moco.py": [
+            (model_imports, f"{model_imports}from mixmask.integrations.moco import mixed_loss\n"),
+            (done, done.replace("(k)\n", f"(k)\n{term}")),
+        ],
+    }
+    lines = codebases.patched(source, folder, edits)
+    (folder / "train.py").write_text(OPENMIXUP)
+    args = SimpleNamespace(**MOCO_ARGS)
+    config = {
+        "type": "MOCO",
+        "queue_len": args.moco_k,
+        "feat_dim": args.moco_dim,
+        "momentum": args.moco_m,
+        "backbone": {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (3,)},
+        "neck": {
+            "type": "MoCoV2Neck",
+            "in_channels": 512,
+            "hid_channels": 32,
+            "out_channels": args.moco_dim,
+        },
+        "head": {"type": "ContrastiveHead", "temperature": args.moco_t},
+    }
+    loader = [{"img": views} for views, _ in batches]
+    with (
+        codebases.on_cpu() as run,
+        codebases.loaded(folder / "train.py", stubs=("seaborn",)) as script,
+    ):
+        model = script.wrap(script.build_model(config), mixmask.BlockMaskGenerator(4, 0.4))
+        run.start(model)
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
+        )
+        runner = script.EpochBasedRunner(
+            model,
+            optimizer=optimizer,
+            work_dir=str(folder),
+            logger=logging.getLogger(),
+            max_epochs=1,
+        )
+        runner.register_hook(script.OptimizerHook())
+        runner.run([loader], [("train", 1)])
+        steps, state = moco_slowly(run, batches, args, [drawn(run)])
+        # Their model has the query's backbone under a second name.
+        prefix = "encoder_q.0."
+        for step in steps:
+            step.gradients = {
+                name.replace(prefix, "backbone."): value for name, value in step.gradients.items()
+            }
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[name.replace(prefix, "backbone.")] = state[name]
+        errors = run.errors(steps, state)
+    Row("Westlake-AI/openmixup", codebases.commit(source), lines, *errors).check(2)

@@ -100,6 +100,16 @@ def test_a_symmetric_builder() -> None:
     _same(model.state_dict(), slow.state)
 
 
+def test_a_symmetric_builder_with_a_mixture_of_its_own() -> None:
+    plain, model = build(Symmetric), build(Symmetric)
+    ((x_1, x_2),) = views()[0]
+    model.also = x_1.flip(0) / 2
+    for one in (plain, model):
+        wrap(one, MASKS, generator=seeded(), symmetric=True)
+        one(x_1, x_2)
+    _same(mixed_loss(model), mixed_loss(plain))
+
+
 def test_gradients_accumulate() -> None:
     model, generator = build(), seeded()
     slow = Slow(model, lambda _, images: draw(images, generator, {}), lr=0.0).run(views())
