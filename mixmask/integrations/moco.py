@@ -284,28 +284,30 @@ class _Mixture:
         """Compare the first step with what is assumed of all."""
         assert self.probe is not None
         seen, self.probe = self.probe.close(), None
-        mixed = 2 if self.symmetric else 1
-        for view in self.views[:mixed] if seen is not None else ():
-            if not _among(view, seen):
-                raise ValueError(
-                    "encoder_q must get the images that forward takes as im_q or first, got others "
-                    f"of shapes {[tuple(got.shape) for got in seen]}; views that are made or "
-                    "reordered inside forward are not supported: take "
-                    "mixmask.lambda_weighted_loss there"
-                )
-        for view in self.views[mixed:][:1] if seen is not None else ():
-            if _among(view, seen):
-                raise ValueError(
-                    "encoder_q must get the queries' view alone, got the keys' view as well: the "
-                    "builder is symmetric; enqueue the keys of both views, cat([k_1, k_2]), and "
-                    "pass symmetric=True"
-                )
+        if seen is not None:
+            self._check_views(seen)
         if not torch.allclose(keys.float().norm(dim=1), keys.new_ones(()).float(), atol=0.02):
             raise ValueError(
                 "keys must be of length one, as MoCo's are; normalise them in forward, or take "
                 "mixmask.lambda_weighted_loss in the loop"
             )
         self.checked = True
+
+    def _check_views(self, seen: Sequence[Tensor]) -> None:
+        mixed = 2 if self.symmetric else 1
+        if not all(_among(view, seen) for view in self.views[:mixed]):
+            raise ValueError(
+                "encoder_q must get the images that forward takes as im_q or first, got others, of "
+                f"shapes {[tuple(got.shape) for got in seen]}; views that are made or reordered "
+                "inside forward are not supported: take mixmask.lambda_weighted_loss there"
+            )
+        # Further images are the builder's own mixtures, as Un-Mix has them.
+        if mixed == 1 and any(_among(view, seen) for view in self.views[1:2]):
+            raise ValueError(
+                "encoder_q must get the queries' view alone, got the keys' view as well: the "
+                "builder is symmetric; enqueue the keys of both views, cat([k_1, k_2]), and pass "
+                "symmetric=True"
+            )
 
 
 class _Probe:
@@ -366,9 +368,12 @@ def _views(model: nn.Module, args: Any, options: Any) -> list[Tensor]:
 
 def _unwrapped(model: Any) -> Any:
     """Return the module inside DistributedDataParallel, `torch.compile` and their like."""
-    while isinstance(model, nn.Module) and not hasattr(model, _ATTRIBUTES[-1]):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module) or isinstance(model, nn.DataParallel):
+    while isinstance(model, nn.Module) and not isinstance(model, nn.DataParallel):
+        # A compiled module has the attributes of the one inside.
+        inner = model._modules.get("_orig_mod")
+        if inner is None and not hasattr(model, _ATTRIBUTES[-1]):
+            inner = model._modules.get("module")
+        if inner is None:
             break
         model = inner
     return model

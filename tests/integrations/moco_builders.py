@@ -83,17 +83,17 @@ class Builder(nn.Module):
 class Symmetric(Builder):
     """Both views are queries; the keys of both are enqueued at the end, view by view."""
 
-    # Un-Mix embeds a mixture of its own beside each.
-    also: Tensor | None = None
-
-    def forward(self, im_1: Tensor, im_2: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, im_1: Tensor, im_2: Tensor, im_mixed: Tensor | None = None
+    ) -> Tensor:
+        """Embed a mixture of one's own beside each view, as Un-Mix does, if there is one."""
         self._follow()
         keys: list[Tensor] = []
         loss = torch.zeros(())
         for one, other in ((im_1, im_2), (im_2, im_1)):
             q, k = F.normalize(self.encoder_q(one), dim=1), self._keys(other)
-            if self.also is not None:
-                self.encoder_q(self.also)
+            if im_mixed is not None:
+                self.encoder_q(im_mixed)
             logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
             loss = loss + F.cross_entropy(logits / self.T, torch.zeros(len(q), dtype=torch.long))
             keys.insert(0, k)
@@ -197,8 +197,8 @@ class Long(Builder):
         return 3 * super()._keys(im_k)
 
 
-class Half(Symmetric):
-    """Contrasts both views but enqueues the keys of one."""
+class Half(Builder):
+    """Embeds both views as queries but enqueues the keys of one."""
 
     def forward(self, im_1: Tensor, im_2: Tensor) -> Any:
         self.encoder_q(im_1)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import mixmask
 from mixmask import MixedBatch, RecordingCriterion, losses
+from mixmask._distributed import gather_rows, rank
 from mixmask.integrations.recording import RecordingView, record_embeddings
 
 N, C, SIZE, STEPS = 6, 5, 8, 3
@@ -545,3 +551,72 @@ def test_what_does_not_belong_together_is_refused(
         criterion(torch.randn(N, C, requires_grad=True), torch.randn(N, C))
     with pytest.raises(ValueError, match=text):
         criterion.mixed_loss(z, [mixed] * 2 if isinstance(records, list) else mixed, call=call)
+
+
+WORLD = 2
+
+
+class Gathering(Contrastive):
+    """Contrasts with the keys of all processes, as MoCo v3 does."""
+
+    def contrastive_loss(self, q: Tensor, k: Tensor) -> Tensor:
+        everybody = F.normalize(gather_rows(k), dim=1)
+        labels = torch.arange(len(q)) + rank() * len(q)
+        return F.cross_entropy(F.normalize(q, dim=1) @ everybody.T / 0.3, labels)
+
+
+def _halves() -> list[tuple[Tensor, Tensor]]:
+    """Two views by process."""
+    return _views()[:WORLD]
+
+
+def _work(process: int, folder: str) -> None:
+    """Take one step in one of two processes, and leave its loss and gradients in a file."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=process,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    results = []
+    for unused in (False, True):
+        model = _build(Gathering)
+        model.contrastive_loss = RecordingCriterion(model.contrastive_loss, calls=2)
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+        x_1, x_2 = _halves()[process]
+        loss = ddp(x_1, x_2) + model.contrastive_loss.mixed_loss(model.online, _draw(0, x_1))
+        loss.backward()
+        results.append((loss.item(), [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.save(results, f"{folder}/{process}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    spawn(_work, (str(tmp_path),), WORLD)
+    models = [_build(Gathering) for _ in range(WORLD)]
+    pairs = list(zip(models, _halves(), strict=True))
+    keys = [torch.cat([model.targets(views[i]) for model, views in pairs]) for i in range(2)]
+    slow = []
+    for process, (model, (x_1, x_2)) in enumerate(pairs):
+        own = slice(process * N, (process + 1) * N)
+        mixed = _draw(0, x_1)
+        q_1, q_2, q_mixed = (model.online(x) for x in (x_1, x_2, mixed.images))
+        loss = torch.zeros((), dtype=torch.float64)
+        for i in range(N):
+            loss = loss + _slow_contrast(q_1[i], keys[1][own][i], keys[1]) / N
+            loss = loss + _slow_contrast(q_2[i], keys[0][own][i], keys[0]) / N
+            partner = keys[1][own][int(mixed.partner[i])]
+            near, far = (
+                _slow_contrast(q_mixed[i], key, keys[1]) / N for key in (keys[1][own][i], partner)
+            )
+            loss = loss + mixed.lam * near + (1 - mixed.lam) * far
+        trained = [p for p in model.parameters() if p.requires_grad]
+        slow.append((loss.item(), torch.autograd.grad(loss, trained)))
+    mean = [torch.stack(parts).mean(dim=0) for parts in zip(*(g for _, g in slow), strict=True)]
+    for process in range(WORLD):
+        for loss, gradients in torch.load(tmp_path / f"{process}.pt"):
+            _same(loss, slow[process][0])
+            _same(gradients, mean)
