@@ -28,12 +28,22 @@ class LikeIts(nn.Module):
             return getattr(nn.Module.__getattr__(self, "criterion"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        criterion = self.__dict__.get("_modules", {}).get("criterion")
-        own = name in self.__dict__ or hasattr(type(self), name) or name == "criterion"
-        if own or not hasattr(criterion, name):
-            nn.Module.__setattr__(self, name, value)
+        if self._is_its(name):
+            setattr(self.criterion, name, value)
         else:
-            setattr(criterion, name, value)
+            nn.Module.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_its(name):
+            delattr(self.criterion, name)
+        else:
+            nn.Module.__delattr__(self, name)
+
+    def _is_its(self, name: str) -> bool:
+        """Tell whether an attribute is the criterion's, and not one of the wrapper's own."""
+        criterion = self.__dict__.get("_modules", {}).get("criterion")
+        own = name == "criterion" or name in self.__dict__ or hasattr(type(self), name)
+        return not own and hasattr(criterion, name)
 
     def __reduce__(self) -> Any:
         # The default would name the class that `__class__` shows.

@@ -847,6 +847,8 @@ def test_a_center_is_read_and_set() -> None:
     wrapped.center = torch.ones(1, 1, K)
     assert float(criterion.center.sum()) == K
     assert "center" in dict(criterion.named_buffers())
+    del wrapped.center
+    assert not hasattr(criterion, "center")
     wrapped.eval()
     assert not criterion.training
     wrapped.note = 1
