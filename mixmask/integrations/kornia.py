@@ -1,7 +1,7 @@
-"""MixMask as a mix augmentation of kornia, beside its `RandomMixUpV2` and `RandomCutMixV2`.
+"""MixMask as a kornia mix augmentation, like `RandomMixUpV2` and `RandomCutMixV2`.
 
-kornia's labels carry the partner's share, this package's records one's own: `RandomMixMask` is
-the only place where the one becomes the other.
+kornia's labels carry the partner's share, records of this package the own share. `RandomMixMask`
+is the only place that converts between them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from kornia.augmentation import MixAugmentationBaseV2
-from kornia.augmentation.container.ops import ClassSequentialOps
+from kornia.augmentation import AugmentationSequential, MixAugmentationBaseV2
+from kornia.augmentation.container.ops import (
+    AugmentationSequentialOps,
+    ClassSequentialOps,
+    SequentialOpsInterface,
+)
+from kornia.augmentation.container.params import ParamItem
 from kornia.constants import DataKey, DType
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_images
 from mixmask.masks import cells_to_pixels
@@ -30,14 +35,14 @@ class RandomMixMask(MixAugmentationBaseV2):
     Images that `p` does not choose stay as they are; their rows are (label, label, 0). Rows are
     float64 for float64 images, else float32.
 
-    In an `AugmentationSequential`, use `data_keys=["input", "class"]`. kornia refuses labels there
-    to every mix augmentation; importing this module lets them through to this one.
+    In an `AugmentationSequential` with labels, use `data_keys=["input", "class"]` and
+    `take_labels(container)`: kornia's containers refuse labels to mix augmentations.
 
     Args:
         grid_size: Cells along a side; the paper's best are 2, 4, 8 at 32, 64, 224 pixels.
         ratio: Share of own pixels, or a range (low, high).
         pattern: "block" or "discrete".
-        per_sample: One mask a sample instead of one for the batch.
+        per_sample: One mask per sample instead of one for the batch.
         partner: "reverse" or "random"; see `mixmask.mix_batch`.
         roll: Shift block masks by a random offset, so that no place is favoured.
         same_on_batch: One draw for the whole batch, of the mask and of whether to mix at all;
@@ -84,7 +89,7 @@ class RandomMixMask(MixAugmentationBaseV2):
         )
         if per_sample and same_on_batch:
             raise ValueError(
-                "per_sample=True asks for a mask a sample and same_on_batch=True for one for all; "
+                "per_sample=True draws one mask per sample and same_on_batch=True one for all; "
                 "set one of them"
             )
         if not 0 <= p <= 1:
@@ -121,7 +126,7 @@ class RandomMixMask(MixAugmentationBaseV2):
         """
         n = batch_shape[0]
         masks = self.masks(n) if self.per_sample and not self.same_on_batch else self.masks
-        # Images of a pixel a cell: what their mix records is the draw, as `MixMask` makes it.
+        # One pixel per cell: the record of this mix holds the draw, as `MixMask` makes it.
         images = torch.zeros(n, 1, self.grid_size, self.grid_size, dtype=torch.uint8, device="cpu")
         drawn = mix_batch(images, masks, partner=self.partner)
         cells = drawn.mask
@@ -236,23 +241,62 @@ class RandomMixMask(MixAugmentationBaseV2):
         _refuse("keypoints")
 
 
-def _hand_labels_on() -> None:
-    """Let kornia's containers give labels to `RandomMixMask`, and to it alone.
+class _MixedLabels(ClassSequentialOps):
+    """Labels of a container's step: mixed by `RandomMixMask`, otherwise as kornia has it."""
 
-    They refuse labels to whatever derives from `MixAugmentationBaseV2`, and ask no module.
+    @classmethod
+    def transform(
+        cls,
+        input: Tensor,  # noqa: A002
+        module: nn.Module,
+        param: ParamItem,
+        extra_args: dict[str, Any] | None = None,
+    ) -> Tensor:
+        if not isinstance(module, RandomMixMask):
+            labels: Tensor = super().transform(input, module, param, extra_args)
+            return labels
+        params = cls.get_instance_module_param(param)
+        rows: Tensor = module(input, params=params, data_keys=[DataKey.CLASS])
+        return rows
+
+
+class _Operations(AugmentationSequentialOps):
+    """A container's operations, with labels of mixes."""
+
+    def _get_op(self, data_key: DataKey) -> type[SequentialOpsInterface[Any]]:
+        operation: type[SequentialOpsInterface[Any]] = super()._get_op(data_key)
+        return _MixedLabels if data_key == DataKey.CLASS else operation
+
+
+def take_labels(container: AugmentationSequential) -> AugmentationSequential:
+    """Let a container pass its labels to `RandomMixMask`.
+
+    kornia's containers refuse labels as soon as they hold a mix augmentation. This changes the
+    one container; kornia's classes and other containers stay as they are.
+
+    Args:
+        container: An `AugmentationSequential` with "class" (or "label") among its `data_keys`.
+
+    Returns:
+        The container itself.
+
+    Raises:
+        TypeError: If it is not an `AugmentationSequential`.
+
+    Example:
+        >>> mix = RandomMixMask(grid_size=2)
+        >>> views = take_labels(AugmentationSequential(mix, data_keys=["input", "class"]))
+        >>> images, labels = views(torch.rand(2, 3, 8, 8), torch.tensor([3, 4]))
+        >>> labels.tolist()
+        [[3.0, 4.0, 0.5], [4.0, 3.0, 0.5]]
     """
-    theirs = ClassSequentialOps.transform
-
-    def transform(cls: Any, labels: Tensor, module: Any, param: Any, extra_args: Any = None) -> Any:
-        if isinstance(module, RandomMixMask):
-            params = cls.get_instance_module_param(param)
-            return module(labels, params=params, data_keys=[DataKey.CLASS])
-        return theirs(labels, module, param, extra_args)
-
-    ClassSequentialOps.transform = classmethod(transform)  # type: ignore[method-assign, assignment]
-
-
-_hand_labels_on()
+    if not isinstance(container, AugmentationSequential):
+        raise TypeError(
+            f"container must be an AugmentationSequential, got {type(container).__name__}; "
+            "a RandomMixMask by itself takes labels without this call"
+        )
+    container.transform_op = _Operations(container.data_keys)
+    return container
 
 
 def _gated(params: Params) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,26 @@
-"""MixMask around lightly's criteria: the call you have, plus what was mixed.
+"""MixMask around lightly's criteria: the existing call, plus what was mixed.
 
     criterion = wrap(NTXentLoss(memory_bank_size=(4096, 128)))
     loss = criterion(query, key, query_mixed, mixed)
 
-Needs lightly 1.5.22 or newer, the extra `mixmask[lightly]`.
+Needs lightly 1.5.22 or newer, the extra `lightly`.
+
+Which criteria are supported, and what the mixed term of each is:
+
+| criterion | mixed term |
+| --- | --- |
+| `NTXentLoss`, `NegativeCosineSimilarity` | eq. 4, per image |
+| `VICRegLoss`, `TiCoLoss` | λ weights the invariance; the rest does not see targets: once, of z_m |
+| `LeJEPALoss` | the same, with the center of the global views as the target |
+| `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
+| `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
+
+`_LEFT_OUT` names the others and says why: they are called as ever, and refuse mixed views.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,27 +33,53 @@ from mixmask._distributed import check_even, world_size
 from mixmask.losses._inputs import as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 
+__all__ = [
+    "WrappedCriterion",
+    "WrappedDINO",
+    "WrappedLeJEPA",
+    "WrappedNTXent",
+    "WrappedPair",
+    "WrappedSwaV",
+    "wrap",
+]
+
 try:
-    from lightly.loss import (
-        BarlowTwinsLoss,
-        DCLLoss,
-        DINOLoss,
-        NegativeCosineSimilarity,
-        NTXentLoss,
-        SwaVLoss,
-        VICRegLoss,
-    )
-    from lightly.loss.swav_loss import sinkhorn
+    from lightly import loss as theirs
     from lightly.loss.vicreg_loss import covariance_loss, variance_loss
     from lightly.utils.dist import gather
+
+    from mixmask.integrations._lightly_crops import (
+        Embeddings,
+        LikeIts,
+        Mixed,
+        WrappedDINO,
+        WrappedLeJEPA,
+        WrappedSwaV,
+    )
 except ImportError as error:
     raise ImportError(
         "mixmask.integrations.lightly needs lightly, which could not be imported "
-        f"({error}); install it with pip install 'mixmask[lightly]'"
+        f"({error}); run pip install '.[lightly]' in the checkout of mixmask"
     ) from error
 
-Mixed = MixedBatch | Sequence[MixedBatch] | None
-Embeddings = Tensor | Sequence[Tensor] | None
+# By the class that defines `forward`: nothing of these is (z, target) for whole images.
+_LEFT_OUT = {
+    "CAPILoss": "its targets are those of patches, and a mixture has patches of two images",
+    "DetConBLoss": "its rows are regions, and a mixture has regions of two images",
+    "DetConSLoss": "its rows are regions, and a mixture has regions of two images",
+    "EMPSSLLoss": "all views of an image enter one statistic, without a target",
+    "FroSSLLoss": "all views of a batch enter one statistic, without a target",
+    "IBOTPatchLoss": "its targets are those of patches, and a mixture has patches of two images",
+    "IBOTPlusPlusPatchLoss": "its targets are those of patches, which a mixture has of two images",
+    "MSNLoss": "its anchors are masked already",
+    "PMSNLoss": "its anchors are masked already",
+    "PMSNCustomLoss": "its anchors are masked already",
+    "PatchKernelAlignmentLoss": "it compares places, and a mixture has places of two images",
+    "SymNegCosineSimilarityLoss": "it takes pairs; wrap NegativeCosineSimilarity",
+    "VICRegLLoss": "it compares places, and a mixture has places of two images",
+    "VISRegLoss": "its projections enter one statistic over all views",
+    "WMSELoss": "it whitens all views of a batch together",
+}
 
 
 def wrap(
@@ -49,36 +88,39 @@ def wrap(
     switch: bool = True,
     ignore: Sequence[str] = (),
     save_bank: bool = True,
-) -> losses.LambdaWeightedLoss | WrappedDINO | WrappedSwaV:
-    """Wrap one of lightly's criteria, so that it takes mixed views beside its own arguments.
+) -> nn.Module:
+    """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
-    The result is called as the criterion is, with two more arguments, `z_mixed` and `mixed`;
-    without them it is the criterion. Banks, queues and centers move once a step.
+    The result is the criterion to its user: it is called with the same arguments, has the same
+    attributes, to read and to set, and is an instance of the same class. Two more arguments,
+    `z_mixed` and `mixed`, come after its own or by name; without them the call is the
+    criterion's. Banks, queues, centers and covariances move once per step, by the clean call.
 
     Args:
-        criterion: `NTXentLoss`, `NegativeCosineSimilarity`, `BarlowTwinsLoss`, `VICRegLoss`,
-            `DCLLoss`, `SwaVLoss` or `DINOLoss`. Any other criterion (z, target), one derived
-            from these with a `forward` of its own included, gets `losses.LambdaWeightedLoss`.
+        criterion: A module of `lightly.loss`. A class derived from one, with a `forward` of its
+            own, and any other module (z, target) gets `losses.LambdaWeightedLoss`.
         switch: False keeps the term of λ alone (the paper's ablation).
         ignore: See `losses.LambdaWeightedLoss`.
         save_bank: Put a memory bank into the `state_dict`, where lightly leaves it out, so that
-            a resumed run goes on with the negatives that it had. False also reads checkpoints
-            from before.
+            a resumed run continues with the negatives it had. False also reads checkpoints that
+            hold no bank.
 
     Returns:
-        `WrappedNTXent`, `WrappedPair`, `WrappedSwaV`, `WrappedDINO` or
-        `losses.LambdaWeightedLoss`.
+        `WrappedNTXent`, `WrappedPair`, `WrappedSwaV`, `WrappedDINO`, `WrappedLeJEPA` or
+        `WrappedCriterion`.
 
     Raises:
         TypeError: If the criterion is not a module.
 
     Example:
         >>> import mixmask, torch
-        >>> criterion = wrap(NTXentLoss(memory_bank_size=(64, 16)))
+        >>> criterion = wrap(theirs.NTXentLoss(memory_bank_size=(64, 16)))
         >>> mixed = mixmask.mix_batch(torch.rand(4, 3, 8, 8), mixmask.BlockMaskGenerator(2))
         >>> query, key, query_mixed = torch.randn(3, 4, 16)
         >>> criterion(query, key, query_mixed, mixed).shape
         torch.Size([])
+        >>> isinstance(criterion, theirs.NTXentLoss), criterion.temperature
+        (True, 0.5)
     """
     if not isinstance(criterion, nn.Module):
         raise TypeError(
@@ -86,36 +128,91 @@ def wrap(
             "pass for instance NTXentLoss()"
         )
     forward = type(criterion).forward
-    if forward is NTXentLoss.forward:
+    if forward is theirs.NTXentLoss.forward:
         return WrappedNTXent(criterion, switch=switch, save_bank=save_bank)
-    if forward in _ROWS:
+    if forward in _PAIRS:
         return WrappedPair(criterion, switch=switch, ignore=ignore)
-    if forward is SwaVLoss.forward:
-        return WrappedSwaV(criterion, switch=switch)
-    if forward is DINOLoss.forward:
-        return WrappedDINO(criterion, switch=switch)
-    return losses.LambdaWeightedLoss(criterion, switch=switch, ignore=ignore)
+    if forward in _CROPS:
+        return _CROPS[forward](criterion, switch=switch)
+    return WrappedCriterion(criterion, switch=switch, ignore=ignore)
 
 
-class WrappedPair(losses.LambdaWeightedLoss):
-    """`NegativeCosineSimilarity`, `BarlowTwinsLoss`, `VICRegLoss` or `DCLLoss`, with mixed views.
+class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
+    """Any criterion (z, target, …), with mixed views."""
 
-    Called as `losses.LambdaWeightedLoss` is. One λ a sample works with the first and the third;
-    the others have no loss of a single image.
+    def __init__(
+        self, criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = ()
+    ) -> None:
+        """Store the criterion."""
+        losses.LambdaWeightedLoss.__init__(self, criterion, switch=switch, ignore=ignore)
+        self._names = tuple(inspect.signature(criterion.forward).parameters)
+
+    def forward(
+        self, *arguments: Any, z_mixed: Embeddings = None, mixed: Mixed = None, **options: Any
+    ) -> Tensor:
+        """Return the criterion's loss plus the mixed terms.
+
+        Args:
+            arguments: The criterion's own, as it takes them; `z_mixed` and `mixed` may follow
+                them. Its first two are z (N, …), the online branch's embeddings of
+                the clean images, and their targets (N, …).
+            z_mixed: (N, …) embeddings of the mixed images, or a list of them.
+            mixed: What was mixed, or a list in the same order.
+            options: The criterion's own arguments by name.
+
+        Returns:
+            () scalar.
+
+        Raises:
+            ValueError: If sizes do not fit, if a gathered batch is split unevenly over the
+                processes, or if the criterion keeps state of an unknown kind; before any state
+                moves.
+            TypeError: If the criterion does not take two batches of embeddings.
+        """
+        own = len(self._names)
+        if arguments and _are_records(arguments[-1]):
+            own = len(arguments) - 2
+        if len(arguments) > own:
+            arguments, (z_mixed, mixed) = arguments[:own], (*arguments[own:], None)[:2]
+        pairs = as_pairs(z_mixed, mixed)
+        if not pairs:
+            loss: Tensor = self.criterion(*arguments, **options)
+            return loss
+        z, target, more = self._split(dict(zip(self._names, arguments, strict=False)) | options)
+        check_sizes(len(pairs[0][1]), z=z, target=target)
+        term = self.mixed_loss(z_mixed, target, mixed, z=z)  # type: ignore[arg-type]
+        return self._clean(z, target, more) + term
+
+    def _split(self, given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return the two batches of embeddings, and the criterion's other arguments."""
+        module: Any = self.criterion
+        name = module.forward.__qualname__.partition(".")[0]
+        if name in _LEFT_OUT:
+            raise TypeError(
+                f"{name} takes no mixed views: {_LEFT_OUT[name]}; call it without z_mixed and mixed"
+            )
+        batches = self._names[:2]
+        if len(batches) < 2 or not given.keys() >= {*batches}:
+            raise TypeError(
+                f"mixed views need a criterion called with (z, target), got {name} called with "
+                f"({', '.join(given)}); call it without z_mixed and mixed"
+            )
+        z, target = (given.pop(batch) for batch in batches)
+        return z, target, given
+
+    def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+        loss: Tensor = self.criterion(z, target, **options)
+        return loss.mean()
+
+
+class WrappedPair(WrappedCriterion):
+    """A stateless criterion of two views or `TiCoLoss`, with mixed views.
+
+    One λ per sample works with `NegativeCosineSimilarity`, `VICRegLoss` and `TiCoLoss`; the
+    others have no loss per image.
     """
 
-    @property
-    def _theirs(self) -> Any:
-        return self.criterion
-
-    def forward(  # type: ignore[override]  # One direction, as lightly's criteria take it.
-        self, z: Tensor, target: Tensor, z_mixed: Embeddings = None, mixed: Mixed = None
-    ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms; see `losses.LambdaWeightedLoss`."""
-        _check_split(self._theirs, z)
-        return super().forward(z, target, z_mixed, mixed)
-
-    def mixed_loss(  # type: ignore[override]  # One direction, as lightly's criteria take it.
+    def mixed_loss(
         self,
         z_mixed: Tensor | Sequence[Tensor],
         target: Tensor,
@@ -124,14 +221,16 @@ class WrappedPair(losses.LambdaWeightedLoss):
         z: Tensor | None = None,
     ) -> Tensor:
         """Return the mixed terms alone; see `losses.LambdaWeightedLoss`."""
-        _check_split(self._theirs, target)
+        if getattr(self.criterion, "gather_distributed", False):
+            check_even(len(target), target.device)
         return super().mixed_loss(z_mixed, target, mixed, z=z)
 
     def _mixed_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         del z
-        criterion = _ROWS[type(self._theirs).forward](self._theirs)
+        module: Any = self.criterion
+        criterion = _PAIRS[type(module).forward](module)
         return losses.lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=self.switch)
 
 
@@ -143,219 +242,59 @@ class WrappedNTXent(WrappedPair):
     """
 
     def __init__(
-        self, criterion: NTXentLoss, *, switch: bool = True, save_bank: bool = True
+        self, criterion: nn.Module, *, switch: bool = True, save_bank: bool = True
     ) -> None:
         """Store the criterion, and let its bank be saved."""
-        super().__init__(criterion, switch=switch)
-        bank = criterion.memory_bank
+        WrappedPair.__init__(self, criterion, switch=switch)
+        bank = self.memory_bank
         if save_bank and bank.size[0] > 0:
             bank.register_buffer("bank", bank.bank, persistent=True)
             bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 
-    def forward(  # type: ignore[override]  # One direction, as lightly's criteria take it.
-        self, z: Tensor, target: Tensor, z_mixed: Embeddings = None, mixed: Mixed = None
-    ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms, and enqueue the targets once.
-
-        Args:
-            z: (N, C) projections of the online branch, not normalised.
-            target: (N, C) keys, not normalised.
-            z_mixed: (N, C) projections of the mixed images, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: If sizes do not belong together, or if a gathered batch is split unevenly
-                over the processes; before anything is enqueued.
-        """
-        check_sizes(len(z), z=z, target=target)
-        _check_split(self._theirs, z)
-        pairs = as_pairs(z_mixed, mixed)
-        keys = F.normalize(target, dim=1)
-        rows = F.normalize(z, dim=1)
-        criterion = self._criterion(keys)
-        total = criterion(rows, keys)
-        for one, record in pairs:
-            total = total + self._mixed_term(one, keys, record, None)
-        bank = self._theirs.memory_bank
-        if bank.size[0] > 0 and rows.requires_grad:
-            # What its forward does beside this is to copy the bank.
-            bank._dequeue_and_enqueue(keys)
-        return total
+    def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+        del options
+        rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)
+        loss = self._contrast(keys)(rows, keys)
+        if self.memory_bank.size[0] > 0 and rows.requires_grad:
+            # The bank's forward would copy it beside this.
+            self.memory_bank._dequeue_and_enqueue(keys)
+        return loss
 
     def _mixed_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         del z
-        keys = F.normalize(target, dim=1)
-        rows = F.normalize(z_mixed, dim=1)
-        criterion = self._criterion(keys)
+        rows, keys = F.normalize(z_mixed, dim=1), F.normalize(target, dim=1)
+        criterion = self._contrast(keys)
         return losses.lambda_weighted_loss(criterion, rows, keys, mixed, switch=self.switch)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
-        # This comes before the bank's own turn, which would refuse the other shape.
-        bank = self._theirs.memory_bank
-        saved = state_dict.get(f"{prefix}criterion.memory_bank.bank")
-        if bank.bank.ndim == 1 and saved is not None:
-            bank.bank = bank.bank.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *more)
-
-    def _criterion(self, keys: Tensor) -> losses.InfoNCE | losses.NTXent:
-        theirs = self._theirs
-        bank = theirs.memory_bank
+    def _contrast(self, keys: Tensor) -> losses.InfoNCE | losses.NTXent:
+        bank = self.memory_bank
         if bank.size[0] == 0:
-            return losses.NTXent(theirs.temperature, gather_distributed=theirs.gather_distributed)
+            return losses.NTXent(self.temperature, gather_distributed=self.gather_distributed)
         if bank.bank.ndim == 1:
             # lightly 1.5 learns the width of a bank from the first keys.
             bank(keys)
-        return losses.InfoNCE(bank.bank.to(keys.device), theirs.temperature)
+        return losses.InfoNCE(bank.bank.to(keys.device), self.temperature)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+        # This comes before the bank's own turn, which would refuse the other shape.
+        bank = self.memory_bank
+        saved = state_dict.get(f"{prefix}criterion.memory_bank.bank")
+        if bank.bank.ndim == 1 and saved is not None:
+            bank.bank = bank.bank.new_empty(saved.shape)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *more)
 
 
-class WrappedSwaV(nn.Module):
-    """`SwaVLoss`, with mixed views: scores of a mixed crop meet the mixture of two clean codes."""
-
-    def __init__(self, criterion: SwaVLoss, *, switch: bool = True) -> None:
-        """Store the criterion."""
-        super().__init__()
-        self.criterion = criterion
-        self.switch = switch
-
-    def forward(
-        self,
-        high_resolution_outputs: list[Tensor],
-        low_resolution_outputs: list[Tensor],
-        queue_outputs: list[Tensor] | None = None,
-        *,
-        z_mixed: Embeddings = None,
-        mixed: Mixed = None,
-        view: int | Sequence[int] = 0,
-    ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms.
-
-        Args:
-            high_resolution_outputs: (N, K) prototype scores, one a large crop.
-            low_resolution_outputs: (N, K) prototype scores, one a small crop.
-            queue_outputs: (Q, K) scores of queued features, one a large crop.
-            z_mixed: (N, K) prototype scores of a mixed crop, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-            view: Which crop was mixed, counting the large ones first; a list for lists. Its
-                mixture is compared with the codes of the other large crops.
-
-        Returns:
-            The criterion's loss, (1,) as lightly has it.
-
-        Raises:
-            ValueError: If sizes do not belong together, or if a gathered batch is split unevenly.
-        """
-        theirs = self.criterion
-        total = len(high_resolution_outputs) + len(low_resolution_outputs)
-        pairs = as_pairs(z_mixed, mixed)
-        views = _views(view, len(pairs), total)
-        if theirs.sinkhorn_gather_distributed:
-            check_even(len(high_resolution_outputs[0]), high_resolution_outputs[0].device)
-        loss: Tensor = theirs(high_resolution_outputs, low_resolution_outputs, queue_outputs)
-        if not pairs:
-            return loss
-        codes = [
-            self._codes(high_resolution_outputs, queue_outputs, large)
-            for large in range(len(high_resolution_outputs))
-        ]
-        criterion = losses.SwAV(theirs.temperature)
-        for (scores, record), mixed_view in zip(pairs, views, strict=True):
-            targets = _without(codes, mixed_view)
-            loss = loss + _mean_term(criterion, scores, targets, record, switch=self.switch)
-        return loss
-
-    def _codes(
-        self, outputs: list[Tensor], queue_outputs: list[Tensor] | None, view: int
-    ) -> Tensor:
-        theirs = self.criterion
-        queued = [] if queue_outputs is None else [queue_outputs[view].detach()]
-        codes: Tensor = sinkhorn(
-            torch.cat([outputs[view].detach(), *queued]),
-            iterations=theirs.sinkhorn_iterations,
-            epsilon=theirs.sinkhorn_epsilon,
-            gather_distributed=theirs.sinkhorn_gather_distributed,
-        )
-        return codes[: len(outputs[view])]
-
-
-class WrappedDINO(nn.Module):
-    """`DINOLoss`, with mixed views: a mixed crop meets the mixture of two clean targets."""
-
-    def __init__(self, criterion: DINOLoss, *, switch: bool = True) -> None:
-        """Store the criterion."""
-        super().__init__()
-        self.criterion = criterion
-        self.switch = switch
-
-    def forward(
-        self,
-        teacher_out: list[Tensor],
-        student_out: list[Tensor],
-        teacher_temp: float | None = None,
-        epoch: int | None = None,
-        *,
-        z_mixed: Embeddings = None,
-        mixed: Mixed = None,
-        view: int | Sequence[int] = 0,
-    ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms; the center moves once, by clean crops.
-
-        Args:
-            teacher_out: (N, K) logits of the teacher, one a large crop.
-            student_out: (N, K) logits of the student, one a crop, the large ones first.
-            teacher_temp: As lightly takes it.
-            epoch: As lightly takes it.
-            z_mixed: (N, K) logits of the student for a mixed crop, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-            view: Which crop was mixed; a list for lists. Its mixture is compared with the
-                teacher's other crops.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: If sizes do not belong together; before the center moves.
-        """
-        theirs = self.criterion
-        pairs = as_pairs(z_mixed, mixed)
-        views = _views(view, len(pairs), len(student_out))
-        temperature = self._temperature(teacher_temp, epoch)
-        criterion = losses.DINO(theirs.center.flatten(), theirs.student_temp, temperature)
-        terms = []
-        for (logits, record), mixed_view in zip(pairs, views, strict=True):
-            targets = _without(teacher_out, mixed_view)
-            terms.append(_mean_term(criterion, logits, targets, record, switch=self.switch))
-        loss: Tensor = theirs(teacher_out, student_out, teacher_temp, epoch)
-        for term in terms:
-            loss = loss + term
-        return loss
-
-    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
-        """Return what lightly's criterion sharpens its targets with."""
-        theirs = self.criterion
-        if teacher_temp is not None:
-            return float(teacher_temp)
-        if epoch is not None and epoch < theirs.warmup_teacher_temp_epochs:
-            return float(theirs.teacher_temp_schedule[epoch])
-        return float(theirs.teacher_temp)
-
-
-def _cosine(criterion: NegativeCosineSimilarity) -> losses.Criterion:
-    def rows(z: Tensor, target: Tensor) -> Tensor:
-        similarity = F.cosine_similarity(z, target, criterion.dim, criterion.eps)
-        return -similarity.reshape(len(z), -1).mean(dim=1)
-
-    return rows
+def _are_records(argument: Any) -> bool:
+    records = argument if isinstance(argument, list | tuple) else [argument]
+    return bool(records) and all(isinstance(record, MixedBatch) for record in records)
 
 
 class _VICReg:
-    """λ weighs the distance; variance and covariance are taken once, of the mixed view."""
+    """`VICRegLoss` whose λ weights the invariance; variance and covariance are those of z, once."""
 
-    def __init__(self, criterion: VICRegLoss) -> None:
+    def __init__(self, criterion: Any) -> None:
         self.criterion = criterion
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -363,69 +302,74 @@ class _VICReg:
         return loss
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        theirs = self.criterion
-        distance = lam * _squares(z, target)
+        """Return both weighted terms; see `losses.SharingCriterion`."""
+        distance = lam * self.distance(z, target)
         if other is not None:
-            distance = distance + (1 - lam) * _squares(z, other)
-        if theirs.gather_distributed and world_size() > 1:
+            distance = distance + (1 - lam) * self.distance(z, other)
+        if self.criterion.gather_distributed and world_size() > 1:
             z = torch.cat(gather(z))
-        loss: Tensor = (
-            theirs.lambda_param * distance.mean()
-            + theirs.mu_param * 0.5 * variance_loss(x=z, eps=theirs.eps)
-            + theirs.nu_param * covariance_loss(x=z)
-        )
-        return loss
+        return distance.mean() + self.rest(z)
+
+    def distance(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return (N,) weighted distances."""
+        weight: float = self.criterion.lambda_param
+        return weight * ((z - target) ** 2).flatten(1).mean(dim=1)
+
+    def rest(self, z: Tensor) -> Tensor:
+        """Return (), what does not see the targets."""
+        own = self.criterion
+        variance: Tensor = own.mu_param * 0.5 * variance_loss(x=z, eps=own.eps)
+        covariance: Tensor = own.nu_param * covariance_loss(x=z)
+        return variance + covariance
 
 
-# By `forward`, so that a criterion that was given one of its own is not taken for lightly's.
-_ROWS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
-    NegativeCosineSimilarity.forward: _cosine,
-    VICRegLoss.forward: _VICReg,
-    BarlowTwinsLoss.forward: lambda criterion: criterion,
-    DCLLoss.forward: lambda criterion: criterion,
+class _TiCo(_VICReg):
+    r"""`TiCoLoss`, $1 - \cos(z_i, t_i) + \rho\, z_i^T C z_i$, whose λ weights the cosine.
+
+    $C = \beta C_{t-1} + (1 - \beta) z^T z / N$ is made of z alone, without a gradient. So eq. 4
+    weights the cosine and counts the second part once, which is what λ and 1 - λ of two calls add
+    up to. The mixed view meets C from before the step with its own $z^T z$ in it; the clean call
+    moves C.
+    """
+
+    def distance(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return (N,) one less the cosines."""
+        return 1 - (F.normalize(z, dim=1) * F.normalize(target, dim=1)).sum(dim=1)
+
+    def rest(self, z: Tensor) -> Tensor:
+        """Return (), the weighted covariance contrast."""
+        own, z = self.criterion, F.normalize(z, dim=1)
+        covariance = (1 - own.beta) * (z.T @ z).detach() / len(z)  # (C, C)
+        if own.C is not None:
+            covariance = covariance + own.beta * own.C
+        contrast: Tensor = own.rho * ((z @ covariance) * z).sum(dim=1).mean()
+        return contrast
+
+
+def _cosine(criterion: Any) -> losses.Criterion:
+    def rows(z: Tensor, target: Tensor) -> Tensor:
+        similarity = F.cosine_similarity(z, target, criterion.dim, criterion.eps)
+        return -similarity.reshape(len(z), -1).mean(dim=1)
+
+    return rows
+
+
+def _itself(criterion: Any) -> losses.Criterion:
+    own: losses.Criterion = criterion
+    return own
+
+
+# By `forward`, so that a derived criterion with its own is not taken for lightly's.
+_PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
+    theirs.NegativeCosineSimilarity.forward: _cosine,
+    theirs.VICRegLoss.forward: _VICReg,
+    theirs.TiCoLoss.forward: _TiCo,
+    theirs.BarlowTwinsLoss.forward: _itself,
+    theirs.DCLLoss.forward: _itself,
+    theirs.MMCRLoss.forward: _itself,
 }
-
-
-def _squares(z: Tensor, target: Tensor) -> Tensor:
-    return ((z - target) ** 2).flatten(1).mean(dim=1)
-
-
-def _check_split(criterion: nn.Module, z: Tensor) -> None:
-    if getattr(criterion, "gather_distributed", False):
-        check_even(len(z), z.device)
-
-
-def _views(view: int | Sequence[int], mixed: int, crops: int) -> list[int]:
-    """Return which crop each mixed view was made of."""
-    views = [view] * mixed if isinstance(view, int) and mixed <= 1 else view
-    if isinstance(views, int) or len(views) != mixed or not all(0 <= v < crops for v in views):
-        raise ValueError(
-            f"view must name a crop from 0 to {crops - 1} for each of the {mixed} mixed views, "
-            f"got {view}; pass for instance view=0, or view=[0, 1] for two"
-        )
-    return list(views)
-
-
-def _without(targets: Sequence[Tensor], view: int) -> list[Tensor]:
-    """Leave out the target that was made of the crop itself."""
-    others = [target for index, target in enumerate(targets) if index != view]
-    if not others:
-        raise ValueError(
-            "a mixed crop is compared with the other large crops, got none; pass at least two"
-        )
-    return others
-
-
-def _mean_term(
-    criterion: losses.Criterion,
-    z_mixed: Tensor,
-    targets: list[Tensor],
-    mixed: MixedBatch,
-    *,
-    switch: bool,
-) -> Tensor:
-    terms = [
-        losses.lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=switch)
-        for target in targets
-    ]
-    return torch.stack(terms).mean()
+_CROPS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
+    theirs.SwaVLoss.forward: WrappedSwaV,
+    theirs.DINOLoss.forward: WrappedDINO,
+    theirs.LeJEPALoss.forward: WrappedLeJEPA,
+}

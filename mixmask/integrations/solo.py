@@ -3,18 +3,18 @@
     python -m mixmask.integrations.solo main_pretrain.py --config-path … --config-name … \
         +mixmask.grid_size=4
 
-runs their script with their arguments and no edit; `patch()` does the same for a script of one's
-own. The block, in YAML or on the command line, holds the options of `mixmask.MixMask` and
+runs their script unchanged; call `patch()` in a script of your own. The block, in YAML or on the
+command line, holds the options of `mixmask.MixMask` and
 
 - `switch`: False keeps the term of λ alone;
-- `symmetric`: False mixes the first large crop alone, at the cost of one more forward pass
-  instead of two;
-- `small_crops`: True mixes the small crops of a multi-crop run as well;
+- `symmetric`: False mixes only the first large crop, which costs one extra forward pass instead
+  of two;
+- `small_crops`: True also mixes the small crops of a multi-crop run;
 - `enabled`: False switches it off, as everywhere in solo-learn.
 
-Without the block a run is what it was. The mixed term weighs as much as the original loss does
-(VICReg's has the spread of the mixed view alone), and is logged as `train_mixmask_loss`, the share
-of own pixels as `train_lambda`. The online classifier and the kNN see clean images only.
+Without the block nothing changes. The mixed term has the weight of the original loss (for VICReg,
+variance and covariance of the mixed view count once). It is logged as `train_mixmask_loss`, the
+share of own pixels as `train_lambda`. The online classifier and the kNN see clean images only.
 
 Needs solo-learn from its repository (1.0.6 or newer).
 """
@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask import losses
-from mixmask._distributed import world_size
-from mixmask.mixing import MixedBatch, MixMask
+from mixmask.integrations._solo_recipes import RECIPES, Recipe, Step
+from mixmask.mixing import MixMask
 
 _MODULE = "mixmask.integrations.solo"
 _OWN_OPTIONS = ("enabled", "small_crops", "switch", "symmetric")
@@ -55,8 +54,8 @@ _LEFT_OUT = {
 def patch() -> None:
     """Add MixMask to the methods in `solo.methods.METHODS`; harmless when called again.
 
-    A method reads the `mixmask:` block of the configuration that it is built from. AutoResumer
-    learns to resume a run only with the block that it was started with.
+    A method reads the `mixmask:` block of its configuration. AutoResumer then resumes a run only
+    with the block it was started with.
 
     Raises:
         ImportError: If solo-learn cannot be imported, or is the old release that is not built
@@ -82,8 +81,9 @@ def patch() -> None:
         )
     for name, theirs in METHODS.items():
         if name != "linear" and not issubclass(theirs, _Block):
-            ours = _MIXED.get(name, _Refusing)
-            METHODS[name] = type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__})
+            ours = _Mixed if name in RECIPES else _Refusing
+            more = {"__module__": theirs.__module__, "recipe": RECIPES.get(name)}
+            METHODS[name] = type(theirs.__name__, (ours, theirs), more)
     if "mixmask" not in AutoResumer.SHOULD_MATCH:
         AutoResumer.SHOULD_MATCH.append("mixmask")
 
@@ -167,7 +167,7 @@ class _Block:
 
 
 class _Refusing(_Block):
-    """A method that MixMask does not go into."""
+    """A method that MixMask does not support."""
 
     def __init__(self, cfg: Any) -> None:
         """Refuse the block, or build the method as it is."""
@@ -176,19 +176,9 @@ class _Refusing(_Block):
             reason = _LEFT_OUT.get(name, "it is not known here")
             raise ValueError(
                 f"mixmask does not work with the method {name!r}: {reason}; use one of "
-                f"{', '.join(sorted(_MIXED))}, or leave the mixmask block out"
+                f"{', '.join(sorted(RECIPES))}, or leave the mixmask block out"
             )
         super().__init__(cfg)  # type: ignore[call-arg]
-
-
-class _Step:
-    """What one training step of theirs produced, as far as the mixed term needs it."""
-
-    def __init__(self) -> None:
-        self.clean: list[dict[str, Tensor]] = []
-        self.momentum: list[dict[str, Tensor]] = []
-        self.noted: list[Tensor] = []
-        self.after: list[Callable[[], None]] = []
 
 
 class _Mixed(_Block):
@@ -198,42 +188,42 @@ class _Mixed(_Block):
     and what it would enqueue waits until the mixed term has read the same queue.
     """
 
-    output = "z"
-    both_directions = True
+    # Set by `patch`.
+    recipe: Recipe
     # Provided by their class.
-    queue: Any
-    temperature: float
     num_large_crops: int
     log_dict: Callable[..., None]
 
     def __init__(self, cfg: Any) -> None:
         """Check the block before anything is built."""
         options = self._options(cfg)
+        if options and options.get("per_sample") and cfg.method == "barlow_twins":
+            raise ValueError(
+                "mixmask.per_sample needs a loss of each image, and that of barlow_twins is a "
+                "statistic of the batch; leave the option out"
+            )
         own = {key: options.pop(key) for key in _OWN_OPTIONS if options and key in options}
         mixing = None if options is None else MixMask(**options)
         super().__init__(cfg)  # type: ignore[call-arg]
         self.mixmask = mixing
         self._mix_options = own
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return their loss plus the mixed term."""
         if self.mixmask is None:
             return super().training_step(batch, batch_idx)  # type: ignore[misc]
-        self._step = step = _Step()
+        self._step = step = Step()
         try:
-            self._before(step)
+            step.noted = self.recipe.before(self)
             loss = super().training_step(batch, batch_idx)  # type: ignore[misc]
         finally:
             self._step = None
         mixed_loss, share = self._mixed_loss(step, batch[1])
         for enqueue in step.after:
             enqueue()
-        self.log_dict(
-            {"train_mixmask_loss": mixed_loss, "train_lambda": share},
-            on_epoch=True,
-            sync_dist=True,
-        )
+        logged = {"train_mixmask_loss": mixed_loss, "train_lambda": share}
+        self.log_dict(logged, on_epoch=True, sync_dist=True)
         return loss + mixed_loss
 
     def base_training_step(self, X: Tensor, targets: Tensor) -> Any:  # noqa: N803
@@ -250,32 +240,61 @@ class _Mixed(_Block):
             self._step.momentum.append(out)
         return out
 
-    def _mixed_loss(self, step: _Step, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def get_assignments(self, preds: Any) -> Any:
+        """Note the codes of the clean crops (SwAV)."""
+        codes = super().get_assignments(preds)  # type: ignore[misc]
+        if self._step is not None:
+            self._step.noted = codes
+        return codes
+
+    def find_nn(self, z: Tensor) -> Any:
+        """Note the neighbours of a clean crop (NNCLR)."""
+        index, neighbours = super().find_nn(z)  # type: ignore[misc]
+        if self._step is not None:
+            self._step.noted.append(neighbours)
+        return index, neighbours
+
+    def _dequeue_and_enqueue(self, *keys: Tensor) -> None:
+        self._later(super()._dequeue_and_enqueue, *keys)  # type: ignore[misc]
+
+    def dequeue_and_enqueue(self, *keys: Tensor) -> None:
+        """Wait for the mixed term."""
+        self._later(super().dequeue_and_enqueue, *keys)  # type: ignore[misc]
+
+    def _later(self, enqueue: Callable[..., None], *keys: Tensor) -> None:
+        """Enqueue after the mixed term, if there will be one."""
+        if self._step is None:
+            enqueue(*keys)
+        else:
+            self._step.after.append(partial(enqueue, *keys))
+
+    def _mixed_loss(self, step: Step, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mixed term, and the mean share of own pixels."""
         assert self.mixmask is not None
-        targets = self._targets(step)
+        targets = self.recipe.targets(step)
+        switch = self._mix_options.get("switch", True)
         terms, shares = [], []
         for view in self._mixed_views(len(crops)):
             mixed = self.mixmask(crops[view])
             z_mixed = self._embed(mixed.images, small=view >= self.num_large_crops)
-            terms += [
-                self._term(step, z_mixed, target, mixed, other)
-                for other, target in enumerate(targets)
-                if other != view
-            ]
+            for other, target in enumerate(targets):
+                if other != view:
+                    criterion = self._criterion(step, other)
+                    terms.append(
+                        losses.lambda_weighted_loss(
+                            criterion, z_mixed, target, mixed, switch=switch
+                        )
+                    )
             shares.append(mixed.lam.mean())
-        weight = self._weight(len(crops))
+        weight = self.recipe.weight(self, len(crops))
         return weight * torch.stack(terms).mean(), torch.stack(shares).mean()
 
-    def _term(
-        self, step: _Step, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, other: int
-    ) -> Tensor:
-        criterion = self._criterion(step, other)
-        switch = self._mix_options.get("switch", True)
-        return losses.lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=switch)
+    def _criterion(self, step: Step, other: int) -> losses.Criterion:
+        """Return the criterion against the targets of one large crop."""
+        return self.recipe.criterion(self, step, other)
 
     def _mixed_views(self, crops: int) -> list[int]:
-        both = self.both_directions and self._mix_options.get("symmetric", True)
+        both = self.recipe.both_directions and self._mix_options.get("symmetric", True)
         views = list(range(self.num_large_crops if both else 1))
         if self._mix_options.get("small_crops", False):
             views += range(self.num_large_crops, crops)
@@ -283,275 +302,13 @@ class _Mixed(_Block):
 
     def _embed(self, images: Tensor, *, small: bool) -> Tensor:
         out = self.multicrop_forward(images) if small else self(images)  # type: ignore[attr-defined, operator]
-        if self.output not in out:
+        if self.recipe.output not in out:
             raise ValueError(
                 f"mixmask.small_crops needs a method that embeds small crops, got "
                 f"{type(self).__name__}; leave the option out"
             )
-        embedding: Tensor = out[self.output]
+        embedding: Tensor = out[self.recipe.output]
         return embedding
-
-    def _later(self, enqueue: Callable[..., None], *keys: Tensor) -> None:
-        """Enqueue after the mixed term, if it is to come."""
-        if self._step is None:
-            enqueue(*keys)
-        else:
-            self._step.after.append(partial(enqueue, *keys))
-
-    def _before(self, step: _Step) -> None:
-        """Note what their training step is about to change."""
-
-    def _weight(self, crops: int) -> float:
-        """Return how many terms their loss of so many crops adds up; 1 for a mean."""
-        del crops
-        return 1.0
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        """Return one target a large crop."""
-        raise NotImplementedError
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        """Return the criterion against the targets of one large crop."""
-        raise NotImplementedError
-
-
-class _MoCoV2Plus(_Mixed):
-    """Each direction has a queue of its own."""
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.momentum]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step
-        return losses.InfoNCE(self.queue[other].T, self.temperature)
-
-    def _dequeue_and_enqueue(self, keys: Tensor) -> None:
-        self._later(super()._dequeue_and_enqueue, keys)  # type: ignore[misc]
-
-
-class _MoCoV3(_Mixed):
-    """The sum of both directions, each times 2 τ."""
-
-    output = "q"
-
-    def _weight(self, crops: int) -> float:
-        del crops
-        return 2.0
-
-    def _embed(self, images: Tensor, *, small: bool) -> Tensor:
-        return F.normalize(super()._embed(images, small=small), dim=1)
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [F.normalize(out["k"], dim=1) for out in step.momentum]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        criterion = losses.InfoNCE(
-            None, self.temperature, gather_distributed=True, reduction="none"
-        )
-        return lambda z, target: 2 * self.temperature * criterion(z, target)
-
-
-class _SimCLR(_Mixed):
-    """Both views of every other image are negatives."""
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.clean]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        return losses.NTXent(self.temperature, gather_distributed=True)
-
-
-class _BYOL(_Mixed):
-    """The sum of squared distances, of every crop to each large one's target but its own."""
-
-    output = "p"
-
-    def _weight(self, crops: int) -> float:
-        return self.num_large_crops * (crops - 1.0)
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.momentum]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        criterion = losses.NegativeCosine(reduction="none")
-        return lambda z, target: 2 + 2 * criterion(z, target)
-
-
-class _SimSiam(_Mixed):
-    """The mean over both directions; targets take no gradient."""
-
-    output = "p"
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"].detach() for out in step.clean]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        return losses.NegativeCosine()
-
-
-class _BarlowTwins(_Mixed):
-    """A statistic of the batch: one λ a batch."""
-
-    lamb: float
-    scale_loss: float
-
-    def _options(self, cfg: Any) -> dict[str, Any] | None:
-        options = super()._options(cfg)
-        if options and options.get("per_sample"):
-            raise ValueError(
-                "mixmask.per_sample needs a loss of each image, and that of barlow_twins is a "
-                "statistic of the batch; leave the option out"
-            )
-        return options
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.clean]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        criterion = losses.BarlowTwins(self.lamb, gather_distributed=True)
-
-        def weighed(z: Tensor, target: Tensor) -> Tensor:
-            loss = self.scale_loss * criterion(z, target)
-            # Theirs averages over the processes without their gradients, which leaves a share.
-            return loss.detach() + (loss - loss.detach()) / world_size()
-
-        return weighed
-
-
-class _VICReg(_Mixed):
-    """λ weighs the invariance; variance and covariance are taken once, of the mixed view."""
-
-    sim_loss_weight: float
-    var_loss_weight: float
-    cov_loss_weight: float
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.clean]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        # They sum the hinges of both views where the published code takes the mean.
-        return losses.VICReg(
-            self.sim_loss_weight,
-            2 * self.var_loss_weight,
-            self.cov_loss_weight,
-            gather_distributed=True,
-        )
-
-
-class _SwAV(_Mixed):
-    """Codes are made once, of the clean crops, with their queue."""
-
-    output = "p"
-
-    def get_assignments(self, preds: Any) -> Any:
-        """Note the codes of the clean crops."""
-        codes = super().get_assignments(preds)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.noted = codes
-        return codes
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return step.noted
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        return losses.SwAV(self.temperature)
-
-
-class _DINO(_Mixed):
-    """The center is the one that the clean crops met, from before the step."""
-
-    dino_loss_func: Any
-
-    def _before(self, step: _Step) -> None:
-        # Their update binds a new tensor and leaves this one as it is.
-        step.noted = [self.dino_loss_func.center]
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.momentum]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del other
-        theirs = self.dino_loss_func
-        temperature = float(theirs.teacher_temp_schedule[theirs.epoch])
-        return losses.DINO(step.noted[0], theirs.student_temp, temperature)
-
-
-class _NNCLR(_Mixed):
-    """Targets are the neighbours that the clean crops found; they contrast the predictions."""
-
-    output = "p"
-
-    def find_nn(self, z: Tensor) -> Any:
-        """Note the neighbours of a clean crop."""
-        index, neighbours = super().find_nn(z)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.noted.append(neighbours)
-        return index, neighbours
-
-    def dequeue_and_enqueue(self, z: Tensor, y: Tensor) -> None:
-        """Wait for the mixed term."""
-        self._later(super().dequeue_and_enqueue, z, y)  # type: ignore[misc]
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return step.noted
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del step, other
-        criterion = losses.InfoNCE(
-            None, self.temperature, gather_distributed=True, reduction="none"
-        )
-        return lambda z, target: criterion(F.normalize(target, dim=1), F.normalize(z, dim=1))
-
-
-class _ReSSL(_Mixed):
-    """One direction: the first crop learns the second one's similarities to the queue."""
-
-    both_directions = False
-    temperature_q: float
-    temperature_k: float
-
-    def _before(self, step: _Step) -> None:
-        # What autograd keeps must not change when the keys are enqueued.
-        step.noted = [self.queue.clone()]
-
-    def dequeue_and_enqueue(self, k: Tensor) -> None:
-        """Wait for the mixed term."""
-        self._later(super().dequeue_and_enqueue, k)  # type: ignore[misc]
-
-    def _targets(self, step: _Step) -> list[Tensor]:
-        return [out["z"] for out in step.momentum]
-
-    def _criterion(self, step: _Step, other: int) -> losses.Criterion:
-        del other
-        criterion = losses.SwAV(self.temperature_q, reduction="none")
-        queue = step.noted[0].T
-
-        def relation(z: Tensor, target: Tensor) -> Tensor:
-            return criterion(z @ queue, (target @ queue / self.temperature_k).softmax(dim=1))
-
-        return relation
-
-
-_MIXED: dict[str, type[_Mixed]] = {
-    "barlow_twins": _BarlowTwins,
-    "byol": _BYOL,
-    "dino": _DINO,
-    "mocov2plus": _MoCoV2Plus,
-    "mocov3": _MoCoV3,
-    "nnclr": _NNCLR,
-    "ressl": _ReSSL,
-    "simclr": _SimCLR,
-    "simsiam": _SimSiam,
-    "swav": _SwAV,
-    "vicreg": _VICReg,
-}
 
 
 def _is_list(value: Any) -> bool:

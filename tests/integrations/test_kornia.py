@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.augmentation.container.ops import ClassSequentialOps
 from torch import Tensor
 
 from mixmask import MixMask, lambda_weighted_loss, mix_batch
-from mixmask.integrations.kornia import RandomMixMask
+from mixmask.integrations.kornia import RandomMixMask, take_labels
 from mixmask.losses import InfoNCE
 
 VERSION = tuple(int(part) for part in kornia.__version__.split(".")[:2])
@@ -212,7 +213,7 @@ def test_in_a_container_after_another_augmentation() -> None:
 
 def test_a_container_takes_labels() -> None:
     mix = RandomMixMask(4, per_sample=True, ratio=(0.2, 0.8), p=0.7)
-    views = Sequential(K.RandomHorizontalFlip(), mix, data_keys=BOTH)
+    views = take_labels(Sequential(K.RandomHorizontalFlip(), mix, data_keys=BOTH))
     images, labels = torch.rand(7, 3, 16, 16), torch.tensor([3, 1, 4, 1, 5, 9, 2])
     out, rows = views(images, labels)
     mixed = mix.mixed_batch(out)
@@ -225,9 +226,23 @@ def test_a_container_takes_labels() -> None:
 
 
 def test_a_container_still_refuses_labels_beside_kornias_own_mixes() -> None:
-    views = Sequential(K.RandomMixUpV2(), data_keys=BOTH)
+    views = take_labels(Sequential(K.RandomMixUpV2(), data_keys=BOTH))
     with pytest.raises(NotImplementedError, match="class labels"):
         views(torch.rand(4, 3, 8, 8), torch.arange(4))
+
+
+def test_containers_are_kornias_until_the_named_call() -> None:
+    """Neither importing the integration nor a call for one container changes another."""
+    take_labels(Sequential(RandomMixMask(2), data_keys=BOTH))
+    views = Sequential(RandomMixMask(2), data_keys=BOTH)
+    with pytest.raises(NotImplementedError, match="class labels"):
+        views(torch.rand(4, 3, 8, 8), torch.arange(4))
+    assert ClassSequentialOps.transform.__module__.startswith("kornia.")
+
+
+def test_only_containers_take_labels() -> None:
+    with pytest.raises(TypeError, match="must be an AugmentationSequential, got RandomMixMask"):
+        take_labels(RandomMixMask(2))  # type: ignore[arg-type]
 
 
 @options

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixmask import LambdaWeightedLoss, MixedBatch
 
 pytest.importorskip(
-    "lightly", reason="lightly is not installed; pip install 'mixmask[lightly]' for these tests"
+    "lightly", reason="lightly is not installed; pip install '.[lightly]' for these tests"
 )
 
 import lightly
@@ -30,15 +30,23 @@ from lightly.loss import (
     DCLLoss,
     DCLWLoss,
     DINOLoss,
+    KoLeoLoss,
+    LeJEPALoss,
+    MMCRLoss,
+    MSNLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
+    PatchKernelAlignmentLoss,
     SwaVLoss,
+    TiCoLoss,
     VICRegLoss,
 )
 from lightly.loss.swav_loss import sinkhorn
 
 from mixmask.integrations.lightly import (
+    WrappedCriterion,
     WrappedDINO,
+    WrappedLeJEPA,
     WrappedNTXent,
     WrappedPair,
     WrappedSwaV,
@@ -63,6 +71,15 @@ class Renamed(NTXentLoss):  # type: ignore[misc]
     """One of lightly's under another name."""
 
 
+def _tico() -> Any:
+    """Some steps in, so that its covariance is not zero."""
+    criterion = TiCoLoss(0.7, 3.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        criterion(*torch.randn(2, N, C))
+    return criterion
+
+
 CRITERIA: dict[str, Callable[[], Any]] = {
     "ntxent": lambda: NTXentLoss(TAU),
     "bank": lambda: NTXentLoss(TAU, memory_bank_size=(BANK, C)),
@@ -73,8 +90,9 @@ CRITERIA: dict[str, Callable[[], Any]] = {
     "vicreg": lambda: VICRegLoss(10.0, 5.0, 2.0, eps=1e-3),
     "dcl": lambda: DCLLoss(TAU),
     "dclw": lambda: DCLWLoss(TAU, sigma=0.7),
+    "tico": lambda: _tico(),
 }
-BY_SAMPLE = ("ntxent", "bank", "renamed", "cosine", "vicreg")
+BY_SAMPLE = ("ntxent", "bank", "renamed", "cosine", "vicreg", "tico")
 WITH_BANK = ("bank", "renamed", "own forward")
 
 every = pytest.mark.parametrize("name", CRITERIA)
@@ -148,6 +166,15 @@ def _term(
             if switch:
                 total = total + (1 - share) * ((z[i] - other[i]) ** 2).mean()
         return float(criterion.lambda_param) * total / len(z) + _spread(criterion, z)
+    if isinstance(criterion, TiCoLoss):
+        # Of a view and itself only the covariance part is left.
+        total = _called(criterion, z, z, update_covariance_matrix=False)
+        for i in range(len(z)):
+            share = lam[i] if lam.ndim else lam
+            total = total + share * (1 - F.cosine_similarity(z[i], target[i], 0)) / len(z)
+            if switch:
+                total = total + (1 - share) * (1 - F.cosine_similarity(z[i], other[i], 0)) / len(z)
+        return total
     if lam.ndim:
         own, rest = _rows(criterion, z, target), _rows(criterion, z, other)
     else:
@@ -172,18 +199,21 @@ def _agree(ours: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
         ("ntxent", WrappedNTXent),
         ("bank", WrappedNTXent),
         ("renamed", WrappedNTXent),
-        ("own forward", LambdaWeightedLoss),
+        ("own forward", WrappedCriterion),
         ("cosine", WrappedPair),
         ("barlow", WrappedPair),
         ("vicreg", WrappedPair),
         ("dcl", WrappedPair),
         ("dclw", WrappedPair),
+        ("tico", WrappedPair),
     ],
 )
 def test_each_criterion_finds_its_wrapper(name: str, expected: type) -> None:
     assert type(wrap(CRITERIA[name]())) is expected
     assert type(wrap(SwaVLoss())) is WrappedSwaV
     assert type(wrap(DINOLoss(K))) is WrappedDINO
+    assert type(wrap(LeJEPALoss())) is WrappedLeJEPA
+    assert type(wrap(MMCRLoss())) is WrappedPair
 
 
 @pytest.mark.parametrize(
@@ -420,8 +450,8 @@ def test_checkpoints_from_before_are_read_without_the_bank() -> None:
     before = nn.ModuleDict({"net": nn.Linear(2, 2), "loss": NTXentLoss(memory_bank_size=(4, 2))})
     state = before.state_dict()
     for save_bank in (True, False):
-        loss = wrap(NTXentLoss(memory_bank_size=(4, 2)), save_bank=save_bank)
-        after = nn.ModuleDict({"net": nn.Linear(2, 2), "loss": loss})
+        loss: Any = wrap(NTXentLoss(memory_bank_size=(4, 2)), save_bank=save_bank)
+        after: Any = nn.ModuleDict({"net": nn.Linear(2, 2), "loss": loss})
         if save_bank:
             with pytest.raises(RuntimeError, match=r"Missing key.*memory_bank\.bank"):
                 after.load_state_dict(state)
@@ -463,7 +493,7 @@ class _Run:
         states = torch.load(io.BytesIO(saved), weights_only=True)
         parts = (self.model, self.criterion, self.optimizer)
         for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
+            part.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("save_bank", [True, False])
@@ -781,6 +811,161 @@ def test_only_modules_are_wrapped(bad: Any) -> None:
         wrap(bad)
 
 
+# A wrapped criterion is the criterion.
+
+EVERY: dict[str, Callable[[], Any]] = {
+    **CRITERIA,
+    "swav": SwaVLoss,
+    "dino": lambda: DINOLoss(K),
+    "lejepa": LeJEPALoss,
+    "mmcr": MMCRLoss,
+    "koleo": KoLeoLoss,
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_attributes_and_class_are_those_of_the_criterion(name: str) -> None:
+    criterion = EVERY[name]()
+    wrapped: Any = wrap(criterion)
+    assert isinstance(wrapped, type(criterion))
+    assert isinstance(wrapped, nn.Module)
+    assert type(wrapped).__name__ in repr(wrapped)
+    plain = vars(nn.Module())
+    for key, value in vars(criterion).items():
+        if key not in plain:
+            assert getattr(wrapped, key) is value
+            setattr(wrapped, key, 3.5)
+            assert vars(criterion)[key] == getattr(wrapped, key) == 3.5
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = wrapped.nothing_of_the_kind
+
+
+def test_a_center_is_read_and_set() -> None:
+    criterion = DINOLoss(K)
+    wrapped: Any = wrap(criterion)
+    assert wrapped.center is criterion.center
+    wrapped.center = torch.ones(1, 1, K)
+    assert float(criterion.center.sum()) == K
+    assert "center" in dict(criterion.named_buffers())
+    del wrapped.center
+    assert not hasattr(criterion, "center")
+    wrapped.eval()
+    assert not criterion.training
+    wrapped.note = 1
+    assert not hasattr(criterion, "note")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_wrapped_criteria_are_copied_whole(name: str) -> None:
+    wrapped: Any = wrap(EVERY[name](), switch=False)
+    for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert type(twin) is type(wrapped)
+        assert twin.switch is False
+        assert twin.criterion is not wrapped.criterion
+        assert isinstance(twin, type(wrapped.criterion))
+
+
+def test_what_the_criterion_takes_passes_through() -> None:
+    wrapped: Any = wrap(NTXentLoss(-1.0))
+    z, target = _embeddings(2)
+    assert torch.equal(wrapped(out0=z, out1=target), NTXentLoss(-1.0)(z, target))
+    assert torch.equal(wrapped(z, out1=target), NTXentLoss(-1.0)(z, target))
+    koleo: Any = wrap(KoLeoLoss())
+    assert torch.equal(koleo(z), KoLeoLoss()(z))
+
+
+def test_ticos_covariance_moves_once_and_only_if_it_may() -> None:
+    criterion = _tico()
+    untouched = copy.deepcopy(criterion)
+    wrapped: Any = wrap(criterion)
+    for update in (True, False, True):
+        z, target, *z_mixed = _embeddings(4)
+        mixed = [_mixed(), _mixed()]
+        slow = sum(
+            _term(untouched, *pair) for pair in zip(z_mixed, [target] * 2, mixed, strict=True)
+        )
+        slow = slow + untouched(z, target, update_covariance_matrix=update)
+        by_name = {"z_mixed": z_mixed, "mixed": mixed}
+        ours = wrapped(z, target, update_covariance_matrix=update, **by_name)
+        _agree(ours, slow, [z, target, *z_mixed])
+        assert torch.equal(criterion.C, untouched.C)
+    ours = wrapped(z, z_b=target, update_covariance_matrix=False)
+    assert torch.equal(ours, untouched(z, target, False))
+    # With or without the rest of its own arguments, ours come last.
+    assert torch.isfinite(wrapped(z, target, z_mixed, mixed))
+    last = wrapped(z, target, False, z_mixed, mixed)
+    assert torch.equal(last, wrapped(z, target, False, **by_name))
+
+
+def test_mmcr_is_that_of_equation_4() -> None:
+    criterion = MMCRLoss(0.3)
+    z, target, z_mixed = (
+        torch.randn(N, 2, C, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
+    mixed = _mixed()
+    slow = criterion(z, target) + _term(criterion, z_mixed, target, mixed)
+    _agree(wrap(criterion)(z, target, z_mixed, mixed), slow, [z, target, z_mixed])
+
+
+@pytest.mark.parametrize("per_sample, switch", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("views", [1, 2])
+def test_lejepa_is_that_of_equation_4(per_sample: bool, switch: bool, views: int) -> None:
+    criterion = LeJEPALoss(0.2, sigreg_num_vectors=5).double()
+    local = torch.randn(3, N, C, dtype=torch.float64, requires_grad=True)
+    large = torch.randn(2, N, C, dtype=torch.float64, requires_grad=True)
+    z_mixed = _embeddings(views)
+    mixed = [_mixed(per_sample=per_sample) for _ in range(views)]
+    torch.manual_seed(0)
+    slow = criterion(local_proj=local, global_proj=large)
+    centers = large.detach().mean(dim=0)
+
+    def distance(z: Tensor, target: Tensor) -> Tensor:
+        return (z - target).square().mean()
+
+    for z, record in zip(z_mixed, mixed, strict=True):
+        slow = slow + 0.8 * _eq_4(distance, z, [centers], record, switch=switch)
+        slow = slow + 0.2 * criterion.sigreg(z)
+    torch.manual_seed(0)
+    given = (
+        {"z_mixed": z_mixed, "mixed": mixed}
+        if views > 1
+        else {"z_mixed": z_mixed[0], "mixed": mixed[0]}
+    )
+    ours = wrap(criterion, switch=switch)(local_proj=local, global_proj=large, **given)
+    _agree(ours, slow, [local, large, *z_mixed])
+    torch.manual_seed(0)
+    plain = wrap(criterion)(local_proj=local, global_proj=large)
+    torch.manual_seed(0)
+    assert torch.equal(plain, criterion(local_proj=local, global_proj=large))
+
+
+@pytest.mark.parametrize(
+    "criterion, arguments, text",
+    [
+        (PatchKernelAlignmentLoss(), (ROWS, ROWS), r"PatchKernelAlignmentLoss takes no mixed vi"),
+        (MSNLoss(), (ROWS, ROWS, ROWS), r"MSNLoss takes no mixed views: its anchors are masked"),
+        (KoLeoLoss(), (ROWS,), r"need a criterion called with \(z, target\), got KoLeoLoss"),
+        (NTXentLoss(), (ROWS,), r"got NTXentLoss called with \(out0\); call it without z_mixed"),
+    ],
+)
+def test_mixed_views_are_refused_where_eq_4_has_no_meaning(
+    criterion: Any, arguments: tuple[Tensor, ...], text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
+        wrap(criterion)(*arguments, z_mixed=ROWS, mixed=SHARED)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "bank", "cosine", "vicreg"])
+def test_it_compiles(name: str) -> None:
+    wrapped = wrap(CRITERIA[name]())
+    z, target, z_mixed = torch.randn(3, N, C)
+    mixed = _mixed()
+    compiled = torch.compile(copy.deepcopy(wrapped), backend="eager")
+    torch.testing.assert_close(
+        compiled(z, target, z_mixed, mixed), wrapped(z, target, z_mixed, mixed)
+    )
+
+
 # Importing.
 
 
@@ -796,7 +981,7 @@ def test_without_lightly_the_extra_is_named() -> None:
         "try:\n"
         "    import mixmask.integrations.lightly\n"
         "except ImportError as error:\n"
-        "    assert \"pip install 'mixmask[lightly]'\" in str(error), error\n"
+        "    assert \"pip install '.[lightly]' in the checkout\" in str(error), error\n"
         "else:\n"
         "    raise AssertionError\n"
     )

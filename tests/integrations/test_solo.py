@@ -28,6 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from mixmask import MixMask
 from mixmask.data.clothing import clothing64
 from mixmask.integrations import solo as integration
+from mixmask.integrations._solo_recipes import Step
 
 N, CLASSES = 6, 10
 CROP, SMALL_CROP = 32, 24
@@ -636,9 +637,9 @@ def test_small_crops_without_an_embedding_are_refused(ours: dict[str, Any], name
 
 def _noted(model: Any, batch: list[Any]) -> Any:
     """Return what a step noted of the large crops."""
-    step = integration._Step()
+    step = Step()
     model._step = step
-    model._before(step)
+    step.noted = model.recipe.before(model)
     for x in batch[1][:2]:
         model.base_training_step(x, batch[2])
         if hasattr(model, "momentum_backbone"):
@@ -1069,7 +1070,7 @@ def _uneven(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     rows = 6 - 2 * dist.get_rank()
     for name in ("mocov3", "nnclr", "simclr", "vicreg"):
         model = ours[name](_cfg(name, mixmask={"grid_size": 4}))
-        criterion = model._criterion(integration._Step(), 1)
+        criterion = model._criterion(Step(), 1)
         with pytest.raises(ValueError, match=r"as many images, got \[6, 4\] by rank; use drop"):
             criterion(torch.randn(rows, 8), torch.randn(rows, 8))
 

@@ -1,0 +1,266 @@
+"""lightly's criteria over lists of crops, with mixed views, and what all wrapped criteria share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightly.loss.swav_loss import sinkhorn
+from torch import Tensor, nn
+
+from mixmask import losses
+from mixmask._distributed import check_even
+from mixmask.losses.lambda_weighted import as_pairs
+from mixmask.mixing import MixedBatch
+
+Mixed = MixedBatch | Sequence[MixedBatch] | None
+Embeddings = Tensor | Sequence[Tensor] | None
+
+
+class LikeIts(nn.Module):
+    """To its user, the criterion that it holds: attributes, class and pickling."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "criterion"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_its(name):
+            setattr(self.criterion, name, value)
+        else:
+            nn.Module.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_its(name):
+            delattr(self.criterion, name)
+        else:
+            nn.Module.__delattr__(self, name)
+
+    def _is_its(self, name: str) -> bool:
+        """Tell whether an attribute is the criterion's, and not one of the wrapper's own."""
+        criterion = self.__dict__.get("_modules", {}).get("criterion")
+        own = name == "criterion" or name in self.__dict__ or hasattr(type(self), name)
+        return not own and hasattr(criterion, name)
+
+    def __reduce__(self) -> Any:
+        # The default would name the class that `__class__` shows.
+        return _blank, (type(self),), self.__dict__
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+    # For isinstance. No method of this class may use `super()`, whose cell has the same name.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        criterion = self.__dict__.get("_modules", {}).get("criterion")
+        return type(self) if criterion is None else type(criterion)
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+class _Crops(LikeIts):
+    """A criterion over lists of crops."""
+
+    def __init__(self, criterion: nn.Module, *, switch: bool = True) -> None:
+        """Store the criterion."""
+        nn.Module.__init__(self)
+        self.criterion = criterion
+        self.switch = switch
+
+    def _terms(
+        self,
+        criterion: losses.Criterion,
+        targets: Sequence[Tensor],
+        pairs: list[tuple[Tensor, MixedBatch]],
+        views: list[int],
+    ) -> Tensor:
+        """Return the sum over mixed views of the mean over the targets of other crops."""
+        total = targets[0].new_zeros(())
+        for (z, record), view in zip(pairs, views, strict=True):
+            others = [target for index, target in enumerate(targets) if index != view]
+            if not others:
+                raise ValueError(
+                    "a mixed crop is compared with the other large crops, got none; pass at "
+                    "least two"
+                )
+            terms = [
+                losses.lambda_weighted_loss(criterion, z, target, record, switch=self.switch)
+                for target in others
+            ]
+            total = total + torch.stack(terms).mean()
+        return total
+
+
+class WrappedSwaV(_Crops):
+    """`SwaVLoss`, with mixed views: scores of a mixed crop meet the mixture of two clean codes."""
+
+    def forward(
+        self,
+        high_resolution_outputs: list[Tensor],
+        low_resolution_outputs: list[Tensor],
+        queue_outputs: list[Tensor] | None = None,
+        *,
+        z_mixed: Embeddings = None,
+        mixed: Mixed = None,
+        view: int | Sequence[int] = 0,
+    ) -> Tensor:
+        """Return the criterion's loss plus the mixed terms.
+
+        Args:
+            high_resolution_outputs: (N, K) prototype scores, one tensor per large crop.
+            low_resolution_outputs: (N, K) prototype scores, one tensor per small crop.
+            queue_outputs: (Q, K) scores of queued features, one tensor per large crop.
+            z_mixed: (N, K) prototype scores of a mixed crop, or a list of them.
+            mixed: What was mixed, or a list in the same order.
+            view: Which crop was mixed, counting the large ones first; a list for lists. Its
+                mixture is compared with the codes of the other large crops.
+
+        Returns:
+            The criterion's loss, (1,) as lightly has it.
+
+        Raises:
+            ValueError: If sizes do not fit, or if a gathered batch is split unevenly.
+        """
+        large = high_resolution_outputs
+        pairs = as_pairs(z_mixed, mixed)
+        views = _views(view, len(pairs), len(large) + len(low_resolution_outputs))
+        if self.sinkhorn_gather_distributed:
+            check_even(len(large[0]), large[0].device)
+        loss: Tensor = self.criterion(large, low_resolution_outputs, queue_outputs)
+        if not pairs:
+            return loss
+        queued = queue_outputs or [crop[:0] for crop in large]
+        codes = [self._codes(*scores) for scores in zip(large, queued, strict=True)]
+        return loss + self._terms(losses.SwAV(self.temperature), codes, pairs, views)
+
+    def _codes(self, scores: Tensor, queued: Tensor) -> Tensor:
+        codes: Tensor = sinkhorn(
+            torch.cat([scores, queued]).detach(),
+            iterations=self.sinkhorn_iterations,
+            epsilon=self.sinkhorn_epsilon,
+            gather_distributed=self.sinkhorn_gather_distributed,
+        )
+        return codes[: len(scores)]
+
+
+class WrappedDINO(_Crops):
+    """`DINOLoss`, with mixed views: a mixed crop meets the mixture of two clean targets."""
+
+    def forward(
+        self,
+        teacher_out: list[Tensor],
+        student_out: list[Tensor],
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+        *,
+        z_mixed: Embeddings = None,
+        mixed: Mixed = None,
+        view: int | Sequence[int] = 0,
+    ) -> Tensor:
+        """Return the criterion's loss plus the mixed terms; the center moves once, by clean crops.
+
+        Args:
+            teacher_out: (N, K) logits of the teacher, one tensor per large crop.
+            student_out: (N, K) logits of the student, one tensor per crop, the large ones first.
+            teacher_temp: As in lightly.
+            epoch: As in lightly.
+            z_mixed: (N, K) logits of the student for a mixed crop, or a list of them.
+            mixed: What was mixed, or a list in the same order.
+            view: Which crop was mixed; a list for lists. Its mixture is compared with the
+                teacher's other crops.
+
+        Returns:
+            () scalar.
+
+        Raises:
+            ValueError: If sizes do not fit; before the center moves.
+        """
+        pairs = as_pairs(z_mixed, mixed)
+        views = _views(view, len(pairs), len(student_out))
+        if pairs:
+            temperature = self._temperature(epoch) if teacher_temp is None else teacher_temp
+            sharpened = losses.DINO(self.center.flatten(), self.student_temp, float(temperature))
+            term = self._terms(sharpened, teacher_out, pairs, views)
+        loss: Tensor = self.criterion(teacher_out, student_out, teacher_temp, epoch)
+        return loss + term if pairs else loss
+
+    def _temperature(self, epoch: int | None) -> float:
+        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+            return float(self.teacher_temp_schedule[epoch])
+        return float(self.teacher_temp)
+
+
+class WrappedLeJEPA(_Crops):
+    r"""`LeJEPALoss`, with mixed views.
+
+    LeJEPA is $(1 - w) \|z - \mu\|^2 + w\,\mathrm{SIGReg}$ with $\mu_i$ the mean of the global
+    views of an image. SIGReg does not see $\mu$, so eq. 4 weights the distance alone and counts
+    SIGReg of the mixed view once: $(1 - w) [\lambda \|z^m_i - \mu_i\|^2 + (1 - \lambda) \|z^m_i -
+    \mu_{\pi(i)}\|^2] + w\,\mathrm{SIGReg}(z^m)$. The distances are those to the mixture of the two
+    centers plus $\lambda (1 - \lambda) \|\mu_i - \mu_{\pi(i)}\|^2$, which would draw different
+    images together: no gradient goes to the centers.
+    """
+
+    def forward(
+        self,
+        *,
+        local_proj: Tensor,
+        global_proj: Tensor,
+        z_mixed: Embeddings = None,
+        mixed: Mixed = None,
+    ) -> Tensor:
+        """Return the criterion's loss plus the mixed terms.
+
+        Args:
+            local_proj: (V, N, C) projections of the local views.
+            global_proj: (W, N, C) projections of the global views.
+            z_mixed: (N, C) projections of a mixed view, or a list of them.
+            mixed: What was mixed, or a list in the same order.
+
+        Returns:
+            () scalar.
+
+        Raises:
+            ValueError: If sizes do not fit.
+        """
+        pairs = as_pairs(z_mixed, mixed)
+        loss: Tensor = self.criterion(local_proj=local_proj, global_proj=global_proj)
+        if not pairs:
+            return loss
+        centers = global_proj.detach().mean(dim=0)  # (N, C)
+        return loss + self._terms(_Sketched(self.criterion), [centers], pairs, [-1] * len(pairs))
+
+
+class _Sketched:
+    """LeJEPA of one view towards given centers."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self.weight = float(criterion.lambda_param)  # type: ignore[arg-type]
+        self.sketch: Any = criterion.sigreg
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.weighted(z, target, None, z.new_ones(()))
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return the λ-weighted distances, and SIGReg of z once; see `SharingCriterion`."""
+        distance = lam * (z - target).square().mean(dim=1)
+        if other is not None:
+            distance = distance + (1 - lam) * (z - other).square().mean(dim=1)
+        sketch: Tensor = self.sketch(z)
+        return (1 - self.weight) * distance.mean() + self.weight * sketch
+
+
+def _views(view: int | Sequence[int], mixed: int, crops: int) -> list[int]:
+    """Return which crop each mixed view was made of."""
+    views = [view] * mixed if isinstance(view, int) and mixed <= 1 else view
+    if isinstance(views, int) or len(views) != mixed or not all(0 <= v < crops for v in views):
+        raise ValueError(
+            f"view must name a crop from 0 to {crops - 1} for each of the {mixed} mixed views, "
+            f"got {view}; pass for instance view=0, or view=[0, 1] for two"
+        )
+    return list(views)

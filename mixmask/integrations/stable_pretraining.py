@@ -1,0 +1,294 @@
+"""MixMask in stable-pretraining: one call around a model, before it is trained.
+
+    model = wrap(SimCLR("resnet18"), mixmask.MixMask(grid_size=4))
+
+The loss of every training step then holds the mixed term. It works for the method classes
+`SimCLR`, `BYOL`, `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg`, called directly or from a
+`forward` of one's own, and for `Module(forward=...)` with `stable_pretraining.forward.simclr`,
+`byol`, `barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Only
+public parts are used: `backbone`, `projector`, `predictor`, `queue` and the loss modules. Their
+clean outputs are recorded by forward hooks; embeddings and labels, which probes and kNN callbacks
+read, are those of the clean images.
+
+Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmask import losses
+from mixmask.mixing import MixedBatch
+
+try:
+    import stable_pretraining as theirs
+    from stable_pretraining import methods
+    from stable_pretraining.losses import BYOLLoss, NTXEntLoss, VICRegLoss
+except ImportError as error:
+    raise ImportError(
+        "mixmask.integrations.stable_pretraining needs stable-pretraining, which could not be "
+        f"imported ({error}); run pip install '.[stable-pretraining]' in the checkout of mixmask"
+    ) from error
+
+Mixing = Callable[[Tensor], MixedBatch]
+
+
+def wrap(
+    module: theirs.Module, mixing: Mixing, *, switch: bool = True, symmetric: bool = False
+) -> theirs.Module:
+    r"""Add the mixed term to the loss of every training step of a module.
+
+    $L = L_\mathrm{theirs} + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i)
+    \ell(z^m_i, t_{\pi(i)})$, where view 1 is mixed and t are their targets of view 2. ℓ is one
+    direction of their loss: NT-Xent, 2 - 2 cos (BYOL), - cos (SimSiam), InfoNCE against the queue
+    that their own logits met, which already holds the keys of this batch (MoCo v2), the
+    cross-correlation (Barlow Twins); for VICReg λ weights the invariance, and variance and
+    covariance are those of the mixed view, once.
+
+    Args:
+        module: A method, or a `Module` with one of the losses above.
+        mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
+            One mask per sample works for all methods but Barlow Twins.
+        switch: False keeps the term of λ alone (the paper's ablation).
+        symmetric: Mix view 2 as well, for one more forward pass; the term is the mean of both.
+            Not for MoCo v2, which has one direction.
+
+    Returns:
+        The module itself, with hooks. In training, dictionaries that its `forward` returns also
+        hold "mixmask_loss" and "mixmask_lambda", which are logged under these names.
+
+    Raises:
+        TypeError: If the module is not of stable-pretraining, or `mixing` cannot be called.
+        ValueError: If the method is not supported; in a step, if its parts were not called as
+            expected.
+
+    Source:
+        MixMask, eq. 1-4.
+
+    Example:
+        >>> import mixmask
+        >>> net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        >>> model = wrap(theirs.SimCLR(net, (8, 4)), mixmask.MixMask(grid_size=2))
+        >>> view1, view2 = torch.rand(2, 4, 3, 8, 8)
+        >>> model(view1, view2).loss.shape
+        torch.Size([])
+    """
+    if not isinstance(module, theirs.Module):
+        raise TypeError(
+            f"module must be a Module of stable-pretraining, got {type(module).__name__}; wrap "
+            "the method or Module itself, before it goes to a Trainer or Manager"
+        )
+    if not callable(mixing):
+        raise TypeError(
+            f"mixing must be callable with images, got {type(mixing).__name__}; pass for "
+            "instance mixmask.MixMask(grid_size=4)"
+        )
+    if isinstance(module, methods.MoCov2) and symmetric:
+        raise ValueError("symmetric=True is not supported by MoCov2, which has one direction")
+    if hasattr(module, "mixmask"):
+        raise ValueError("module is wrapped already; build it anew to change the options")
+    module.mixmask = _Step(mixing, switch=switch, symmetric=symmetric, method=_method(module))
+    module.mixmask.attach(module)
+    return module
+
+
+class _Step:
+    """What one training step computed for the clean images, and the mixed term made of it."""
+
+    def __init__(self, mixing: Mixing, *, switch: bool, symmetric: bool, method: str) -> None:
+        self.mixing = mixing
+        self.switch = switch
+        self.symmetric = symmetric
+        self.method = method
+        self.start(None, None)
+        self.recording = False
+
+    def attach(self, module: Any) -> None:
+        """Register the hooks: before and after a step, and on the parts that are recorded."""
+        module.register_forward_pre_hook(self.start)
+        _student(module.backbone).register_forward_hook(self.record_images)
+        if self.method == "MoCov2":
+            module.projector.teacher.register_forward_hook(self.record_keys)
+        elif self.method == "SimSiam":
+            module.projector.register_forward_hook(self.record_projections)
+        else:
+            getattr(module, self.method).register_forward_hook(self.record_pair)
+        module.register_forward_hook(self.finish)
+
+    def start(self, module: nn.Module | None, arguments: Any) -> None:
+        """Forget the last step, and record this one if it trains."""
+        del arguments
+        self.recording = module is not None and module.training and torch.is_grad_enabled()
+        self.images: list[Tensor] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def record_images(self, part: nn.Module, arguments: tuple[Tensor, ...], out: Any) -> None:
+        """Note what the online backbone sees. A teacher that is the student has no gradient."""
+        del part, out
+        if self.recording and torch.is_grad_enabled():
+            self.images.append(arguments[0])
+
+    def record_pair(self, part: nn.Module, arguments: tuple[Tensor, ...], out: Any) -> None:
+        """Note what their loss compares."""
+        del part, out
+        if self.recording:
+            self.pairs.append((arguments[0], arguments[1]))
+
+    def record_projections(self, part: nn.Module, arguments: Any, out: Tensor) -> None:
+        """Note SimSiam's targets: of either view, or of both at once."""
+        del part, arguments
+        if self.recording:
+            self.pairs.append((out.detach(), out.detach()))
+
+    def record_keys(self, part: nn.Module, arguments: Any, out: Tensor) -> None:
+        """Note MoCo's keys."""
+        del part, arguments
+        if self.recording and not torch.is_grad_enabled():
+            keys = F.normalize(out, dim=-1)
+            self.pairs.append((keys, keys))
+
+    def finish(self, module: Any, arguments: Any, output: Any) -> Any:
+        """Add the mixed term to the loss of the output."""
+        del arguments
+        images, pairs, recorded = self.images, self.pairs, self.recording
+        # Under DistributedDataParallel the module is called around its own call.
+        self.start(None, None)
+        if not recorded or not images or "loss" not in output:
+            return output
+        targets = self.targets(pairs)
+        views = self.views(torch.cat(images), len(targets[0]))
+        terms, shares = [], []
+        for view, target in zip(views, targets, strict=False):
+            mixed = self.mixing(view)
+            z = self.embed(module, mixed.images)
+            criterion = self.criterion(module, target)
+            terms.append(
+                losses.lambda_weighted_loss(criterion, z, target, mixed, switch=self.switch)
+            )
+            shares.append(mixed.lam.mean())
+        return _added(module, output, torch.stack(terms).mean(), torch.stack(shares).mean())
+
+    def targets(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return the targets of view 1 and, where there are any, of view 2."""
+        if not pairs:
+            raise ValueError(
+                f"expected a call of {self.method} in every training step, got none; call it by "
+                "this name, or write the two lines of the README into your forward"
+            )
+        if self.method == "SimSiam":
+            first, second = torch.cat([z for z, _ in pairs]).chunk(2)
+            return [second, first]
+        (z, target), *others = pairs
+        # One call compares both views; BYOL has a call per direction.
+        return [target, others[0][1] if others else z]
+
+    def views(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the views to mix; the backbone may have seen both at once."""
+        count = 1 + self.symmetric
+        if len(images) not in (n, 2 * n) or len(images) < count * n:
+            raise ValueError(
+                f"expected two views of {n} images, got {len(images)} images at the backbone; "
+                "pass two views of equal size, or write the two lines of the README into your "
+                "forward"
+            )
+        return list(images.split(n))[:count]
+
+    def embed(self, module: Any, images: Tensor) -> Tensor:
+        """Return what the online branch gives to their loss."""
+        z: Tensor = _student(module.projector)(_student(module.backbone)(images))
+        if self.method in ("SimSiam", "byol_loss"):
+            z = module.predictor(z)
+        return F.normalize(z, dim=-1) if self.method == "MoCov2" else z
+
+    def criterion(self, module: Any, target: Tensor) -> losses.Criterion:
+        """Return one direction of their loss, per image where it has a loss per image."""
+        if self.method == "SimSiam":
+            return losses.NegativeCosine()
+        if self.method == "MoCov2":
+            # Their logits meet the queue with this batch's keys in it already.
+            negatives = module.queue.get() if module.queue.max_length else target
+            return losses.InfoNCE(negatives, module.temperature)
+        own = getattr(module, self.method)
+        build = _CRITERIA.get(type(own))
+        return own if build is None else build(own)
+
+
+class _VICReg:
+    """λ weights the invariance; variance and covariance are those of the mixed view, once."""
+
+    def __init__(self, criterion: Any) -> None:
+        self.criterion = criterion
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(z, target)
+        return loss
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return both weighted terms; see `losses.SharingCriterion`."""
+        distance = lam * (z - target).square().mean(dim=1)
+        if other is not None:
+            distance = distance + (1 - lam) * (z - other).square().mean(dim=1)
+        spread: Tensor = self.criterion.vcreg_loss(z)
+        weight: float = self.criterion.sim_coeff
+        return weight * distance.mean() + spread
+
+
+def _nt_xent(criterion: Any) -> losses.Criterion:
+    return losses.NTXent(criterion.temperature, gather_distributed=True)
+
+
+def _squared_distance(criterion: Any) -> losses.Criterion:
+    del criterion
+    cosine = losses.NegativeCosine(reduction="none")
+    return lambda z, target: 2 + 2 * cosine(z, target)
+
+
+# A loss of another class under one of their names is taken as it is.
+_CRITERIA: dict[type, Callable[[Any], losses.Criterion]] = {
+    NTXEntLoss: _nt_xent,
+    BYOLLoss: _squared_distance,
+    VICRegLoss: _VICReg,
+}
+_METHODS = (methods.BarlowTwins, methods.BYOL, methods.SimCLR, methods.VICReg)
+_LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")
+
+
+def _method(module: Any) -> str:
+    """Return which parts tell the targets: a method with a loss inside, or a loss module."""
+    for method in (methods.MoCov2, methods.SimSiam):
+        if isinstance(module, method):
+            return str(method.__name__)
+    names = [name for name in _LOSSES if hasattr(module, name)]
+    parts = hasattr(module, "backbone") and hasattr(module, "projector")
+    other = [
+        cls
+        for cls in type(module).__mro__
+        if cls.__module__.startswith("stable_pretraining.methods.") and cls not in _METHODS
+    ]
+    if len(names) != 1 or not parts or other:
+        raise ValueError(
+            f"expected SimCLR, BYOL, SimSiam, MoCov2, BarlowTwins, VICReg or a Module with a "
+            f"backbone, a projector and one of {', '.join(_LOSSES)}, got "
+            f"{type(module).__name__}; write the two lines of the README into its forward"
+        )
+    return names[0]
+
+
+def _student(part: Any) -> Any:
+    return part.student if isinstance(part, theirs.TeacherStudentWrapper) else part
+
+
+def _added(module: Any, output: Any, term: Tensor, share: Tensor) -> Any:
+    """Return their output with the mixed term in its loss, and log it where a Trainer runs."""
+    output["loss"] = output["loss"] + term
+    if type(output) is dict:
+        told = {"mixmask_loss": term.detach(), "mixmask_lambda": share}
+        output.update(told)
+        if getattr(module, "_trainer", None) is not None:
+            module.log_dict(told, on_step=True, on_epoch=True, sync_dist=True)
+    return output
