@@ -33,7 +33,8 @@ from evidence_cells import (
     read_results,
     resolve,
 )
-from evidence_train import run_cell
+from evidence_lightly import train_lightly
+from evidence_train import Trainer, run_cell, train
 
 # How often the runner looks at its jobs, and how long they may take to save.
 _LOOK_SECONDS, _GRACE_SECONDS = 0.5, 180.0
@@ -42,6 +43,7 @@ _LAST_START_SECONDS = 60.0
 # A cell that has crashed so often is left alone.
 _CRASHES = 2
 _INTERRUPTED = 130
+_TRAINERS: dict[str, Trainer] = {"mixmask": train, "lightly": train_lightly}
 
 
 @dataclass
@@ -339,7 +341,14 @@ def rerun(whole: Plan, options: argparse.Namespace) -> None:
     if not cell.resolved:
         raise ValueError(f"{cell.name} waits for the cells that choose its learning rate")
     command = f"python benchmarks/evidence.py --plan {whole.name} --data-root DIR --cell "
-    record = run_cell(cell, options.data_root, options.state, options.results, command + cell.name)
+    record = run_cell(
+        cell,
+        _TRAINERS[cell.code],
+        options.data_root,
+        options.state,
+        options.results,
+        command + cell.name,
+    )
     (options.state / "crashes" / f"{cell.name}.json").unlink(missing_ok=True)
     final = record["final"]
     if final is None:

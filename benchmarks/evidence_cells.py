@@ -103,12 +103,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a plan: an experiment, whose cells later parts may share."""
+    """A part of a plan: an experiment, whose cells later parts may share.
+
+    Attributes:
+        name: One word.
+        about: The question.
+        cells: Its runs.
+        plots: Which plots show it; see `evidence_plots`.
+        paper: What is published for each arm.
+    """
 
     name: str
     about: str
     cells: tuple[Cell, ...]
-    paper: dict[str, float]
+    plots: tuple[str, ...]
+    paper: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,7 @@ def load_plan(name: str) -> Plan:
             part["name"],
             part["about"],
             tuple(cell for group in part["groups"] for cell in _expand(group, content)),
+            tuple(part.get("plots", ())),
             part.get("paper", {}),
         )
         for part in content["parts"]

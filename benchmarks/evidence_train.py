@@ -9,9 +9,10 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def train(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     """Train a cell with the package's own trainer, from its checkpoint where it has one."""
     config = make_config(**cell.config_options(), monitor=1)
     watch = Watch(splits, cell.epochs)
-    rows = _saved_rows(folder)
+    rows = saved_rows(folder)
     if rows:
         watch.epoch = int(rows[-1]["epoch"])
         if watch.epoch == cell.epochs:
@@ -196,7 +197,7 @@ def train(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     return rows
 
 
-def _saved_rows(folder: Path) -> list[Row]:
+def saved_rows(folder: Path) -> list[Row]:
     """Return the rows of the newest whole checkpoint, from which the trainer goes on."""
     for name in ("last.pt", "previous.pt"):
         try:
@@ -207,11 +208,18 @@ def _saved_rows(folder: Path) -> list[Row]:
     return []
 
 
-def run_cell(cell: Cell, root: Path | None, state: Path, out: Path, command: str) -> Record:
+# Trains a cell in its folder and returns its rows, from epoch 0.
+Trainer = Callable[[Cell, Splits, Path], list[Row]]
+
+
+def run_cell(
+    cell: Cell, trainer: Trainer, root: Path | None, state: Path, out: Path, command: str
+) -> Record:
     """Train a cell, or what is left of it, and write its record.
 
     Args:
         cell: The cell, with its learning rate.
+        trainer: What trains it.
         root: The folder of the data.
         state: The folder of unfinished runs.
         out: The folder of the records.
@@ -226,10 +234,12 @@ def run_cell(cell: Cell, root: Path | None, state: Path, out: Path, command: str
         splits = read_splits(cell, root)
         failed = None
         try:
-            rows = train(cell, splits, folder / "run")
+            rows = trainer(cell, splits, folder / "run")
         except FloatingPointError as error:  # That, too, is a result.
-            rows, failed = _saved_rows(folder / "run"), str(error).split(";")[0]
+            rows, failed = saved_rows(folder / "run"), str(error).split(";")[0]
         record = _record(cell, splits, rows, failed, command)
+        if cell.code != "mixmask":
+            record["versions"][cell.code] = metadata.version(cell.code)
         write_json(out / f"{cell.name}.json", record)
     shutil.rmtree(folder)
     return record
