@@ -244,6 +244,13 @@ def resolve(plan: Plan, results: Mapping[str, Record]) -> Plan:
     return replace(plan, parts=tuple(parts))
 
 
+def resolve_within(plan: Plan, whole: Plan, results: Mapping[str, Record]) -> Plan:
+    """Put the whole plan's learning rates into a part of it."""
+    names = {part.name for part in plan.parts}
+    rated = resolve(whole, results)
+    return Plan(plan.name, plan.about, tuple(part for part in rated.parts if part.name in names))
+
+
 def _score(record: Record) -> float:
     """Return what a learning rate is chosen by; a run that has failed loses."""
     final = record["final"]

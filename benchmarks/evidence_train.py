@@ -274,7 +274,8 @@ def _record(
         "recipe_version": RECIPE_VERSION,
         "cell": asdict(cell),
         "config": asdict(config),
-        **circumstances("cpu"),
+        # As accelerate chooses.
+        **circumstances("cuda" if torch.cuda.is_available() else "cpu"),
         "command": command,
         "training_images": len(splits.images),
         "test_images": tests,

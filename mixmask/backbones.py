@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-# Channels of the first of four blocks; a ResNet-18, of eight blocks, starts with 64.
-_SLIM = {"narrow": 16, "medium": 32}
+# Our own: channels of the first of four blocks. A ResNet-18, of eight blocks, starts with 64.
+SLIM = {"narrow": 16, "medium": 32}
 
 
 def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
@@ -24,11 +24,11 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
     """
     import timm
 
-    if arch in _SLIM:
-        return _build_slim(_SLIM[arch])
+    if arch in SLIM:
+        return _build_slim(SLIM[arch])
     known = timm.list_models()
     if arch not in known:
-        near = ", ".join(get_close_matches(arch, [*_SLIM, *known], 3))
+        near = ", ".join(get_close_matches(arch, [*SLIM, *known], 3))
         raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
     backbone: nn.Module = timm.create_model(arch, num_classes=0)
     if small_stem:
