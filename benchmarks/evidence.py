@@ -123,7 +123,7 @@ class Runner:
         words += ["--results", str(self.options.results)]
         if self.options.data_root is not None:
             words += ["--data-root", str(self.options.data_root)]
-        # A session of its own, so that Ctrl-C reaches the runner alone, which then asks once.
+        # Detached from the terminal, so that Ctrl-C reaches the runner alone, which then asks once.
         process = subprocess.Popen(
             words,
             stdout=log,

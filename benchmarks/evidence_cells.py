@@ -192,7 +192,7 @@ def _expand(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[Ce
     fixed = {"data": "cifar100", "arch": "narrow", "method": "moco-v2", "split": "test"}
     fixed |= {key: group[key] for key in (*fixed, "code") if key in group}
     setting = content["settings"].get(f"{fixed['data']}/{fixed['method']}", {})
-    images = content["images"].get(fixed["data"])
+    images = group.get("images", content["images"].get(fixed["data"]))
     rates = group.get("lr", ["best"])
     for seed in group["seeds"]:
         for epochs in group["epochs"]:

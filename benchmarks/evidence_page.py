@@ -1,7 +1,7 @@
 """Write EVIDENCE.md from the results of evidence.py, and draw its plots.
 
-What stands above the page's mark is kept; below it, each part of the plan has its tables: means
-over seeds, differences to the run without mixing, what the paper reports, and the commands.
+What stands outside of a plan's marks is kept; between them, each part of the plan has its tables:
+means over seeds, differences to the run without mixing, what is published, and the commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from evidence_stats import (
     rows_of,
 )
 
-_MARK = "<!-- below this line: written by evidence_page.py -->"
 _TITLES = {"knn": "kNN (k 20), %", "linear": "linear probe, %"}
 _SEEDS = 3
 
@@ -37,10 +36,18 @@ def main() -> None:
     results = read_results(options.results)
     plan = resolve(load_plan(options.plan), results)
     drawn = [] if options.check else draw(plan, results, options.results)
-    head = options.page.read_text(encoding="utf-8") if options.page.exists() else "# Evidence\n\n"
-    text = head.partition(_MARK)[0] + _MARK + "\n\n" + page(plan, results, options)
+    old = options.page.read_text(encoding="utf-8") if options.page.exists() else "# Evidence\n"
+    start, end = (
+        f"<!-- plan {plan.name}: written by evidence_page.py -->",
+        f"<!-- end of {plan.name} -->",
+    )
+    before, _, rest = old.partition(start)
+    _, _, after = rest.partition(end)
+    text = f"{before.rstrip()}\n\n{start}\n\n{page(plan, results, options)}\n{end}\n" + (
+        f"\n{after.strip()}\n" if after.strip() else ""
+    )
     if options.check:
-        sys.exit(0 if text == head else f"{options.page.name} is not what its results say")
+        sys.exit(0 if text == old else f"{options.page.name} is not what its results say")
     options.page.write_text(text, encoding="utf-8")
     print(f"{options.page}: {len(results)} results; {len(drawn)} plots")
 
@@ -98,8 +105,8 @@ def _legend(results: Mapping[str, Record]) -> list[str]:
     machines = sorted({record["hardware"]["cpu"] for record in records})
     hours = sum(record["busy_seconds"] for record in records) / 3600
     text = (
-        f"{len(records)} runs, {hours:.1f} core-hours on {' and '.join(machines)}, recipe version "
-        f"{records[0]['recipe_version']}. ± is the standard error of the mean over seeds; a "
+        f"{len(records)} runs, {hours:.1f} hours of one process on {' and '.join(machines)}, "
+        f"recipe version {records[0]['recipe_version']}. ± is the standard error over seeds; a "
         "difference is paired by seed, in points, with its 95 % interval (Student's t) in "
         "brackets. Equal compute is an equal number of forward-backward passes of the encoder, of "
         "which a forward pass alone is a third. A single run's accuracy has a standard error of "

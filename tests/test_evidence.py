@@ -41,6 +41,10 @@ def test_the_cpu_plan_has_valid_cells_that_parts_share(cells: Any) -> None:
         assert (cell.split == "validation") == (cell.name in parts["rates"] | parts["methods"]) or (
             cell.split == "test"
         )
+    for cell in cells.load_plan("gpu").cells.values():
+        resolved = cell if cell.resolved else dataclasses.replace(cell, lr=0.06)
+        config = make_config(**resolved.config_options())
+        assert (config.arch, config.precision) == ("resnet18", "bf16")
     with pytest.raises(ValueError, match="--part must be one of 1 \\(rates\\)"):
         plan.select("9")
     with pytest.raises(ValueError, match="nearest names: cifar100-32px"):

@@ -46,10 +46,15 @@ def test_page_has_means_differences_and_what_is_missing(
             keep(cell, known[cell.arm, cell.epochs][cell.seed])
     words = ["evidence_page", "--plan", path, "--results", results, "--page", tmp_path / "E.md"]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    (tmp_path / "E.md").write_text("# Mine\n\n", encoding="utf-8")
+    (tmp_path / "E.md").write_text(
+        "# Mine\n\n<!-- plan p: written by evidence_page.py -->old<!-- end of p -->\nBelow.",
+        encoding="utf-8",
+    )
     page.main()
     text = (tmp_path / "E.md").read_text(encoding="utf-8")
-    assert text.startswith("# Mine\n\n<!-- below")
+    assert text.startswith("# Mine\n\n<!-- plan p: ")
+    assert text.endswith("\n<!-- end of p -->\n\nBelow.\n")
+    assert "old" not in text
     assert "| moco-v2, none | 30.0 / 40.0 | 20.0 / 30.0 |" in text
     # Differences 1, 1, 4: mean 2, standard error 1, and t = 4.303 with two degrees of freedom.
     row = "| mixmask, clothing64 | 1 | 0.01 | 3 | 23.0 ± 1.5 | +2.0 [-2.3, +6.3] |"
