@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import io
 import json
 import signal
 import sys
@@ -19,14 +18,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import ROOT, circumstances, slug, write_json
-from PIL import Image
+from image_files import read_files
 from torch import Tensor, nn
 
 from mixmask.data.sets import ImageData, Split, load_data
@@ -204,9 +201,7 @@ def read_rows(path: Path) -> Iterator[dict[str, float]]:
 def read_data(name: str, count: int | None) -> ImageData:
     """Load a data set by name, a folder of images, or a folder of `.npz` files.
 
-    The latter are named `*train*.npz` and `*test*.npz` or `*val*.npz`. Each holds `images`
-    (N, H, W, 3) uint8 and `labels`, or `webp`, `offsets` and `fine`: files of one width, in which
-    square images are stacked, and the images' labels.
+    The latter are named `*train*.npz` and `*test*.npz` or `*val*.npz`; see `read_arrays`.
     """
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*train*.npz")):
@@ -215,9 +210,7 @@ def read_data(name: str, count: int | None) -> ImageData:
             paths = sorted(path for word in words for path in folder.glob(f"*{word}*.npz"))
             if not paths:
                 raise ValueError(f"{folder} holds no {' or '.join(words)} .npz; add one")
-            parts = [_read_arrays(path) for path in paths]
-            pixels, classes = (torch.cat(part) for part in zip(*parts, strict=True))
-            splits.append(Split(pixels, classes))
+            splits.append(Split(*read_files(paths)))
         train, test = splits
         data = ImageData(train, test, ())
     else:
@@ -230,25 +223,6 @@ def read_data(name: str, count: int | None) -> ImageData:
         return data
     step = max(1, len(known) // count)
     return ImageData(Split(data.train.images[::step], known[::step]), data.test, data.classes)
-
-
-def _read_arrays(path: Path) -> tuple[Tensor, Tensor]:
-    with np.load(path) as arrays:
-        if "images" in arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        else:
-            starts = arrays["offsets"]
-            body = arrays["webp"].tobytes()
-            stacks = [
-                np.asarray(Image.open(io.BytesIO(body[start:end])).convert("RGB"))
-                for start, end in pairwise(starts)
-            ]
-            side = stacks[0].shape[1]
-            images = np.concatenate(stacks).reshape(-1, side, side, 3)
-            labels = arrays["fine"]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
-        labels.astype(np.int64)
-    )
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -9,7 +9,8 @@ from mixmask.backbones import build_backbone
 
 
 @pytest.mark.parametrize(
-    "arch, small_stem", [("narrow", False), ("resnet18", True), ("lcnet_050", False)]
+    "arch, small_stem",
+    [("narrow", False), ("medium", False), ("resnet18", True), ("lcnet_050", False)],
 )
 def test_backbone_returns_pooled_features(arch: str, small_stem: bool) -> None:
     backbone = build_backbone(arch, small_stem=small_stem)

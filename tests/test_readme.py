@@ -65,7 +65,7 @@ def options() -> set[str]:
     return known
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("README", "mixmask/"))])
+@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith(("README", "mixmask/"))])
 def test_commands_and_options_exist(page: str, options: set[str]) -> None:
     text = read(page)
     used = set(re.findall(r"^mixmask ([a-z]+(?: (?:knn|linear|finetune)\b)?)", text, re.MULTILINE))

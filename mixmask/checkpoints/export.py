@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
+from mixmask.backbones import SLIM
 from mixmask.checkpoints.detectron2 import Layers, configs
 from mixmask.checkpoints.load import Loaded
 
@@ -157,14 +158,14 @@ def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
 
 def _check_backbone(loaded: Loaded, to: str) -> None:
     """Refuse a backbone that the other library does not have, naming what takes it."""
-    if to == "timm" and loaded.arch == "narrow":
+    if to == "timm" and loaded.arch in SLIM:
         raise ValueError(
-            "timm has no backbone narrow, which is our own; use --to safetensors, which "
+            f"timm has no backbone {loaded.arch}, which is our own; use --to safetensors, which "
             "load_backbone reads, or pretrain with --arch resnet18"
         )
     if to in ("torchvision", "detectron2"):
         if loaded.arch not in _RESNETS:
-            other = "safetensors" if loaded.arch == "narrow" else "timm"
+            other = "safetensors" if loaded.arch in SLIM else "timm"
             raise ValueError(
                 f"--to {to} takes {', '.join(_RESNETS)}, got {loaded.arch}; use --to {other}"
             )
@@ -187,7 +188,7 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
         "small_stem": str(loaded.small_stem).lower(),
         "source": f"{loaded.layout}: {loaded.file.name if loaded.file else 'unknown file'}",
     }
-    if loaded.small_stem and loaded.arch != "narrow":
+    if loaded.small_stem and loaded.arch not in SLIM:
         padding, relu = _stem(loaded.backbone)
         metadata |= {"stem_padding": str(padding), "stem_relu": str(relu).lower()}
     return metadata
@@ -231,7 +232,7 @@ def _notes(loaded: Loaded, to: str) -> list[str]:
         return [
             f"no configurations: Detectron2's C4 heads have bottlenecks, {loaded.arch} has none"
         ]
-    if not loaded.small_stem or to == "safetensors" or loaded.arch == "narrow":
+    if not loaded.small_stem or to == "safetensors" or loaded.arch in SLIM:
         return []
     padding, relu = _stem(loaded.backbone)
     first: Any = loaded.backbone.conv1

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mixmask.backbones import SLIM
+
 # What follows the trained encoder slowly, by a word of its name.
 _FOLLOWERS = {"ema", "k", "key", "m", "momentum", "slow", "target", "teacher"}
 _WRAPPERS = {"_orig_mod", "module"}  # torch.compile; data parallel.
@@ -23,6 +25,7 @@ _SEQUENCES: dict[tuple[int, ...], dict[int, str]] = {
 # convolution: timm's name.
 _RESNETS: dict[tuple[tuple[int, ...], bool, tuple[int, int]], str] = {
     ((1, 1, 1, 1), False, (16, 16)): "narrow",
+    ((1, 1, 1, 1), False, (32, 32)): "medium",
     ((2, 2, 2, 2), False, (64, 64)): "resnet18",
     ((3, 4, 6, 3), False, (64, 64)): "resnet34",
     ((3, 4, 6, 3), True, (64, 64)): "resnet50",
@@ -152,7 +155,7 @@ def infer_arch(state: Mapping[str, Tensor]) -> str | None:
     name = _RESNETS.get((blocks, "layer1.0.conv3.weight" in state, shape))
     # Others' variants with a stem of several convolutions share these numbers.
     plain = "conv1.weight" in state
-    return name if plain != (name == "narrow") else None
+    return name if plain != (name in SLIM) else None
 
 
 def is_small_stem(state: Mapping[str, Tensor]) -> bool:

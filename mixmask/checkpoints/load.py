@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixmask.backbones import build_backbone
+from mixmask.backbones import SLIM, build_backbone
 from mixmask.checkpoints.layouts import (
     Found,
     exported_metadata,
@@ -34,7 +34,7 @@ class Loaded:
 
     Attributes:
         backbone: (N, 3, H, W) -> (N, `num_features`), pooled, on the CPU, in evaluation mode.
-        arch: timm's name of it, or "narrow".
+        arch: timm's name of it, or one of our own, "narrow" or "medium".
         small_stem: Whether its stem is the one for small images.
         layout: Whose checkpoint it was: "mixmask", "moco", "lightning" (as lightly's users
             write), "solo-learn", "torchvision" (timm's ResNets have the same keys), "timm", or
@@ -101,7 +101,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             "timm does, with --arch"
         )
     if small_stem is None:
-        small_stem = bool(config.get("small_stem", arch != "narrow" and is_small_stem(found.state)))
+        small_stem = bool(config.get("small_stem", arch not in SLIM and is_small_stem(found.state)))
     backbone = build_backbone(arch, small_stem=small_stem)
     taken = _fill(file, backbone, found, arch)
     if found.stem_padding != 1 and small_stem:

@@ -39,7 +39,7 @@ class RunConfig:
         ("workers", "device"),
     )
     recipe: str = option("", "named settings; without it those of --data, for a folder imagenet's")
-    arch: str = option("resnet50", "backbone: a timm name, or 'narrow' for our small ResNet")
+    arch: str = option("resnet50", "backbone: a timm name, or our small 'narrow' or 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
     image_size: int = option(224, "height and width of the views, in pixels")
     grid_size: int = option(8, "cells along a side of the mask")

@@ -19,6 +19,7 @@ from encoders import assert_same_features, pretrained, timm_backbone, torchvisio
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixmask.backbones import build_backbone
 from mixmask.checkpoints.layouts import infer_arch
 from mixmask.checkpoints.load import load_backbone
 
@@ -171,6 +172,11 @@ RESNETS = [
 def test_resnets_are_told_by_their_blocks(arch: str) -> None:
     with torch.device("meta"):
         assert infer_arch(torchvision.models.get_model(arch).state_dict()) == arch
+
+
+@pytest.mark.parametrize("arch", ["narrow", "medium"])
+def test_our_own_backbones_are_told_by_their_width(arch: str) -> None:
+    assert infer_arch(build_backbone(arch).state_dict()) == arch
 
 
 @pytest.mark.parametrize("arch", ["resnet50d", "resnet50c", "resnet26", "resnet10t", "resnet18d"])

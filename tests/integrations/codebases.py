@@ -43,8 +43,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmask.data.sets import load_data
 from mixmask.masks import BlockMaskGenerator
-from mixmask.trainers.data import load_data
 
 FOLDER = "MIXMASK_CODEBASES"
 TOLERANCE = 1e-9
