@@ -65,3 +65,15 @@ def hunks(diff: str) -> list[tuple[str, str]]:
         new = "".join(line[1:] for line in lines if line[0] in " +")
         found.append((old, new))
     return found
+
+
+def table(*columns: str) -> list[dict[str, str]]:
+    """Return the rows of the first table that has these columns, by column."""
+    for match in re.finditer(r"(?:^\|.*\|\n)+", text(), flags=re.MULTILINE):
+        head, _, *rows = (
+            [cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in match[0].splitlines()
+        )
+        if {*columns} <= {*head}:
+            return [dict(zip(head, row, strict=True)) for row in rows]
+    raise AssertionError(f"no table with the columns {columns}")

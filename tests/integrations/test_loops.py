@@ -20,7 +20,7 @@ import recipes_page
 import torch
 import torch.nn.functional as F
 from codebases import Row, SlowSGD
-from slow_loops import SHARES, STEPS, N, nt_xent, slowly, toward
+from slow_loops import SHARES, STEPS, N, check, nt_xent, slowly, toward
 from torch import Tensor, nn
 
 
@@ -87,7 +87,7 @@ def test_simsiam(batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
         script.main_worker(0, 1, args)
         optimizer = SlowSGD(1.0 * N / 256, args.momentum, args.weight_decay)
         errors = run.errors(*slowly(run, batches, _simsiam, optimizer))
-    Row(name, codebases.commit(source), lines, *errors).check(4)
+    check(Row(name, codebases.commit(source), lines, *errors))
 
 
 def test_simclr(batches: list[Any], tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_simclr(batches: list[Any], tmp_path: Path) -> None:
             batches
         )
         errors = run.errors(*slowly(run, batches, slow_loss, SlowSGD(0.03, 0.9, 1e-4)))
-    Row(name, codebases.commit(source), lines, *errors).check(4)
+    check(Row(name, codebases.commit(source), lines, *errors))
 
 
 def _soft(target: Tensor, logits: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def test_swav(batches: list[Any], tmp_path: Path) -> None:
         steps = slowly(run, [(views, None) for views in crops], slow, SlowSGD(0.1, 0.9, 1e-4))
         loss, gradients, state = run.errors(*steps)
         state = max(state, codebases.worst({"queue": queue}, {"queue": slow.queue}))
-    Row(name, codebases.commit(source), lines, loss, gradients, state).check(4)
+    check(Row(name, codebases.commit(source), lines, loss, gradients, state))
 
 
 class SlowDINO:
@@ -295,4 +295,4 @@ def test_dino(batches: list[Any], tmp_path: Path) -> None:
             codebases.worst({"center": criterion.center[0]}, {"center": slow.center}),
             codebases.worst(teacher.state_dict(), slow.teacher.state_dict()),
         )
-    Row(name, codebases.commit(source), lines, loss, gradients, end).check(4)
+    check(Row(name, codebases.commit(source), lines, loss, gradients, end))
