@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,23 +12,44 @@ from torch import Tensor
 Ratio = float | tuple[float, float]
 
 
+def check_tensor(name: str, value: Any, shape: str = "(N, ...)") -> None:
+    """Require a tensor; say how to take one out of what an encoder may return instead.
+
+    Args:
+        name: What to call it.
+        value: What the user passed.
+        shape: What its shape should be.
+    """
+    if isinstance(value, Tensor):
+        return
+    fix = f"pass a tensor {shape}"
+    if isinstance(value, Mapping):
+        keys = ", ".join(repr(key) for key in list(value)[:5])
+        fix = f"pass the one tensor that is meant, out of {keys}"
+    elif isinstance(value, Sequence) and any(isinstance(part, Tensor) for part in value):
+        fix = f"pass the one tensor that is meant, for instance {name}[0]"
+    raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}; {fix}")
+
+
 def check_images(images: Tensor, *, partners: bool) -> None:
-    """Refuse anything but a batch (N, C, H, W) of floating or uint8 images.
+    """Require a batch (N, C, H, W) of floating or uint8 images.
 
     Args:
         images: What the user passed.
         partners: Whether each image needs another one to be mixed with (N of at least 2).
     """
-    if not isinstance(images, Tensor):
+    if isinstance(images, list | tuple):
         raise TypeError(
-            f"images must be a tensor (N, C, H, W), got {type(images).__name__}; "
-            "stack the images with torch.stack first"
+            f"images must be one tensor (N, C, H, W), got {type(images).__name__} of "
+            f"{len(images)}; mix each view or crop on its own, as in images[0]"
         )
+    check_tensor("images", images, "(N, C, H, W)")
     if images.ndim != 4:
-        raise ValueError(
-            f"images must be (N, C, H, W), got {tuple(images.shape)}; "
-            "add the missing axis with images[None] or mix each crop of a list by itself"
-        )
+        fix = {
+            3: "a single image has no partner: mix batches, after the loader has stacked them",
+            5: "mix each view or crop on its own, as in images[:, 0]",
+        }.get(images.ndim, "pass the images, not their embeddings")
+        raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}; {fix}")
     if images.numel() == 0:
         raise ValueError(f"images must not be empty, got {tuple(images.shape)}; skip empty batches")
     if not (images.is_floating_point() or images.dtype == torch.uint8):

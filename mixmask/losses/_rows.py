@@ -1,15 +1,17 @@
-"""What every loss does with rows of embeddings: check, widen, reduce."""
+"""What every loss does with rows of embeddings: check, upcast, reduce."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mixmask._checks import check_choice, check_tensor
+
 
 def check_rows(
     z: Tensor, target: Tensor, *, names: tuple[str, str] = ("z", "target"), at_least: int = 1
 ) -> None:
-    """Refuse anything but two batches of rows (N, C) on one device, z floating.
+    """Require two batches of rows (N, C) on one device, z floating.
 
     Args:
         z: What the user passed first.
@@ -18,10 +20,12 @@ def check_rows(
         at_least: The smallest N for which the loss exists.
     """
     first, second = names
+    check_tensor(first, z)
+    check_tensor(second, target)
     if z.ndim != 2 or z.shape != target.shape:
         raise ValueError(
             f"{first} and {second} must both be (N, C), got {tuple(z.shape)} and "
-            f"{tuple(target.shape)}; flatten features to one row an image"
+            f"{tuple(target.shape)}; flatten features to one row per image"
         )
     if z.numel() == 0:
         raise ValueError(f"{first} must not be empty, got {tuple(z.shape)}; skip empty batches")
@@ -40,15 +44,16 @@ def check_rows(
 
 
 def check_scores(scores: Tensor, name: str) -> None:
-    """Refuse anything but one batch of rows (N, K), floating.
+    """Require one batch of rows (N, K), floating.
 
     Args:
         scores: What the user passed.
         name: What to call it.
     """
+    check_tensor(name, scores)
     if scores.ndim != 2:
         raise ValueError(
-            f"{name} must be (N, K), got {tuple(scores.shape)}; pass one row of scores an image"
+            f"{name} must be (N, K), got {tuple(scores.shape)}; pass one row of scores per image"
         )
     if scores.numel() == 0:
         raise ValueError(f"{name} must not be empty, got {tuple(scores.shape)}; skip empty batches")
@@ -56,16 +61,27 @@ def check_scores(scores: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating, got {scores.dtype}; pass scores, not indices")
 
 
-def wide(rows: Tensor) -> Tensor:
+def check_reduction(reduction: str) -> None:
+    """Require "mean" or "none"."""
+    check_choice("reduction", reduction, ("mean", "none"))
+
+
+def upcast(rows: Tensor) -> Tensor:
     """Return rows in at least float32, in which sums over a batch are taken."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """Return one loss an image, (N,), or its mean."""
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    """Return one loss per image, (N,), or its mean."""
     return loss.mean() if reduction == "mean" else loss
 
 
-def by_row(lam: Tensor) -> Tensor:
-    """Return () or (N,) shares in a shape that multiplies (N, C)."""
-    return lam[:, None] if lam.ndim else lam
+def mix_rows(rows: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+    """Return lam * rows + (1 - lam) * other, (N, C); without `other`, lam * rows alone."""
+    lam = lam[:, None] if lam.ndim else lam  # (N, 1) or ()
+    return lam * rows if other is None else lam * rows + (1 - lam) * other
+
+
+def mix_losses(own: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+    """Return lam * own + (1 - lam) * other, (N,); without `other`, lam * own alone."""
+    return lam * own if other is None else lam * own + (1 - lam) * other

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixmask._checks import check_choice, check_positive
+from mixmask._checks import check_positive
 from mixmask._distributed import average, check_even, world_size
-from mixmask.losses._rows import by_row, check_rows, check_scores, reduced, wide
+from mixmask.losses._rows import (
+    check_reduction,
+    check_rows,
+    check_scores,
+    mix_rows,
+    reduce,
+    upcast,
+)
+
+# A center, or a function that returns the one to use now.
+Center = Tensor | Callable[[], Tensor]
 
 
 def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str = "mean") -> Tensor:
@@ -40,7 +51,10 @@ def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str 
         >>> swav(p1, sinkhorn(p2)).shape
         torch.Size([])
     """
-    return SwAV(temperature, reduction=reduction)(z, target)
+    check_positive("temperature", temperature)
+    check_reduction(reduction)
+    check_rows(z, target)
+    return reduce(_soft_cross_entropy(z, target, temperature), reduction)
 
 
 @dataclass(frozen=True)
@@ -60,18 +74,17 @@ class SwAV:
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
-        check_choice("reduction", self.reduction, ("mean", "none"))
+        check_reduction(self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `swav`."""
-        check_rows(z, target)
-        return reduced(_soft_cross_entropy(wide(z) / self.temperature, target), self.reduction)
+        return swav(z, target, self.temperature, reduction=self.reduction)
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two codes; see `SharingCriterion`."""
         check_rows(z, target)
-        mixture = _mixture(target, other, lam)
-        return reduced(_soft_cross_entropy(wide(z) / self.temperature, mixture), self.reduction)
+        # The cross-entropy is linear in its codes, so both terms are one.
+        return swav(z, mix_rows(target, other, lam), self.temperature, reduction=self.reduction)
 
 
 @torch.no_grad()
@@ -85,7 +98,7 @@ def sinkhorn(
     r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
 
     With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
-    made once a step, of clean images; permuted, they are those of the partners.
+    made once per step, of clean images; permuted, they are those of the partners.
 
     Args:
         scores: (N, K) prototype scores, floating.
@@ -114,7 +127,7 @@ def sinkhorn(
     if several:
         check_even(len(scores), scores.device)
     # Logarithms: of scores far apart, whole rows of powers would underflow.
-    codes = wide(scores) / epsilon
+    codes = upcast(scores) / epsilon
     for _ in range(iterations):
         largest = codes.amax(dim=0)
         if several:
@@ -129,7 +142,7 @@ def sinkhorn(
 def dino(
     z: Tensor,
     target: Tensor,
-    center: Tensor | None = None,
+    center: Center | None = None,
     temperature: float = 0.1,
     target_temperature: float = 0.04,
     *,
@@ -142,7 +155,8 @@ def dino(
     Args:
         z: (N, K) logits of the student for one view, floating.
         target: (N, K) logits of the teacher for another view; no gradient goes there.
-        center: (K,) or (1, K), c; None for none. `update_center` moves it, once a step.
+        center: (K,) or (1, K), c, or a function that returns it and is asked at every call; None
+            for none. `update_center` returns the next one, once per step.
         temperature: τ of the student.
         target_temperature: τ_t of the teacher.
         reduction: "mean" or "none".
@@ -162,20 +176,31 @@ def dino(
         >>> dino(student, teacher, torch.zeros(32)).shape
         torch.Size([])
     """
-    return DINO(center, temperature, target_temperature, reduction=reduction)(z, target)
+    _check_dino(center, temperature, target_temperature, reduction)
+    check_rows(z, target)
+    sharpened = _sharpen(target, _read(center), target_temperature)
+    return reduce(_soft_cross_entropy(z, sharpened, temperature), reduction)
 
 
 @dataclass(frozen=True, eq=False)
 class DINO:
     """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
 
+    `update_center` returns a new center, and so does DINO's own loss rebind its center at each
+    step. Give it as `DINO(lambda: center)`, or build the criterion where it is used; a tensor is
+    right only where it is written in place.
+
     Example:
         >>> student, teacher = torch.randn(2, 8, 32)
-        >>> DINO(torch.zeros(32))(student, teacher).shape
-        torch.Size([])
+        >>> center = torch.zeros(32)
+        >>> criterion = DINO(lambda: center)
+        >>> before = criterion(student, teacher)
+        >>> center = update_center(center, teacher)
+        >>> bool(criterion(student, teacher) != before)
+        True
     """
 
-    center: Tensor | None = None
+    center: Center | None = None
     temperature: float = 0.1
     target_temperature: float = 0.04
     _: KW_ONLY
@@ -183,41 +208,35 @@ class DINO:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        check_positive("temperature", self.temperature)
-        check_positive("target_temperature", self.target_temperature)
-        check_choice("reduction", self.reduction, ("mean", "none"))
-        if self.center is not None and not isinstance(self.center, Tensor):
-            raise TypeError(
-                f"center must be a tensor (K,), got {type(self.center).__name__}; "
-                "start with torch.zeros(target.shape[1])"
-            )
+        _check_dino(self.center, self.temperature, self.target_temperature, self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `dino`."""
-        check_rows(z, target)
-        loss = _soft_cross_entropy(wide(z) / self.temperature, self._sharpened(target))
-        return reduced(loss, self.reduction)
+        return dino(
+            z,
+            target,
+            self.center,
+            self.temperature,
+            self.target_temperature,
+            reduction=self.reduction,
+        )
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
-        others = None if other is None else self._sharpened(other)
-        mixture = _mixture(self._sharpened(target), others, lam)
-        return reduced(_soft_cross_entropy(wide(z) / self.temperature, mixture), self.reduction)
-
-    def _sharpened(self, target: Tensor) -> Tensor:
-        logits = wide(target.detach())
-        if self.center is not None:
-            _check_center(self.center, logits)
-            logits = logits - self.center
-        return (logits / self.target_temperature).softmax(dim=1)
+        center = _read(self.center)
+        own = _sharpen(target, center, self.target_temperature)
+        others = None if other is None else _sharpen(other, center, self.target_temperature)
+        # The cross-entropy is linear in its targets, so both terms are one.
+        mixture = mix_rows(own, others, lam)
+        return reduce(_soft_cross_entropy(z, mixture, self.temperature), self.reduction)
 
 
 @torch.no_grad()
 def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tensor:
     r"""Return DINO's center moved towards the mean of the teacher's logits.
 
-    $c \leftarrow m c + (1 - m) \bar t$, over all processes. Call it once a step, after the loss,
+    $c \leftarrow m c + (1 - m) \bar t$, over all processes. Call it once per step, after the loss,
     with the clean views' logits; the old center is left as it is.
 
     Args:
@@ -244,6 +263,32 @@ def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tens
     return center * momentum + mean * (1 - momentum)
 
 
+def _read(center: Center | None) -> Tensor | None:
+    """Return the center of now."""
+    if center is None or isinstance(center, Tensor):
+        return center
+    return _require_tensor(center())
+
+
+def _require_tensor(center: Tensor) -> Tensor:
+    if not isinstance(center, Tensor):
+        raise TypeError(
+            f"center must be a tensor (K,), got {type(center).__name__}; start with "
+            "torch.zeros(target.shape[1]), or pass a function that returns the tensor"
+        )
+    return center
+
+
+def _check_dino(
+    center: Center | None, temperature: float, target_temperature: float, reduction: str
+) -> None:
+    check_positive("temperature", temperature)
+    check_positive("target_temperature", target_temperature)
+    check_reduction(reduction)
+    if center is not None and not callable(center):
+        _require_tensor(center)
+
+
 def _check_center(center: Tensor, target: Tensor) -> None:
     if center.shape not in ((target.shape[1],), (1, target.shape[1])):
         raise ValueError(
@@ -257,10 +302,15 @@ def _check_center(center: Tensor, target: Tensor) -> None:
         )
 
 
-def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return -(target.detach() * logits.log_softmax(dim=1)).sum(dim=1)
+def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tensor:
+    """Return the teacher's distribution, (N, K), without a gradient."""
+    logits = upcast(target.detach())
+    if center is not None:
+        _check_center(center, logits)
+        logits = logits - center
+    return (logits / temperature).softmax(dim=1)
 
 
-def _mixture(target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-    lam = by_row(lam)
-    return lam * target if other is None else lam * target + (1 - lam) * other
+def _soft_cross_entropy(z: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return -sum_k t_k log softmax(z / τ)_k, (N,)."""
+    return -(target.detach() * (upcast(z) / temperature).log_softmax(dim=1)).sum(dim=1)

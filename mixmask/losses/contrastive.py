@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from einops import einsum
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixmask._checks import check_choice, check_positive
+from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank
-from mixmask.losses._rows import check_rows, reduced, wide
+from mixmask.losses._rows import check_reduction, check_rows, mix_losses, reduce, upcast
 
+# A queue, or a function that returns the one to use now.
+Negatives = Tensor | Callable[[], Tensor]
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 
@@ -22,7 +25,7 @@ _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 def info_nce(
     z: Tensor,
     target: Tensor,
-    negatives: Tensor | None = None,
+    negatives: Negatives | None = None,
     temperature: float = 0.2,
     *,
     gather_distributed: bool = False,
@@ -38,7 +41,8 @@ def info_nce(
     Args:
         z: (N, C) queries, floating; normalise them first, they are used as they are.
         target: (N, C) keys, row i belonging to query i.
-        negatives: (K, C) queue, in any order; None takes the batch's other targets.
+        negatives: (K, C) queue, in any order, or a function () -> (K, C) that is asked at every
+            call; None takes the batch's other targets.
         temperature: τ.
         gather_distributed: Take the targets of all processes as negatives, not only the batch's.
         reduction: "mean" or "none".
@@ -49,6 +53,7 @@ def info_nce(
     Raises:
         ValueError: If shapes, devices or options do not fit, or if the processes hold different
             numbers of rows.
+        TypeError: If z is not floating, or if the negatives are not a tensor.
 
     Source:
         van den Oord et al., "CPC", eq. 4; He et al., "MoCo", eq. 1.
@@ -58,15 +63,25 @@ def info_nce(
         >>> info_nce(z, z, negatives=-z, temperature=1.0, reduction="none").shape
         torch.Size([4])
     """
-    criterion = InfoNCE(
-        negatives, temperature, gather_distributed=gather_distributed, reduction=reduction
-    )
-    return criterion(z, target)
+    _check_options(negatives, temperature, gather_distributed, reduction)
+    queue = _read(negatives)
+    _check_inputs(z, target, queue)
+    if queue is None:
+        loss = _contrast_in_batch(z, target, temperature, gather_distributed)
+    else:
+        # -log(exp(p) / (exp(p) + sum exp(n))) = softplus(logsumexp(n) - p)
+        positive = _similarity(z, target, temperature)
+        loss = F.softplus(_sum_negatives(z, queue, temperature) - positive)
+    return reduce(loss, reduction)
 
 
 @dataclass(frozen=True, eq=False)
 class InfoNCE:
     """`info_nce` with its options stored, as a criterion (z, target).
+
+    A queue that the loop writes in place, as MoCo's buffer, can be given once. One that the loop
+    rebinds, as in `queue = torch.cat([queue, keys])[n:]`, would be held at its first value: give
+    it as `InfoNCE(lambda: queue)`, or build the criterion where it is used.
 
     `lambda_weighted_loss` finds its `weighted` method, which takes the negatives' sum once for
     both terms.
@@ -74,11 +89,14 @@ class InfoNCE:
     Example:
         >>> queue = F.normalize(torch.randn(512, 16), dim=1)
         >>> q, k = F.normalize(torch.randn(2, 8, 16), dim=2)
-        >>> InfoNCE(queue)(q, k).shape
-        torch.Size([])
+        >>> criterion = InfoNCE(lambda: queue)
+        >>> before = criterion(q, k)
+        >>> queue = torch.cat([queue, k])[8:]
+        >>> bool(criterion(q, k) > before)
+        True
     """
 
-    negatives: Tensor | None = None
+    negatives: Negatives | None = None
     temperature: float = 0.2
     _: KW_ONLY
     gather_distributed: bool = False
@@ -86,31 +104,18 @@ class InfoNCE:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        check_positive("temperature", self.temperature)
-        check_choice("reduction", self.reduction, ("mean", "none"))
-        if self.negatives is not None and not isinstance(self.negatives, Tensor):
-            raise TypeError(
-                f"negatives must be a tensor (K, C), got {type(self.negatives).__name__}; "
-                "stack the keys with torch.stack"
-            )
-        if self.negatives is not None and (self.negatives.ndim != 2 or 0 in self.negatives.shape):
-            raise ValueError(
-                f"negatives must be (K, C), got {tuple(self.negatives.shape)}; a queue that is "
-                "stored as (C, K) is passed as queue.T"
-            )
-        if self.negatives is not None and self.gather_distributed:
-            raise ValueError(
-                "gather_distributed=True gathers targets as negatives, which a queue replaces; "
-                "leave one of them out, and gather the keys where they are enqueued"
-            )
+        _check_options(self.negatives, self.temperature, self.gather_distributed, self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `info_nce`."""
-        self._check(z, target)
-        if self.negatives is None:
-            return reduced(self._in_batch(z, target), self.reduction)
-        positive = self._similarity(z, target)
-        return reduced(F.softplus(self._negative_sum(z) - positive), self.reduction)
+        return info_nce(
+            z,
+            target,
+            self.negatives,
+            self.temperature,
+            gather_distributed=self.gather_distributed,
+            reduction=self.reduction,
+        )
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced.
@@ -124,53 +129,96 @@ class InfoNCE:
         Returns:
             () for reduction "mean", (N,) for "none".
         """
-        self._check(z, target)
-        if self.negatives is None:
-            own = self._in_batch(z, target)
-            rest = None if other is None else self._in_batch(z, other)
-        else:
-            negative = self._negative_sum(z)
-            own = F.softplus(negative - self._similarity(z, target))
-            rest = None
-            if other is not None:
-                rest = F.softplus(negative - self._similarity(z, other))
-        loss = lam * own if rest is None else lam * own + (1 - lam) * rest
-        return reduced(loss, self.reduction)
+        queue, tau = _read(self.negatives), self.temperature
+        _check_inputs(z, target, queue)
+        # The mixed query meets the same negatives in both terms: their sum is taken once.
+        negative = None if queue is None else _sum_negatives(z, queue, tau)
 
-    def _check(self, z: Tensor, target: Tensor) -> None:
-        check_rows(z, target)
-        negatives = self.negatives
-        if negatives is None:
-            return
-        if negatives.shape[1] != z.shape[1]:
-            raise ValueError(
-                f"negatives must be (K, {z.shape[1]}), got {tuple(negatives.shape)}; a queue that "
-                "is stored as (C, K) is passed as queue.T"
-            )
-        if negatives.device != z.device:
-            raise ValueError(
-                f"negatives must lie where z does, on {z.device}, got {negatives.device}; "
-                "move the queue once with .to(device)"
-            )
+        def contrast(target: Tensor) -> Tensor:
+            if negative is None:
+                return _contrast_in_batch(z, target, tau, self.gather_distributed)
+            return F.softplus(negative - _similarity(z, target, tau))
 
-    def _similarity(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return the scaled similarity of matching rows, (N,), in at least float32."""
-        # No einsum: autocast would run it in half precision.
-        return (wide(z) * wide(target)).sum(dim=1) / self.temperature
+        own = contrast(target)
+        others = None if other is None else contrast(other)
+        return reduce(mix_losses(own, others, lam), self.reduction)
 
-    def _in_batch(self, z: Tensor, target: Tensor) -> Tensor:
-        target = target.to(z.dtype)
-        first = 0
-        if self.gather_distributed:
-            target, first = gather_rows(target), rank() * len(z)
-        logits = wide(einsum(z, target, "n c, k c -> n k")) / self.temperature
-        labels = torch.arange(first, first + len(z), device=z.device)
-        return F.cross_entropy(logits, labels, reduction="none")
 
-    def _negative_sum(self, z: Tensor) -> Tensor:
-        """Return log sum_k exp(z . n_k / τ), (N,)."""
-        sums: Tensor = _LogSumExp.apply(z, self.negatives, 1 / self.temperature)
-        return sums
+def _read(negatives: Negatives | None) -> Tensor | None:
+    """Return the queue of now."""
+    if negatives is None or isinstance(negatives, Tensor):
+        return negatives
+    queue = negatives()
+    _check_queue(queue)
+    return queue
+
+
+def _check_options(
+    negatives: Negatives | None, temperature: float, gather_distributed: bool, reduction: str
+) -> None:
+    check_positive("temperature", temperature)
+    check_reduction(reduction)
+    if negatives is None:
+        return
+    if not callable(negatives):
+        _check_queue(negatives)
+    if gather_distributed:
+        raise ValueError(
+            "gather_distributed=True gathers targets as negatives, which a queue replaces; "
+            "leave one of them out, and gather the keys where they are enqueued"
+        )
+
+
+def _check_queue(queue: Tensor) -> None:
+    if not isinstance(queue, Tensor):
+        raise TypeError(
+            f"negatives must be a tensor (K, C), got {type(queue).__name__}; "
+            "stack the keys with torch.stack, or pass a function that returns the tensor"
+        )
+    if queue.ndim != 2 or 0 in queue.shape:
+        raise ValueError(
+            f"negatives must be (K, C), got {tuple(queue.shape)}; a queue that is "
+            "stored as (C, K) is passed as queue.T"
+        )
+
+
+def _check_inputs(z: Tensor, target: Tensor, queue: Tensor | None) -> None:
+    check_rows(z, target)
+    if queue is None:
+        return
+    if queue.shape[1] != z.shape[1]:
+        raise ValueError(
+            f"negatives must be (K, {z.shape[1]}), got {tuple(queue.shape)}; a queue that "
+            "is stored as (C, K) is passed as queue.T"
+        )
+    if queue.device != z.device:
+        raise ValueError(
+            f"negatives must lie where z does, on {z.device}, got {queue.device}; "
+            "move the queue once with .to(device)"
+        )
+
+
+def _similarity(z: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return the scaled similarity of matching rows, (N,), in at least float32."""
+    # No einsum: autocast would run it in half precision.
+    return (upcast(z) * upcast(target)).sum(dim=1) / temperature
+
+
+def _contrast_in_batch(z: Tensor, target: Tensor, temperature: float, gather: bool) -> Tensor:
+    """Contrast each row with its target against all other targets, (N,)."""
+    target = target.to(z.dtype)
+    first = 0
+    if gather:
+        target, first = gather_rows(target), rank() * len(z)  # (W * N, C)
+    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature
+    labels = torch.arange(first, first + len(z), device=z.device)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _sum_negatives(z: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Return log sum_k exp(z . n_k / τ), (N,)."""
+    sums: Tensor = _LogSumExp.apply(z, queue, 1 / temperature)
+    return sums
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -186,13 +234,14 @@ class _LogSumExp(torch.autograd.Function):
         work = _matmul_dtype(z, negatives)
         accumulator = torch.promote_types(z.dtype, torch.float32)
         rows = z.to(work)
+        # The running maximum keeps every power at most 1, whatever the scale.
         largest = rows.new_full((len(z), 1), -torch.inf, dtype=accumulator)
         total = torch.zeros_like(largest)
         mean = torch.zeros(z.shape, dtype=accumulator, device=z.device)
         needs_mean = ctx.needs_input_grad[0]
         for chunk in _chunks(negatives, len(z)):
             chunk = chunk.to(work)
-            weights = (rows @ chunk.T).to(accumulator).mul_(scale)
+            weights = (rows @ chunk.T).to(accumulator).mul_(scale)  # (N, k)
             rise = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
             shrink = (largest - rise).exp_()
             weights.sub_(rise).exp_()
@@ -222,7 +271,7 @@ class _LogSumExp(torch.autograd.Function):
         for chunk in _chunks(negatives, len(rows)):
             weights = (rows @ chunk.to(rows.dtype).T).to(result.dtype).mul_(ctx.scale)
             weights.sub_(result[:, None]).exp_().mul_(grad[:, None] * ctx.scale)
-            parts.append(weights.T.to(rows.dtype) @ rows)
+            parts.append(weights.T.to(rows.dtype) @ rows)  # (k, C)
         return of_z, torch.cat(parts).to(negatives.dtype), None
 
 
@@ -279,13 +328,22 @@ def nt_xent(
         >>> bool(nt_xent(z, z) < nt_xent(z, z.roll(1, 0)))
         True
     """
-    criterion = NTXent(
-        temperature,
-        one_directional=one_directional,
-        gather_distributed=gather_distributed,
-        reduction=reduction,
-    )
-    return criterion(z, target)
+    check_positive("temperature", temperature)
+    check_reduction(reduction)
+    check_rows(z, target)
+    dtype = torch.promote_types(z.dtype, target.dtype)
+    # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
+    z, target = (F.normalize(upcast(rows), dim=1).to(dtype) for rows in (z, target))
+    if one_directional:
+        loss = _contrast_in_batch(z, target, temperature, gather_distributed)
+        return reduce(loss, reduction)
+    all_z, all_target, first = z, target, 0
+    if gather_distributed:
+        all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
+    own = torch.arange(first, first + len(z), device=z.device)
+    there = _contrast_views(z, all_z, all_target, own, temperature)
+    back = _contrast_views(target, all_target, all_z, own, temperature)
+    return reduce((there + back) / 2, reduction)
 
 
 @dataclass(frozen=True)
@@ -307,41 +365,36 @@ class NTXent:
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
-        check_choice("reduction", self.reduction, ("mean", "none"))
+        check_reduction(self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `nt_xent`."""
-        return reduced(self._rows(z, target), self.reduction)
+        return reduce(self._contrast(z, target), self.reduction)
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        loss = lam * self._rows(z, target)
-        if other is not None:
-            loss = loss + (1 - lam) * self._rows(z, other)
-        return reduced(loss, self.reduction)
+        own = self._contrast(z, target)
+        others = None if other is None else self._contrast(z, other)
+        return reduce(mix_losses(own, others, lam), self.reduction)
 
-    def _rows(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return (N,) losses."""
-        check_rows(z, target)
-        dtype = torch.promote_types(z.dtype, target.dtype)
-        # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
-        z, target = (F.normalize(wide(rows), dim=1).to(dtype) for rows in (z, target))
-        if self.one_directional:
-            gather = self.gather_distributed
-            criterion = InfoNCE(None, self.temperature, gather_distributed=gather, reduction="none")
-            return criterion(z, target)
-        all_z, all_target, first = z, target, 0
-        if self.gather_distributed:
-            all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
-        own = torch.arange(first, first + len(z), device=z.device)
-        there = self._direction(z, all_z, all_target, own)
-        return (there + self._direction(target, all_target, all_z, own)) / 2
-
-    def _direction(self, rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor) -> Tensor:
-        """Contrast rows with both views' columns; `own` says which column is the row's image."""
-        across = wide(einsum(rows, opposite, "n c, k c -> n k"))
-        within = wide(einsum(rows, same, "n c, k c -> n k"))
-        within = within.scatter(1, own[:, None], -torch.inf)
-        return F.cross_entropy(
-            torch.cat([across, within], dim=1) / self.temperature, own, reduction="none"
+    def _contrast(self, z: Tensor, target: Tensor) -> Tensor:
+        return nt_xent(
+            z,
+            target,
+            self.temperature,
+            one_directional=self.one_directional,
+            gather_distributed=self.gather_distributed,
+            reduction="none",
         )
+
+
+def _contrast_views(
+    rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor, temperature: float
+) -> Tensor:
+    """Contrast rows with both views' columns; `own` says which column is the row's image."""
+    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))
+    within = upcast(einsum(rows, same, "n c, k c -> n k"))
+    # A row is no negative of itself.
+    within = within.scatter(1, own[:, None], -torch.inf)
+    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2K)
+    return F.cross_entropy(logits, own, reduction="none")

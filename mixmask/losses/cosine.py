@@ -7,12 +7,11 @@ from dataclasses import KW_ONLY, dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask._checks import check_choice
-from mixmask.losses._rows import by_row, check_rows, reduced, wide
+from mixmask.losses._rows import check_reduction, check_rows, mix_rows, reduce, upcast
 
 
 def negative_cosine(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    r"""Turn each row away from the cosine of its angle to the target.
+    r"""Negative cosine similarity between each row and its target.
 
     $\ell_i = -\frac{z_i}{\|z_i\|} \cdot \frac{t_i}{\|t_i\|}$, the target taken as a constant.
     BYOL's $\|\bar z - \bar t\|^2$ is $2 + 2 \ell$.
@@ -38,7 +37,10 @@ def negative_cosine(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Te
         >>> negative_cosine(2 * z, z)
         tensor(-1.)
     """
-    return NegativeCosine(reduction=reduction)(z, target)
+    check_reduction(reduction)
+    check_rows(z, target)
+    # (N, C) * (N, C) -> (N,)
+    return reduce(-(_normalize(z) * _normalize(target.detach())).sum(dim=1), reduction)
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,20 @@ class NegativeCosine:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        check_choice("reduction", self.reduction, ("mean", "none"))
+        check_reduction(self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `negative_cosine`."""
-        check_rows(z, target)
-        return reduced(-(_unit(z) * _unit(target.detach())).sum(dim=1), self.reduction)
+        return negative_cosine(z, target, reduction=self.reduction)
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         check_rows(z, target)
-        lam = by_row(lam)
-        towards = lam * _unit(target.detach())
-        if other is not None:
-            towards = towards + (1 - lam) * _unit(other.detach())
-        return reduced(-(_unit(z) * towards).sum(dim=1), self.reduction)
+        # The loss is linear in the normalised target, so both terms are one product with a mixture.
+        others = None if other is None else _normalize(other.detach())
+        mixture = mix_rows(_normalize(target.detach()), others, lam)
+        return reduce(-(_normalize(z) * mixture).sum(dim=1), self.reduction)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return F.normalize(wide(rows), dim=1)
+def _normalize(rows: Tensor) -> Tensor:
+    return F.normalize(upcast(rows), dim=1)

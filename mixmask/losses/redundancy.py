@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixmask._checks import check_non_negative
 from mixmask._distributed import average, check_even, gather_rows
-from mixmask.losses._rows import by_row, check_rows, wide
+from mixmask.losses._rows import check_rows, mix_losses, mix_rows, upcast
 
 _STATISTICS_EPS = 1e-5
 
@@ -32,9 +32,11 @@ def barlow_twins(
         z: (N, C) projections of one view, N of at least 2, floating.
         target: (N, C) projections of the other view.
         redundancy_weight: w, the weight of the off-diagonal part.
-        gather_distributed: Average C over all processes.
-        sync_statistics: Standardise features over the batches of all processes, too, as
-            synchronised batch norm does, and not over the process's own.
+        gather_distributed: Average C over all processes. Each still standardises its features by
+            its own batch, unless `sync_statistics` is set.
+        sync_statistics: Standardise features by the batches of all processes, as synchronised
+            batch norm does. Set both for the loss of the whole batch, which is what the authors'
+            code computes; `gather_distributed` alone is what lightly's criterion does.
 
     Returns:
         () scalar, at least float32. There is no loss of one image, so mixed terms need a λ
@@ -52,10 +54,15 @@ def barlow_twins(
         >>> bool(barlow_twins(z, z) < 0.1)
         True
     """
-    criterion = BarlowTwins(
-        redundancy_weight, gather_distributed=gather_distributed, sync_statistics=sync_statistics
-    )
-    return criterion(z, target)
+    check_non_negative("redundancy_weight", redundancy_weight)
+    check_rows(z, target, at_least=2)
+    z, target = upcast(z), upcast(target)
+    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)  # (C, C)
+    rows = _standardize(z, z, sync_statistics)
+    columns = _standardize(target, target, sync_statistics)
+    if gather_distributed or sync_statistics:
+        check_even(len(rows), rows.device)
+    return _measure_redundancy(rows, columns, identity, redundancy_weight, gather_distributed)
 
 
 @dataclass(frozen=True)
@@ -83,30 +90,13 @@ class BarlowTwins:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `barlow_twins`."""
-        check_rows(z, target, at_least=2)
-        z, target = wide(z), wide(target)
-        ones = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return self._distance(self._standardise(z, z), target, ones)
-
-    def _distance(self, rows: Tensor, target: Tensor, wanted: Tensor | float) -> Tensor:
-        """Return the weighted squares of the cross-correlation less what is wanted."""
-        if self.gather_distributed or self.sync_statistics:
-            check_even(len(rows), rows.device)
-        correlation = _products(rows, self._standardise(target, target)) / len(rows)
-        if self.gather_distributed:
-            correlation = average(correlation)
-        squares = (correlation - wanted) ** 2
-        diagonal = squares.diagonal().sum()
-        return diagonal + self.redundancy_weight * (squares.sum() - diagonal)
-
-    def _standardise(self, rows: Tensor, reference: Tensor) -> Tensor:
-        """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
-        if self.sync_statistics:
-            mean = average(reference.mean(dim=0))
-            variance = average((reference - mean).square().mean(dim=0))
-        else:
-            variance, mean = torch.var_mean(reference, dim=0, correction=0)
-        return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
+        return barlow_twins(
+            z,
+            target,
+            self.redundancy_weight,
+            gather_distributed=self.gather_distributed,
+            sync_statistics=self.sync_statistics,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,13 +141,38 @@ class MatchedBarlowTwins(BarlowTwins):
         """
         check_rows(z_mixed, target, at_least=2)
         check_rows(z_mixed, z, names=("z_mixed", "z"))
-        clean = wide(z).detach()
-        lam = by_row(lam)
-        mixture = lam * self._standardise(clean, clean)
-        if other is not None:
-            mixture = mixture + (1 - lam) * self._standardise(wide(other).detach(), clean)
+        sync, gather = self.sync_statistics, self.gather_distributed
+        clean = upcast(z).detach()
+        others = None if other is None else _standardize(upcast(other).detach(), clean, sync)
+        mixture = mix_rows(_standardize(clean, clean, sync), others, lam)
         # C is linear in its rows: the difference of two correlations is that of the difference.
-        return self._distance(self._standardise(wide(z_mixed), clean) - mixture, wide(target), 0.0)
+        rows = _standardize(upcast(z_mixed), clean, sync) - mixture
+        columns = _standardize(upcast(target), upcast(target), sync)
+        if gather or sync:
+            check_even(len(rows), rows.device)
+        return _measure_redundancy(rows, columns, 0.0, self.redundancy_weight, gather)
+
+
+def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
+    """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
+    if sync:
+        mean = average(reference.mean(dim=0))  # (C,)
+        variance = average((reference - mean).square().mean(dim=0))
+    else:
+        variance, mean = torch.var_mean(reference, dim=0, correction=0)
+    return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
+
+
+def _measure_redundancy(
+    rows: Tensor, columns: Tensor, wanted: Tensor | float, weight: float, gather: bool
+) -> Tensor:
+    """Return the weighted squares of the cross-correlation less what is wanted, ()."""
+    correlation = _multiply_features(rows, columns) / len(rows)  # (C, C)
+    if gather:
+        correlation = average(correlation)
+    squares = (correlation - wanted) ** 2
+    diagonal = squares.diagonal().sum()
+    return diagonal + weight * (squares.sum() - diagonal)
 
 
 def vicreg(
@@ -198,13 +213,14 @@ def vicreg(
         >>> bool(vicreg(z, z) < vicreg(z, z + 1))
         True
     """
-    criterion = VICReg(
-        invariance_weight,
-        variance_weight,
-        covariance_weight,
-        gather_distributed=gather_distributed,
-    )
-    return criterion(z, target)
+    _check_weights(invariance_weight, variance_weight, covariance_weight)
+    check_rows(z, target, at_least=2)
+    z, target = upcast(z), upcast(target)
+    distance = ((z - target) ** 2).mean()
+    weights = variance_weight, covariance_weight
+    regular = _regularize(z, *weights, gather_distributed)
+    regular = regular + _regularize(target, *weights, gather_distributed)
+    return invariance_weight * distance + regular
 
 
 @dataclass(frozen=True)
@@ -212,7 +228,9 @@ class VICReg:
     """`vicreg` with its options stored; λ weighs the distance alone.
 
     In the mixed term v and c are taken once, of the mixed view: those of the targets belong to
-    the loss of the clean images, which has them already.
+    the loss of the clean images, which has them already. The function `vicreg`, or a criterion
+    of one's own, counts them again when it is passed to `lambda_weighted_loss`: its mixed term
+    is v(t) + c(t) larger, times their weights, and pushes on the targets twice.
 
     Example:
         >>> z1, z2 = torch.randn(2, 32, 8)
@@ -228,42 +246,54 @@ class VICReg:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
-            check_non_negative(name, getattr(self, name))
+        _check_weights(self.invariance_weight, self.variance_weight, self.covariance_weight)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `vicreg`."""
-        check_rows(z, target, at_least=2)
-        z, target = wide(z), wide(target)
-        distance = ((z - target) ** 2).mean()
-        spread = self._spread(z) + self._spread(target)
-        return self.invariance_weight * distance + spread
+        return vicreg(
+            z,
+            target,
+            self.invariance_weight,
+            self.variance_weight,
+            self.covariance_weight,
+            gather_distributed=self.gather_distributed,
+        )
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
         check_rows(z, target, at_least=2)
-        z = wide(z)
-        distance = lam * ((z - wide(target)) ** 2).mean(dim=1)
-        if other is not None:
-            distance = distance + (1 - lam) * ((z - wide(other)) ** 2).mean(dim=1)
-        return self.invariance_weight * distance.mean() + self._spread(z)
-
-    def _spread(self, z: Tensor) -> Tensor:
-        """Return the weighted variance and covariance terms of one view."""
-        if self.gather_distributed:
-            z = gather_rows(z)
-        n, features = z.shape
-        centred = z - z.mean(dim=0)
-        covariance = _products(centred, centred) / (n - 1)
-        variance = covariance.diagonal()
-        hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
-        # Squared after the diagonal has gone: next to its squares the others' would be rounded.
-        off_diagonal = covariance - torch.diag(variance)
-        covariances = (off_diagonal**2).sum() / features
-        return self.variance_weight * hinge + self.covariance_weight * covariances
+        z = upcast(z)
+        own = ((z - upcast(target)) ** 2).mean(dim=1)  # (N,)
+        others = None if other is None else ((z - upcast(other)) ** 2).mean(dim=1)
+        distance = mix_losses(own, others, lam).mean()
+        weights = self.variance_weight, self.covariance_weight
+        return self.invariance_weight * distance + _regularize(z, *weights, self.gather_distributed)
 
 
-def _products(rows: Tensor, others: Tensor) -> Tensor:
+def _check_weights(invariance: float, variance: float, covariance: float) -> None:
+    check_non_negative("invariance_weight", invariance)
+    check_non_negative("variance_weight", variance)
+    check_non_negative("covariance_weight", covariance)
+
+
+def _regularize(
+    z: Tensor, variance_weight: float, covariance_weight: float, gather: bool
+) -> Tensor:
+    """Return the weighted variance and covariance terms of one view, ()."""
+    if gather:
+        z = gather_rows(z)  # (W * N, C)
+    n, features = z.shape
+    centred = z - z.mean(dim=0)
+    covariance = _multiply_features(centred, centred) / (n - 1)  # (C, C)
+    variance = covariance.diagonal()
+    hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
+    # Squared after the diagonal has gone: next to its squares the others' would be rounded.
+    off_diagonal = covariance - torch.diag(variance)
+    covariances = (off_diagonal**2).sum() / features
+    return variance_weight * hinge + covariance_weight * covariances
+
+
+def _multiply_features(rows: Tensor, others: Tensor) -> Tensor:
     """Return the (C, C) sums over the batch of each feature times each of the others'."""
     # Autocast would round them to half precision, and their squares are then subtracted.
     with torch.autocast(rows.device.type, enabled=False):

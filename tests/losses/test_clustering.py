@@ -477,3 +477,36 @@ def test_bad_rows_are_refused(
 def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_function_is_asked_for_the_center_at_every_call() -> None:
+    """`update_center` returns a new tensor, which a criterion built before does not know."""
+    center = torch.zeros(8)
+    criterion, stale = DINO(lambda: center), DINO(center)
+    lam = torch.tensor(0.3)
+    for _ in range(3):
+        z, target, other = torch.randn(3, 6, 8)
+        fresh = DINO(center)
+        assert torch.equal(criterion(z, target), fresh(z, target))
+        assert torch.equal(dino(z, target, lambda: center), fresh(z, target))
+        ours = criterion.weighted(z, target, other, lam)
+        assert torch.equal(ours, fresh.weighted(z, target, other, lam))
+        center = update_center(center, target + 1)
+    assert not torch.equal(criterion(z, target), stale(z, target))
+
+
+@pytest.mark.parametrize(
+    "center, error, text",
+    [
+        (None, TypeError, r"center must be a tensor \(K,\), got NoneType; .* a function"),
+        (torch.zeros(5), ValueError, r"center must be \(8,\), got \(5,\)"),
+    ],
+)
+def test_what_the_function_returns_is_checked_at_the_call(
+    center: Any, error: type[Exception], text: str
+) -> None:
+    criterion = DINO(lambda: center)
+    with pytest.raises(error, match=text):
+        criterion(ROWS, ROWS)
+    with pytest.raises(error, match=text):
+        criterion.weighted(ROWS, ROWS, ROWS, torch.tensor(0.5))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixmask import MixedBatch, lambda_weighted_loss
 from mixmask.losses import InfoNCE, contrastive, info_nce
+from mixmask.losses.contrastive import _similarity
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -201,10 +202,9 @@ def test_autocast_stays_within_the_error_of_the_plain_formula(queue: bool) -> No
 def test_autocast_leaves_positives_in_float32() -> None:
     z = _unit(64, 32, dtype=torch.float32)
     target = _unit(64, 32, dtype=torch.float32)
-    criterion = InfoNCE(_unit(K, 32, dtype=torch.float32))
-    expected = criterion._similarity(z, target)
+    expected = _similarity(z, target, 0.2)
     with torch.autocast("cpu", torch.bfloat16):
-        similarity = criterion._similarity(z, target)
+        similarity = _similarity(z, target, 0.2)
     torch.testing.assert_close(similarity, expected)
 
 
@@ -331,3 +331,50 @@ def test_tensors_elsewhere_are_refused() -> None:
         info_nce(z, elsewhere)
     with pytest.raises(ValueError, match="negatives must lie where z does, on cpu, got meta"):
         info_nce(z, z, elsewhere)
+
+
+def test_a_function_is_asked_for_the_queue_at_every_call() -> None:
+    """Loops rebind their queue; what was held at the start would be stale."""
+    queue = _unit(K, C)
+    criterion, stale = InfoNCE(lambda: queue, 0.1), InfoNCE(queue, 0.1)
+    for _ in range(3):
+        z, target, other = _unit(N, C), _unit(N, C), _unit(N, C)
+        fresh = InfoNCE(queue, 0.1)
+        lam = torch.rand(N, dtype=torch.float64)
+        assert torch.equal(criterion(z, target), fresh(z, target))
+        assert torch.equal(info_nce(z, target, lambda: queue, 0.1), fresh(z, target))
+        ours = criterion.weighted(z, target, other, lam)
+        assert torch.equal(ours, fresh.weighted(z, target, other, lam))
+        queue = torch.cat([queue, target])[N:]
+    assert not torch.equal(criterion(z, target), stale(z, target))
+
+
+def test_mixed_terms_of_one_call_read_the_queue_once() -> None:
+    asked = []
+
+    def queue() -> Tensor:
+        asked.append(1)
+        return _unit(K, C)
+
+    z, target, other = _unit(N, C), _unit(N, C), _unit(N, C)
+    InfoNCE(queue).weighted(z, target, other, torch.tensor(0.3))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "queue, error, text",
+    [
+        (None, TypeError, r"negatives must be a tensor \(K, C\), got NoneType; .* a function"),
+        (torch.zeros(C), ValueError, r"negatives must be \(K, C\), got \(16,\)"),
+        (torch.zeros(C, K), ValueError, r"negatives must be \(K, 16\), got .* queue\.T"),
+    ],
+)
+def test_what_the_function_returns_is_checked_at_the_call(
+    queue: Any, error: type[Exception], text: str
+) -> None:
+    criterion = InfoNCE(lambda: queue)
+    z, target = _unit(N, C), _unit(N, C)
+    with pytest.raises(error, match=text):
+        criterion(z, target)
+    with pytest.raises(error, match=text):
+        criterion.weighted(z, target, target, torch.tensor(0.5))
