@@ -1,7 +1,8 @@
 """MoCo with MixMask in plain PyTorch: `python -m mixmask.examples.plain`.
 
-Each step replaces the queue by a new tensor, as in many loops. The criterion is therefore built
-where it is used: `InfoNCE(queue)` above the loop would keep the first queue for ever.
+Each step replaces the queue by a new tensor, as in many loops. The criterion therefore takes a
+function, which returns the queue of the moment. `InfoNCE(queue)` above the loop would keep the
+first queue for ever; inside the loop, as in the other examples, it is right as well.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def train(
     """
     encoder_k = copy.deepcopy(encoder).requires_grad_(False)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=LR, momentum=0.9)
+    info_nce = mixmask.losses.InfoNCE(lambda: queue, TEMPERATURE)
     masks = mixmask.BlockMaskGenerator(grid_size=4)  # MixMask: once
 
     for x_q, x_k in batches:
@@ -39,7 +41,6 @@ def train(
             for param_k, param_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
                 param_k.lerp_(param_q, 1 - MOMENTUM)
             k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
-        info_nce = mixmask.losses.InfoNCE(queue, TEMPERATURE)
 
         mixed = mixmask.mix_batch(x_q, masks)  # MixMask: line 1
         q_mixed = F.normalize(encoder(mixed.images), dim=1)  # (N, C)
