@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import subprocess
 import sys
 import warnings
@@ -243,6 +244,24 @@ def test_they_run_by_themselves(name: str, capsys: pytest.CaptureFixture[str]) -
         module.main()
     printed = capsys.readouterr().out
     assert "loss 1" in printed  # Above 10, once real keys fill the queue.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, steps", [("ddp", parts.STEPS), ("accelerate_loop", parts.STEPS // 2)]
+)
+def test_they_run_under_torchrun(name: str, steps: int) -> None:
+    """accelerate deals the batches out to the processes; the DDP example draws them in each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [sys.executable, *launcher, "-m", f"mixmask.examples.{name}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.stdout.count("loss") == steps
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from mixmask.datasets import clothing64
 from mixmask.views import RandomView
@@ -81,11 +81,11 @@ def view_pairs(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> Iterator[tup
 
 
 def view_loader(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> DataLoader[Any]:
-    """Return `view_pairs` as a DataLoader, whose items are whole batches.
+    """Return the pairs of `view_pairs` as a DataLoader, shuffled.
 
     Example:
         >>> len(view_loader(steps=3, batch_size=4))
         3
     """
-    pairs: Any = list(view_pairs(steps, batch_size))
-    return DataLoader(pairs, batch_size=None)
+    x_q, x_k = (torch.cat(views) for views in zip(*view_pairs(steps, batch_size), strict=True))
+    return DataLoader(TensorDataset(x_q, x_k), batch_size, shuffle=True, drop_last=True)
