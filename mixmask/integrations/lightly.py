@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even, world_size
-from mixmask.losses.lambda_weighted import as_pairs, check_sizes
+from mixmask.losses._inputs import as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 
 try:
@@ -108,14 +108,14 @@ class WrappedPair(losses.LambdaWeightedLoss):
     def _theirs(self) -> Any:
         return self.criterion
 
-    def forward(
+    def forward(  # type: ignore[override]  # One direction, as lightly's criteria take it.
         self, z: Tensor, target: Tensor, z_mixed: Embeddings = None, mixed: Mixed = None
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms; see `losses.LambdaWeightedLoss`."""
         _check_split(self._theirs, z)
         return super().forward(z, target, z_mixed, mixed)
 
-    def mixed_loss(
+    def mixed_loss(  # type: ignore[override]  # One direction, as lightly's criteria take it.
         self,
         z_mixed: Tensor | Sequence[Tensor],
         target: Tensor,
@@ -152,7 +152,7 @@ class WrappedNTXent(WrappedPair):
             bank.register_buffer("bank", bank.bank, persistent=True)
             bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 
-    def forward(
+    def forward(  # type: ignore[override]  # One direction, as lightly's criteria take it.
         self, z: Tensor, target: Tensor, z_mixed: Embeddings = None, mixed: Mixed = None
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms, and enqueue the targets once.

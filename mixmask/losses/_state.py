@@ -1,205 +1,196 @@
-"""What a criterion remembers: buffers that can be lent, and the rest, which can only be watched."""
+"""What a criterion remembers, lent out as copies while it is called for mixed terms."""
 
 from __future__ import annotations
 
-import functools
-import inspect
+import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# How many objects deep the watch looks: criterion, helper, queue, its storage.
-_DEPTH = 4
+# How many objects or containers deep: criterion, its helper, its list. Submodules do not count.
+_DEPTH = 3
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-# Their functions remember nothing; looking into them would take longer than calling them.
-_STATELESS_PACKAGES = frozenset({"mixmask", "torch"})
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# What these packages define remembers nothing outside of buffers.
+_STATELESS = ("torch.", "einops.", "mixmask.losses.")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, ModuleType)
 
 
 @contextmanager
-def lent_buffers(criterion: Callable[..., Any]) -> Iterator[None]:
-    """Let a criterion work on copies of its buffers; it has its own back afterwards, untouched.
+def lend_state(
+    criterion: Callable[..., Any], ignore: Collection[str] = (), *, cautious: bool = False
+) -> Iterator[Callable[..., Any]]:
+    """Yield a criterion that works on copies; afterwards it has its own state back, untouched.
 
-    Copies, and not a restored original: what autograd keeps of the call must not change under it.
-    """
-    if not isinstance(criterion, nn.Module):
-        yield
-        return
-    owners = [(module, dict(module._buffers)) for module in criterion.modules()]
-    copies: dict[int, Tensor] = {}
-    for module, buffers in owners:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                copy = copies.setdefault(id(buffer), buffer.detach().clone())
-                setattr(module, name, copy)
-    try:
-        yield
-    finally:
-        for module, buffers in owners:
-            for name in [name for name in module._buffers if name not in buffers]:
-                delattr(module, name)
-            for name, buffer in buffers.items():
-                setattr(module, name, buffer)
-
-
-@contextmanager
-def watched(
-    criterion: Callable[..., Any], ignore: Collection[str] = (), *, closely: bool = False
-) -> Iterator[None]:
-    """Refuse a criterion that remembers a call outside its buffers.
+    Lent are buffers, attributes, and what a function encloses, has as defaults or reads from its
+    module. What is rebound or written in place is undone. Copies, and not a restored original:
+    what autograd keeps of the call must not change under it.
 
     Args:
-        criterion: A module, an object, a function with what it encloses, or a partial.
-        ignore: Names that may change.
-        closely: Compare the values of tensors too, which waits for their device. Otherwise a
-            write through `.data`, which leaves no trace, goes unseen.
+        criterion: A module, an object, a function, a method or a partial.
+        ignore: Dotted names of attributes that are used as they are.
+        cautious: Keep the values of what is trained, too, to restore them before an error.
 
     Raises:
-        ValueError: On leaving, if anything changed, by name.
+        ValueError: On leaving, if a tensor that is trained was written to.
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    before = _plain_state(criterion, closely=closely)
-    yield
-    after = _plain_state(criterion, closely=closely)
-    changed = [
-        name
-        for name in (*before, *(name for name in after if name not in before))
-        # In lists, NaN is equal to itself.
-        if [before.get(name)] != [after.get(name)] and not _ignored(name, ignore)
-    ]
-    if changed:
-        names = ", ".join(repr(name) for name in changed[:5])
+    with _Loan(ignore, cautious) as loan:
+        yield loan.lend(criterion)
+    loan.check_trained()
+
+
+@contextmanager
+def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Do the same where torch.compile looks on: for modules, which is what it can follow."""
+    owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    saved = [_list_attributes(owner) for owner in owners]
+    copies: dict[int, Tensor] = {}
+    try:
+        for owner, attributes in zip(owners, saved, strict=True):
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    copied = copies.setdefault(id(value), value.detach().clone())
+                    setattr(owner, name, copied)
+        yield criterion
+    finally:
+        for owner, attributes in zip(owners, saved, strict=True):
+            for name in _list_attributes(owner).keys() - attributes.keys():
+                delattr(owner, name)
+            for name, value in attributes.items():
+                setattr(owner, name, value)
+
+
+class _Loan(ExitStack):
+    """A walk through what a criterion holds; leaving it undoes every change."""
+
+    def __init__(self, ignore: Collection[str], cautious: bool) -> None:
+        super().__init__()
+        self.ignore, self.cautious = ignore, cautious
+        # By id, so that what is shared stays shared; holding the original keeps its id its own.
+        self.lent: dict[int, tuple[Any, Any]] = {}
+        self.trained: list[tuple[str, Tensor, int, Tensor | None]] = []
+
+    def lend(self, value: Any, name: str = "", depth: int = _DEPTH) -> Any:
+        """Return a copy of a value, or the value itself after its parts were swapped for copies."""
+        if isinstance(value, _PLAIN):
+            return value
+        if id(value) not in self.lent:
+            self.lent[id(value)] = value, value
+            if isinstance(value, Tensor):
+                stand_in: Any = self._lend_tensor(value, name)
+            elif isinstance(value, nn.Module) or depth > 0:
+                stand_in = self._lend_parts(value, name, depth - 1)
+            else:
+                stand_in = value
+            self.lent[id(value)] = value, stand_in
+        return self.lent[id(value)][1]
+
+    def _lend_tensor(self, value: Tensor, name: str) -> Tensor:
+        if not (value.requires_grad and value.is_leaf):
+            return value.clone()
+        # The gradient of a copy would be lost, so what is trained is only watched.
+        kept = value.detach().clone() if self.cautious else None
+        self.trained.append((name.lstrip("."), value, value._version, kept))
+        return value
+
+    def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
+        if isinstance(value, list | deque | dict):
+            copied = copy.copy(value)
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                copied[key] = self.lend(part, f"{name}.{key}", depth)
+            return copied
+        if type(value) is tuple:
+            return tuple(self.lend(part, f"{name}.{i}", depth) for i, part in enumerate(value))
+        if isinstance(value, set | bytearray) or hasattr(value, "__array_interface__"):
+            return copy.copy(value)
+        # What only passes a call on is no level of its own.
+        if isinstance(value, partial):
+            parts = value.func, value.args, value.keywords
+            function, arguments, options = (self.lend(part, name, depth + 1) for part in parts)
+            return partial(function, *arguments, **options)
+        if isinstance(value, MethodType):
+            self.lend(value.__self__, f"{name}.__self__", depth + 1)
+            return value
+        self._swap_slots(value, name, depth)
+        return value
+
+    def _swap_slots(self, owner: Any, name: str, depth: int) -> None:
+        self.callback(self._drop_new, owner, name, _list_attributes(owner).keys())
+        for key, part, store in _list_slots(owner):
+            if not self._ignores(f"{name}.{key}"):
+                self.callback(store, part)
+                # What a function encloses is as near as the function; what it imports is not.
+                near = isinstance(owner, FunctionType) and owner.__globals__.get(key) is not part
+                stand_in = self.lend(part, f"{name}.{key}", depth + near)
+                if stand_in is not part:
+                    store(stand_in)
+        if isinstance(owner, nn.Module):
+            for key, child in owner.named_children():
+                self.lend(child, f"{name}.{key}", depth + 1)
+
+    def _drop_new(self, owner: Any, name: str, known: Collection[str]) -> None:
+        delete: Any = delattr if isinstance(owner, nn.Module) else object.__delattr__
+        for key in _list_attributes(owner).keys() - set(known):
+            if not self._ignores(f"{name}.{key}"):
+                delete(owner, key)
+
+    def _ignores(self, name: str) -> bool:
+        return any(f".{path}." in f"{name}." for path in self.ignore)
+
+    def check_trained(self) -> None:
+        """Refuse a criterion that wrote to what is trained; restore it where that is known."""
+        changed = [one for one in self.trained if one[1]._version != one[2]]
+        if not changed:
+            return
+        with torch.no_grad():
+            for _, tensor, _, kept in changed:
+                if kept is not None:
+                    tensor.copy_(kept)
+        names = ", ".join(repr(name) for name, *_ in changed[:5])
         raise ValueError(
-            "a criterion must keep its state in buffers, so that the terms of a step do not see "
-            f"each other's changes, got one whose {names} changed during a call; hold it with "
-            "register_buffer in an nn.Module, or, if the loss does not depend on it, name it in "
-            f"LambdaWeightedLoss(criterion, ignore=({changed[0]!r},))"
+            f"a criterion must not write to what is trained, got one whose {names} changed during "
+            "a call; update it once per step, outside of the criterion"
         )
 
 
-def _ignored(name: str, ignore: Collection[str]) -> bool:
-    """Tell whether a dotted name is that of an attribute to ignore, or of what it holds."""
-    return any(f".{path}." in f".{name}." for path in ignore)
+def _is_stateless(thing: Any) -> bool:
+    return f"{thing.__module__}.".startswith(_STATELESS)
 
 
-class _Same:
-    """Equal to itself alone; holding on to the object keeps its identity its own."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-class _Values:
-    """The bits of a tensor, NaN equal to itself."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.bits = tensor.detach().reshape(-1).clone().view(torch.uint8)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Values) and torch.equal(self.bits, other.bits)
-
-    __hash__ = None  # type: ignore[assignment]
+def _list_attributes(owner: Any) -> dict[str, Any]:
+    """Return what an object holds by name: its own attributes, slots, and a module's buffers."""
+    if isinstance(owner, nn.Module):
+        own = {} if _is_stateless(type(owner)) else vars(owner)
+        plain = {name: own[name] for name in own if name not in _MODULE_INTERNALS}
+        return {**plain, **owner._buffers}
+    if _is_stateless(owner if isinstance(owner, FunctionType) else type(owner)):
+        return {}
+    slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
+    held = {name: getattr(owner, name) for name in slots if hasattr(owner, name)}
+    return {**held, **getattr(owner, "__dict__", {})}
 
 
-def _plain_state(criterion: Callable[..., Any], *, closely: bool) -> dict[str, Any]:
-    """Describe what a criterion remembers outside its own buffers, by dotted names."""
-    lent = criterion.buffers() if isinstance(criterion, nn.Module) else ()
-    description = _Description(frozenset(map(id, lent)), closely)
-    description.add("", criterion, _DEPTH)
-    return description.state
-
-
-class _Description:
-    """A walk through what a criterion holds."""
-
-    def __init__(self, lent: frozenset[int], closely: bool) -> None:
-        self.lent = lent
-        self.closely = closely
-        self.state: dict[str, Any] = {}
-        self.seen: dict[int, Any] = {}
-
-    def add(self, name: str, value: Any, depth: int) -> None:
-        """Note a value and what it holds."""
-        if isinstance(value, Tensor):
-            if id(value) not in self.lent:
-                self.state[name] = _tensor_state(value, closely=self.closely)
-            return
-        if isinstance(value, _PLAIN):
-            self.state[name] = value
-            return
-        if id(value) in self.seen:
-            return
-        self.seen[id(value)] = value
-        self.state[name] = _Same(value)
-        prefix = f"{name}." if name else ""
-        if depth > 0:
-            for key, part in _parts(value):
-                self.add(prefix + key, part, depth - 1)
-        if isinstance(value, nn.Module):
-            # Submodules are part of their owner, however deep they lie.
-            for key, child in value.named_children():
-                self.add(prefix + key, child, depth)
-
-
-def _parts(value: Any) -> list[tuple[str, Any]]:
-    """List what an object holds, by name."""
-    if isinstance(value, nn.Module):
-        plain = [(key, part) for key, part in vars(value).items() if key not in _MODULE_INTERNALS]
-        return [*plain, *value.named_buffers(recurse=False), *value.named_parameters(recurse=False)]
-    if isinstance(value, functools.partial):
-        keywords = value.keywords.items()
-        return [("func", value.func), *(_numbered(value.args)), *keywords]
-    if inspect.isfunction(value):
-        return _used_by(value)
-    if inspect.ismethod(value):
-        return [("__self__", value.__self__)]
-    if isinstance(value, Mapping):
-        return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return _numbered(value)
-    if hasattr(value, "tobytes"):
-        return [("values", value.tobytes())]
-    # Our own criteria are frozen, and their queues need not be compared.
-    ours = type(value).__module__.startswith("mixmask.losses.")
-    if ours or inspect.ismodule(value) or isinstance(value, type):
-        return []
-    return list(vars(value).items()) if hasattr(value, "__dict__") else []
-
-
-def _used_by(function: Any) -> list[tuple[str, Any]]:
-    """List what a function takes from around it, its defaults and what was set on it."""
-    if (function.__module__ or "").partition(".")[0] in _STATELESS_PACKAGES:
-        return []
-    used = inspect.getclosurevars(function)
-    return [
-        *used.nonlocals.items(),
-        *used.globals.items(),
-        ("__defaults__", function.__defaults__),
-        ("__kwdefaults__", function.__kwdefaults__),
-        *vars(function).items(),
-    ]
-
-
-def _numbered(values: Collection[Any]) -> list[tuple[str, Any]]:
-    return [(str(index), value) for index, value in enumerate(values)]
-
-
-def _tensor_state(tensor: Tensor, *, closely: bool) -> tuple[Any, ...]:
-    """Describe a tensor: which one, where it lies, how often it was written to, and its values."""
-    version = None if tensor.is_inference() else tensor._version
-    # Parameters may be large, and what changes them is an optimizer.
-    compared = closely and not isinstance(tensor, nn.Parameter)
-    values = _Values(tensor) if compared else None
-    return _Same(tensor), tensor.data_ptr(), tuple(tensor.shape), version, values
+def _list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
+    """Yield the name and value of each part of an object, and what puts another in its place."""
+    store: Any = setattr if isinstance(owner, nn.Module) else object.__setattr__
+    for name, part in _list_attributes(owner).items():
+        yield name, part, partial(store, owner, name)
+    if isinstance(owner, nn.Module):
+        for name, parameter in owner._parameters.items():
+            yield name, parameter, partial(owner._parameters.__setitem__, name)
+    if not isinstance(owner, FunctionType) or _is_stateless(owner):
+        return
+    for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
+        with suppress(ValueError):  # A cell may be empty.
+            yield name, cell.cell_contents, partial(setattr, cell, "cell_contents")
+    for name in ("__defaults__", "__kwdefaults__"):
+        yield name, getattr(owner, name), partial(setattr, owner, name)
+    used = owner.__globals__
+    for name in owner.__code__.co_names:
+        if name in used:
+            yield name, used[name], partial(used.__setitem__, name)

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from mixmask.losses._state import lent_buffers, watched
+from mixmask._checks import check_choice
+from mixmask.losses._criteria import check_criterion, check_no_similarity
+from mixmask.losses._inputs import (
+    Embeddings,
+    Records,
+    as_directions,
+    as_list,
+    as_pairs,
+    check_loss,
+    check_sizes,
+    count_rows,
+    match_directions,
+    move,
+)
+from mixmask.losses._state import lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +70,17 @@ def lambda_weighted_loss(
     to the loss of the clean images, with weight one. A criterion that has a `weighted` method
     (see `SharingCriterion`), such as `losses.InfoNCE`, is asked for both terms at once.
 
+    What not to pass, of which only some can be told and is refused:
+
+    - a similarity, such as `nn.CosineSimilarity` (refused) or a lambda around one: the sign
+      would be wrong; `losses.NegativeCosine()` is the loss;
+    - `nn.CrossEntropyLoss` with embeddings and keys (refused), or with MoCo's logits and labels,
+      whose positives stand in the logits: permuting the labels does nothing there;
+    - a model that takes images and returns its loss (refused if it is a module): it would mix
+      the directions and normalise twice; pass the loss that it holds inside;
+    - a criterion with a queue, a bank or a center that moves when called: `LambdaWeightedLoss`;
+    - both views in one tensor of 2N rows: split them first, and pair each with its own target.
+
     Args:
         criterion: (z, target) -> () or (N,).
         z_mixed: (N, ...) embeddings of the mixed images, by the online branch.
@@ -66,8 +93,10 @@ def lambda_weighted_loss(
 
     Raises:
         ValueError: If the sizes do not belong together, if the criterion returns neither ()
-            nor (N,), or if it returns () where each sample has a λ of its own.
-        TypeError: If the criterion does not return a tensor.
+            nor (N,), if it returns () where each sample has a λ of its own, or if a
+            classifier's loss is given embeddings.
+        TypeError: If an argument or what the criterion returns is no tensor, or if the criterion
+            is a similarity or a whole model.
 
     Source:
         MixMask, section 3.2 and eq. 4.
@@ -79,22 +108,30 @@ def lambda_weighted_loss(
         >>> lambda_weighted_loss(mixmask.losses.InfoNCE(), z, z, mixed).shape
         torch.Size([])
     """
-    n = len(mixed)
-    check_sizes(n, z_mixed=z_mixed, target=target)
+    check_sizes(len(mixed), z_mixed=z_mixed, target=target)
+    check_criterion(criterion, z_mixed, target)
     if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
         raise TypeError(
             f"{type(criterion).__name__} compares with the clean embeddings, which "
             "lambda_weighted_loss does not have; use LambdaWeightedLoss(criterion)"
         )
-    lam = mixed.lam.to(z_mixed.device)
+    return _weigh(criterion, z_mixed, target, mixed, switch=switch)
+
+
+def _weigh(
+    criterion: Criterion, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, *, switch: bool
+) -> Tensor:
+    """Return the mixed term of `lambda_weighted_loss`, its inputs checked."""
+    n = len(mixed)
+    lam = move(mixed.lam, z_mixed.device)  # () or (N,)
+    # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
+    other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
     if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
-        other = target.index_select(0, mixed.partner) if switch else None
-        return _checked(criterion.weighted(z_mixed, target, other, lam), n).mean()
-    own = _checked(criterion(z_mixed, target), n, lam)
-    if not switch:
+        return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
+    own = check_loss(criterion(z_mixed, target), n, lam)
+    if other is None:
         return (lam * own).mean()
-    other = target.index_select(0, mixed.partner)
-    return (lam * own + (1 - lam) * _checked(criterion(z_mixed, other), n, lam)).mean()
+    return (lam * own + (1 - lam) * check_loss(criterion(z_mixed, other), n, lam)).mean()
 
 
 class LambdaWeightedLoss(nn.Module):
@@ -102,28 +139,49 @@ class LambdaWeightedLoss(nn.Module):
 
     $L = \ell(z, t) + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i) \ell(z^m_i,
     t_{\pi(i)})$. A criterion with a memory bank, a queue or a running center changes it at every
-    call. Here the mixed terms are taken first, on copies of its buffers, and the original one
-    last, on the buffers themselves: after the step they are as one clean call would have left
-    them, and every term has seen the same state. State that is not in buffers is noticed and
-    refused.
+    call. Here the mixed terms are taken first, on copies of its state, and the original one
+    last, on the state itself: after the step it is as one clean call would have left it, and
+    every mixed term has seen the state from before the step. State is whatever the criterion
+    holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
+    encloses or reads from its module. Not seen are generators, files, and what lies deeper than
+    a list in an object of the criterion.
+
+    Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
+    (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
+    the first direction; as many as there are directions go one to each.
 
     Args:
-        criterion: (z, target) -> () or (N,), a module or any callable.
+        criterion: (z, target) -> () or (N,), a module or any callable. What not to pass:
+            `lambda_weighted_loss`.
         switch: False keeps the term of λ alone (the paper's ablation).
-        ignore: Names of plain attributes that may change during a call, because the loss does
-            not depend on them: caches, counters.
+        ignore: Names of attributes that are used as they are, without a copy, because the loss
+            does not depend on their changes, or because they are large and constant.
+        directions: "sum" or "mean" of the original terms of several directions; the mean is
+            SimSiam's ½. Each mixed view has weight one in either case.
+
+    Raises:
+        TypeError: If the criterion is not callable, or is a similarity.
+        ValueError: If an option does not fit.
 
     Example:
         >>> import torch, mixmask
-        >>> criterion = mixmask.LambdaWeightedLoss(mixmask.losses.NTXent())
+        >>> criterion = mixmask.LambdaWeightedLoss(mixmask.losses.NegativeCosine())
         >>> mixed = mixmask.mix_batch(torch.rand(4, 3, 8, 8), mixmask.BlockMaskGenerator(2))
-        >>> z, target, z_mixed = torch.randn(3, 4, 16)
-        >>> criterion(z, target, z_mixed, mixed).shape
+        >>> p1, p2, t1, t2, p_mixed = torch.randn(5, 4, 16)
+        >>> criterion(p1, t2, p_mixed, mixed).shape
         torch.Size([])
+        >>> both = criterion((p1, p2), (t2, t1), p_mixed, mixed)
+        >>> bool(both.isclose(criterion(p1, t2, p_mixed, mixed) + criterion(p2, t1)))
+        True
     """
 
     def __init__(
-        self, criterion: Criterion, *, switch: bool = True, ignore: Sequence[str] = ()
+        self,
+        criterion: Criterion,
+        *,
+        switch: bool = True,
+        ignore: Sequence[str] = (),
+        directions: str = "sum",
     ) -> None:
         """Store the criterion; if it is a module, its buffers are part of this one's state."""
         super().__init__()
@@ -132,29 +190,33 @@ class LambdaWeightedLoss(nn.Module):
                 f"criterion must be callable as (z, target), got {type(criterion).__name__}; "
                 "pass for instance losses.InfoNCE(queue)"
             )
+        check_no_similarity(criterion)
         if isinstance(ignore, str):
             raise TypeError(
                 f"ignore must be a sequence of names, got {ignore!r}; use ({ignore!r},)"
             )
+        check_choice("directions", directions, ("sum", "mean"))
         self.criterion = criterion
         self.switch = switch
         self.ignore = tuple(ignore)
-        self._watched_closely = False
+        self.directions = directions
+        self._tried = False
 
     def forward(
         self,
-        z: Tensor,
-        target: Tensor,
-        z_mixed: Tensor | Sequence[Tensor] | None = None,
-        mixed: MixedBatch | Sequence[MixedBatch] | None = None,
+        z: Embeddings,
+        target: Embeddings,
+        z_mixed: Embeddings | None = None,
+        mixed: Records | None = None,
     ) -> Tensor:
         """Return the loss of the clean images plus that of each mixed view, every one of weight 1.
 
         Args:
-            z: (N, ...) embeddings of the clean images, by the online branch.
-            target: (N, ...) their targets.
-            z_mixed: (N, ...) embeddings of the mixed images, or a list of them, one a mixed view.
-                Without them the criterion is called as it is.
+            z: (N, ...) embeddings of the clean images, by the online branch; or a tuple with one
+                per direction, as (p1, p2).
+            target: (N, ...) their targets; or a tuple with one per direction, as (t2, t1).
+            z_mixed: (N, ...) embeddings of the mixed images, or a list of them, one per mixed
+                view. Without them the criterion is called as it is.
             mixed: What was mixed, or a list in the same order.
 
         Returns:
@@ -162,24 +224,31 @@ class LambdaWeightedLoss(nn.Module):
 
         Raises:
             ValueError: If sizes do not belong together, if the criterion returns neither () nor
-                (N,), or if it keeps state outside its buffers.
-            TypeError: If the criterion does not return a tensor.
+                (N,), or if it writes to what is trained.
+            TypeError: If an argument or what the criterion returns is no tensor, or if the
+                criterion is a whole model.
         """
+        clean = as_directions(z, target)
         pairs = as_pairs(z_mixed, mixed)
-        check_sizes(len(pairs[0][1]) if pairs else len(z), z=z, target=target)
-        terms = [self._mixed_term(one, target, record, z) for one, record in pairs]
-        total = _checked(self.criterion(z, target), len(z)).mean()
+        n = len(pairs[0][1]) if pairs else count_rows(clean[0][0])
+        for one, its_target in clean:
+            check_sizes(n, z=one, target=its_target)
+        terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
+        # Last, for it moves the state.
+        total = self._weigh_clean(*clean[0], len(clean))
+        for one, its_target in clean[1:]:
+            total = total + self._weigh_clean(one, its_target, len(clean))
         for term in terms:
             total = total + term
         return total
 
     def mixed_loss(
         self,
-        z_mixed: Tensor | Sequence[Tensor],
-        target: Tensor,
-        mixed: MixedBatch | Sequence[MixedBatch],
+        z_mixed: Embeddings,
+        target: Embeddings,
+        mixed: Records,
         *,
-        z: Tensor | None = None,
+        z: Embeddings | None = None,
     ) -> Tensor:
         """Return the mixed terms alone, and leave the criterion's state as it is.
 
@@ -190,7 +259,7 @@ class LambdaWeightedLoss(nn.Module):
             z_mixed: As in `forward`.
             target: As in `forward`.
             mixed: As in `forward`.
-            z: (N, ...) clean embeddings, which only a `MatchingCriterion` needs.
+            z: As in `forward`; only a `MatchingCriterion` needs it.
 
         Returns:
             () scalar.
@@ -200,7 +269,10 @@ class LambdaWeightedLoss(nn.Module):
             TypeError: As `forward` does.
         """
         pairs = as_pairs(z_mixed, mixed)
-        terms = [self._mixed_term(one, target, record, z) for one, record in pairs]
+        if not pairs:
+            raise ValueError("mixed_loss needs z_mixed and mixed, got None for both")
+        targets = as_list(target)
+        terms = self._mixed_terms(pairs, targets, as_list(z) if z is not None else [])
         total = terms[0]
         for term in terms[1:]:
             total = total + term
@@ -209,11 +281,11 @@ class LambdaWeightedLoss(nn.Module):
     def terms(
         self,
         encode: Callable[[Tensor], Tensor],
-        images: Tensor,
-        target: Tensor,
-        mixed: MixedBatch | Sequence[MixedBatch],
+        images: Embeddings,
+        target: Embeddings,
+        mixed: Records,
     ) -> Iterator[Tensor]:
-        """Yield the loss term by term, each embedded when asked for: the mixed ones, the clean one.
+        """Yield the loss term by term, each embedded when asked for: mixed ones, then clean ones.
 
         Call backward on a term before asking for the next, and only one forward pass is alive at
         a time, so that a step needs the memory of one without mixing; gradients add up. Under
@@ -223,12 +295,12 @@ class LambdaWeightedLoss(nn.Module):
 
         Args:
             encode: The online branch, from images to what the criterion takes.
-            images: (N, C, H, W) clean views.
-            target: (N, ...) their targets, without a gradient.
+            images: (N, C, H, W) clean views; or a tuple with one per direction, as (x1, x2).
+            target: (N, ...) their targets, without a gradient; or a tuple, as (t2, t1).
             mixed: As in `forward`.
 
         Yields:
-            () scalars, one a mixed view and then that of the clean images.
+            () scalars, one per mixed view and then one per direction of the clean images.
 
         Raises:
             ValueError: As `forward` does; or if the targets carry a gradient, whose graph the
@@ -245,123 +317,99 @@ class LambdaWeightedLoss(nn.Module):
             >>> for term in criterion.terms(encode, x, target, mixed):
             ...     term.backward()
         """
-        records = [mixed] if isinstance(mixed, MixedBatch) else list(mixed)
         if isinstance(self.criterion, MatchingCriterion):
             raise TypeError(
                 f"{type(self.criterion).__name__} compares mixed with clean embeddings, so its "
                 "terms cannot be taken one by one; call it with z, target, z_mixed, mixed"
             )
-        if target.requires_grad:
-            raise ValueError(
-                "targets must carry no gradient where terms are taken one by one, for the first "
-                "backward frees their graph; pass target.detach(), or call the loss at once"
-            )
-        for record in records:
-            check_sizes(len(record), images=images, target=target)
-        return self._terms(encode, images, target, records)
+        clean = as_directions(images, target, "images")
+        records = as_list(mixed)
+        for one, its_target in clean:
+            for record in records:
+                check_sizes(len(record), images=one, target=its_target)
+            if its_target.requires_grad:
+                raise ValueError(
+                    "targets must carry no gradient where terms are taken one by one, for the "
+                    "first backward frees their graph; pass target.detach(), or call the loss at "
+                    "once"
+                )
+        targets = match_directions([t for _, t in clean], len(records))
+        return self._terms(encode, clean, list(zip(records, targets, strict=True)))
 
     def _terms(
         self,
         encode: Callable[[Tensor], Tensor],
-        images: Tensor,
-        target: Tensor,
-        records: Sequence[MixedBatch],
+        clean: list[tuple[Tensor, Tensor]],
+        mixed: list[tuple[MixedBatch, Tensor]],
     ) -> Iterator[Tensor]:
-        for record in records:
+        for record, target in mixed:
             yield self._mixed_term(encode(record.images), target, record, None)
-        yield _checked(self.criterion(encode(images), target), len(images)).mean()
+        for images, target in clean:
+            z = encode(images)
+            check_sizes(len(images), z=z)
+            yield self._weigh_clean(z, target, len(clean))
+
+    def _weigh_clean(self, z: Tensor, target: Tensor, directions: int) -> Tensor:
+        """Return the original term of one direction, which moves the state."""
+        check_criterion(self.criterion, z, target)
+        loss = check_loss(self.criterion(z, target), len(z)).mean()
+        return loss / directions if self.directions == "mean" and directions > 1 else loss
+
+    def _mixed_terms(
+        self, pairs: list[tuple[Tensor, MixedBatch]], targets: list[Tensor], z: list[Tensor]
+    ) -> list[Tensor]:
+        matched = match_directions(targets, len(pairs))
+        clean: list[Any] = match_directions(z, len(pairs)) if z else [None] * len(pairs)
+        return [
+            self._mixed_term(one, target, record, its_z)
+            for (one, record), target, its_z in zip(pairs, matched, clean, strict=True)
+        ]
 
     def _mixed_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
-        criterion = self.criterion
-        closely, self._watched_closely = not self._watched_closely, True
-        with watched(criterion, self.ignore, closely=closely):
-            if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
-                return self._matched(criterion, z_mixed, target, mixed, z)
-            if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
-                with lent_buffers(criterion):
-                    return lambda_weighted_loss(
-                        criterion, z_mixed, target, mixed, switch=self.switch
-                    )
+        """Return the term of one mixed view; the state stays as it is."""
+        criterion, switch = self.criterion, self.switch
+        check_sizes(len(mixed), z_mixed=z_mixed, target=target)
+        check_criterion(criterion, z_mixed, target)
+        if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
+            return self._match(z_mixed, target, mixed, z)
+        if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
+            with self._lend() as lent:
+                return _weigh(lent, z_mixed, target, mixed, switch=switch)
 
-            def sheltered(z: Tensor, target: Tensor) -> Tensor:
-                with lent_buffers(criterion):
-                    return criterion(z, target)
+        def criterion_on_copies(z: Tensor, target: Tensor) -> Tensor:
+            # Each of the two terms sees the state from before the step.
+            with self._lend() as lent:
+                loss: Tensor = lent(z, target)
+                return loss
 
-            return lambda_weighted_loss(sheltered, z_mixed, target, mixed, switch=self.switch)
+        return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
 
-    def _matched(
-        self,
-        criterion: MatchingCriterion,
-        z_mixed: Tensor,
-        target: Tensor,
-        mixed: MixedBatch,
-        z: Tensor | None,
+    def _match(
+        self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         if z is None:
             raise TypeError(
-                f"{type(criterion).__name__} compares with the clean embeddings; pass them as z="
+                f"{type(self.criterion).__name__} compares with the clean embeddings; pass them "
+                "as z="
             )
-        n = len(mixed)
-        check_sizes(n, z_mixed=z_mixed, target=target, z=z)
-        other = z.index_select(0, mixed.partner) if self.switch else None
-        lam = mixed.lam.to(z_mixed.device)
-        with lent_buffers(criterion):
-            return _checked(criterion.matched(z_mixed, target, z, other, lam), n).mean()
+        check_sizes(len(mixed), z=z)
+        other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None
+        lam = move(mixed.lam, z_mixed.device)
+        with self._lend() as lent:
+            return check_loss(lent.matched(z_mixed, target, z, other, lam), len(mixed)).mean()
+
+    def _lend(self) -> AbstractContextManager[Any]:
+        """Lend the criterion's state; what is trained is kept safe at the first call alone."""
+        if torch.compiler.is_compiling():
+            return lend_buffers(self.criterion)
+        cautious, self._tried = not self._tried, True
+        return lend_state(self.criterion, self.ignore, cautious=cautious)
 
     def extra_repr(self) -> str:
         """Show the options in the printed module."""
         described = [] if isinstance(self.criterion, nn.Module) else [repr(self.criterion)]
+        if self.directions != "sum":
+            described.append(f"directions={self.directions!r}")
         return ", ".join([*described, f"switch={self.switch}"])
-
-
-def as_pairs(
-    z_mixed: Tensor | Sequence[Tensor] | None, mixed: MixedBatch | Sequence[MixedBatch] | None
-) -> list[tuple[Tensor, MixedBatch]]:
-    """Return what belongs together, one pair a mixed view; none where nothing was mixed."""
-    if z_mixed is None and mixed is None:
-        return []
-    if z_mixed is None or mixed is None:
-        raise ValueError(
-            "z_mixed and mixed belong together, got only one of them; pass the embeddings of "
-            "mixed.images and mixed itself"
-        )
-    embeddings = [z_mixed] if isinstance(z_mixed, Tensor) else list(z_mixed)
-    records = [mixed] if isinstance(mixed, MixedBatch) else list(mixed)
-    if len(embeddings) != len(records) or not records:
-        raise ValueError(
-            f"z_mixed and mixed must be as many, at least one, got {len(embeddings)} and "
-            f"{len(records)}; pass one embedding for each mixed view, in the same order"
-        )
-    return list(zip(embeddings, records, strict=True))
-
-
-def check_sizes(n: int, **tensors: Tensor) -> None:
-    """Refuse tensors that do not hold one row an image, by their names."""
-    for name, tensor in tensors.items():
-        if tensor.ndim == 0 or len(tensor) != n:
-            raise ValueError(
-                f"{name} must hold one row for each of the {n} mixed images, got "
-                f"{tuple(tensor.shape)}; pass the embeddings of this batch, before any gathering"
-            )
-
-
-def _checked(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:
-    """Return what a criterion gave if it is () or (N,), and (N,) for shares of one's own."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"the criterion must return a tensor, () or (N,), got {type(loss).__name__}; "
-            "wrap it so that it returns the loss alone"
-        )
-    if loss.shape not in ((), (n,)):
-        raise ValueError(
-            f"the criterion must return () or (N,) with N = {n}, got {tuple(loss.shape)}; "
-            "reduce it over all axes but the first"
-        )
-    if lam is not None and lam.ndim == 1 and loss.ndim == 0:
-        raise ValueError(
-            "one λ a sample needs a criterion that returns (N,), got a scalar; "
-            "build it with reduction='none', or use one mask for the whole batch"
-        )
-    return loss

@@ -482,13 +482,17 @@ def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], t
 def test_a_function_is_asked_for_the_center_at_every_call() -> None:
     """`update_center` returns a new tensor, which a criterion built before does not know."""
     center = torch.zeros(8)
-    criterion, stale = DINO(lambda: center), DINO(center)
+
+    def read() -> Tensor:
+        return center
+
+    criterion, stale = DINO(read), DINO(center)
     lam = torch.tensor(0.3)
     for _ in range(3):
         z, target, other = torch.randn(3, 6, 8)
         fresh = DINO(center)
         assert torch.equal(criterion(z, target), fresh(z, target))
-        assert torch.equal(dino(z, target, lambda: center), fresh(z, target))
+        assert torch.equal(dino(z, target, read), fresh(z, target))
         ours = criterion.weighted(z, target, other, lam)
         assert torch.equal(ours, fresh.weighted(z, target, other, lam))
         center = update_center(center, target + 1)

@@ -336,13 +336,17 @@ def test_tensors_elsewhere_are_refused() -> None:
 def test_a_function_is_asked_for_the_queue_at_every_call() -> None:
     """Loops rebind their queue; what was held at the start would be stale."""
     queue = _unit(K, C)
-    criterion, stale = InfoNCE(lambda: queue, 0.1), InfoNCE(queue, 0.1)
+
+    def read() -> Tensor:
+        return queue
+
+    criterion, stale = InfoNCE(read, 0.1), InfoNCE(queue, 0.1)
     for _ in range(3):
         z, target, other = _unit(N, C), _unit(N, C), _unit(N, C)
         fresh = InfoNCE(queue, 0.1)
         lam = torch.rand(N, dtype=torch.float64)
         assert torch.equal(criterion(z, target), fresh(z, target))
-        assert torch.equal(info_nce(z, target, lambda: queue, 0.1), fresh(z, target))
+        assert torch.equal(info_nce(z, target, read, 0.1), fresh(z, target))
         ours = criterion.weighted(z, target, other, lam)
         assert torch.equal(ours, fresh.weighted(z, target, other, lam))
         queue = torch.cat([queue, target])[N:]

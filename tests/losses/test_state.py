@@ -6,8 +6,10 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -372,26 +374,162 @@ def test_a_criterion_that_shares_may_hold_state_too() -> None:
     assert _equal(_buffers(criterion), _buffers(once))
 
 
-# What keeps its state where it cannot be lent.
+# State outside of buffers.
+
+
+def _measure(value: Any) -> Any:
+    """One number that depends on everything a value holds."""
+    if isinstance(value, Tensor):
+        return value.detach().sum() + value.numel()
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, list | tuple | set | deque):
+        return len(value) + sum(map(_measure, value))
+    if isinstance(value, dict):
+        return len(value) + sum(map(_measure, value.values()))
+    if isinstance(value, np.ndarray):
+        return float(value.sum())
+    return _measure(vars(value)) if isinstance(value, Helper | Plain) else 0.0
 
 
 class Plain(nn.Module):
-    """A module with attributes, which a function given to it changes."""
+    """A module whose attributes a function changes, and whose loss depends on them."""
 
     def __init__(self, change: Callable[[Any], Any], **attributes: Any) -> None:
         super().__init__()
+        self.names = tuple(attributes)
         vars(self).update(attributes)
-        self._change = staticmethod(change)
+        self.change = change
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
-        self._change(self)
-        return _loss(z, target)
+        self.change(self)
+        held = {name: getattr(self, name, None) for name in (*self.names, "late")}
+        loss: Tensor = _loss(z, target) * (1 + _measure(held) / 8)
+        return loss
+
+
+class Object:
+    """The same without nn.Module."""
+
+    def __init__(self, change: Callable[[Any], Any], **attributes: Any) -> None:
+        vars(self).update(attributes)
+        self.change = change
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        self.change(self)
+        loss: Tensor = _loss(z, target) * (1 + _measure(vars(self)) / 8)
+        return loss
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    bank: Tensor
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        self.bank.add_(1)
+        loss: Tensor = _loss(z, target) * _measure(self.bank)
+        return loss
 
 
 class Helper:
     def __init__(self) -> None:
         self.queue: list[Tensor] = []
         self.count = 0
+
+
+class Memory(nn.Module):
+    """A ring as pytorch-metric-learning keeps it: buffers, an int, a bool and indices of now."""
+
+    bank: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(9, C))
+        self.index, self.filled = 0, False
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        self.current = (self.index + torch.arange(len(z))) % len(self.bank)
+        self.bank[self.current] = target.detach()
+        before, self.index = self.index, (self.index + len(z)) % len(self.bank)
+        self.filled = self.filled or self.index <= before
+        bank = (self.bank if self.filled else self.bank[: self.index]).clone()
+        return _loss(z, target) + (z @ bank.T).logsumexp(dim=1)
+
+
+def _made(
+    kind: Callable[..., Any], change: Callable[[Any], Any], **attributes: Any
+) -> Callable[[], Any]:
+    return lambda: kind(change, **copy.deepcopy(attributes))
+
+
+def _counted_by_closure() -> Callable[..., Tensor]:
+    count = 0
+
+    def criterion(z: Tensor, target: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return _loss(z, target) * count
+
+    return criterion
+
+
+def _around(make: Callable[[], Any]) -> Callable[[], Callable[..., Tensor]]:
+    def build() -> Callable[..., Tensor]:
+        module = make()
+        return lambda z, target: module(z, target)
+
+    return build
+
+
+def _banked(bank: Tensor, z: Tensor, target: Tensor) -> Tensor:
+    bank[: len(z)] += target.detach()
+    loss: Tensor = _loss(z, target) * bank.sum().exp()
+    return loss
+
+
+def _with_default(z: Tensor, target: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+    seen.append(len(z))
+    return _loss(z, target) * len(seen)
+
+
+def _with_keyword(z: Tensor, target: Tensor, *, calls: list[int] = []) -> Tensor:  # noqa: B006
+    calls.append(len(z))
+    return _loss(z, target) * len(calls)
+
+
+def _with_attribute() -> Callable[..., Tensor]:
+    def criterion(z: Tensor, target: Tensor) -> Tensor:
+        criterion.calls += 1  # type: ignore[attr-defined]
+        return _loss(z, target) * criterion.calls  # type: ignore[attr-defined, no-any-return]
+
+    criterion.calls = 0  # type: ignore[attr-defined]
+    return criterion
+
+
+GLOBAL_BANK, GLOBAL_COUNT, GLOBAL_MODULE = torch.zeros(K, C), 0, Memory()
+
+
+def _with_globals(z: Tensor, target: Tensor) -> Tensor:
+    global GLOBAL_COUNT
+    GLOBAL_COUNT += 1
+    loss: Tensor = GLOBAL_COUNT * _banked(GLOBAL_BANK, z, target) + GLOBAL_MODULE(z, target)
+    return loss
+
+
+def _reset_globals() -> Callable[..., Tensor]:
+    global GLOBAL_BANK, GLOBAL_COUNT, GLOBAL_MODULE
+    GLOBAL_BANK, GLOBAL_COUNT, GLOBAL_MODULE = torch.zeros(K, C), 0, Memory()
+    return _with_globals
+
+
+def _reset_default() -> Callable[..., Tensor]:
+    _with_default.__defaults__ = ([],)
+    return _with_default
+
+
+def _reset_keyword() -> Callable[..., Tensor]:
+    _with_keyword.__kwdefaults__ = {"calls": []}
+    return _with_keyword
 
 
 def _in_place(tensor: Tensor) -> Tensor:
@@ -402,146 +540,155 @@ def _through_data(tensor: Tensor) -> Tensor:
     return tensor.data.add_(1)
 
 
-def _plain(change: Callable[[Any], Any], **attributes: Any) -> Callable[[], nn.Module]:
-    return lambda: Plain(change, **copy.deepcopy(attributes))
+def _count(owner: Any) -> None:
+    owner.calls += 1
 
 
-def _counted_by_closure() -> Callable[..., Tensor]:
-    count = 0
-
-    def criterion(z: Tensor, target: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return _loss(z, target)
-
-    return criterion
-
-
-def _around_a_module() -> Callable[..., Tensor]:
-    module = Bank()
-    return lambda z, target: module(z, target)
-
-
-def _banked(bank: Tensor, z: Tensor, target: Tensor) -> Tensor:
-    bank[: len(z)] = target.detach()
-    return _loss(z, target)
-
-
-def _with_default(z: Tensor, target: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
-    seen.append(len(z))
-    return _loss(z, target)
-
-
-def _with_keyword(z: Tensor, target: Tensor, *, calls: list[int] = []) -> Tensor:  # noqa: B006
-    calls.append(len(z))
-    return _loss(z, target)
-
-
-def _with_attribute() -> Callable[..., Tensor]:
-    def criterion(z: Tensor, target: Tensor) -> Tensor:
-        criterion.calls += 1  # type: ignore[attr-defined]
-        return _loss(z, target)
-
-    criterion.calls = 0  # type: ignore[attr-defined]
-    return criterion
-
-
-GLOBAL_BANK = torch.zeros(K, C)
-
-
-def _with_a_global(z: Tensor, target: Tensor) -> Tensor:
-    GLOBAL_BANK[: len(z)] = target.detach()
-    return _loss(z, target)
+def _enqueue(owner: Any) -> None:
+    owner.queue.append(torch.ones(3))
 
 
 TENSOR = torch.zeros(3)
-HIDDEN: dict[str, tuple[Callable[[], Any], str]] = {
-    "tensor in place": (_plain(lambda m: _in_place(m.bank), bank=TENSOR), "bank"),
-    "tensor through data": (_plain(lambda m: _through_data(m.bank), bank=TENSOR), "bank"),
-    "tensor rebound": (_plain(lambda m: setattr(m, "bank", m.bank + 1), bank=TENSOR), "bank"),
-    "tensor that appears": (_plain(lambda m: setattr(m, "bank", TENSOR + 1)), "bank"),
-    "tensor resized": (_plain(lambda m: m.bank.resize_(0), bank=TENSOR), "bank"),
-    "counter": (_plain(lambda m: setattr(m, "calls", m.calls + 1), calls=0), "calls"),
-    "list": (_plain(lambda m: m.queue.append(1), queue=[]), "queue.0"),
-    "deque": (_plain(lambda m: m.queue.append(TENSOR), queue=deque(maxlen=3)), "queue.0"),
-    "full deque": (
-        _plain(lambda m: m.queue.append(TENSOR.clone()), queue=deque([TENSOR], 1)),
-        "queue.0",
+HIDDEN: dict[str, Callable[[], Any]] = {
+    "pointer, flag and ring": Memory,
+    "tensor in place": _made(Plain, lambda m: _in_place(m.bank), bank=TENSOR),
+    "tensor through data": _made(Plain, lambda m: _through_data(m.bank), bank=TENSOR),
+    "tensor rebound": _made(Plain, lambda m: setattr(m, "bank", m.bank + 1), bank=TENSOR),
+    "tensor that appears": _made(Plain, lambda m: setattr(m, "late", getattr(m, "late", 0) + 1)),
+    "tensor resized": _made(Plain, lambda m: m.bank.resize_(m.bank.numel() - 1), bank=TENSOR),
+    "counter": _made(Plain, _count, calls=0),
+    "None at first": _made(Plain, lambda m: setattr(m, "mean", (m.mean or 0) + 1.5), mean=None),
+    "flag": _made(Plain, lambda m: setattr(m, "ready", not m.ready), ready=False),
+    "list": _made(Plain, _enqueue, queue=[]),
+    "deque": _made(Plain, _enqueue, queue=deque([TENSOR], 2)),
+    "tensor in a dict": _made(Plain, lambda m: _in_place(m.banks["a"]), banks={"a": TENSOR}),
+    "tensor in a tuple": _made(Plain, lambda m: _in_place(m.banks[0]), banks=(TENSOR,)),
+    "dict": _made(Plain, lambda m: m.seen.update({len(m.seen): 2}), seen={"a": 1}),
+    "set": _made(Plain, lambda m: m.seen.add(len(m.seen)), seen={0}),
+    "array": _made(Plain, lambda m: m.bank.__iadd__(1), bank=np.zeros(3)),
+    "object": _made(
+        Plain, lambda m: setattr(m.helper, "count", m.helper.count + 1), helper=Helper()
     ),
-    "tensor in a dict": (_plain(lambda m: _in_place(m.banks["a"]), banks={"a": TENSOR}), "banks.a"),
-    "dict": (_plain(lambda m: m.seen.update(b=2), seen={"a": 1}), "seen.b"),
-    "object": (
-        _plain(lambda m: setattr(m.helper, "count", m.helper.count + 1), helper=Helper()),
-        "helper.count",
-    ),
-    "list of an object": (_plain(lambda m: m.helper.queue.append(1), helper=Helper()), "queue.0"),
-    "submodule's attribute": (
-        lambda: nn.Sequential(nn.Identity(), Plain(lambda m: setattr(m, "calls", 1), calls=0))[1],
-        "calls",
-    ),
-    "nonlocal": (_counted_by_closure, "count"),
-    "closure around a module": (_around_a_module, "module.bank"),
-    "partial of a tensor": (lambda: functools.partial(_banked, torch.zeros(K, C)), "'0'"),
-    "partial of a method": (lambda: functools.partial(Bank().forward), "__self__.bank"),
-    "bound method": (lambda: Bank().forward, "__self__.bank"),
-    "global": (lambda: _with_a_global, "GLOBAL_BANK"),
-    "default": (lambda: _with_default, "__defaults__.0"),
-    "keyword's default": (lambda: _with_keyword, "__kwdefaults__.calls"),
-    "function's attribute": (_with_attribute, "calls"),
+    "list of an object": _made(Plain, lambda m: _enqueue(m.helper), helper=Helper()),
+    "submodule": lambda: nn.Sequential(Wrapped(Plain(_count, calls=0)), nn.Identity())[0],
+    "plain object": _made(Object, _count, calls=0),
+    "plain object's tensor": _made(Object, lambda o: _in_place(o.bank), bank=TENSOR),
+    "plain object's module": _made(Object, lambda o: _count(o.inner), inner=Plain(_count, calls=0)),
+    "frozen object with slots": lambda: Frozen(torch.ones(3)),
+    "nonlocal": _counted_by_closure,
+    "closure around a module": _around(Memory),
+    "closure around an object": _around(_made(Object, _enqueue, queue=[])),
+    "partial of a tensor": lambda: functools.partial(_banked, torch.zeros(K, C)),
+    "partial of a method": lambda: functools.partial(Memory().forward),
+    "bound method": lambda: Memory().forward,
+    "globals": _reset_globals,
+    "default": _reset_default,
+    "keyword's default": _reset_keyword,
+    "function's attribute": _with_attribute,
 }
-hidden = pytest.mark.parametrize("make, name", HIDDEN.values(), ids=HIDDEN)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.inner(z, target)
+        return loss
+
+
+hidden = pytest.mark.parametrize("make", HIDDEN.values(), ids=HIDDEN)
 
 
 @hidden
-def test_hidden_state_is_noticed_and_named(make: Callable[[], Any], name: str) -> None:
-    whole = LambdaWeightedLoss(make())
-    z, target, z_mixed = _rows(3)
-    text = rf"must keep its state in buffers.*{name.replace('.', '[.]')}.* changed during a call"
-    with pytest.raises(ValueError, match=text) as refused:
-        whole(z, target, z_mixed, MIXED)
-    assert "hold it with register_buffer" in str(refused.value)
-
-
-@hidden
-def test_hidden_state_is_noticed_without_the_switch_and_by_the_mixed_loss(
-    make: Callable[[], Any], name: str
+@pytest.mark.parametrize("switch", [True, False])
+def test_state_outside_of_buffers_is_lent_as_buffers_are(
+    make: Callable[[], Any], switch: bool
 ) -> None:
+    """The whole step, and the call after it, against instances that each were called once."""
+    z, target, z_mixed = _leaves(3)
+    other = target[PARTNER].detach()
+    expected = (MIXED.lam * make()(z_mixed, target)).mean()
+    if switch:
+        expected = expected + ((1 - MIXED.lam) * make()(z_mixed, other)).mean()
+    once = make()
+    mixed_term, expected = expected, expected + once(z, target).mean()
+    after = once(z, target).mean()
+
+    whole = LambdaWeightedLoss(make(), switch=switch)
+    for _ in range(2):
+        torch.testing.assert_close(whole.mixed_loss(z_mixed, target, MIXED), mixed_term)
+    loss = whole(z, target, z_mixed, MIXED)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(whole(z, target), after)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (z, z_mixed)), torch.autograd.grad(expected, (z, z_mixed))
+    )
+    # It is state at all: a second call gives another loss.
+    assert not torch.isclose(make()(z, target).mean(), after)
+
+
+@hidden
+def test_state_of_what_a_module_holds_is_lent(make: Callable[[], Any]) -> None:
     z, target, z_mixed = _rows(3)
-    with pytest.raises(ValueError, match=name.replace(".", "[.]")):
-        LambdaWeightedLoss(make(), switch=False)(z, target, z_mixed, MIXED)
-    with pytest.raises(ValueError, match=name.replace(".", "[.]")):
-        LambdaWeightedLoss(make()).mixed_loss(z_mixed, target, MIXED)
+    once = make()
+    once(z, target)
+    after = once(z, target).mean()
+    whole = LambdaWeightedLoss(Wrapped(make()))
+    whole(z, target, z_mixed, MIXED)
+    whole.mixed_loss(z_mixed, target, MIXED)
+    torch.testing.assert_close(whole(z, target), after)
 
 
-@pytest.mark.parametrize(
-    "make, name",
-    [case for key, case in HIDDEN.items() if key != "submodule's attribute"],
-    ids=[key for key in HIDDEN if key != "submodule's attribute"],
-)
-def test_hidden_state_of_a_submodule_is_noticed(make: Callable[[], Any], name: str) -> None:
-    class Owner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = make()
-
-        def forward(self, z: Tensor, target: Tensor) -> Tensor:
-            loss: Tensor = self.inner(z, target)
-            return loss
-
+@hidden
+def test_an_error_in_a_mixed_term_undoes_what_was_done(make: Callable[[], Any]) -> None:
     z, target, z_mixed = _rows(3)
-    with pytest.raises(ValueError, match=rf"inner.*{name.strip(chr(39)).replace('.', '[.]')}"):
-        LambdaWeightedLoss(Owner())(z, target, z_mixed, MIXED)
+    expected = make()(z, target).mean()
+    whole = LambdaWeightedLoss(make())
+    with pytest.raises(ValueError, match="one row for each"):
+        whole(z, target, [z_mixed, z_mixed[:3]], [MIXED, MIXED])
+    torch.testing.assert_close(whole(z, target), expected)
 
 
-def test_state_that_begins_later_is_noticed_then() -> None:
-    module = Plain(lambda m: m.queue.append(1) if m.active else None, queue=[], active=False)
+def test_state_that_begins_later_is_lent_then() -> None:
+    module = Plain(lambda m: _enqueue(m) if m.active else None, queue=[], active=False)
     whole = LambdaWeightedLoss(module)
     z, target, z_mixed = _rows(3)
-    for _ in range(3):
-        whole(z, target, z_mixed, MIXED)
+    whole(z, target, z_mixed, MIXED)
     module.active = True  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"queue\.0"):
+    for steps in range(1, 4):
         whole(z, target, z_mixed, MIXED)
+        assert len(module.queue) == steps  # type: ignore[arg-type]
+
+
+def test_what_is_shared_by_attributes_stays_shared() -> None:
+    shared = torch.zeros(3)
+    module = Plain(lambda m: _in_place(m.one), one=shared, others=[shared])
+    once = copy.deepcopy(module)
+    _, target, z_mixed = _rows(3)
+    expected = (MIXED.lam * once(z_mixed, target)).mean()
+    ours = LambdaWeightedLoss(module, switch=False).mixed_loss(z_mixed, target, MIXED)
+    torch.testing.assert_close(ours, expected)
+    assert module.one is module.others[0]  # type: ignore[index]
+    assert not shared.any()
+
+
+def test_gradients_reach_what_a_criterion_holds_but_does_not_own() -> None:
+    """A parameter, a leaf and a computed tensor, all in a closure."""
+    weight, scale = nn.Parameter(torch.ones(C)), torch.ones((), requires_grad=True)
+    computed = weight * 2
+
+    def criterion(z: Tensor, target: Tensor) -> Tensor:
+        return _loss(z * computed * weight, target) * scale
+
+    z, target, z_mixed = _rows(3)
+    leaves = (weight, scale)
+    ours = torch.autograd.grad(
+        LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED), leaves, retain_graph=True
+    )
+    plain = criterion(z, target).mean() + lambda_weighted_loss(criterion, z_mixed, target, MIXED)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, leaves))
 
 
 def test_without_a_mixed_view_state_is_nobodys_business() -> None:
@@ -552,23 +699,28 @@ def test_without_a_mixed_view_state_is_nobodys_business() -> None:
 
 
 @pytest.mark.parametrize(
-    "make, ignore",
+    "make, ignore, read",
     [
-        (_plain(lambda m: setattr(m, "calls", m.calls + 1), calls=0), ("calls",)),
-        (_plain(lambda m: setattr(m.helper, "count", 7), helper=Helper()), ("helper.count",)),
-        (_plain(lambda m: setattr(m.helper, "count", 7), helper=Helper()), ["count"]),
-        (_counted_by_closure, ("count",)),
-        (_plain(lambda m: m.queue.append(TENSOR), queue=deque(maxlen=3)), ("queue",)),
-        (_plain(lambda m: m.helper.queue.append(1), helper=Helper()), ("helper",)),
+        (_made(Plain, _count, calls=0), ("calls",), lambda m: m.calls),
+        (_made(Plain, lambda m: _count_helper(m), helper=Helper()), ["helper.count"], None),
+        (_made(Plain, lambda m: _count_helper(m), helper=Helper()), ["count"], None),
+        (_made(Plain, lambda m: _count_helper(m), helper=Helper()), ["helper"], None),
+        (_made(Plain, _enqueue, queue=deque()), ("queue",), lambda m: len(m.queue)),
+        (_made(Plain, lambda m: setattr(m, "late", getattr(m, "late", 0) + 1)), ("late",), None),
     ],
 )
-def test_what_is_to_be_ignored_may_change(make: Callable[[], Any], ignore: Any) -> None:
-    whole = LambdaWeightedLoss(make(), ignore=ignore)
+def test_what_is_to_be_ignored_is_used_as_it_is(
+    make: Callable[[], Any], ignore: Any, read: Callable[[Any], int] | None
+) -> None:
+    module = make()
     z, target, z_mixed = _rows(3)
-    torch.testing.assert_close(
-        whole(z, target, z_mixed, MIXED),
-        _loss(z, target).mean() + lambda_weighted_loss(_loss, z_mixed, target, MIXED),
-    )
+    LambdaWeightedLoss(module, ignore=ignore)(z, target, z_mixed, MIXED)
+    read = read or (lambda m: getattr(m, "late", None) or m.helper.count)
+    assert read(module) == 3
+
+
+def _count_helper(module: Any) -> None:
+    module.helper.count += 1
 
 
 def test_ignoring_one_name_ignores_no_other() -> None:
@@ -576,10 +728,10 @@ def test_ignoring_one_name_ignores_no_other() -> None:
         module.calls += 1
         module.recalls += 1
 
-    whole = LambdaWeightedLoss(Plain(change, calls=0, recalls=0), ignore=("calls",))
+    module = Plain(change, calls=0, recalls=0)
     z, target, z_mixed = _rows(3)
-    with pytest.raises(ValueError, match="got one whose 'recalls' changed"):
-        whole(z, target, z_mixed, MIXED)
+    LambdaWeightedLoss(module, ignore=("calls",))(z, target, z_mixed, MIXED)
+    assert [vars(module)[name] for name in ("calls", "recalls")] == [3, 1]
 
 
 class Dropping(nn.Module):
@@ -652,21 +804,30 @@ def test_parameters_may_be_trained_between_calls_but_not_within() -> None:
                 self.temperature.add_(1)
             return super().forward(z, target)
 
-    with pytest.raises(ValueError, match="'temperature' changed during a call"):
-        LambdaWeightedLoss(Training())(z, target, z_mixed, MIXED)
+    training = Training()
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'temperature' changed during a call.* once per step"):
+        LambdaWeightedLoss(training)(z, target, z_mixed, MIXED)
+    # Refused before anything has moved.
+    assert all(torch.equal(before[name], value) for name, value in training.state_dict().items())
 
 
-def test_a_refused_criterion_has_its_buffers_as_they_were() -> None:
-    class Both(Bank):
-        calls = 0
+def test_a_frozen_teacher_inside_the_criterion_is_lent() -> None:
+    class Distilling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(C, C).requires_grad_(False)
 
         def forward(self, z: Tensor, target: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(z, target)
+            for parameter in self.teacher.parameters():
+                parameter.data.mul_(0.9).add_(target.mean())
+            return _loss(z, self.teacher(target))
 
-    criterion = Both()
-    before = _buffers(criterion)
+    criterion = Distilling()
+    own, other, once = (copy.deepcopy(criterion) for _ in range(3))
     z, target, z_mixed = _rows(3)
-    with pytest.raises(ValueError, match="'calls' changed"):
-        LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
-    assert _equal(_buffers(criterion), before)
+    loss = LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    mixed = MIXED.lam * own(z_mixed, target) + (1 - MIXED.lam) * other(z_mixed, target[PARTNER])
+    torch.testing.assert_close(loss, once(z, target).mean() + mixed.mean())
+    assert all(map(torch.equal, criterion.parameters(), once.parameters()))
+    assert all(isinstance(p, nn.Parameter) for p in criterion.parameters())

@@ -1,0 +1,126 @@
+"""What is no criterion (z, target): a similarity, a classifier's loss on keys, a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Images have few channels, dense embeddings have many.
+_MOST_CHANNELS = 16
+# Probabilities that were rounded to bfloat16 sum to 1 within this.
+_TOLERANCE = 0.05
+# Looking at values waits for the device, so there it is done once per criterion.
+_looked_at: WeakSet[Any] = WeakSet()
+
+
+def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
+    """Refuse what would train on something else than it seems to, as far as it can be told.
+
+    Args:
+        criterion: A module or any callable (z, target).
+        z: What it is given first.
+        target: What it is given second.
+    """
+    check_no_similarity(criterion)
+    base = _unwrap(criterion)
+    if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
+        raise TypeError(
+            f"the criterion compares embeddings, got the module {type(base).__name__}, which has "
+            f"trainable parameters, and images {tuple(z.shape)}; pass the loss alone, and "
+            "encode(mixed.images) as z_mixed"
+        )
+    check = next((check for kind, check in _CHECKS.items() if _is_kind(base, *kind)), None)
+    if check is None or torch.compiler.is_compiling():
+        return
+    if z.device.type == "cpu" or base not in _looked_at:
+        check(z, target, criterion)
+        _looked_at.add(base)
+
+
+def check_no_similarity(criterion: Callable[..., Any]) -> None:
+    """Refuse a cosine similarity: a loss gets smaller where it gets larger."""
+    base = _unwrap(criterion)
+    if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
+        raise TypeError(
+            "the criterion must be a loss, got a cosine similarity, which training would make "
+            "small; use losses.NegativeCosine()"
+        )
+
+
+def _unwrap(criterion: Callable[..., Any]) -> Any:
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    return criterion
+
+
+def _is_kind(base: Any, module: type[nn.Module], function: Callable[..., Any]) -> bool:
+    """Tell whether this is a function of torch or its module, with the module's own forward."""
+    own = isinstance(base, module) and type(base).forward is module.forward
+    return own or base is function
+
+
+def _looks_like_images(z: Tensor) -> bool:
+    return z.ndim == 4 and z.shape[1] <= _MOST_CHANNELS and not z.requires_grad
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:
+    """Require class probabilities or labels that differ."""
+    if target.is_floating_point():
+        _check_distributions("cross-entropy", target)
+        return
+    n = len(target)
+    if z.ndim == 2 and z.shape[1] > n >= 4 and not target.any():
+        raise ValueError(
+            "the targets of a cross-entropy are all class 0, so both terms of a mixture are the "
+            "same: these look like MoCo's logits and labels; pass losses.InfoNCE(queue) with the "
+            "queries as z and the keys as target"
+        )
+
+
+def _check_divergence(z: Tensor, target: Tensor, criterion: Any) -> None:
+    """Require log-probabilities and probabilities."""
+    options = criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+    _check_distributions("KL divergence", target.exp() if options.get("log_target") else target)
+    if bool(z.detach().max() > _TOLERANCE):
+        raise ValueError(
+            "a KL divergence needs log-probabilities as z, got positive values; pass "
+            "z.log_softmax(dim=1)"
+        )
+
+
+def _check_binary(_z: Tensor, target: Tensor, _criterion: Any) -> None:
+    if not bool(((target >= 0) & (target <= 1)).all()):
+        raise ValueError(
+            "the targets of a binary cross-entropy must lie within 0 ... 1, got others, which "
+            "look like embeddings; use a loss between embeddings, as losses.InfoNCE()"
+        )
+
+
+def _check_distributions(name: str, target: Tensor) -> None:
+    rows = target.detach().float()
+    off = (rows.sum(dim=1) - 1).abs().max() if rows.ndim > 1 else rows.new_ones(())
+    if not bool((rows.min() >= 0) & (off < _TOLERANCE)):
+        raise ValueError(
+            f"the floating targets of a {name} must be distributions over classes, got rows that "
+            "are not, which look like embeddings; use a loss between embeddings, as "
+            "losses.InfoNCE(), or pass target.softmax(dim=1)"
+        )
+
+
+_CHECKS: dict[tuple[type[nn.Module], Callable[..., Any]], Callable[..., None]] = {
+    (nn.CrossEntropyLoss, F.cross_entropy): _check_classes,
+    (nn.NLLLoss, F.nll_loss): _check_classes,
+    (nn.KLDivLoss, F.kl_div): _check_divergence,
+    (nn.BCELoss, F.binary_cross_entropy): _check_binary,
+    (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits): _check_binary,
+}
