@@ -225,7 +225,7 @@ def test_cross_batch_memory(batches: list[Any]) -> None:
 
     with codebases.on_cpu() as run:
         names = _encoder_and_optimizer(run)
-        names |= {"batches": batches, "NTXentLoss": NTXentLoss, "torch": torch, "copy": copy}
+        names |= {"batches": batches, "NTXentLoss": NTXentLoss, "torch": torch}
         names["CrossBatchMemory"] = CrossBatchMemory
         lines = run_loop(CROSS_BATCH, "pytorch-metric-learning", 1, names)
         slow = SlowMemory(20)
