@@ -39,16 +39,21 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         partners: Whether each image needs another one to be mixed with (N of at least 2).
     """
     if isinstance(images, list | tuple):
+        single = images and isinstance(images[0], Tensor) and images[0].ndim == 3
+        fix = "stack single images with torch.stack"
+        if not single:
+            fix = "mix each view or crop on its own, as in images[0]"
         raise TypeError(
-            f"images must be one tensor (N, C, H, W), got {type(images).__name__} of "
-            f"{len(images)}; mix each view or crop on its own, as in images[0]"
+            f"images must be a tensor (N, C, H, W), got {type(images).__name__} of {len(images)}; "
+            f"{fix}"
         )
     check_tensor("images", images, "(N, C, H, W)")
     if images.ndim != 4:
-        fix = {
-            3: "a single image has no partner: mix batches, after the loader has stacked them",
+        fixes = {
+            3: "mix whole batches, of images that the loader has stacked",
             5: "mix each view or crop on its own, as in images[:, 0]",
-        }.get(images.ndim, "pass the images, not their embeddings")
+        }
+        fix = fixes.get(images.ndim, "pass the images, not their embeddings")
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}; {fix}")
     if images.numel() == 0:
         raise ValueError(f"images must not be empty, got {tuple(images.shape)}; skip empty batches")

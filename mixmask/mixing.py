@@ -6,7 +6,9 @@ of an image's own content everywhere in this package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -29,9 +31,12 @@ from mixmask.masks import (
 Partner = str | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixedBatch:
     """What was mixed with what, and by how much; all that the loss needs to know.
+
+    A loader may return it: it is moved, pinned and pickled as a tensor is. Two records are equal
+    only if they are the same one.
 
     Attributes:
         images: (N, C, H, W) mixed images, in the dtype and memory format of the originals.
@@ -49,6 +54,41 @@ class MixedBatch:
     def __len__(self) -> int:
         """Return N."""
         return len(self.partner)
+
+    def __repr__(self) -> str:
+        """Show shapes, the dtype of the images and λ in one line."""
+        images = f"{tuple(self.images.shape)} {self.images.dtype}".replace("torch.", "")
+        if self.images.device.type != "cpu":
+            images += f" {self.images.device}"
+        mask = None if self.mask is None else tuple(self.mask.shape)
+        return (
+            f"MixedBatch(images={images}, lam={_describe_shares(self.lam)}, "
+            f"partner={tuple(self.partner.shape)}, mask={mask})"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> MixedBatch:
+        """Return the record on another device, or its images in another dtype.
+
+        Takes what `torch.Tensor.to` takes. A device moves everything; a dtype converts the images
+        alone, so that `lam` keeps its precision.
+        """
+        images = self.images.to(*args, **kwargs)
+        options = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        return self._map(images, lambda tensor: tensor.to(images.device, **options))
+
+    def pin_memory(self) -> MixedBatch:
+        """Return the record in pinned memory, as `DataLoader(pin_memory=True)` asks."""
+        return self._map(self.images.pin_memory(), Tensor.pin_memory)
+
+    def _map(self, images: Tensor, move: Callable[[Tensor], Tensor]) -> MixedBatch:
+        mask = None if self.mask is None else move(self.mask)
+        return MixedBatch(images, move(self.lam), move(self.partner), mask)
+
+
+def _describe_shares(lam: Tensor) -> str:
+    if lam.ndim == 0 or lam.numel() == 0 or lam.is_meta:
+        return str(tuple(lam.shape)) if lam.is_meta or lam.ndim else f"{float(lam):.4g}"
+    return f"{float(lam.min()):.4g}...{float(lam.max()):.4g}"
 
 
 def mix_batch(
