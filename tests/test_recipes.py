@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import recipes_page
 from recipes_page import Block
 
 DIFFS = recipes_page.blocks("diff")
+PATCHES = [block for block in DIFFS if block.text.startswith("---")]
 
 
 def test_python_blocks_run() -> None:
@@ -74,15 +77,24 @@ def test_added_lines_parse_and_name_what_exists(block: Block) -> None:
     assert seen, "the lines name nothing of ours"
 
 
-@pytest.mark.parametrize(
-    "block", [b for b in DIFFS if b.text.startswith("---")], ids=lambda block: block.section
-)
+@pytest.mark.parametrize("block", PATCHES, ids=lambda block: block.section)
 def test_patches_are_whole(block: Block) -> None:
-    run = subprocess.run(
-        ["git", "apply", "--numstat", "-"], input=block.text, text=True, capture_output=True,
-        check=True,
-    )  # fmt: skip
+    command = ["git", "apply", "--numstat", "-"]
+    run = subprocess.run(command, input=block.text, text=True, capture_output=True, check=True)
     assert run.stdout
+
+
+@pytest.mark.parametrize("block", PATCHES, ids=lambda block: block.section)
+def test_patches_apply(block: Block) -> None:
+    """To the checkouts that `MIXMASK_CODEBASES` holds, at the commits that the page names."""
+    folder = os.environ.get("MIXMASK_CODEBASES")
+    if folder is None:
+        pytest.skip("MIXMASK_CODEBASES is not set; it names a folder with checkouts")
+    checkout = Path(folder) / block.section.partition("/")[2]
+    if not checkout.is_dir():
+        pytest.skip(f"no checkout {checkout.name} in MIXMASK_CODEBASES={folder}")
+    command = ["git", "apply", "--check", "-"]
+    subprocess.run(command, input=block.text, text=True, cwd=checkout, check=True)
 
 
 def test_links_lead_somewhere() -> None:
