@@ -1,11 +1,10 @@
-"""The two lines in loops as people have them, step by step beside a slow, plain version."""
+"""The two lines in loops as people have them, beside slow versions; others: test_examples."""
 
 from __future__ import annotations
 
 import copy
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -252,96 +251,6 @@ def test_several_mixed_views_and_small_crops_left_alone(photographs: Tensor) -> 
     torch.testing.assert_close(loss, plain)
 
 
-def test_lightning(photographs: Tensor) -> None:
-    lightning = pytest.importorskip(
-        "pytorch_lightning", reason="comes with lightly: pip install 'mixmask[lightly]'"
-    )
-
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self, *, slow: bool) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.model = MoCo()
-            self.slow = slow
-            self.seen: list[float] = []
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            torch.manual_seed(index)
-            x_q, x_k = batch
-            model = self.model
-            queue = model.queue.clone()
-            q, k = model.query(x_q), model.key(x_k)
-            mixed = mixmask.mix_batch(x_q, MASKS)
-            q_mixed = model.query(mixed.images)
-            if self.slow:
-                loss = slow_moco(q, k, q_mixed, queue, mixed)
-            else:
-                info_nce = losses.InfoNCE(queue.T, TAU)
-                loss = info_nce(q, k)
-                loss = loss + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
-            model.enqueue(k)
-            model.update_momentum()
-            self.seen.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.model.encoder_q.parameters(), lr=0.1)
-
-    torch.manual_seed(0)
-    data = list(_views(photographs))
-    modules = [Module(slow=slow) for slow in (False, True)]
-    for module in modules:
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        with warnings.catch_warnings():
-            # Lightning's own: few workers, and what it still calls in torch.
-            warnings.simplefilter("ignore")
-            trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
-    assert len(modules[0].seen) == len(data)
-    assert modules[0].seen == pytest.approx(modules[1].seen, rel=1e-5)
-    _same_weights(modules[0].model, modules[1].model)
-
-
-def test_accelerate_with_gradient_accumulation(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = MoCo()
-    plain = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1)
-    plain_optimizer = torch.optim.SGD(plain.encoder_q.parameters(), lr=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    for step, (x_q, x_k) in enumerate(batches):
-        torch.manual_seed(step)
-        with accelerator.accumulate(model):
-            info_nce = losses.InfoNCE(model.queue.T, TAU)
-            q, k = model.query(x_q), model.key(x_k)
-            mixed = mixmask.mix_batch(x_q, MASKS)
-            loss = info_nce(q, k) + mixmask.lambda_weighted_loss(
-                info_nce, model.query(mixed.images), k, mixed
-            )
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        model.enqueue(k)
-
-        q, k = plain.query(x_q), plain.key(x_k)
-        slow = slow_moco(q, k, plain.query(mixed.images), plain.queue.clone(), mixed)
-        (slow / 2).backward()
-        plain.enqueue(k)
-        if step % 2:
-            plain_optimizer.step()
-            plain_optimizer.zero_grad()
-        torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-5)
-    _same_weights(model, plain)
-
-
 def test_halves_of_a_batch_accumulate_to_its_gradient(photographs: Tensor) -> None:
     """One mask, partners within each half: the sum of two backward passes is that of one."""
     model = MoCo(norm=False)
@@ -395,35 +304,6 @@ def test_a_compiled_step(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         model.enqueue(k)
         if number == 2:
             break
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mixed_precision_with_a_grad_scaler(
-    dtype: torch.dtype, batches: Iterator[tuple[Tensor, Tensor]]
-) -> None:
-    model = MoCo()
-    before = copy.deepcopy(model.encoder_q.state_dict())
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for x_q, x_k in batches:
-        with torch.autocast("cpu", dtype):
-            info_nce = losses.InfoNCE(model.queue.T, TAU)
-            q, k = model.query(x_q), model.key(x_k)
-            mixed = mixmask.mix_batch(x_q, MASKS)
-            q_mixed = model.query(mixed.images)
-            loss = info_nce(q, k)
-            loss = loss + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
-        assert loss.dtype == torch.float32
-        slow = slow_moco(q.float(), k.float(), q_mixed.float(), model.queue.clone(), mixed)
-        torch.testing.assert_close(loss, slow, rtol=2e-2, atol=2e-2)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        model.enqueue(k.float())
-        # No step was skipped for an overflow.
-        assert scaler.get_scale() == 2.0**10
-    assert any(not torch.equal(before[name], w) for name, w in model.encoder_q.state_dict().items())
 
 
 WORKER = """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even
-from mixmask.losses.lambda_weighted import as_pairs
+from mixmask.losses._inputs import as_pairs
 from mixmask.mixing import MixedBatch
 
 Mixed = MixedBatch | Sequence[MixedBatch] | None

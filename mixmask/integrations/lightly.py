@@ -212,7 +212,7 @@ class WrappedPair(WrappedCriterion):
     others have no loss per image.
     """
 
-    def mixed_loss(
+    def mixed_loss(  # type: ignore[override]  # One direction, as lightly's criteria take it.
         self,
         z_mixed: Tensor | Sequence[Tensor],
         target: Tensor,

@@ -1,0 +1,84 @@
+"""MoCo with MixMask on several processes: `torchrun --nproc-per-node 2 -m mixmask.examples.ddp`.
+
+Each process mixes its own images and draws its own masks. Keys are gathered before they are
+enqueued, so that the queue is the same everywhere. The mixed term goes backward first, inside
+`no_sync()` together with its forward pass: gradients travel once per step, one forward pass is
+alive at a time, and no batch norm runs twice in one graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mixmask
+from mixmask.examples import parts
+
+TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
+
+
+def train(
+    encoder: nn.Module, queue: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[Tensor]:
+    """Train `encoder` in place and yield the loss of each step, of this process's images.
+
+    Args:
+        encoder: (N, 3, H, W) -> (N, C), on this process's device.
+        queue: (K, C), rows of unit length, the same in each process.
+        batches: This process's pairs of views (x_q, x_k), each (N, 3, H, W).
+    """
+    parallel = DistributedDataParallel(encoder)  # gives each process the first one's weights
+    encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=LR, momentum=0.9)
+    masks = mixmask.BlockMaskGenerator(grid_size=4)  # MixMask: once
+
+    for x_q, x_k in batches:
+        with torch.no_grad():
+            for param_k, param_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
+                param_k.lerp_(param_q, 1 - MOMENTUM)
+            k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
+        info_nce = mixmask.losses.InfoNCE(queue, TEMPERATURE)
+        optimizer.zero_grad()
+
+        with parallel.no_sync():  # MixMask: four lines
+            mixed = mixmask.mix_batch(x_q, masks)
+            q_mixed = F.normalize(parallel(mixed.images), dim=1)  # (N, C)
+            mixed_loss = mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
+            mixed_loss.backward()
+
+        loss = info_nce(F.normalize(parallel(x_q), dim=1), k)
+        loss.backward()  # averages the gradients of both terms over the processes
+        optimizer.step()
+
+        keys = [torch.empty_like(k) for _ in range(dist.get_world_size())]
+        dist.all_gather(keys, k)
+        queue = torch.cat([*keys, queue])[: len(queue)]  # (K, C)
+        yield (loss + mixed_loss).detach()
+
+
+def main() -> None:
+    """Train for a few steps and print the losses of the first process."""
+    gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if gpu else "gloo")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
+    if gpu:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    encoder, queue = parts.build_encoder().to(device), parts.build_queue().to(device)
+    torch.manual_seed(dist.get_rank())  # other views and masks in each process
+    batches = ((x_q.to(device), x_k.to(device)) for x_q, x_k in parts.view_pairs())
+    for step, loss in enumerate(train(encoder, queue, batches)):
+        if dist.get_rank() == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
