@@ -124,7 +124,8 @@ def test_barlow_twins(batches: list[Any], folder: Path) -> None:
                     "                loss = model.forward(y1, y2)\n"
                     f"                mixed = mixmask.mix_batch(y1, {MASKS})\n"
                     "                loss += criterion.mixed_loss("
-                    "model.module.projector(model.module.backbone(mixed.images)), mixed)\n"
+                    "model.module.projector(model.module.backbone(mixed.images)), mixed)"
+                    " / args.world_size\n"
                 ),
             ),
         ]
