@@ -3,7 +3,7 @@
     criterion = wrap(NTXentLoss(memory_bank_size=(4096, 128)))
     loss = criterion(query, key, query_mixed, mixed)
 
-Needs lightly 1.5.22 or newer, the extra `lightly`.
+Needs lightly 1.5.26 or newer, the extra `lightly`.
 
 Which criteria are supported, and what the mixed term of each is:
 
@@ -45,6 +45,7 @@ __all__ = [
 
 try:
     from lightly import loss as theirs
+    from lightly.loss.lejepa_loss import LeJEPALoss
     from lightly.loss.vicreg_loss import covariance_loss, variance_loss
     from lightly.utils.dist import gather
 
@@ -58,8 +59,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "mixmask.integrations.lightly needs lightly, which could not be imported "
-        f"({error}); run pip install '.[lightly]' in the checkout of mixmask"
+        "mixmask.integrations.lightly needs lightly 1.5.26 or newer, which could not be "
+        f"imported ({error}); run pip install '.[lightly]' in the checkout of mixmask"
     ) from error
 
 # By the class that defines `forward`: nothing of these is (z, target) for whole images.
@@ -371,5 +372,5 @@ _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
 _CROPS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     theirs.SwaVLoss.forward: WrappedSwaV,
     theirs.DINOLoss.forward: WrappedDINO,
-    theirs.LeJEPALoss.forward: WrappedLeJEPA,
+    LeJEPALoss.forward: WrappedLeJEPA,
 }

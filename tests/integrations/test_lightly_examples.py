@@ -24,7 +24,7 @@ from mixmask import BlockMaskGenerator, mix_batch
 from mixmask.data.clothing import clothing64
 
 pytest.importorskip(
-    "lightly", reason="lightly is not installed; pip install 'mixmask[lightly]' for these tests"
+    "lightly", reason="lightly is not installed; pip install '.[lightly]' for these tests"
 )
 
 import pytorch_lightning as pl
