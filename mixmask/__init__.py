@@ -7,6 +7,7 @@ Two lines around an existing criterion::
 """
 
 from mixmask import losses
+from mixmask.integrations.recording import RecordingCriterion
 from mixmask.losses.lambda_weighted import LambdaWeightedLoss, lambda_weighted_loss
 from mixmask.masks import (
     BlockMaskGenerator,
@@ -32,6 +33,7 @@ __all__ = [
     "LambdaWeightedLoss",
     "MixMask",
     "MixedBatch",
+    "RecordingCriterion",
     "__version__",
     "block_masks",
     "cells_to_pixels",

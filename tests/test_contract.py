@@ -90,12 +90,14 @@ STORED: dict[str, Any] = {
     "VICReg": losses.VICReg(2, 3, 4),
     "SwAV": losses.SwAV(0.3, reduction="none"),
     "DINO": losses.DINO(CENTER, 0.3, 0.5),
+    "RecordingCriterion": mixmask.RecordingCriterion(losses.NegativeCosine(), calls=2),
     "LambdaWeightedLoss": mixmask.LambdaWeightedLoss(
         losses.NegativeCosine(), switch=False, ignore=("calls",)
     ),
     "MixedBatch": MIXED,
 }
-MODULES = {"MixMask", "LambdaWeightedLoss"}
+# Not records of options: modules, and what keeps a step until it is read.
+MODULES = {"MixMask", "LambdaWeightedLoss", "RecordingCriterion"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 drawn = pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
@@ -318,6 +320,7 @@ def test_stored_options_show(stored: Any) -> None:
         losses.SwAV: ("temperature=0.3", "reduction='none'"),
         losses.DINO: ("center=", "temperature=0.3", "target_temperature=0.5"),
         mixmask.LambdaWeightedLoss: ("NegativeCosine(", "switch=False"),
+        mixmask.RecordingCriterion: ("NegativeCosine(", "calls=2", "switch=True"),
         MixedBatch: ("images=", "lam=", "partner=", "mask=None"),
     }
     for option in shown[type(stored)]:

@@ -136,6 +136,7 @@ def wrap(
     setattr(builder, _NAME, mixture)
     builder._dequeue_and_enqueue = mixture  # type: ignore[assignment]
     builder.register_forward_pre_hook(mixture.before, with_kwargs=True)
+    builder.register_forward_hook(mixture.after, always_call=True)
     return model
 
 
@@ -187,7 +188,6 @@ class _Mixture:
 
     def before(self, model: nn.Module, args: Any, options: Any) -> None:
         """Find the images of a training step, before its `forward`."""
-        self.views = []
         if not (model.training and torch.is_grad_enabled()):
             return
         if self.term is not None:
@@ -196,9 +196,16 @@ class _Mixture:
                 "mixed_loss(model) to each step's loss, take it also where a step is skipped, and "
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
-        self.views = _views(model, args, options)[: 2 if self.symmetric else None]
+        self.views = _views(model, args, options)
         if not self.checked:
             self.probe = _Probe(self.model.encoder_q)
+
+    def after(self, *_: Any) -> None:
+        """Let go of the images, also where `forward` failed."""
+        self.views = []
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
 
     def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
         """Take the mixed term with the old queue, then enqueue."""
@@ -239,9 +246,15 @@ class _Mixture:
 
     def _mix(self, keys: Tensor) -> None:
         if self.term is not None:
+            self.term = None
             raise ValueError(
                 "keys must be enqueued once per forward pass, got a second call; a builder that "
                 "enqueues per view is not supported: take mixmask.lambda_weighted_loss in the loop"
+            )
+        if self.symmetric and len(self.views) < 2:
+            raise ValueError(
+                "forward must take both views with symmetric=True, got one batch of images; leave "
+                "it out for a builder with one query"
             )
         query, criterion = self.views[0], self.criterion()
         n = len(query)
@@ -256,7 +269,7 @@ class _Mixture:
         term = self._direction(query, keys[-n:], criterion)
         if self.symmetric:
             term = term + self._direction(self.views[1], keys[:n], criterion)
-        self.views, self.term = [], term
+        self.term = term
 
     def _direction(self, images: Tensor, keys: Tensor, criterion: InfoNCE) -> Tensor:
         masks = self.masks
@@ -271,27 +284,30 @@ class _Mixture:
         """Compare the first step with what is assumed of all."""
         assert self.probe is not None
         seen, self.probe = self.probe.close(), None
-        mixed = 2 if self.symmetric else 1
-        for view, got in zip(self.views[:mixed], seen or self.views, strict=False):
-            if view.shape != got.shape or not torch.equal(view, got):
-                raise ValueError(
-                    "encoder_q must get the images that forward takes as im_q or first, got others "
-                    f"of shape {tuple(got.shape)}; views that are made or reordered inside forward "
-                    "are not supported: take mixmask.lambda_weighted_loss there"
-                )
-        for view in self.views[mixed:]:
-            if any(view.shape == got.shape and torch.equal(view, got) for got in seen):
-                raise ValueError(
-                    "encoder_q must get the queries' view alone, got the keys' view as well: the "
-                    "builder is symmetric; enqueue the keys of both views, cat([k_1, k_2]), and "
-                    "pass symmetric=True"
-                )
+        if seen is not None:
+            self._check_views(seen)
         if not torch.allclose(keys.float().norm(dim=1), keys.new_ones(()).float(), atol=0.02):
             raise ValueError(
                 "keys must be of length one, as MoCo's are; normalise them in forward, or take "
                 "mixmask.lambda_weighted_loss in the loop"
             )
         self.checked = True
+
+    def _check_views(self, seen: Sequence[Tensor]) -> None:
+        mixed = 2 if self.symmetric else 1
+        if not all(_among(view, seen) for view in self.views[:mixed]):
+            raise ValueError(
+                "encoder_q must get the images that forward takes as im_q or first, got others, of "
+                f"shapes {[tuple(got.shape) for got in seen]}; views that are made or reordered "
+                "inside forward are not supported: take mixmask.lambda_weighted_loss there"
+            )
+        # Further images are the builder's own mixtures, as Un-Mix has them.
+        if mixed == 1 and any(_among(view, seen) for view in self.views[1:2]):
+            raise ValueError(
+                "encoder_q must get the queries' view alone, got the keys' view as well: the "
+                "builder is symmetric; enqueue the keys of both views, cat([k_1, k_2]), and pass "
+                "symmetric=True"
+            )
 
 
 class _Probe:
@@ -306,10 +322,15 @@ class _Probe:
     def _keep(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.seen += [one.detach() for one in args[:1] if isinstance(one, Tensor)]
 
-    def close(self) -> list[Tensor]:
-        if self.handle is not None:
-            self.handle.remove()
+    def close(self) -> list[Tensor] | None:
+        if self.handle is None:
+            return None
+        self.handle.remove()
         return self.seen
+
+
+def _among(view: Tensor, seen: Sequence[Tensor]) -> bool:
+    return any(view.shape == got.shape and torch.equal(view, got) for got in seen)
 
 
 def _encode(model: Any, images: Tensor) -> Tensor:
@@ -347,9 +368,12 @@ def _views(model: nn.Module, args: Any, options: Any) -> list[Tensor]:
 
 def _unwrapped(model: Any) -> Any:
     """Return the module inside DistributedDataParallel, `torch.compile` and their like."""
-    while isinstance(model, nn.Module) and not hasattr(model, _ATTRIBUTES[-1]):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module) or isinstance(model, nn.DataParallel):
+    while isinstance(model, nn.Module) and not isinstance(model, nn.DataParallel):
+        # A compiled module has the attributes of the one inside.
+        inner = model._modules.get("_orig_mod")
+        if inner is None and not hasattr(model, _ATTRIBUTES[-1]):
+            inner = model._modules.get("module")
+        if inner is None:
             break
         model = inner
     return model

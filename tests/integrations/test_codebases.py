@@ -9,17 +9,22 @@ plain loops.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import codebases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from codebases import Row, Run, SlowSGD, Step
 from torch import Tensor
+
+import mixmask
 
 N, STEPS = 8, 3
 
@@ -64,28 +69,42 @@ def _contrast(q: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tens
     return -(logits / temperature).log_softmax(dim=0)[0]
 
 
+Mixture = Callable[[Tensor], tuple[Tensor, float | None]]
+
+
+def drawn(run: Run) -> Mixture:
+    """Mix with the masks that were drawn, one per call."""
+    masks = iter(run.masks)
+    return lambda images: codebases.mixed_slowly(images, next(masks))
+
+
 def moco_slowly(
-    run: Run, batches: Sequence[Any], args: Any
+    run: Run, batches: Sequence[Any], args: Any, mixtures: Sequence[Mixture]
 ) -> tuple[list[Step], dict[str, Tensor]]:
-    """MoCo, eq. 1 and 2 with its queue as a ring, plus MixMask, eq. 4."""
+    """MoCo, eq. 1 and 2 with its queue as a ring, plus MixMask's eq. 4 once per mixture."""
     online, momentum = (
-        copy.deepcopy(run.initial.get_submodule(n)) for n in ("encoder_q", "encoder_k")
+        copy.deepcopy(run.initial.get_submodule(name)) for name in ("encoder_q", "encoder_k")
     )
     queue, pointer = run.initial.queue.clone(), 0
     weights = {f"encoder_q.{name}": weight for name, weight in online.named_parameters()}
     optimizer, steps = SlowSGD(args.lr, args.momentum, args.weight_decay), []
-    for (x_q, x_k), cells in zip((views for views, _ in batches), run.masks, strict=True):
+    for (x_q, x_k), _ in batches:
         for of_q, of_k in zip(online.parameters(), momentum.parameters(), strict=True):
             of_k.data = args.moco_m * of_k.data + (1 - args.moco_m) * of_q.data
-        q = F.normalize(online(x_q), dim=1)
-        k = F.normalize(momentum(x_k), dim=1).detach()
-        x_mixed, lam = codebases.mixed_slowly(x_q, cells)
-        q_mixed = F.normalize(online(x_mixed), dim=1)
+        q = F.normalize(_embedding(online(x_q)), dim=1)
+        k = F.normalize(_embedding(momentum(x_k)), dim=1).detach()
         loss = torch.zeros(())
         for i in range(N):
             loss = loss + _contrast(q[i], k[i], queue, args.moco_t)
-            loss = loss + lam * _contrast(q_mixed[i], k[i], queue, args.moco_t)
-            loss = loss + (1 - lam) * _contrast(q_mixed[i], k[N - 1 - i], queue, args.moco_t)
+        for mix in mixtures:
+            x_mixed, lam = mix(x_q)
+            q_mixed = F.normalize(_embedding(online(x_mixed)), dim=1)
+            if lam is None:
+                # In no loss: it moves batch norm alone.
+                continue
+            for i, row in enumerate(q_mixed):
+                loss = loss + lam * _contrast(row, k[i], queue, args.moco_t)
+                loss = loss + (1 - lam) * _contrast(row, k[N - 1 - i], queue, args.moco_t)
         loss = loss / N
         gradients = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
         optimizer.step(weights, gradients)
@@ -99,6 +118,11 @@ def moco_slowly(
     return steps, state
 
 
+def _embedding(output: Any) -> Tensor:
+    """Return what an encoder embeds to; OpenMixup's return a list of one."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 # What torch refuses since 1.7.
 VIEW = ("correct[:k].view(-1)", "correct[:k].reshape(-1)")
 IMPORT = (
@@ -108,35 +132,219 @@ import mixmask
 from mixmask.integrations.moco import mixed_loss, wrap
 """,
 )
+# What NumPy refuses since 1.24.
+NUMPY = [("np.int(", "int("), ("np.int)", "int)")]
+SIZE = ("args.size = 224", "args.size = 32")
 WRAP = (
     "    print(model)\n",
     "    model = wrap(model, mixmask.BlockMaskGenerator(4, 0.4))\n    print(model)\n",
 )
 
 
-def test_moco(batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = codebases.checkout("moco")
-    lines = codebases.patched(
-        source,
-        tmp_path,
-        {
-            "main_moco.py": [
-                IMPORT,
-                WRAP,
-                (
-                    "loss = criterion(output, target)",
-                    "loss = criterion(output, target) + mixed_loss(model)",
-                ),
-            ]
-        },
-        repairs=[("deeplearning.cross_image_ssl.moco", "moco"), VIEW],
-    )
-    monkeypatch.chdir(tmp_path)
-    args = SimpleNamespace(**MOCO_ARGS)
+def _run_moco(
+    script: Path, batches: Sequence[Any], mixtures: Callable[[Run], Sequence[Mixture]], **more: Any
+) -> tuple[float, float, float]:
+    """Run a script's `main_worker`, and return its errors."""
+    args = SimpleNamespace(**MOCO_ARGS, **more)
     with (
         codebases.on_cpu(batches) as run,
-        codebases.loaded(tmp_path / "main_moco.py") as script,
+        codebases.loaded(script, stubs=("wandb",)) as module,
     ):
-        script.main_worker(0, 1, args)
-        errors = run.errors(*moco_slowly(run, batches, args))
+        module.main_worker(0, 1, args)
+        return run.errors(*moco_slowly(run, batches, args, mixtures(run)))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder of the test: the scripts write checkpoints where they stand."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_moco(batches: list[Any], folder: Path) -> None:
+    source = codebases.checkout("moco")
+    loss = (
+        "loss = criterion(output, target)",
+        "loss = criterion(output, target) + mixed_loss(model)",
+    )
+    edits = {"main_moco.py": [IMPORT, WRAP, loss]}
+    repairs = [("deeplearning.cross_image_ssl.moco", "moco"), VIEW]
+    lines = codebases.patched(source, folder, edits, repairs)
+    errors = _run_moco(folder / "main_moco.py", batches, lambda run: [drawn(run)])
     Row("facebookresearch/moco", codebases.commit(source), lines, *errors).check(2)
+
+
+def test_unmix(batches: list[Any], folder: Path) -> None:
+    """Un-Mix with MixMask on top, which the paper calls both."""
+    source = codebases.checkout("Un-Mix") / "UnMix_MoCo" / "for_ImageNet"
+    loss = "loss = loss_o + lam * loss_m + (1 - lam) * loss_m_flip"
+    edits = {"main_moco_unmix.py": [IMPORT, WRAP, (loss, f"{loss} + mixed_loss(model)")]}
+    lines = codebases.patched(source, folder, edits, [*NUMPY, VIEW])
+
+    def unmix() -> Mixture:
+        """Un-Mix, section 3: mixup or a box, by a coin."""
+        draws = np.random.RandomState(0)
+
+        def mix(images: Tensor) -> tuple[Tensor, float]:
+            coin, lam = draws.rand(1), draws.beta(1.0, 1.0)
+            if coin < 0.5:
+                return lam * images + (1 - lam) * images.flip(0), lam
+            size = images.shape[-1]
+            side = int(size * (1 - lam) ** 0.5) // 2
+            middle = draws.randint(size), draws.randint(size)
+            mixed, pasted = images.clone(), 0
+            for i, j in itertools.product(range(size), repeat=2):
+                if all(c - side <= at < c + side for c, at in zip(middle, (i, j), strict=True)):
+                    mixed[:, :, i, j], pasted = images.flip(0)[:, :, i, j], pasted + 1
+            return mixed, 1 - pasted / size**2
+
+        return mix
+
+    np.random.seed(0)  # noqa: NPY002 - Un-Mix draws from it.
+    errors = _run_moco(
+        folder / "main_moco_unmix.py",
+        batches,
+        lambda run: [unmix(), drawn(run)],
+        moco_tm=0.2,
+        beta=1.0,
+        unmix_prob=0.5,
+    )
+    Row("szq0214/Un-Mix", codebases.commit(source), lines, *errors).check(2)
+
+
+THEIR_MASKS = {
+    "moco_tm": 0.2,
+    "method": "mixmask",
+    "mask_type": "block",
+    "mask_lam": 0.5,
+    "grid_size": 4,
+    "exp_path": ".",
+    "debug": True,
+    "checkpoint_freq": 1,
+}
+
+
+def test_mixmask_with_our_masks(batches: list[Any], folder: Path) -> None:
+    """The authors' own loss, which is eq. 4 for an even batch, around our masks."""
+    source = codebases.checkout("MixMask")
+    number = "num_masking_patches=int(args.mask_lam * args.grid_size ** 2)"
+    generator = (
+        f"mask_generator = MaskingGenerator(input_size=args.grid_size, {number})",
+        "mask_generator = mixmask.BlockMaskGenerator(args.grid_size, args.mask_lam)",
+    )
+    to_device = "\n            mask = mask.to(images_reverse.device)"
+    draw = (
+        f"mask = get_block_mask(mask_generator, args){to_device}",
+        (
+            "mask = mixmask.cells_to_pixels(mask_generator(), args.size, args.size).float()"
+            f"{to_device}"
+        ),
+    )
+    edits = {"main_moco_mixmask.py": [IMPORT, generator, draw]}
+    lines = codebases.patched(source, folder, edits, [SIZE])
+    errors = _run_moco(
+        folder / "main_moco_mixmask.py", batches, lambda run: [drawn(run)], **THEIR_MASKS
+    )
+    Row("kirill-vish/MixMask, masks alone", codebases.commit(source), lines, *errors).check(2)
+
+
+def test_mixmask_wrapped(batches: list[Any], folder: Path) -> None:
+    """Our term in place of theirs, whose forward pass goes on to move batch norm."""
+    source = codebases.checkout("MixMask")
+    loss = (
+        "loss = loss_o + lam * loss_m + (1 - lam) * loss_m_flip\n",
+        "loss = loss_o + mixed_loss(model)\n",
+    )
+    edits = {"main_moco_mixmask.py": [IMPORT, WRAP, loss]}
+    kept = "output, target, output_m, output_m_flip = model(im_q=images[0]"
+    keep = (kept, f"args.theirs.append(mixed_images); {kept}")
+    lines = codebases.patched(source, folder, edits, [SIZE, *NUMPY, keep])
+    theirs: list[Tensor] = []
+
+    def unused(_: Tensor) -> tuple[Tensor, None]:
+        return theirs.pop(0), None
+
+    errors = _run_moco(
+        folder / "main_moco_mixmask.py",
+        batches,
+        lambda run: [unused, drawn(run)],
+        theirs=theirs,
+        **THEIR_MASKS,
+    )
+    Row("kirill-vish/MixMask", codebases.commit(source), lines, *errors).check(2)
+
+
+OPENMIXUP = """
+from mmcv.runner import EpochBasedRunner, OptimizerHook
+
+import mixmask
+from mixmask.integrations.moco import wrap
+from openmixup.models import build_model
+"""
+
+
+def test_openmixup(batches: list[Any], folder: Path) -> None:
+    """Their model in mmcv's runner, which their tools/train.py starts."""
+    pytest.importorskip("mmcv", reason="openmixup needs mmcv 1, which is not installed")
+    source = codebases.checkout("openmixup")
+    build = "    model = build_model(cfg.model)\n"
+    wrapped = "    model = wrap(build_model(cfg.model), mixmask.BlockMaskGenerator(4, 0.4))\n"
+    imports = "from openmixup.models import build_model\n"
+    ours = "import mixmask\nfrom mixmask.integrations.moco import wrap\n"
+    model_imports = "from ..utils import concat_all_gather\n"
+    done = "        self._dequeue_and_enqueue(k)\n\n        return losses"
+    term = '        losses["loss_mixmask"] = mixed_loss(self)\n'
+    edits = {
+        "tools/train.py": [(imports, imports + ours), (build, wrapped)],
+        "openmixup/models/selfsup/moco.py": [
+            (model_imports, f"{model_imports}from mixmask.integrations.moco import mixed_loss\n"),
+            (done, done.replace("(k)\n", f"(k)\n{term}")),
+        ],
+    }
+    lines = codebases.patched(source, folder, edits)
+    (folder / "train.py").write_text(OPENMIXUP)
+    args = SimpleNamespace(**MOCO_ARGS)
+    config = {
+        "type": "MOCO",
+        "queue_len": args.moco_k,
+        "feat_dim": args.moco_dim,
+        "momentum": args.moco_m,
+        "backbone": {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (3,)},
+        "neck": {
+            "type": "MoCoV2Neck",
+            "in_channels": 512,
+            "hid_channels": 32,
+            "out_channels": args.moco_dim,
+        },
+        "head": {"type": "ContrastiveHead", "temperature": args.moco_t},
+    }
+    loader = [{"img": views} for views, _ in batches]
+    with (
+        codebases.on_cpu() as run,
+        codebases.loaded(folder / "train.py", stubs=("seaborn",)) as script,
+    ):
+        model = script.wrap(script.build_model(config), mixmask.BlockMaskGenerator(4, 0.4))
+        run.start(model)
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
+        )
+        runner = script.EpochBasedRunner(
+            model,
+            optimizer=optimizer,
+            work_dir=str(folder),
+            logger=logging.getLogger(),
+            max_epochs=1,
+        )
+        runner.register_hook(script.OptimizerHook())
+        runner.run([loader], [("train", 1)])
+        steps, state = moco_slowly(run, batches, args, [drawn(run)])
+        # Their model has the query's backbone under a second name.
+        prefix = "encoder_q.0."
+        for step in steps:
+            step.gradients = {
+                name.replace(prefix, "backbone."): value for name, value in step.gradients.items()
+            }
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[name.replace(prefix, "backbone.")] = state[name]
+        errors = run.errors(steps, state)
+    Row("Westlake-AI/openmixup", codebases.commit(source), lines, *errors).check(2)

@@ -1,0 +1,456 @@
+"""A wrapped MoCo builder beside the same steps written out slowly, in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from moco_builders import (
+    LR,
+    MASKS,
+    TAU,
+    Augmenting,
+    Builder,
+    C,
+    Half,
+    K,
+    Lists,
+    Long,
+    N,
+    Named,
+    Slow,
+    Stacked,
+    Swapped,
+    Symmetric,
+    Twice,
+    View,
+    build,
+    draw,
+    seeded,
+    views,
+)
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+import mixmask
+from mixmask._distributed import world_size
+from mixmask.integrations.moco import mixed_loss, wrap
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def train(model: Any, steps: Sequence[View]) -> list[tuple[float, dict[str, Tensor]]]:
+    """A loop as the family has it, with our second line."""
+    inner = getattr(model, "module", getattr(model, "_orig_mod", model))
+    optimizer, done = torch.optim.SGD(inner.encoder_q.parameters(), LR), []
+    for x_q, x_k in steps:
+        output = model(x_q, x_k)
+        clean = output if isinstance(output, Tensor) else F.cross_entropy(*output)
+        loss = clean + mixed_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        done.append((loss.item(), _gradients(inner)))
+        optimizer.step()
+    return done
+
+
+def _same(ours: Any, slow: Any, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(ours, slow, rtol=tolerance, atol=tolerance)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no switch": {"switch": False},
+    "random partners": {"partner": "random"},
+    "given partners": {"partner": torch.tensor([2, 2, 0, 1])},
+    "one mask per sample": {"per_sample": True, "partner": "random"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_three_steps(options: dict[str, Any]) -> None:
+    model, generator = build(), seeded()
+    switch = options.get("switch", True)
+    slow = Slow(model, lambda _, images: draw(images, generator, options), switch=switch)
+    slow.run(views())
+    assert wrap(model, MASKS, generator=seeded(), **options) is model
+    done = train(model, [step[0] for step in views()])
+    _same(done, [(losses[0], gradients) for losses, gradients in slow.steps])
+    _same(model.state_dict(), slow.state)
+
+
+def test_a_symmetric_builder() -> None:
+    model, generator = build(Symmetric), seeded()
+    slow = Slow(model, lambda _, images: draw(images, generator, {}), directions=2).run(views())
+    wrap(model, MASKS, generator=seeded(), symmetric=True)
+    done = train(model, [step[0] for step in views()])
+    _same(done, [(losses[0], gradients) for losses, gradients in slow.steps])
+    _same(model.state_dict(), slow.state)
+
+
+def test_a_symmetric_builder_with_a_mixture_of_its_own() -> None:
+    plain, model = build(Symmetric), build(Symmetric)
+    ((x_1, x_2),) = views()[0]
+    for one, mixture in ((plain, ()), (model, (x_1.flip(0) / 2,))):
+        wrap(one, MASKS, generator=seeded(), symmetric=True)
+        one(x_1, x_2, *mixture)
+    _same(mixed_loss(model), mixed_loss(plain))
+
+
+def test_gradients_accumulate() -> None:
+    model, generator = build(), seeded()
+    slow = Slow(model, lambda _, images: draw(images, generator, {}), lr=0.0).run(views())
+    wrap(model, MASKS, generator=seeded())
+    for ((x_q, x_k),) in views():
+        (F.cross_entropy(*model(x_q, x_k)) + mixed_loss(model)).backward()
+    expected = {name: sum(step[1][name] for step in slow.steps) for name in slow.steps[0][1]}
+    _same(_gradients(model), expected)
+
+
+def test_the_queue_is_read_before_it_is_filled() -> None:
+    """Reading `model.queue` after forward has the batch's own keys among the negatives."""
+    model, generator = build(), seeded()
+    wrap(model, MASKS, generator=seeded())
+    ((x_q, x_k),) = views()[0]
+    old = model.queue.clone()
+    model(x_q, x_k)
+    k, mixed = model.queue[:, :N].T, draw(x_q, generator, {})
+
+    def by_hand(queue: Tensor) -> Tensor:
+        q_mixed = F.normalize(model.encoder_q(mixed.images), dim=1)
+        return mixmask.lambda_weighted_loss(mixmask.losses.InfoNCE(queue.T, TAU), q_mixed, k, mixed)
+
+    exact = mixed_loss(model)
+    _same(exact, by_hand(old))
+    assert (exact - by_hand(model.queue)).abs() > 0.1
+
+
+def test_autocast() -> None:
+    model, generator = build().float(), seeded()
+    wrap(model, MASKS, generator=seeded())
+    ((x_q, x_k),) = views()[0]
+    old = model.queue.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, labels = model(x_q.float(), x_k.float())
+        mixed = draw(x_q.float(), generator, {})
+        q_mixed = F.normalize(model.encoder_q(mixed.images), dim=1)
+    assert model.encoder_q(x_q.float()).dtype == torch.float32
+    term = mixed_loss(model)
+    criterion = mixmask.losses.InfoNCE(old.T, TAU)
+    by_hand = mixmask.lambda_weighted_loss(criterion, q_mixed.float(), model.queue[:, :N].T, mixed)
+    _same(term, by_hand, 2e-2)
+    (F.cross_entropy(logits.float(), labels) + term).backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder_q.parameters())
+
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "replaced": lambda model: setattr(
+        model, "encoder_q", torch.compile(model.encoder_q, backend="eager")
+    ),
+    "in place": lambda model: model.encoder_q.compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["compiled first", "wrapped first"])
+@pytest.mark.parametrize("compiled", COMPILED.values(), ids=COMPILED)
+def test_compiled_encoders(compiled: Callable[[Any], Any], *, late: bool) -> None:
+    torch._dynamo.reset()
+    plain, model = (build() for _ in range(2))
+    wrap(plain, MASKS, generator=seeded())
+    steps = [step[0] for step in views()]
+    if not late:
+        compiled(model)
+    wrap(model, MASKS, generator=seeded())
+    if late:
+        compiled(model)
+    expected = train(plain, steps)
+    found = train(model, steps)
+    _same([loss for loss, _ in found], [loss for loss, _ in expected])
+    _same(list(found[-1][1].values()), list(expected[-1][1].values()))
+
+
+# The builder's own pointer breaks the graph, where torch looks at tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    plain, model = build(), build()
+    expected = train(wrap(plain, MASKS, generator=seeded()), [step[0] for step in views()])
+    compiled = torch.compile(wrap(model, MASKS, generator=seeded()), backend="eager")
+    found = train(compiled, [step[0] for step in views()])
+    _same([loss for loss, _ in found], [loss for loss, _ in expected])
+    _same(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_train_on_their_own(copied: Callable[[Any], Any]) -> None:
+    model = wrap(build(), MASKS)
+    steps = [step[0] for step in views()]
+    # In the middle of a step: what it recorded stays behind.
+    model(*steps[0])
+    other: Any = copied(model)
+    with pytest.raises(ValueError, match="must be a training step"):
+        mixed_loss(other)
+    mixed_loss(model)
+    before = copy.deepcopy(model.state_dict())
+    _same(dict(other.state_dict()), dict(before))
+    torch.manual_seed(0)
+    theirs = train(other, steps)
+    _same(dict(model.state_dict()), dict(before))
+    torch.manual_seed(0)
+    _same(train(model, steps), theirs)
+
+
+def test_the_model_stays_what_it_is() -> None:
+    plain, model = (build() for _ in range(2))
+    wrap(model, MASKS)
+    assert type(model) is Builder
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert repr(model) == repr(plain)
+    model.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("train_mode", [False, True], ids=["eval", "no grad"])
+def test_nothing_is_mixed_where_nothing_is_trained(*, train_mode: bool) -> None:
+    plain, model = (build().train(train_mode) for _ in range(2))
+    wrap(model, MASKS)
+    ((x_q, x_k),) = views()[0]
+    state = torch.random.get_rng_state()
+    with torch.set_grad_enabled(not train_mode):
+        _same(model(x_q, x_k), plain(x_q, x_k), 0)
+    assert torch.equal(state, torch.random.get_rng_state())
+    _same(dict(model.state_dict()), dict(plain.state_dict()), 0)
+    with pytest.raises(ValueError, match="got none yet"):
+        mixed_loss(model)
+
+
+def test_the_term_is_taken_once() -> None:
+    model = wrap(build(), MASKS)
+    ((x_q, x_k),) = views()[0]
+    with pytest.raises(ValueError, match="got none yet"):
+        mixed_loss(model)
+    model(x_q, x_k)
+    mixed_loss(model)
+    with pytest.raises(ValueError, match="take it once per forward pass"):
+        mixed_loss(model)
+
+
+def test_a_forgotten_term_is_refused_before_anything_changes() -> None:
+    model = wrap(build(), MASKS)
+    ((x_q, x_k),) = views()[0]
+    model(x_q, x_k)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"add mixed_loss\(model\) to each step's loss"):
+        model(x_q, x_k)
+    _same(dict(model.state_dict()), dict(before), 0)
+    mixed_loss(model)
+    model(x_q, x_k)
+
+
+def test_nothing_of_a_step_is_kept() -> None:
+    model = wrap(build(), MASKS)
+    ((x_q, x_k),) = views()[0]
+    model(x_q, x_k)
+    mixed_loss(model)
+    mixture = vars(model)["_mixmask"]
+    assert not mixture.views
+    assert mixture.term is mixture.probe is None
+
+
+def test_lists_of_views_and_a_temperature_in_the_head() -> None:
+    plain, model = build(), build(Lists)
+    ((x_q, x_k),) = views()[0]
+    for one in (plain, model):
+        wrap(one, MASKS, generator=seeded())
+    plain(x_q, x_k)
+    model(img=[x_q, x_k], mode="train")
+    _same(mixed_loss(model), mixed_loss(plain))
+
+
+def test_the_temperature_is_that_of_the_step() -> None:
+    model, given = build(), build()
+    ((x_q, x_k),) = views()[0]
+    wrap(model, MASKS, generator=seeded())
+    model.T = 0.5
+    wrap(given, MASKS, generator=seeded(), temperature=0.5)
+    for one in (model, given):
+        one(x_q, x_k)
+    _same(mixed_loss(model), mixed_loss(given))
+
+
+def _second(model: Any, images: Tensor) -> Tensor:
+    return F.normalize(model.encoder_q(images).flip(1), dim=1)
+
+
+def test_an_encoder_of_ones_own() -> None:
+    model = wrap(build(), MASKS, generator=seeded(), encode=_second)
+    ((x_q, x_k),) = views()[0]
+    old = build().queue.double()
+    model(x_q, x_k)
+    mixed = draw(x_q, seeded(), {})
+    criterion = mixmask.losses.InfoNCE(old.T, TAU)
+    k = model.queue[:, :N].T  # type: ignore[index]
+    slow = mixmask.lambda_weighted_loss(criterion, _second(model, mixed.images), k, mixed)
+    _same(mixed_loss(model), slow)
+
+
+REFUSED: dict[str, tuple[type[Builder], dict[str, Any], str]] = {
+    "queries second": (Swapped, {}, "encoder_q must get the images"),
+    "augmentation inside": (Augmenting, {}, "encoder_q must get the images"),
+    "one tensor of both": (Stacked, {}, r"forward must take the queries \(N, C, H, W\)"),
+    "both views' keys": (Symmetric, {}, r"keys must be \(N, C\) with N = 4"),
+    "one view's keys": (Builder, {"symmetric": True}, r"keys must be \(2N, C\) with N = 4"),
+    "both views, half of the keys": (Half, {}, "the builder is symmetric"),
+    "keys of other lengths": (Long, {}, "keys must be of length one"),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "text"), REFUSED.values(), ids=REFUSED)
+def test_other_builders_are_refused_before_anything_is_enqueued(
+    kind: type[Builder], options: dict[str, Any], text: str
+) -> None:
+    model = wrap(build(kind), MASKS, **options)
+    ((x_q, x_k),) = views()[0]
+    before = model.queue.clone()  # type: ignore[operator]
+    with pytest.raises(ValueError, match=text):
+        model(torch.stack([x_q, x_k])) if kind is Stacked else model(x_q, x_k)
+    assert torch.equal(model.queue, before)  # type: ignore[arg-type]
+
+
+def test_a_second_call_of_enqueue_is_refused() -> None:
+    model = wrap(build(Twice), MASKS)
+    with pytest.raises(ValueError, match="enqueued once per forward pass"):
+        model(*views()[0][0])
+
+
+def test_the_argument_that_is_called_im_q_holds_the_queries() -> None:
+    plain, model = build(), build(Named)
+    ((x_q, x_k),) = views()[0]
+    for one in (plain, model):
+        wrap(one, MASKS, generator=seeded())
+    plain(x_q, x_k)
+    model(x_k, x_q)
+    _same(mixed_loss(model), mixed_loss(plain))
+
+
+def _without(name: str) -> Any:
+    model = build()
+    delattr(model, name)
+    return model
+
+
+def _with(**attributes: Any) -> Any:
+    model = build()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no queue": (lambda: wrap(_without("queue"), MASKS), ValueError, "without queue"),
+    "no encoder_k": (lambda: wrap(_without("encoder_k"), MASKS), ValueError, "without encoder_k"),
+    "another model": (
+        lambda: wrap(nn.Linear(2, 2), MASKS),
+        ValueError,
+        "a Linear without encoder_q, encoder_k, queue, _dequeue_and_enqueue",
+    ),
+    "no temperature": (
+        lambda: wrap(_without("T"), MASKS),
+        TypeError,
+        r"got None; pass wrap\(model, masks, temperature=0.2\)",
+    ),
+    "a learned temperature": (
+        lambda: wrap(_with(T=torch.tensor(0.2)), MASKS),
+        TypeError,
+        "temperature must be a number",
+    ),
+    "queue of three axes": (
+        lambda: wrap(_with(queue=torch.rand(2, C, K)), MASKS),
+        ValueError,
+        r"queue must be \(C, K\), got \(2, 6, 24\)",
+    ),
+    "wrapped twice": (lambda: wrap(wrap(build(), MASKS), MASKS), ValueError, "call wrap once"),
+    "copies per device": (
+        lambda: wrap(nn.DataParallel(build()), MASKS),
+        TypeError,
+        "use DistributedDataParallel",
+    ),
+    "no module": (lambda: wrap(partial(int), MASKS), TypeError, "got partial"),  # type: ignore[arg-type]
+    "no masks": (lambda: wrap(build(), 0.5), TypeError, "masks must be a generator"),  # type: ignore[arg-type]
+    "drawn masks per sample": (
+        lambda: wrap(build(), MASKS(N), per_sample=True),
+        ValueError,
+        "per_sample=True draws masks",
+    ),
+    "not wrapped": (lambda: mixed_loss(build()), ValueError, r"call model = wrap\(model, masks\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused(call: Callable[[], Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        call()
+
+
+WORLD = 2
+DDP: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "wrapped late": {},
+}
+
+
+def _work(process: int, folder: str) -> None:
+    """Train in one of two processes, and leave what came of it in a file."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=process,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    results = {}
+    for name, options in DDP.items():
+        model = build()
+        if name != "wrapped late":
+            wrap(model, MASKS, generator=seeded(process))
+        model = nn.parallel.DistributedDataParallel(model, **options)
+        if name == "wrapped late":
+            wrap(model, MASKS, generator=seeded(process))
+        done = train(model, [step[process] for step in views(WORLD)])
+        results[name] = done, model.module.state_dict()
+    assert world_size() == WORLD
+    torch.save(results, f"{folder}/{process}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    spawn(_work, (str(tmp_path),), WORLD)
+    generators = [seeded(process) for process in range(WORLD)]
+    slow = Slow(build(), lambda r, images: draw(images, generators[r], {}), world=WORLD).run(
+        views(WORLD)
+    )
+    for process in range(WORLD):
+        results = torch.load(tmp_path / f"{process}.pt")
+        for name in DDP:
+            done, state = results[name]
+            _same(done, [(losses[process], gradients) for losses, gradients in slow.steps])
+            if process == 0:
+                _same(dict(state), slow.state)
