@@ -21,14 +21,14 @@ from mixmask._checks import (
     check_images,
     check_positive,
 )
+from mixmask._devices import move
+from mixmask._partners import Partner, choose_partners
 from mixmask.masks import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
     MaskGenerator,
-    cells_to_pixels,
+    fit_masks,
 )
-
-Partner = str | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class MixedBatch:
         lam: () or (N,) float32, the share of each image's own content, measured on the mask.
         partner: (N,) int64, the index of the image that each one was mixed with.
         mask: (H, W) or (N, H, W) bool, True for own pixels; None for mixup, which has none, and
-            (1, C, H, W) or (N, C, H, W) where `erase_batch` was given one a channel.
+            (1, C, H, W) or (N, C, H, W) where `erase_batch` was given one per channel.
     """
 
     images: Tensor
@@ -104,16 +104,18 @@ def mix_batch(
     chosen, never computed: NaN or infinite pixels stay where they are.
 
     Args:
-        images: (N, C, H, W) with N of at least 2, floating or uint8, any memory format.
+        images: (N, C, H, W) with N of at least 2, floating or uint8, any memory format. One
+            view: mix each of several on its own, and split those that lie in one tensor first.
         masks: A generator, of which one mask is drawn for the whole batch; or a bool tensor
-            at cell or pixel size, (h, w) for a shared mask or (N, h, w) for one a sample.
-        partner: "reverse" pairs i with N - 1 - i (in an odd batch, the middle three trade
-            places in a ring, so that nobody meets itself); "random" draws a random ring
-            through the batch, in which nobody meets itself either; or an index tensor (N,).
+            at cell or pixel size, (h, w) for a shared mask or (N, h, w) for one per sample.
+        partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring
+            instead, so that nobody meets itself, and `torch.flip` is not this pairing: use
+            `mixed.partner`. "random" draws a random ring through the whole batch. Or an index
+            tensor (N,).
         generator: A CPU generator for the mask and the partners. Default: torch's global one.
 
     Returns:
-        A `MixedBatch`, its `lam` () for a shared mask and (N,) for one a sample.
+        A `MixedBatch`, its `lam` () for a shared mask and (N,) for one per sample.
 
     Raises:
         ValueError: If a shape, an index or the generator does not fit.
@@ -129,9 +131,10 @@ def mix_batch(
         (torch.Size([8, 3, 32, 32]), 0.5, [7, 6, 5, 4, 3, 2, 1, 0])
     """
     check_images(images, partners=True)
-    index = _partner_index(partner, len(images), images.device, generator)
-    mask = _pixel_mask(masks, images, generator)
-    lam = mask.mean(dim=(-2, -1), dtype=torch.float32)
+    index = choose_partners(partner, len(images), images.device, generator)
+    mask = fit_masks(masks, images, generator)
+    # Measured on the mask that is applied, which need not have the share that was asked for.
+    lam = mask.mean(dim=(-2, -1), dtype=torch.float32)  # () or (N,)
     return MixedBatch(_fill(images, mask, index), lam, index, mask)
 
 
@@ -148,7 +151,7 @@ def mixup_batch(
     Args:
         images: (N, C, H, W) with N of at least 2, floating or uint8 (rounded).
         alpha: Parameter of the symmetric Beta distribution that the shares follow.
-        per_sample: One share a sample instead of one for the batch.
+        per_sample: One share per sample instead of one for the batch.
         partner: See `mix_batch`.
         generator: A CPU generator. Default: torch's global one.
 
@@ -168,9 +171,9 @@ def mixup_batch(
     """
     check_images(images, partners=True)
     n = len(images)
-    index = _partner_index(partner, n, images.device, generator)
-    lam = _beta((n,) if per_sample else (), alpha, generator).to(images.device, non_blocking=True)
-    share = lam.view(-1, 1, 1, 1) if per_sample else lam
+    index = choose_partners(partner, n, images.device, generator)
+    lam = move(_draw_shares((n,) if per_sample else (), alpha, generator), images.device)
+    share = lam.view(-1, 1, 1, 1) if per_sample else lam  # (N, 1, 1, 1) or ()
     work = images if images.is_floating_point() else images.float()
     share = share.to(work.dtype)
     mixed = share * work + (1 - share) * work.index_select(0, index)
@@ -195,7 +198,7 @@ def cutmix_batch(
     Args:
         images: (N, C, H, W) with N of at least 2, floating or uint8.
         alpha: Parameter of the symmetric Beta distribution that the shares follow.
-        per_sample: One box a sample instead of one for the batch.
+        per_sample: One box per sample instead of one for the batch.
         partner: See `mix_batch`.
         generator: A CPU generator. Default: torch's global one.
 
@@ -216,13 +219,13 @@ def cutmix_batch(
     """
     check_images(images, partners=True)
     n, _, height, width = images.shape
-    index = _partner_index(partner, n, images.device, generator)
+    index = choose_partners(partner, n, images.device, generator)
     count = n if per_sample else 1
-    side = (1 - _beta((count,), alpha, generator)).sqrt()
+    side = (1 - _draw_shares((count,), alpha, generator)).sqrt()
     centres = torch.rand(2, count, generator=generator, device="cpu")
-    rows = _outside(height, side, centres[0])
-    columns = _outside(width, side, centres[1])
-    mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")
+    rows = _mark_outside(height, side, centres[0])
+    columns = _mark_outside(width, side, centres[1])
+    mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")  # (n, H, W)
     return mix_batch(images, mask if per_sample else mask[0], partner=index)
 
 
@@ -241,7 +244,7 @@ def erase_batch(
     Args:
         images: (N, C, H, W), floating; normalised images suit the default noise.
         masks: As for `mix_batch` (a spatial mask, the same in all channels), or a bool tensor with
-            a mask a channel: (1, C, h, w) shared by the batch, or (N, C, h, w).
+            a mask per channel: (1, C, h, w) shared by the batch, or (N, C, h, w).
         mean: Mean of the noise, in the images' units.
         std: Standard deviation of the noise, in the images' units; 0 fills with `mean`.
         generator: A CPU generator. Default: torch's global one.
@@ -268,8 +271,8 @@ def erase_batch(
         )
     if not 0 <= std < float("inf"):
         raise ValueError(f"std must be at least 0, got {std}; 0 fills with the mean")
-    mask = _pixel_mask(masks, images, generator, by_channel=True)
-    noise = _noise_like(images, generator).mul_(std).add_(mean)
+    mask = fit_masks(masks, images, generator, by_channel=True)
+    noise = _draw_noise(images, generator).mul_(std).add_(mean)
     by_channel = mask.ndim == 4
     kept = mask if by_channel else rearrange(mask, "... h w -> ... 1 h w")
     lam = mask.mean(dim=(-3, -2, -1) if by_channel else (-2, -1), dtype=torch.float32)
@@ -286,7 +289,7 @@ class MixMask(nn.Module):
         grid_size: Cells along a side; the paper's best are 2, 4, 8 at 32, 64, 224 pixels.
         ratio: Share of own pixels, or a range (low, high).
         pattern: "block" or "discrete".
-        per_sample: One mask a sample instead of one for the batch.
+        per_sample: One mask per sample instead of one for the batch.
         partner: "reverse" or "random".
         roll: Shift block masks by a random offset, so that no place is favoured.
 
@@ -331,7 +334,7 @@ class MixMask(nn.Module):
     def masks_for(
         self, images: Tensor, *, generator: torch.Generator | None = None
     ) -> MaskGenerator | Tensor:
-        """Return what `mix_batch` takes as masks: the generator, or (N, g, g) drawn a sample."""
+        """Return what `mix_batch` takes as masks: the generator, or (N, g, g) drawn per sample."""
         check_images(images, partners=False)
         if not self.per_sample:
             return self.masks
@@ -340,94 +343,6 @@ class MixMask(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in the printed module."""
         return f"{self.masks}, per_sample={self.per_sample}, partner={self.partner!r}"
-
-
-def _partner_index(
-    partner: Partner, n: int, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Return the partners as an index tensor (n,) on the device."""
-    if isinstance(partner, Tensor):
-        return _check_partner(partner, n).to(device, non_blocking=True)
-    if not isinstance(partner, str):
-        raise TypeError(
-            f"partner must be 'reverse', 'random' or an index tensor, got "
-            f"{type(partner).__name__}; use torch.tensor(partner)"
-        )
-    check_choice("partner", partner, ("reverse", "random"))
-    if partner == "reverse":
-        return _reverse(n, device)
-    check_generator(generator)
-    ring = torch.randperm(n, generator=generator, device="cpu")
-    return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1)).to(device, non_blocking=True)
-
-
-def _reverse(n: int, device: torch.device) -> Tensor:
-    index = torch.arange(n - 1, -1, -1, device=device)
-    if n % 2 == 0:
-        return index
-    # Reversal would pair the middle of an odd batch with itself.
-    middle = n // 2
-    ends = index[: middle - 1], index[middle + 2 :]
-    ring = torch.arange(middle - 1, middle + 2, device=device).roll(-1)
-    return torch.cat([ends[0], ring, ends[1]])
-
-
-def _check_partner(partner: Tensor, n: int) -> Tensor:
-    if partner.is_floating_point() or partner.is_complex() or partner.dtype == torch.bool:
-        raise TypeError(f"partner must hold integer indices, got {partner.dtype}; use torch.long")
-    if partner.shape != (n,):
-        raise ValueError(
-            f"partner must be ({n},), one index an image, got {tuple(partner.shape)}; "
-            "draw it with torch.randperm(len(images))"
-        )
-    # Looking at values on a device would wait for it; there, indexing itself is checked.
-    if partner.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(partner.min()), int(partner.max())
-        if low < 0 or high >= n:
-            raise ValueError(
-                f"partner must lie within 0 ... {n - 1}, got {low} ... {high}; "
-                "draw it with torch.randperm(len(images))"
-            )
-    return partner.long()
-
-
-def _pixel_mask(
-    masks: MaskGenerator | Tensor,
-    images: Tensor,
-    generator: torch.Generator | None,
-    *,
-    by_channel: bool = False,
-) -> Tensor:
-    """Return the masks to apply at pixel size, drawn first if they come from a generator."""
-    check_generator(generator)
-    if isinstance(masks, Tensor):
-        masks = masks.to(images.device, non_blocking=True)
-    elif callable(masks):
-        masks = masks(device=images.device, generator=generator)
-    else:
-        raise TypeError(
-            f"masks must be a generator or a bool tensor, got {type(masks).__name__}; "
-            "use for instance BlockMaskGenerator(grid_size=8)"
-        )
-    _check_masks(masks, images, by_channel=by_channel)
-    return cells_to_pixels(masks, *images.shape[-2:])
-
-
-def _check_masks(masks: Tensor, images: Tensor, *, by_channel: bool) -> None:
-    if masks.dtype != torch.bool:
-        raise TypeError(
-            f"masks must be bool, got {masks.dtype}; use masks > 0.5, or mixup_batch for soft ones"
-        )
-    n, channels = images.shape[:2]
-    fits = masks.ndim == 2 or (masks.ndim == 3 and len(masks) == n)
-    if by_channel and masks.ndim == 4:
-        fits = masks.shape[0] in (1, n) and masks.shape[1] == channels
-    if not fits:
-        more = f"; one a channel is (1, C, h, w) or (N, C, h, w), C = {channels}"
-        raise ValueError(
-            f"masks must be (h, w) or (N, h, w) with N = {n}, got {tuple(masks.shape)}; "
-            f"draw masks(len(images)){more if by_channel else ''}"
-        )
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -450,7 +365,7 @@ def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     return partners
 
 
-def _beta(shape: tuple[int, ...], alpha: float, generator: torch.Generator | None) -> Tensor:
+def _draw_shares(shape: tuple[int, ...], alpha: float, generator: torch.Generator | None) -> Tensor:
     """Draw from Beta(alpha, alpha) on the host, as a ratio of two gamma variables."""
     check_positive("alpha", alpha)
     check_generator(generator)
@@ -462,7 +377,7 @@ def _beta(shape: tuple[int, ...], alpha: float, generator: torch.Generator | Non
     return ((gamma[0] + tiny) / (gamma.sum(dim=0) + 2 * tiny)).float()
 
 
-def _outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
+def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
     """Mark the pixels of an axis outside CutMix's box: (n, length) bool."""
     half = (length * side).long() // 2
     middle = (length * centre).long()
@@ -471,7 +386,7 @@ def _outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
     return (pixel < low[:, None]) | (pixel >= high[:, None])
 
 
-def _noise_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
+def _draw_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw standard Gaussian noise on the images' device; from a seed if there is a generator."""
     if generator is None:
         return torch.randn_like(images)

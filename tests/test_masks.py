@@ -12,11 +12,11 @@ from torch import Tensor
 from mixmask import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
+    _blocks,
     block_masks,
     cells_to_pixels,
     discrete_masks,
 )
-from mixmask import masks as masks_module
 
 Golden = Callable[[str], dict[str, Tensor]]
 Draw = Callable[..., Tensor]
@@ -197,7 +197,7 @@ def test_a_single_mask_is_laid_as_in_a_batch(grid: int, ratio: float, min_cells:
     for seed in range(100):
         single, batch = (
             lay(wanted, grid, min_cells, 0.3, _seeded(seed))
-            for lay in (masks_module._lay_blocks_once, masks_module._lay_blocks)
+            for lay in (_blocks.lay_blocks_once, _blocks.lay_blocks)
         )
         torch.testing.assert_close(single, batch)
 
@@ -207,7 +207,7 @@ def test_growing_keeps_masks_connected() -> None:
     masks[100:200, 0, 0] = True
     masks[200:, 3:5, 6:9] = True
     wanted = torch.randint(7, 80, (300,))
-    grown = masks_module._grow(masks, wanted, _seeded(1))
+    grown = _blocks._grow(masks, wanted, _seeded(1))
     assert torch.equal(grown.sum(dim=(1, 2)), wanted)
     assert not (masks & ~grown).any()
     assert _distinct(_count_components(grown)) == [1]

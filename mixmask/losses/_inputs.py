@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixmask._checks import check_tensor
@@ -95,11 +94,6 @@ def check_sizes(n: int, **tensors: Tensor) -> None:
 def count_rows(z: Tensor) -> int:
     check_tensor("z", z)
     return len(z) if z.ndim else 0
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the host is the only one that has to wait for its copy."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
+from mixmask._devices import move
 from mixmask.losses._criteria import check_criterion, check_no_similarity
 from mixmask.losses._inputs import (
     Embeddings,
@@ -21,7 +22,6 @@ from mixmask.losses._inputs import (
     check_sizes,
     count_rows,
     match_directions,
-    move,
 )
 from mixmask.losses._state import lend_buffers, lend_state
 from mixmask.mixing import MixedBatch

@@ -730,7 +730,7 @@ def test_nothing_is_enqueued_when_an_argument_is_refused(
 def test_one_share_a_sample_needs_a_loss_of_a_sample(name: str) -> None:
     criterion = CRITERIA[name]()
     before = _buffers(criterion)
-    with pytest.raises(ValueError, match=r"one λ a sample needs .* \(N,\), got a scalar; .*mask"):
+    with pytest.raises(ValueError, match=r"one λ per sample needs .* \(N,\), got a scalar; .*mask"):
         wrap(criterion)(ROWS.clone().requires_grad_(), ROWS, ROWS, EACH)
     assert _same(_buffers(criterion), before)
 

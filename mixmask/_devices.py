@@ -1,0 +1,15 @@
+"""Moving tensors without waiting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """Return a tensor on a device, as it is for None; only a copy to the host is waited for."""
+    if device is None:
+        return tensor
+    device = torch.device(device)
+    # The host would read a copy that has not arrived; a device's own queue keeps the order.
+    return tensor.to(device, non_blocking=device.type != "cpu")
