@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmask._partners import Partner
 from mixmask.losses import InfoNCE, lambda_weighted_loss
 from mixmask.masks import MaskGenerator
-from mixmask.mixing import Partner, mix_batch
+from mixmask.mixing import mix_batch
 
 Encode = Callable[[Any, Tensor], Tensor]
 

@@ -166,7 +166,9 @@ def _encoder_and_optimizer(run: Run) -> dict[str, Any]:
 
 
 def test_pytorch_metric_learning(batches: list[Any]) -> None:
-    library = pytest.importorskip("pytorch_metric_learning", reason="is not installed")
+    library = pytest.importorskip(
+        "pytorch_metric_learning", reason="pytorch-metric-learning is not installed"
+    )
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
     def slow_loss(model: Any, views: Sequence[Tensor], x_mixed: Tensor, lam: float) -> Tensor:
@@ -220,7 +222,9 @@ class SlowMemory:
 
 
 def test_cross_batch_memory(batches: list[Any]) -> None:
-    library = pytest.importorskip("pytorch_metric_learning", reason="is not installed")
+    library = pytest.importorskip(
+        "pytorch_metric_learning", reason="pytorch-metric-learning is not installed"
+    )
     from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss
 
     with codebases.on_cpu() as run:
