@@ -69,7 +69,7 @@ def check_images(images: Tensor, *, partners: bool) -> None:
 
 
 def check_grid_size(grid_size: int) -> None:
-    """Refuse a grid on which a mask could be neither partly kept nor partly filled."""
+    """Require an integer of at least 2: a single cell cannot be kept in part."""
     if isinstance(grid_size, bool) or not isinstance(grid_size, numbers.Integral):
         raise TypeError(f"grid_size must be an integer, got {grid_size!r}; use for instance 8")
     if grid_size < 2:
@@ -80,7 +80,7 @@ def check_grid_size(grid_size: int) -> None:
 
 
 def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
-    """Return a ratio as bounds (low, high): a number inside (0, 1) or a range within [0, 1]."""
+    """Return the bounds (low, high) of a ratio: a number inside (0, 1) or a range in [0, 1]."""
     fix = "use a number such as 0.5, or a range such as (0.25, 0.75)"
     if isinstance(ratio, numbers.Real) and not isinstance(ratio, bool):
         if not 0 < ratio < 1:
@@ -99,7 +99,7 @@ def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
 
 
 def check_count(n: int) -> None:
-    """Refuse a negative or fractional number of masks."""
+    """Require an integer of at least 0."""
     if isinstance(n, bool) or not isinstance(n, numbers.Integral):
         raise TypeError(f"the number of masks must be an integer, got {n!r}; pass len(images)")
     if n < 0:
@@ -107,7 +107,7 @@ def check_count(n: int) -> None:
 
 
 def check_generator(generator: torch.Generator | None) -> None:
-    """Refuse generators of a device: draws are made on the host so that devices agree."""
+    """Require a CPU generator or None: draws are made on the host, so that devices agree."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
@@ -124,7 +124,7 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse a value that is not a positive finite number."""
+    """Require a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}; use for instance 1.0")
     if not 0 < value < float("inf"):
@@ -132,7 +132,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_non_negative(name: str, value: float) -> None:
-    """Refuse a value that is not a finite number of at least 0."""
+    """Require a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}; use 0 to leave the term out")
     if not 0 <= value < float("inf"):
@@ -142,7 +142,7 @@ def check_non_negative(name: str, value: float) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not one of the choices."""
+    """Require one of the choices."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")

@@ -44,6 +44,7 @@ LOSSES: dict[str, Loss] = {
     "info_nce, queue": lambda z, t: losses.info_nce(z, t, QUEUE.to(z)),
     "InfoNCE": lambda z, t: losses.InfoNCE(temperature=0.1)(z, t),
     "InfoNCE, queue": lambda z, t: losses.InfoNCE(QUEUE.to(z), 0.1)(z, t),
+    "InfoNCE, asked for its queue": lambda z, t: losses.InfoNCE(lambda: QUEUE.to(z), 0.1)(z, t),
     "nt_xent": lambda z, t: losses.nt_xent(z, t),
     "NTXent, one direction": lambda z, t: losses.NTXent(0.1, one_directional=True)(z, t),
     "negative_cosine": lambda z, t: losses.negative_cosine(z, t),
@@ -58,9 +59,13 @@ LOSSES: dict[str, Loss] = {
     "sinkhorn": lambda z, t: losses.swav(z, losses.sinkhorn(t)),
     "dino": lambda z, t: losses.dino(z, t),
     "DINO": lambda z, t: _whole(losses.DINO(CENTER.to(z)), z, t, _each(z)),
+    "DINO, asked for its center": lambda z, t: losses.DINO(lambda: CENTER.to(z))(z, t),
     "update_center": lambda z, t: losses.dino(z, t, losses.update_center(CENTER.to(z), t)),
     "LambdaWeightedLoss": lambda z, t: _whole(F.mse_loss, z, t, _scalar(z)),
     "LambdaWeightedLoss, sharing": lambda z, t: _whole(losses.NTXent(), z, t, _each(z)),
+    "LambdaWeightedLoss, both directions": lambda z, t: mixmask.LambdaWeightedLoss(
+        losses.NegativeCosine(), directions="mean"
+    )((z, t), (t, z.detach()), [z.roll(1, 1), t.roll(1, 1)], [_scalar(z), _scalar(t)]),
     "lambda_weighted_loss": lambda z, t: mixmask.lambda_weighted_loss(F.mse_loss, z, t, _scalar(z)),
     "lambda_weighted_loss, sharing": lambda z, t: mixmask.lambda_weighted_loss(
         losses.InfoNCE(QUEUE.to(z)), z, t, _each(z)

@@ -138,6 +138,58 @@ def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     _same_weights(ours, plain)
 
 
+def test_a_queue_that_the_loop_rebinds(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """As many loops keep it: a criterion built above the loop must ask for the queue of now."""
+    model = MoCo(norm=False)
+    queue = F.normalize(torch.randn(K, C), dim=1)
+    info_nce = losses.InfoNCE(lambda: queue, TAU)
+    stale = losses.InfoNCE(queue, TAU)
+    for step, (x_q, x_k) in enumerate(batches):
+        q, k = model.query(x_q), model.key(x_k)
+        mixed = mixmask.mix_batch(x_q, MASKS)
+        q_mixed = model.query(mixed.images)
+        loss = info_nce(q, k) + mixmask.lambda_weighted_loss(info_nce, q_mixed, k, mixed)
+        slow = slow_moco(q, k, q_mixed, queue.T, mixed)
+        torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-5)
+        if step > 0:
+            late = stale(q, k) + mixmask.lambda_weighted_loss(stale, q_mixed, k, mixed)
+            assert abs(float((late - slow).detach())) > 1e-2
+        queue = torch.cat([queue, k])[N:]
+
+
+def test_a_criterion_in_the_loops_own_function_keeps_a_ring_with_an_int(
+    batches: Iterator[tuple[Tensor, Tensor]],
+) -> None:
+    """State in a closure: a buffer, and a pointer that is a plain int."""
+
+    class Ring(nn.Module):
+        queue: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("queue", F.normalize(torch.randn(K, C), dim=1))
+            self.pointer = 0
+
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            loss = losses.info_nce(q, k, self.queue.clone(), TAU)
+            self.queue[self.pointer : self.pointer + len(k)] = k
+            self.pointer = (self.pointer + len(k)) % K
+            return loss
+
+    model, ring = MoCo(norm=False), Ring()
+    plain = copy.deepcopy(ring)
+    whole = mixmask.LambdaWeightedLoss(lambda z, target: ring(z, target))
+    for x_q, x_k in batches:
+        q, k = model.query(x_q), model.key(x_k)
+        mixed = mixmask.mix_batch(x_q, MASKS)
+        q_mixed = model.query(mixed.images)
+        slow = slow_moco(q, k, q_mixed, plain.queue.T.clone(), mixed)
+        torch.testing.assert_close(whole(q, k, q_mixed, mixed), slow, rtol=1e-5, atol=1e-5)
+        plain(q, k)
+        assert ring.pointer == plain.pointer
+        assert torch.equal(ring.queue, plain.queue)
+
+
 def test_backward_term_by_term_gives_the_same_gradients(
     batches: Iterator[tuple[Tensor, Tensor]],
 ) -> None:

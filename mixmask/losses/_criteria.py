@@ -1,10 +1,10 @@
-"""What is no criterion (z, target): a similarity, a classifier's loss on keys, a whole model."""
+"""What a criterion is, and what is none: a similarity, a classifier's loss on keys, a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -17,6 +17,35 @@ _MOST_CHANNELS = 16
 _TOLERANCE = 0.05
 # Looking at values waits for the device, so there it is done once per criterion.
 _looked_at: WeakSet[Any] = WeakSet()
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class SharingCriterion(Protocol):
+    """A criterion that evaluates both weighted terms at once, because they share work."""
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the plain criterion, () or (N,)."""
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return lam * l(z, target) + (1 - lam) * l(z, other), () or (N,).
+
+        Without `other`, return lam * l(z, target) alone.
+        """
+
+
+@runtime_checkable
+class MatchingCriterion(Protocol):
+    """A criterion whose mixed term is matched to what it finds between the clean views."""
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the plain criterion, ()."""
+
+    def matched(
+        self, z_mixed: Tensor, target: Tensor, z: Tensor, other: Tensor | None, lam: Tensor
+    ) -> Tensor:
+        """Return the whole mixed term, (); `z` and `other` are of the images and partners."""
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:

@@ -46,7 +46,10 @@ def lend_state(
 
 @contextmanager
 def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Do the same where torch.compile looks on: for modules, which is what it can follow."""
+    """Do the same where torch.compile looks on, for modules, which is what it can follow.
+
+    It refuses to trace a module whose plain attributes change: that takes a graph break.
+    """
     owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
     saved = [_list_attributes(owner) for owner in owners]
     copies: dict[int, Tensor] = {}
@@ -79,16 +82,18 @@ class _Loan(ExitStack):
         """Return a copy of a value, or the value itself after its parts were swapped for copies."""
         if isinstance(value, _PLAIN):
             return value
-        if id(value) not in self.lent:
-            self.lent[id(value)] = value, value
-            if isinstance(value, Tensor):
-                stand_in: Any = self._lend_tensor(value, name)
-            elif isinstance(value, nn.Module) or depth > 0:
-                stand_in = self._lend_parts(value, name, depth - 1)
-            else:
-                stand_in = value
-            self.lent[id(value)] = value, stand_in
-        return self.lent[id(value)][1]
+        if id(value) in self.lent:
+            return self.lent[id(value)][1]
+        # What lies too deep is left, and not noted: it may be met again from nearer.
+        if depth <= 0 and not isinstance(value, Tensor | nn.Module):
+            return value
+        self.lent[id(value)] = value, value
+        if isinstance(value, Tensor):
+            stand_in: Any = self._lend_tensor(value, name)
+        else:
+            stand_in = self._lend_parts(value, name, depth - 1)
+        self.lent[id(value)] = value, stand_in
+        return stand_in
 
     def _lend_tensor(self, value: Tensor, name: str) -> Tensor:
         if not (value.requires_grad and value.is_leaf):

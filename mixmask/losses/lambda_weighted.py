@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask.losses._criteria import check_criterion, check_no_similarity
+from mixmask.losses._criteria import (
+    Criterion,
+    MatchingCriterion,
+    SharingCriterion,
+    check_criterion,
+    check_no_similarity,
+)
 from mixmask.losses._inputs import (
     Embeddings,
     Records,
@@ -25,35 +31,6 @@ from mixmask.losses._inputs import (
 )
 from mixmask.losses._state import lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-@runtime_checkable
-class SharingCriterion(Protocol):
-    """A criterion that evaluates both weighted terms at once, because they share work."""
-
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return the plain criterion, () or (N,)."""
-
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return lam * l(z, target) + (1 - lam) * l(z, other), () or (N,).
-
-        Without `other`, return lam * l(z, target) alone.
-        """
-
-
-@runtime_checkable
-class MatchingCriterion(Protocol):
-    """A criterion whose mixed term is matched to what it finds between the clean views."""
-
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return the plain criterion, ()."""
-
-    def matched(
-        self, z_mixed: Tensor, target: Tensor, z: Tensor, other: Tensor | None, lam: Tensor
-    ) -> Tensor:
-        """Return the whole mixed term, (); `z` and `other` are of the images and partners."""
 
 
 def lambda_weighted_loss(
@@ -144,7 +121,8 @@ class LambdaWeightedLoss(nn.Module):
     every mixed term has seen the state from before the step. State is whatever the criterion
     holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
     encloses or reads from its module. Not seen are generators, files, and what lies deeper than
-    a list in an object of the criterion.
+    a list in an object of the criterion. Give it the loss alone: of a function that encloses a
+    whole model, the model's buffers are copied as well.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to

@@ -674,6 +674,14 @@ def test_what_is_shared_by_attributes_stays_shared() -> None:
     assert not shared.any()
 
 
+def test_what_lies_deep_is_lent_where_it_also_lies_near() -> None:
+    helper = Helper()
+    module = Plain(lambda m: _enqueue(m.near), deep={"a": {"b": helper}}, near=helper)
+    z, target, z_mixed = _rows(3)
+    LambdaWeightedLoss(module)(z, target, z_mixed, MIXED)
+    assert len(helper.queue) == 1
+
+
 def test_gradients_reach_what_a_criterion_holds_but_does_not_own() -> None:
     """A parameter, a leaf and a computed tensor, all in a closure."""
     weight, scale = nn.Parameter(torch.ones(C)), torch.ones((), requires_grad=True)
