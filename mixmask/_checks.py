@@ -38,7 +38,7 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         images: What the user passed.
         partners: Whether each image needs another one to be mixed with (N of at least 2).
     """
-    if isinstance(images, list | tuple):
+    if isinstance(images, (list, tuple)):
         single = images and isinstance(images[0], Tensor) and images[0].ndim == 3
         fix = "stack single images with torch.stack"
         if not single:
@@ -87,7 +87,7 @@ def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
             raise ValueError(f"ratio must lie strictly between 0 and 1, got {ratio}; {fix}")
         return float(ratio), float(ratio)
     if not (
-        isinstance(ratio, tuple | list)
+        isinstance(ratio, (tuple, list))
         and len(ratio) == 2
         and all(isinstance(bound, numbers.Real) for bound in ratio)
     ):

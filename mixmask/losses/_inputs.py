@@ -17,14 +17,14 @@ Records = MixedBatch | Sequence[MixedBatch]
 
 def as_list(value: Any) -> list[Any]:
     """Return the parts of a list or tuple, or the value itself as the only part."""
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def as_directions(
     z: Embeddings, target: Embeddings, name: str = "z"
 ) -> list[tuple[Tensor, Tensor]]:
     """Return embeddings with their targets, one pair per direction."""
-    several = [isinstance(value, list | tuple) for value in (z, target)]
+    several = [isinstance(value, (list, tuple)) for value in (z, target)]
     if several[0] != several[1]:
         counts = [f"{type(value).__name__} of {len(value)}" for value in (z, target)]
         raise TypeError(

@@ -85,7 +85,7 @@ class _Loan(ExitStack):
         if id(value) in self.lent:
             return self.lent[id(value)][1]
         # What lies too deep is left, and not noted: it may be met again from nearer.
-        if depth <= 0 and not isinstance(value, Tensor | nn.Module):
+        if depth <= 0 and not isinstance(value, (Tensor, nn.Module)):
             return value
         self.lent[id(value)] = value, value
         if isinstance(value, Tensor):
@@ -104,14 +104,14 @@ class _Loan(ExitStack):
         return value
 
     def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
-        if isinstance(value, list | deque | dict):
+        if isinstance(value, (list, deque, dict)):
             copied = copy.copy(value)
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
                 copied[key] = self.lend(part, f"{name}.{key}", depth)
             return copied
         if type(value) is tuple:
             return tuple(self.lend(part, f"{name}.{i}", depth) for i, part in enumerate(value))
-        if isinstance(value, set | bytearray) or hasattr(value, "__array_interface__"):
+        if isinstance(value, (set, bytearray)) or hasattr(value, "__array_interface__"):
             return copy.copy(value)
         # What only passes a call on is no level of its own.
         if isinstance(value, partial):
