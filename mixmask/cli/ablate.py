@@ -149,7 +149,7 @@ class _Report:
         return markdown(lines, title=self.title, test_images=len(self.data.test.images))
 
     def write(self, outcomes: dict[Plan, Outcome]) -> None:
-        from mixmask.figures.masks import save_figure
+        from mixmask.figures.style import save_figure
         from mixmask.trainers.studies import collect, table_csv
 
         lines = collect(self.cells, outcomes)

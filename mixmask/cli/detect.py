@@ -133,7 +133,8 @@ def _draw(
 ) -> None:
     """Draw the first test images with what is annotated and what is detected."""
     from mixmask.detection.metrics import predict
-    from mixmask.figures.masks import figure_detections, save_figure
+    from mixmask.figures.masks import figure_detections
+    from mixmask.figures.style import save_figure
 
     test = data.test.with_masks() if masks else data.test
     images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)

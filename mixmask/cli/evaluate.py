@@ -333,7 +333,8 @@ def _write(
     results: dict[str, Any], measured: Accuracy, classes: tuple[str, ...], path: Path
 ) -> Path:
     """Write results and picture to temporary names, and rename them when both are whole."""
-    from mixmask.figures.masks import figure_confusion, save_figure
+    from mixmask.figures.features import figure_confusion
+    from mixmask.figures.style import save_figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = path.with_suffix(".png")

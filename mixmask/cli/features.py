@@ -43,7 +43,7 @@ def draw_map(
     """Draw the test split's features in two dimensions, a panel a run."""
     from mixmask.evaluation.neighbours import project
     from mixmask.figures.features import figure_map
-    from mixmask.figures.masks import save_figure
+    from mixmask.figures.style import save_figure
 
     check_out(out)
     loaded, images = _load(runs, **source)
@@ -67,7 +67,7 @@ def draw_neighbours(run: Path, out: Path, queries: int, k: int, seed: int, **sou
     """Draw images of the test split and the training images that the backbone finds nearest."""
     from mixmask.evaluation.neighbours import nearest_neighbours
     from mixmask.figures.features import figure_neighbours
-    from mixmask.figures.masks import save_figure
+    from mixmask.figures.style import save_figure
 
     check_out(out)
     (loaded,), images = _load([run], **source)

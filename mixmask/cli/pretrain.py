@@ -28,7 +28,9 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
     from mixmask.data.sets import load_data
-    from mixmask.figures.masks import figure_curves, figure_views, save_figure
+    from mixmask.figures.masks import figure_views
+    from mixmask.figures.runs import figure_curves
+    from mixmask.figures.style import save_figure
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
 

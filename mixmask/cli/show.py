@@ -13,7 +13,8 @@ from mixmask.cli._console import check_out, say
 def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
     """Draw block and discrete masks at several grids, and the two mixes of each pair."""
     from mixmask.data.sets import load_data, read_square
-    from mixmask.figures.masks import figure_masks, save_figure
+    from mixmask.figures.masks import figure_masks
+    from mixmask.figures.style import save_figure
 
     if len(images) == 1:
         raise ValueError(f"one image has nobody to mix with, got {images[0]} alone; name another")
