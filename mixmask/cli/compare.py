@@ -16,8 +16,8 @@ _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 
 def compare(runs: list[Path], out: Path, band: str) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
-    from mixmask.figures.style import save_figure
     from mixmask.figures.runs import figure_comparison
+    from mixmask.figures.style import save_figure
     from mixmask.runs.records import common_options, describe_option, group_seeds, read_record
     from mixmask.trainers.methods import option_defaults
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from mixmask.figures.masks import figure_masks
 from mixmask.figures.style import save_figure
-save_figure(figure_masks(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), grid_sizes=(2,)), Path({out!r}))
+images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+save_figure(figure_masks(images, grid_sizes=(2,)), Path({out!r}))
 assert "matplotlib.pyplot" not in sys.modules
 import os
 assert os.environ["MPLBACKEND"] == {backend!r}
