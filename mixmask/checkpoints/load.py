@@ -22,7 +22,7 @@ from mixmask.checkpoints.layouts import (
     is_small_stem,
     weights_in,
 )
-from mixmask.checkpoints.reading import DamagedError, read_checkpoint
+from mixmask.runs.reading import DamagedError, read_checkpoint
 
 # Layers of a classifier inside of a backbone.
 _HEADS = ("classifier.", "fc.", "head.", "linear.")

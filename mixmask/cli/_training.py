@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 MEASURED = 50_000
 
 
-def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads; None leaves torch's choice."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}; use the number of cores")
-    torch.set_num_threads(threads)
-
-
 def accuracy_monitor(data: ImageData) -> Callable[[nn.Module, bool], dict[str, float]] | None:
     """Measure kNN and linear accuracy on the test split, where there are labels.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmask.cli._console import say
-from mixmask.cli._training import accuracy_monitor, set_threads
+from mixmask.cli._training import accuracy_monitor
 from mixmask.cli.pretrain import add_option
 from mixmask.runs.folder import write_text
 
@@ -29,14 +29,13 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
-def ablate(study: str, out: Path | None, seeds: int, threads: int | None, **given: Any) -> None:
+def ablate(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
     from mixmask.data.sets import load_data
     from mixmask.trainers.studies import plan_runs, read_finished
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
-    set_threads(threads)
     cells = _cells(study, given)
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
@@ -212,7 +211,7 @@ def add_ablate(commands: Any) -> None:
         "seeds or values add to what is there.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(command=ablate, study="masks", out=None, seeds=3, threads=None)
+    parser.set_defaults(command=ablate, study="masks", out=None, seeds=3)
     parser.add_argument("--study", choices=("masks", "budgets"), help="which one [masks]")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",

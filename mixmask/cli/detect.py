@@ -23,19 +23,11 @@ if TYPE_CHECKING:
 _LIBRARIES = ("pycocotools", "torchmetrics")
 
 
-def detect(
-    run: str | None, out: Path | None, resume: Path | None, threads: int | None, **given: Any
-) -> None:
+def detect(run: str | None, out: Path | None, resume: Path | None, **given: Any) -> None:
     """Train a detector on a run's backbone, test it, and leave a folder of results."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"detection needs {', '.join(missing)}: pip install 'mixmask[detection]'")
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(
-                f"--threads must be at least 1, got {threads}; use the number of cores"
-            )
-        torch.set_num_threads(threads)
     try:
         _detect(run, out, resume, given)
     except (torch.OutOfMemoryError, MemoryError):
@@ -172,7 +164,7 @@ def add_detect(commands: Any) -> None:
         "precision. The defaults are MoCo's protocol on Pascal VOC, at half its batch.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(command=detect, run=None, out=None, resume=None, threads=None)
+    parser.set_defaults(command=detect, run=None, out=None, resume=None)
     parser.add_argument(
         "run",
         nargs="?",

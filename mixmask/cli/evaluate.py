@@ -59,13 +59,12 @@ def evaluate(
     small_stem: bool | None,
     out: Path | None,
     device: str | None,
-    threads: int | None,
     **options: Any,
 ) -> None:
     """Measure a run's backbone by one protocol, and leave its results as JSON and PNG."""
     from mixmask.evaluation import measure_accuracy
 
-    _check_place(run, out, threads)
+    _check_place(run, out)
     job = _prepare(run, data, image_size, arch, small_stem, device)
     say(
         f"{job.loaded.arch} of {run} on {job.data}: {len(job.train):,} images to train, "
@@ -232,15 +231,12 @@ def _subset(
     return listed_subset(job.files, [line for line in lines if line]), f"listed in {subset_list}"
 
 
-def _check_place(run: Path, out: Path | None, threads: int | None) -> None:
+def _check_place(run: Path, out: Path | None) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not run.exists():
         raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got {out}, which is a file; name another")
-    if threads is not None:
-        _at_least("threads", threads, 1)
-        torch.set_num_threads(threads)
 
 
 def _prepare(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixmask.cli._console import say
-from mixmask.cli._training import MEASURED, accuracy_monitor, set_threads
+from mixmask.cli._training import MEASURED, accuracy_monitor
 
 if TYPE_CHECKING:
     from mixmask.data.sets import ImageData
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MUCH_WAITING = 0.1
 
 
-def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
+def pretrain(out: Path | None, resume: Path | None, **given: Any) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -34,7 +34,6 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
 
-    set_threads(threads)
     if resume is not None:
         if given or out is not None:
             named = ", ".join("--" + name.replace("_", "-") for name in given) or "--out"
@@ -94,7 +93,7 @@ def add_pretrain(commands: Any) -> None:
         "data sets and moco-v1 have their own, and config.json tells what a run used.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(command=pretrain, out=None, resume=None, threads=None)
+    parser.set_defaults(command=pretrain, out=None, resume=None)
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     owners: dict[str, list[str]] = {}
     fields: dict[str, dataclasses.Field[Any]] = {}

@@ -64,6 +64,20 @@ class ImageData:
         """Whether accuracy can be measured: labels on both splits."""
         return self.test is not None and None not in (self.train.labels, self.test.labels)
 
+    def labelled_splits(self) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
+        """Return the labelled images (N, 3, H, W) of both splits with their labels (N,).
+
+        STL-10's unlabelled images are left out.
+        """
+        assert self.test is not None
+        assert self.test.labels is not None
+        assert self.train.labels is not None
+        train = self.train.images, self.train.labels
+        known = self.train.labels >= 0
+        if not known.all():  # Selecting copies, which is slow for a large data set.
+            train = self.train.images[known], self.train.labels[known]
+        return train, (self.test.images, self.test.labels)
+
     @property
     def streamed(self) -> bool:
         """Whether the images stay on disk."""

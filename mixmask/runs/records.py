@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, float]
+from mixmask.runs.folder import Row, read_config, read_rows
 
 # What changes nothing about a run but its speed, its memory or where it is watched.
 _SETTING = (
@@ -72,11 +71,11 @@ def read_record(path: Path, *, defaults: Callable[[str], dict[str, Any]] = lambd
     """
     folder = path.parent if path.is_file() else path
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         config["mix"], config["data"], config["seed"]
         # A run of an older version has what newer options leave as it was.
         config = defaults(config["method"]) | config
-        rows = read_rows(folder / "metrics.csv")
+        rows = read_rows(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no run ({type(error).__name__}: {error}); "
@@ -85,15 +84,6 @@ def read_record(path: Path, *, defaults: Callable[[str], dict[str, Any]] = lambd
     if not rows:
         raise ValueError(f"{path} has no epoch yet; train it further with pretrain --resume")
     return Record(folder, config, rows)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a `metrics.csv`, each without its empty columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: float(text) for name, text in row.items() if text}
-            for row in csv.DictReader(file)
-        ]
 
 
 def group_seeds(records: Sequence[Record]) -> list[Group]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.data.sets import Images
-from mixmask.runs.records import Row, describe_option, mean_sd, percent, read_rows
+from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows
+from mixmask.runs.records import describe_option, mean_sd, percent
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
@@ -212,8 +213,7 @@ def _check_folder(plan: Plan) -> None:
 
 def read_finished(plan: Plan) -> Outcome | None:
     """Read a run that has its last epoch, with an accuracy; None for any other."""
-    path = plan.folder / "metrics.csv"
-    rows = read_rows(path) if path.is_file() else []
+    rows = read_rows(plan.folder) if (plan.folder / METRICS).is_file() else []
     if rows and rows[-1]["epoch"] == plan.config.epochs and "knn" in rows[-1]:
         return Outcome(rows)
     return None
@@ -233,7 +233,7 @@ def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
     Raises:
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
-    begun = any((plan.folder / name).exists() for name in ("last.pt", "previous.pt"))
+    begun = has_checkpoint(plan.folder)
     try:
         _, rows = pretrain(
             plan.config, images, plan.folder, monitor=monitor, resume=begun, progress=False

@@ -161,7 +161,7 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr(cli, "_EXTRA", ("torch", "no_such_library"))
     assert refused(["show"], capsys).endswith(
-        "the trainers need no_such_library: pip install 'mixmask[train]'"
+        "this command needs no_such_library: pip install '.[train]'"
     )
 
 
