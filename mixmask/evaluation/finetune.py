@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from mixmask.data.sets import Images
 from mixmask.evaluation.classifier import (
     Training,
     build_classifier,
@@ -17,7 +18,6 @@ from mixmask.evaluation.classifier import (
     steps_of_moco,
     train_classifier,
 )
-from mixmask.evaluation.features import Images
 from mixmask.evaluation.metrics import count_classes
 
 
@@ -168,7 +168,7 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
         tensor([0, 2])
     """
     if not names:
-        raise ValueError("the subset list names no file; expected one file name a line")
+        raise ValueError("the subset list names no file; expected one file name per line")
     places = {name: i for i, name in enumerate(files)}
     shared = Counter(name.rpartition("/")[2] for name in files)
     last = {name.rpartition("/")[2]: i for i, name in enumerate(files)}

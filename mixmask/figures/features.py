@@ -96,7 +96,7 @@ def figure_neighbours(
         for j, axis in enumerate(axis_row[1:]):
             text, frame = f"{similarity[i, j]:.2f}", None
             if names and (name := names[i][1][j]) != query_name:
-                text, frame = f"{shorten(name, 14)} {text}", _WRONG
+                text, frame = f"{shorten(name, 12)} {text}", _WRONG
             show_image(axis, neighbours[i, j], text, size=7, frame=frame)
             axis.spines[:].set_visible(frame is not None)
     legend = "blue: query; number: cosine similarity"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mixmask.runs.folder import atomic_write
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -67,13 +69,14 @@ def _import_matplotlib() -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, as PNG unless the name ends otherwise; no reader meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a figure atomically, as PNG unless the name ends otherwise."""
+    with atomic_write(path) as (temporary,):
+        write_figure(figure, temporary, path.suffix[1:] or "png")
+
+
+def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
+    """Write a figure in a format, whatever the file's name."""
+    figure.savefig(path, dpi=150, format=form)
 
 
 def show_image(

@@ -17,9 +17,8 @@ from PIL import Image
 
 from mixmask import cli
 from mixmask.checkpoints.load import load_backbone
-from mixmask.cli import features
 from mixmask.data.sets import load_data
-from mixmask.evaluation import extract_features
+from mixmask.evaluation import extract_features, gallery
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import Outcome
 
@@ -149,16 +148,14 @@ def test_map_draws_a_panel_a_run(
 def test_neighbours_are_the_nearest_by_brute_force(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.figures import features
-
     drawn: list[tuple[Any, ...]] = []
-    real = features.figure_neighbours
+    real = gallery.figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append((*given, named["names"]))
         return real(*given, **named)
 
-    monkeypatch.setattr(features, "figure_neighbours", noting)
+    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     out = tmp_path / "sheet.png"
     words = ["neighbours", str(runs["a"]), "--out", str(out), "--queries", "3", "--k", "4"]
     assert cli.main(words) == 0
@@ -187,16 +184,14 @@ def test_neighbours_are_the_nearest_by_brute_force(
 def test_unlabelled_images_have_neighbours_too_but_not_themselves(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.figures import features
-
     drawn: list[tuple[Any, ...]] = []
-    real = features.figure_neighbours
+    real = gallery.figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append(given)
         return real(*given, **named)
 
-    monkeypatch.setattr(features, "figure_neighbours", noting)
+    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     flat = str(photographs / "train" / "cat")
     words = ["neighbours", str(runs["a"]), "--data", flat, "--out", str(tmp_path / "x.png")]
     assert cli.main(words) == 0
@@ -239,7 +234,7 @@ def test_a_map_of_many_images_draws_some(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(features, "_MOST_POINTS", 5)
+    monkeypatch.setattr(gallery, "_MOST_POINTS", 5)
     capsys.readouterr()
     assert cli.main(["map", str(runs["a"]), "--out", str(tmp_path / "map.png")]) == 0
     assert "5 of 8 test images" in capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["knn", "--temperature", "0"], "--temperature must be positive"),
         (["knn", "--threads", "0"], "--threads must be at least 1"),
         (["knn", "--image-size", "0"], "--image-size must be at least 1"),
-        (["knn", "--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["knn", "--device", "cuda:99"], "--device cuda:99 is not available"),
         (["knn", "--data", "nowhere"], "--data must be a folder or one of"),
         (["linear", "--epochs", "3"], "--epochs belongs to --protocol sgd"),
         (["linear", "--seed", "-1"], "--seed must be at least 0"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixmask.evaluation.neighbours import nearest_neighbours, project
+from mixmask.evaluation.gallery import project
+from mixmask.evaluation.neighbours import nearest_neighbours
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
