@@ -23,24 +23,26 @@ def draw_map(
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
-    from mixmask.evaluation.gallery import PROJECTIONS, map_features
+    from mixmask.evaluation import gallery
     from mixmask.figures.style import save_figure
 
     check_out(out)
-    drawn = map_features(_load(runs, **source), projection=projection, classes=classes, seed=seed)
-    save_figure(drawn.figure(), out)
-    say(f"{drawn.title}, by {PROJECTIONS[projection]}\ndrew {out}")
+    images = _load(runs, **source)
+    drawn = gallery.draw_map(images, projection=projection, classes=classes, seed=seed)
+    save_figure(drawn.figure, out)
+    say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
 
 
 def draw_neighbours(run: Path, out: Path, queries: int, k: int, seed: int, **source: Any) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
-    from mixmask.evaluation.gallery import find_neighbours
+    from mixmask.evaluation import gallery
     from mixmask.figures.style import save_figure
 
     check_out(out)
-    sheet = find_neighbours(_load([run], **source), queries=queries, k=k, seed=seed)
-    save_figure(sheet.figure(), out)
-    say(f"{sheet.title}\ndrew {out}")
+    images = _load([run], **source)
+    drawn = gallery.draw_neighbours(images, queries=queries, k=k, seed=seed)
+    save_figure(drawn.figure, out)
+    say(f"{drawn.title}\ndrew {out}")
 
 
 def _load(runs: list[Path], device: str | None, **source: Any) -> Gallery:

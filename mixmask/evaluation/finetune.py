@@ -79,21 +79,8 @@ def linear_sgd_scores(
     The learning rate falls to a tenth after 60 % and 80 % of the epochs (MoCo's 60 and 80 of
     100); no weight decay. Views are drawn anew in every epoch: each costs a forward pass.
 
-    Args:
-        backbone: (n, 3, S, S) -> (n, D); used in evaluation mode and left as it is.
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, from 0.
-        test: (M, 3, H, W) uint8.
-        training: Epochs, batch size, image size, seed.
-        lr: Learning rate at the start, for a batch of 256.
-        classes: Number of classes. Default: one more than the largest label.
-
-    Returns:
-        (M, classes) float32 logits.
-
-    Raises:
-        ValueError: If an option is out of its range or labels do not fit.
-        FloatingPointError: If the loss is no longer finite.
+    Arguments, result and errors are those of `finetune_scores`, but `lr` is the head's, for a
+    batch of 256, and the backbone is used in evaluation mode.
     """
     if not 0 < lr < float("inf"):
         raise ValueError(f"--lr must be positive, got {lr}; use for instance 30")

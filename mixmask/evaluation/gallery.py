@@ -36,7 +36,7 @@ class Gallery:
     """Backbones, images to show, and a bank of images that are searched for neighbours.
 
     Attributes:
-        backbones: Each (n, 3, H, W) -> (n, D), by the name of its run.
+        backbones: Name of the run and backbone, (n, 3, H, W) -> (n, D), each.
         data: Name of the data set, or the folder.
         split: Which images are shown: "test" or "training".
         shown: (M, 3, H, W) uint8.
@@ -46,7 +46,7 @@ class Gallery:
         classes: Names of the classes.
     """
 
-    backbones: dict[str, nn.Module]
+    backbones: Sequence[tuple[str, nn.Module]]
     data: str
     split: str
     shown: Images
@@ -95,7 +95,7 @@ def load_gallery(
     )
     # A run is named by the end of its path.
     names = ["/".join(run.resolve().parts[-2:]) for run in runs]
-    backbones = {name: each.backbone for name, each in zip(names, loaded, strict=True)}
+    backbones = [(name, each.backbone) for name, each in zip(names, loaded, strict=True)]
     images = load_data(name, size)
     train, test, labels, bank_labels = images.train, images.test, None, None
     bank = train.images
@@ -109,34 +109,21 @@ def load_gallery(
     return Gallery(backbones, name, split, shown, labels, bank, bank_labels, images.classes)
 
 
-class FeatureMap(NamedTuple):
-    """Maps of the same images, one per backbone.
+class Drawing(NamedTuple):
+    """A figure, and in one line what it shows."""
 
-    Attributes:
-        title: The data and how many images are drawn.
-        maps: Name, points (n, 2) and names of the axes, per backbone.
-        labels: (n,) int64; None where they are not known.
-        classes: Names of the classes.
-    """
-
+    figure: Figure
     title: str
-    maps: list[tuple[str, Tensor, tuple[str, str]]]
-    labels: Tensor | None
-    classes: tuple[str, ...]
-
-    def figure(self) -> Figure:
-        """Draw the maps side by side."""
-        return figure_map(self.maps, self.labels, self.classes, title=self.title)
 
 
-def map_features(
+def draw_map(
     gallery: Gallery,
     *,
     projection: str = "pca",
     classes: Sequence[str] | None = None,
     seed: int = 0,
-) -> FeatureMap:
-    """Map the features of the shown images in two dimensions, for each backbone.
+) -> Drawing:
+    """Draw the features of the shown images in two dimensions, one panel per backbone.
 
     Args:
         gallery: Backbones and images, see `load_gallery`.
@@ -149,42 +136,16 @@ def map_features(
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
         index = index[order[:_MOST_POINTS].sort().values]
     maps = []
-    for name, backbone in gallery.backbones.items():
-        features = extract_features(backbone, gallery.shown[index])
+    for name, backbone in gallery.backbones:
+        features = extract_features(backbone, gallery.shown[index])  # (n, D)
         maps.append((name, *project(features, method=projection, seed=seed)))
     title = f"{gallery.data}, {len(index):,} of {len(gallery.shown):,} {gallery.split} images"
     labels = None if gallery.labels is None else gallery.labels[index]
-    return FeatureMap(title, maps, labels, gallery.classes)
+    return Drawing(figure_map(maps, labels, gallery.classes, title=title), title)
 
 
-class NeighbourSheet(NamedTuple):
-    """Images with those that a backbone finds nearest.
-
-    Attributes:
-        title: The run, the data, and how many neighbours have the query's class.
-        queries: (M, 3, H, W) uint8.
-        neighbours: (M, k, 3, H, W) uint8, the nearest first.
-        similarity: (M, k) cosine similarities.
-        names: The query's class and its neighbours' classes, per row; None without labels.
-    """
-
-    title: str
-    queries: Tensor
-    neighbours: Tensor
-    similarity: Tensor
-    names: list[tuple[str, list[str]]] | None
-
-    def figure(self) -> Figure:
-        """Draw one row per query."""
-        return figure_neighbours(
-            self.queries, self.neighbours, self.similarity, names=self.names, title=self.title
-        )
-
-
-def find_neighbours(
-    gallery: Gallery, *, queries: int = 8, k: int = 8, seed: int = 0
-) -> NeighbourSheet:
-    """Find the images of the bank that the first backbone places nearest to some shown images.
+def draw_neighbours(gallery: Gallery, *, queries: int = 8, k: int = 8, seed: int = 0) -> Drawing:
+    """Draw shown images, each with the images of the bank that the first backbone finds nearest.
 
     Args:
         gallery: Backbone and images, see `load_gallery`.
@@ -197,7 +158,7 @@ def find_neighbours(
     chosen = choose_queries(gallery.labels, len(gallery.shown), queries, generator)
     own = chosen if gallery.shown is gallery.bank else None
     check_range("k", k, 1, len(gallery.bank) - (own is not None))
-    run, backbone = next(iter(gallery.backbones.items()))
+    run, backbone = gallery.backbones[0]
     bank = extract_features(backbone, gallery.bank)
     asked = extract_features(backbone, gallery.shown[chosen])
     similarity, index = (part.cpu() for part in nearest_neighbours(asked, bank, k, own=own))
@@ -210,7 +171,10 @@ def find_neighbours(
         ]
         same = int((others == labels[:, None]).sum())
         title += f", {same} of {index.numel()} neighbours are of the query's class"
-    return NeighbourSheet(title, gallery.shown[chosen], gallery.bank[index], similarity, names)
+    figure = figure_neighbours(
+        gallery.shown[chosen], gallery.bank[index], similarity, names=names, title=title
+    )
+    return Drawing(figure, title)
 
 
 def choose_queries(

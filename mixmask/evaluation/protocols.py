@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import ClassVar
@@ -42,8 +42,8 @@ class Outcome:
 
     Attributes:
         scores: (M, C) scores of the test images.
-        n_train: Number of training images.
         used: The protocol with the options that were used.
+        n_train: Number of training images.
         dim: Number of features.
         penalty: L2 penalty that was chosen.
         schedule: Of the learning rate.
@@ -52,8 +52,8 @@ class Outcome:
     """
 
     scores: Tensor
-    n_train: int
     used: Protocol
+    n_train: int
     dim: int | None = None
     penalty: float | None = None
     schedule: str | None = None
@@ -62,52 +62,48 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class KNN:
+class _Options:
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class KNN(_Options):
     """Weighted nearest neighbours on frozen features, see `knn_scores`."""
 
     k: int = option(20, "number of neighbours", low=1)
     temperature: float = option(0.1, "temperature of the votes", positive=True)
     name: ClassVar[str] = "knn"
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_options(self)
-
-    def measure(self, task: Task, *, progress: bool = False) -> Outcome:
-        """Classify the test images."""
+    def _measure(self, task: Task, progress: bool) -> Outcome:
         del progress
         x, x_test = _features(task)
+        used = dataclasses.replace(self, k=min(self.k, len(x)))
         scores = knn_scores(
-            x, task.train_labels, x_test, k=self.k, temperature=self.temperature,
+            x, task.train_labels, x_test, k=used.k, temperature=self.temperature,
             classes=len(task.classes),
         )  # fmt: skip
-        used = dataclasses.replace(self, k=min(self.k, len(x)))
-        return Outcome(scores, len(x), used, dim=x.shape[1])
+        return Outcome(scores, used, len(x), x.shape[1])
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Options):
     """Logistic regression on frozen features of whole images, see `linear_scores`."""
 
     seed: int = option(0, "seed of all random draws", low=0)
     name: ClassVar[str] = "linear"
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_options(self)
-
-    def measure(self, task: Task, *, progress: bool = False) -> Outcome:
-        """Classify the test images."""
+    def _measure(self, task: Task, progress: bool) -> Outcome:
         del progress
         x, x_test = _features(task)
         scores, penalty = linear_scores(
             x, task.train_labels, x_test, classes=len(task.classes), seed=self.seed
         )
-        return Outcome(scores, len(x), self, dim=x.shape[1], penalty=penalty)
+        return Outcome(scores, self, len(x), x.shape[1], penalty)
 
 
 @dataclass(frozen=True)
-class LinearSGD:
+class LinearSGD(_Options):
     """A linear head on a frozen backbone, trained on random crops, see `linear_sgd_scores`."""
 
     epochs: int = option(100, "passes over the images", low=1)
@@ -116,12 +112,7 @@ class LinearSGD:
     seed: int = option(0, "seed of all random draws", low=0)
     name: ClassVar[str] = "linear-sgd"
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_options(self)
-
-    def measure(self, task: Task, *, progress: bool = False) -> Outcome:
-        """Train the head and classify the test images."""
+    def _measure(self, task: Task, progress: bool) -> Outcome:
         training = Training(
             self.epochs, self.batch_size, task.source.image_size, seed=self.seed, progress=progress
         )
@@ -130,11 +121,11 @@ class LinearSGD:
             lr=self.lr, classes=len(task.classes),
         )  # fmt: skip
         schedule = "a tenth after 60 % and 80 % of the epochs"
-        return Outcome(scores, len(task.train), self, schedule=schedule)
+        return Outcome(scores, self, len(task.train), schedule=schedule)
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(_Options):
     """Backbone and head trained on all labels or on some, see `finetune_scores`."""
 
     percent: float = option(100.0, "share of the labels in %, equally many per class")
@@ -149,7 +140,7 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self)
+        super().__post_init__()
         if self.batch_size != 0:
             check_range("batch_size", self.batch_size, 2)
         if self.subset_list and self.percent != 100:
@@ -179,8 +170,7 @@ class FineTuning:
         """Return the number of images per step for this number of images."""
         return self.batch_size or min(_BATCH, max(_LEAST_BATCH, images // _STEPS))
 
-    def measure(self, task: Task, *, progress: bool = False) -> Outcome:
-        """Fine-tune a copy of the backbone and classify the test images."""
+    def _measure(self, task: Task, progress: bool) -> Outcome:
         index, subset = self.subset(task)
         images = task.train[index] if isinstance(task.train, Tensor) else task.train.subset(index)
         labels, classes = task.train_labels[index], len(task.classes)
@@ -195,10 +185,8 @@ class FineTuning:
         )  # fmt: skip
         x, x_test = (extract_features(task.backbone, part) for part in (images, task.test))
         frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
-        return Outcome(
-            scores, len(index), used, subset=subset,
-            frozen_top1=top1_accuracy(frozen, task.test_labels),
-        )  # fmt: skip
+        top1 = top1_accuracy(frozen, task.test_labels)
+        return Outcome(scores, used, len(index), subset=subset, frozen_top1=top1)
 
 
 Protocol = KNN | Linear | LinearSGD | FineTuning
@@ -224,26 +212,24 @@ class Result:
     classes: tuple[str, ...]
     seconds: float
     device: str
-    date: str = field(
-        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
+    date: str
 
     def to_json(self) -> dict[str, object]:
         """Return what `evaluate-PROTOCOL.json` holds."""
         import timm
 
-        outcome = self.outcome
+        used = self.outcome.used
         details = {
-            name: value
-            for record in (outcome, outcome.used)
-            for name in (each.name for each in dataclasses.fields(record))
-            if name not in ("scores", "used") and (value := getattr(record, name)) is not None
+            field.name: getattr(record, field.name)
+            for record in (self.outcome, used)
+            for field in dataclasses.fields(record)
+            if field.name not in ("scores", "used")
         }
         return {
-            "protocol": outcome.used.name,
+            "protocol": used.name,
             **dataclasses.asdict(self.source),
-            "n_test": len(outcome.scores),
-            **details,
+            "n_test": len(self.outcome.scores),
+            **{name: value for name, value in details.items() if value not in (None, "")},
             "seconds": round(self.seconds, 2),
             "device": self.device,
             "versions": {
@@ -280,17 +266,12 @@ def evaluate(task: Task, protocol: Protocol, *, progress: bool = False) -> Resul
         FloatingPointError: If a training diverges.
     """
     began = time.perf_counter()
-    outcome = protocol.measure(task, progress=progress)
+    outcome = protocol._measure(task, progress)
     accuracy = measure_accuracy(outcome.scores, task.test_labels)
-    cuda = task.device.type == "cuda"
-    return Result(
-        task.source,
-        outcome,
-        accuracy,
-        task.classes,
-        time.perf_counter() - began,
-        torch.cuda.get_device_name(task.device) if cuda else str(task.device),
-    )
+    seconds, device = time.perf_counter() - began, task.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Result(task.source, outcome, accuracy, task.classes, seconds, name, date)
 
 
 def _features(task: Task) -> tuple[Tensor, Tensor]:
