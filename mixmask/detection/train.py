@@ -34,6 +34,8 @@ from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, 
 _SAVE_EVERY = 300
 # Batches from which the statistics of batch norm are measured anew before a test.
 _STATISTICS = 50
+# What a checkpoint holds beside the weights.
+_PROGRESS = ("step", "rows", "sums", "seconds", "source")
 # Where a backbone comes from, for people to read.
 Source = dict[str, object]
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
@@ -151,20 +153,14 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint and results; a crash at any moment leaves one whole checkpoint."""
-        save_checkpoint(
-            self.out,
-            {
-                "model": self.detector.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "rows": self.rows,
-                "sums": self.sums,
-                "seconds": self.seconds,
-                "classes": list(self.data.classes),
-                "images": len(self.data.train),
-                "source": self.source,
-            },
-        )
+        content = {
+            "model": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "classes": list(self.data.classes),
+            "images": len(self.data.train),
+            **{name: getattr(self, name) for name in _PROGRESS},
+        }
+        save_checkpoint(self.out, content)
         write_json(self.out / "results.json", {**self.results()})
 
     def load(self) -> None:
@@ -180,11 +176,14 @@ class Run:
                 )
             self.detector.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.step, self.rows = content["step"], content["rows"]
-            self.sums, self.seconds = content["sums"], content["seconds"]
-            self.source = content["source"]
+            for name in _PROGRESS:
+                setattr(self, name, content[name])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{file} does not fit its config.json ({error})") from None
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(
+                f"{file} does not fit the run's config.json ({reason}); train it again with a new "
+                "--out"
+            ) from None
 
 
 def load_source(

@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -38,12 +37,17 @@ class Tree:
     def __init__(self, root: Path) -> None:
         """List the members of a zip file."""
         self.root = root
+        self._zips: dict[int, zipfile.ZipFile] = {}
         self._members: frozenset[str] | None = None
         if root.is_file():
             with explain(f"{root} is not a whole zip file"):
-                self._members = frozenset(_open_zip(root, os.getpid()).namelist())
+                self._members = frozenset(self._zip().namelist())
         elif not root.is_dir():
             raise ValueError(f"--data must be a folder or a zip file, got {root}")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave open files behind when a worker is started."""
+        return {**self.__dict__, "_zips": {}}
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file; names that lead out of the tree are refused."""
@@ -57,7 +61,7 @@ class Tree:
         inside = _inside(name)
         with explain(f"{name} in {self.root} cannot be read"):
             if self._members is not None:
-                return _open_zip(self.root, os.getpid()).read(inside)
+                return self._zip().read(inside)
             return (self.root / inside).read_bytes()
 
     @contextmanager
@@ -90,11 +94,12 @@ class Tree:
         matches = (re.fullmatch(rf"{re.escape(folder)}/([^/]*)", name) for name in self._members)
         return sorted(match[1] for match in matches if match and match[1].endswith(suffix))
 
-
-@cache
-def _open_zip(root: Path, process: int) -> zipfile.ZipFile:  # noqa: ARG001
-    # Forked workers must not share one open file: it has one position for all of them.
-    return zipfile.ZipFile(root)
+    def _zip(self) -> zipfile.ZipFile:
+        # Forked workers must not share one open file: it has one position for all of them.
+        process = os.getpid()
+        if process not in self._zips:
+            self._zips[process] = zipfile.ZipFile(self.root)
+        return self._zips[process]
 
 
 def _inside(name: str) -> str:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,25 @@ def test_other_data_or_no_run_is_not_resumed(backbone: nn.Module, tmp_path: Path
         train_detector(config, more, backbone, tmp_path / "run", resume=True, progress=False)
     with pytest.raises(ValueError, match="is not a detection run that can be resumed"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content.pop("rows"),
+    lambda content: content.update(model={}),
+    lambda content: content.update(classes=3, images="few"),
+    lambda content: content["optimizer"].pop("state"),
+])  # fmt: skip
+def test_checkpoint_that_does_not_fit_is_refused(
+    change: Callable[[dict[str, Any]], object], backbone: nn.Module, tmp_path: Path
+) -> None:
+    data, out = load_detection(write_voc(tmp_path / "data")), tmp_path / "run"
+    config = dataclasses.replace(TINY, epochs=1)
+    train_detector(config, data, copy.deepcopy(backbone), out, progress=False)
+    content = torch.load(out / "last.pt", weights_only=True)
+    change(content)
+    torch.save(content, out / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt does not fit the run's config.json \([^\n]*$"):
+        train_detector(config, data, backbone, out, resume=True, progress=False)
 
 
 def test_loss_that_is_not_finite_stops_the_run(backbone: nn.Module, tmp_path: Path) -> None:
