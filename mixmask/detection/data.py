@@ -204,12 +204,12 @@ def _sizes(source: Source) -> Tensor:
     rows = source.rows("images")
     sides = [[number(row.get(side)) for side in ("width", "height")] for row in rows]
     sizes = torch.tensor(sides, dtype=torch.float64).reshape(-1, 2)
-    # NaN is neither smaller nor larger than anything.
-    for i in (~((sizes >= 1) & (sizes <= _LONGEST_SIDE)).all(dim=1)).nonzero().flatten().tolist():
-        size = " x ".join(repr(rows[i].get(side)) for side in ("width", "height"))
+    valid = ((sizes >= 1) & (sizes <= _LONGEST_SIDE)).all(dim=1)  # NaN is not.
+    if not valid.all():
+        row = rows[valid.tolist().index(False)]
         raise ValueError(
-            f"{source.file} gives {rows[i].get('file_name')!r} the size {size}; expected two "
-            f"numbers from 1 to {_LONGEST_SIDE:,}"
+            f"{source.file} gives {row.get('file_name')!r} the size {row.get('width')!r} x "
+            f"{row.get('height')!r}; expected two numbers from 1 to {_LONGEST_SIDE:,}"
         )
     return sizes.long()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -59,13 +60,11 @@ def draw_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
 
 
 def _is_polygon(polygon: Any, side: int) -> bool:
-    return (
-        isinstance(polygon, list)
-        and len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        # pycocotools walks along each edge, so that a far corner would take all memory.
-        and all(isinstance(x, int | float) and -side <= x <= 2 * side for x in polygon)
-    )
+    if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
+        return False
+    # pycocotools walks along each edge, so that a far corner would take all memory.
+    near = len(polygon) >= 6 and -side <= min(polygon) and max(polygon) <= 2 * side
+    return near and len(polygon) % 2 == 0 and not math.isnan(sum(polygon))
 
 
 def _runs(counts: Any) -> list[int]:

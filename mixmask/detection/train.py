@@ -179,10 +179,10 @@ class Run:
             for name in _PROGRESS:
                 setattr(self, name, content[name])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason, _, _ = str(error).partition("\n")
             raise ValueError(
-                f"{file} does not fit the run's config.json ({reason}); train it again with a new "
-                "--out"
+                f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
+                "train it again with a new --out"
             ) from None
 
 
