@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mixmask._checks import Ratio
 from mixmask.data.views import denormalize
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator
 from mixmask.mixing import mix_batch
@@ -26,7 +27,7 @@ def figure_masks(
     images: Tensor,
     *,
     grid_sizes: Sequence[int] = (2, 4, 8),
-    ratio: float = 0.5,
+    ratio: Ratio = 0.5,
     generator: torch.Generator | None = None,
 ) -> Figure:
     """Draw the paper's figure 1: masks of both patterns at several grids, and the two mixes.
@@ -34,7 +35,7 @@ def figure_masks(
     Args:
         images: (N, 3, H, W) uint8, mixed in pairs; an odd last one meets the first.
         grid_sizes: Cells along a side, a group of columns each.
-        ratio: Share of an image's own pixels.
+        ratio: Share of an image's own pixels, or a range (low, high).
         generator: A CPU generator for the masks. Default: torch's global one.
 
     Returns:
