@@ -19,6 +19,7 @@ from mixmask import cli
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features, gallery
+from mixmask.figures.features import figure_neighbours
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import Outcome
 
@@ -158,7 +159,7 @@ def test_neighbours_are_the_nearest_by_brute_force(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Any, ...]] = []
-    real = gallery.figure_neighbours
+    real = figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append((*given, named["names"]))
@@ -194,7 +195,7 @@ def test_unlabelled_images_have_neighbours_too_but_not_themselves(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Any, ...]] = []
-    real = gallery.figure_neighbours
+    real = figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append(given)

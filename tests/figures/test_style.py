@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -54,5 +55,6 @@ def test_the_backend_of_the_process_stays(tmp_path: Path) -> None:
 
 
 def test_a_notebook_shows_a_figure_as_a_picture() -> None:
-    with Image.open(io.BytesIO(new_figure(2, 1)._repr_png_())) as image:
+    figure: Any = new_figure(2, 1)
+    with Image.open(io.BytesIO(figure._repr_png_())) as image:
         assert image.size == (200, 100)
