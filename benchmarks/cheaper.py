@@ -143,7 +143,7 @@ def main() -> None:
         if (seed, name) in done:
             continue
         cell = {"epochs": epochs[name], "seed": seed, **arms(32)[name]}
-        trained = train(make_config(**cell, monitor=0), 128 if options.small else None)
+        trained = train(make_config(**cell, measure_every=0), 128 if options.small else None)
         trials.append({"arm": name, **cell, **trained, "commit": record["commit"]})
         write()
     for figure in figures(trials):

@@ -41,7 +41,8 @@ def main() -> None:
     recipe = {**_RECIPE, **(_SMALL if options.small else {})}
     recipe["epochs"] = 1 if options.small else options.epochs
     torch.set_num_threads(options.threads)
-    found = circumstances(options.device)  # The commit that is measured, not one made meanwhile.
+    # The commit that is measured, not one made meanwhile.
+    measured_on = circumstances(options.device)
     with tempfile.TemporaryDirectory() as folder:
         scratch = options.keep or Path(folder)
         if options.small:
@@ -56,7 +57,7 @@ def main() -> None:
     record = {
         "script": "detection",
         "small": options.small,
-        **found,
+        **measured_on,
         "data": {"name": options.data.name, **sides["untrained"][0]["data"]},
         "classes": sides["untrained"][0]["classes"],
         "recipe": recipe,

@@ -113,7 +113,7 @@ def main() -> None:
         given["batch_size"] = options.batch_size or 16
     on_gpu = torch.device(options.device).type == "cuda"
     epochs = 1 + options.repeats + on_gpu
-    config = make_config(data=options.recipe, epochs=epochs, monitor=1, **given)
+    config = make_config(data=options.recipe, epochs=epochs, measure_every=1, **given)
     images = _images(options.recipe, 64 if options.small else options.images)
     device, batch_size = options.device, config.batch_size
     setting = Setting(device, config.precision, channels_last=True, compile=config.compile)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.backbones import build_backbone
-from mixmask.runs.records import Row
+from mixmask.runs.folder import Row
 from mixmask.trainers.loop import learning_rate
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.run import random_view

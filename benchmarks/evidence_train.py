@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from mixmask.data.sets import ImageData, Split, load_data
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
-from mixmask.runs.records import Row
+from mixmask.runs.folder import Row
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import pretrain
-from mixmask.trainers.methods import build_method, make_config
+from mixmask.trainers.methods import Method, build_method, make_config
 
 # Neighbours that vote, and the temperature of their votes.
 _K, _TEMPERATURE = 20, 0.1
@@ -160,19 +160,21 @@ def passes(config: RunConfig) -> tuple[float, float]:
     return gradient, forward
 
 
-def _step_passes(model: nn.Module, config: RunConfig, mix: bool) -> list[float]:
+def _step_passes(model: Method, config: RunConfig, mix: bool) -> list[float]:
+    assert isinstance(model, nn.Module)
+    module: nn.Module = model
     counts = [0.0, 0.0]
     n, size = 8, config.image_size
 
-    def count(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        del module
+    def count(backbone: nn.Module, given: tuple[Tensor, ...]) -> None:
+        del backbone
         area = given[0].shape[-1] * given[0].shape[-2] / size**2
         counts[not torch.is_grad_enabled()] += len(given[0]) / n * area
 
-    backbones = [part for name, part in model.named_children() if name.endswith("backbone")]
+    backbones = [part for name, part in module.named_children() if name.endswith("backbone")]
     hooks = [backbone.register_forward_pre_hook(count) for backbone in backbones]
     x1, x2, *extra = torch.randn(2 + config.extra_crops, n, 3, size, size)
-    for _ in model.terms(x1, x2, torch.Generator(), extra=extra if mix else [], mix=mix):  # type: ignore[operator]
+    for _ in model.terms(x1, x2, torch.Generator(), extra=extra if mix else [], mix=mix):
         pass
     for hook in hooks:
         hook.remove()

@@ -76,7 +76,6 @@ def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -
             min_scale=_SCALE,
             workers=_WORKERS,
             device=device,
-            decode=options.decode,
         )
 
     def ours() -> None:
@@ -114,7 +113,6 @@ def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -
         "views": size,
         "batch": batch_size,
         "workers": _WORKERS,
-        "decode": options.decode,
     }
     against = "torchvision's transforms in the workers"
     for side, seconds in samples.items():
@@ -145,7 +143,6 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=512, help="how many of each folder")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--decode", choices=("workers", "device"), default="workers")
     options = parser.parse_args()
     count, batch_size = (8, 4) if options.small else (options.images, options.batch_size)
     cases: list[Case] = []
@@ -160,7 +157,7 @@ def main() -> None:
             step = max(1, len(found) // count)
             chosen = found[::step][:count]
             cases += measure(Path(folder).name, chosen, int(size), batch_size, options)
-    report("loader", cases, options, variant="" if options.decode == "workers" else "decoding")
+    report("loader", cases, options)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
         if _key(cell) in done:
             continue
         where = circumstances("cpu")
-        trained = train(make_config(**cell, monitor=0), options.images)
+        trained = train(make_config(**cell, measure_every=0), options.images)
         made = {"commit": where["commit"], "cpu": where["hardware"]["cpu"]}
         results.append(cell | trained | made)
         where["hardware"]["cpu"] = " and ".join(dict.fromkeys(run["cpu"] for run in results))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import mixmask
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import build_method
-from mixmask.trainers.parts import Term, build_optimizer, compile_backbones
+from mixmask.trainers.mixtures import Term
+from mixmask.trainers.parts import build_optimizer, compile_backbones
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,7 +69,9 @@ class TrainerStep:
     def __init__(self, config: RunConfig, setting: Setting) -> None:
         """Build method and optimiser."""
         self.setting = setting
-        self.model: Any = build_method(config)
+        model = build_method(config)
+        assert isinstance(model, nn.Module)
+        self.model = model
         setting.placed(self.model).train()
         if setting.compile:
             compile_backbones(self.model)

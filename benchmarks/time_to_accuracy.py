@@ -99,7 +99,7 @@ def train(options: argparse.Namespace, mix: str, target: float | None, data: Ima
     """Train until the target is reached, or to the end where there is none."""
     folder: Path = options.run / mix
     given = {**options.option, "mix": mix, "epochs": options.epochs, "seed": options.seed}
-    config = make_config(data=options.data, recipe=options.recipe, **given, monitor=1)
+    config = make_config(data=options.data, recipe=options.recipe, **given, measure_every=1)
     assert data.test is not None
     assert data.train.labels is not None
     assert data.test.labels is not None

@@ -74,12 +74,12 @@ def our_operations(
         return (x - mean).div_(std)
 
     found: dict[str, Callable[[Tensor], Tensor]] = {
-        "crop and flip": lambda x: view._cropped(x, drawn),
-        "colour jitter": lambda x: view._jittered(x, drawn),
+        "crop and flip": lambda x: view._crop(x, drawn),
+        "colour jitter": lambda x: view._jitter(x, drawn),
         "grey": grey,
     }
     if view.blur > 0:
-        found["blur"] = lambda x: view._blurred(x, drawn)
+        found["blur"] = lambda x: view._blur(x, drawn)
     found["normalise"] = normalise
     return found
 

@@ -7,6 +7,7 @@ Two lines around an existing criterion::
 """
 
 from mixmask import losses
+from mixmask._version import __version__
 from mixmask.integrations.recording import RecordingCriterion
 from mixmask.losses.lambda_weighted import LambdaWeightedLoss, lambda_weighted_loss
 from mixmask.masks import (
@@ -24,8 +25,6 @@ from mixmask.mixing import (
     mix_batch,
     mixup_batch,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BlockMaskGenerator",

@@ -70,16 +70,6 @@ def test_script_writes_a_whole_record(
     check_record(script, json.loads(out.read_text(encoding="utf-8")), bounds, done.stdout)
 
 
-def test_loader_leaves_decoding_to_the_device(tmp_path: Path) -> None:
-    out = tmp_path / "record.json"
-    trial = ("--small", "--repeats", "2", "--decode", "device", "--out", str(out))
-    done = run("loader.py", *trial)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text(encoding="utf-8"))
-    check_record("loader", record, [None, None], done.stdout)
-    assert {case["sizes"]["decode"] for case in record["cases"]} == {"device"}
-
-
 def check_record(
     script: str, record: dict[str, Any], bounds: list[float | None], printed: str
 ) -> None:

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from mixmask.checkpoints.resnets import ResNet
 from mixmask.data.views import MEAN, STD
-
-
-class Layers(NamedTuple):
-    """A ResNet as Detectron2 spells it.
-
-    Attributes:
-        depth: Number of layers.
-        groups: Groups of a block's 3x3 convolution.
-        width: Channels of each group in the first stage.
-    """
-
-    depth: int
-    groups: int = 1
-    width: int = 64
-
 
 _SHARED = """\
 # {title}
@@ -94,20 +78,21 @@ _COCO = _SHARED.format(
 )
 
 
-def configs(layers: Layers, weights: str) -> dict[str, str]:
+def configs(resnet: ResNet, weights: str) -> dict[str, str]:
     """Return the configurations by name, as YAML; none for ResNets without bottlenecks.
 
     Detectron2 builds res5 of a C4 head from bottleneck blocks only.
 
     Args:
-        layers: The backbone.
+        resnet: The backbone.
         weights: Name of the file with its weights.
 
     Example:
-        >>> list(configs(Layers(50), "weights.pkl"))
+        >>> from mixmask.checkpoints.resnets import RESNETS
+        >>> list(configs(RESNETS["resnet50"], "weights.pkl"))
         ['voc-faster-rcnn-c4-24k', 'coco-mask-rcnn-c4-1x']
     """
-    if layers.depth < 50:
+    if not resnet.bottleneck:
         return {}
     texts = {"voc-faster-rcnn-c4-24k": _VOC, "coco-mask-rcnn-c4-1x": _COCO}
     stem = weights.rpartition(".")[0]
@@ -117,9 +102,9 @@ def configs(layers: Layers, weights: str) -> dict[str, str]:
             weights=repr(weights),
             mean=[round(255 * value, 3) for value in MEAN],
             std=[round(255 * value, 3) for value in STD],
-            depth=layers.depth,
-            groups=layers.groups,
-            width=layers.width,
+            depth=resnet.depth,
+            groups=resnet.groups,
+            width=resnet.width,
         )
         for name, text in texts.items()
     }

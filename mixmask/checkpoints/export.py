@@ -1,9 +1,8 @@
-"""Backbones in the formats of others: torchvision, timm, safetensors, Detectron2."""
+"""Write backbones in the formats of torchvision, timm, safetensors and Detectron2."""
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -15,25 +14,12 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask.backbones import SLIM
-from mixmask.checkpoints.detectron2 import Layers, configs
+from mixmask.checkpoints.detectron2 import configs
 from mixmask.checkpoints.load import Loaded
+from mixmask.checkpoints.resnets import RESNETS
+from mixmask.runs.folder import atomic_write
 
 FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
-
-# ResNets whose timm and torchvision builds have the same layers under the same names, with what
-# Detectron2 calls them.
-_RESNETS = {
-    "resnet18": Layers(18),
-    "resnet34": Layers(34),
-    "resnet50": Layers(50),
-    "resnet101": Layers(101),
-    "resnet152": Layers(152),
-    "wide_resnet50_2": Layers(50, width=128),
-    "wide_resnet101_2": Layers(101, width=128),
-    "resnext50_32x4d": Layers(50, groups=32, width=4),
-    "resnext101_32x8d": Layers(101, groups=32, width=8),
-    "resnext101_64x4d": Layers(101, groups=64, width=4),
-}
 
 
 class Exported(NamedTuple):
@@ -49,7 +35,7 @@ class Exported(NamedTuple):
 
 
 def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) -> Exported:
-    """Write a backbone's weights for another library; a crash leaves no half file.
+    """Write a backbone's weights for another library; a crash leaves the old files.
 
     "torchvision" and "timm" write the state dict of `torchvision.models.NAME` without its `fc`
     and of `timm.create_model(NAME, num_classes=0)`, by `torch.save`, or as safetensors where the
@@ -82,7 +68,7 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
         contents = {out: _pickle(detectron2_state(loaded.backbone))}
         contents |= {
             out.with_name(f"{out.stem}-{name}.yaml"): text.encode()
-            for name, text in configs(_RESNETS[loaded.arch], out.name).items()
+            for name, text in configs(RESNETS[loaded.arch], out.name).items()
         }
     elif out.suffix == ".safetensors":
         from safetensors.torch import save
@@ -134,7 +120,7 @@ def detectron2_state(backbone: nn.Module) -> dict[str, Any]:
 
 
 def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
-    """Write files that appear whole, refusing first what is in the way of any of them."""
+    """Write files atomically, after a check that nothing is in the way of any of them."""
     for path in contents:
         if not path.parent.is_dir():
             raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
@@ -142,32 +128,23 @@ def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
             raise ValueError(f"--out {path} is a folder; name a file in it")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
-    temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            with temporary[path].open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            temporary[path].replace(path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    with atomic_write(*contents) as temporary:
+        for path, content in zip(temporary, contents.values(), strict=True):
+            path.write_bytes(content)
 
 
 def _check_backbone(loaded: Loaded, to: str) -> None:
-    """Refuse a backbone that the other library does not have, naming what takes it."""
+    """Check that the other library has the backbone; the error names a format that fits."""
     if to == "timm" and loaded.arch in SLIM:
         raise ValueError(
             f"timm has no backbone {loaded.arch}, which is our own; use --to safetensors, which "
             "load_backbone reads, or pretrain with --arch resnet18"
         )
     if to in ("torchvision", "detectron2"):
-        if loaded.arch not in _RESNETS:
+        if loaded.arch not in RESNETS:
             other = "safetensors" if loaded.arch in SLIM else "timm"
             raise ValueError(
-                f"--to {to} takes {', '.join(_RESNETS)}, got {loaded.arch}; use --to {other}"
+                f"--to {to} takes {', '.join(RESNETS)}, got {loaded.arch}; use --to {other}"
             )
         if to == "detectron2" and loaded.small_stem:
             raise ValueError(
@@ -227,7 +204,7 @@ def _pickle(model: dict[str, Any]) -> bytes:
 def _notes(loaded: Loaded, to: str) -> list[str]:
     """Return what the reader of an export has to know."""
     if to == "detectron2":
-        if _RESNETS[loaded.arch].depth >= 50:
+        if RESNETS[loaded.arch].bottleneck:
             return []
         return [
             f"no configurations: Detectron2's C4 heads have bottlenecks, {loaded.arch} has none"

@@ -1,52 +1,104 @@
-"""Whose checkpoint it is, and which of its tensors are the backbone, by its keys."""
+"""Checkpoint formats, one row each, and which tensors of a file are the backbone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
-from mixmask.backbones import SLIM
+from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 
-# What follows the trained encoder slowly, by a word of its name.
+# Keys under which a checkpoint may hold its weights.
+_NESTS = ("state_dict", "model", "model_state_dict")
+# Words in the name of an encoder that follows the trained one slowly.
 _FOLLOWERS = {"ema", "k", "key", "m", "momentum", "slow", "target", "teacher"}
 _WRAPPERS = {"_orig_mod", "module"}  # torch.compile; data parallel.
-# Where blocks lie in nn.Sequential(*resnet.children()): torchvision's and timm's ResNets have
-# the activation and the pooling before them, lightly's own has neither.
-_SEQUENCES: dict[tuple[int, ...], dict[int, str]] = {
-    (4, 5, 6, 7): {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"},
-    (2, 3, 4, 5): {0: "conv1", 1: "bn1", 2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-}
-# Blocks a stage, whether they are bottlenecks, the (out, in) of the first block's second
-# convolution: timm's name.
-_RESNETS: dict[tuple[tuple[int, ...], bool, tuple[int, int]], str] = {
-    ((1, 1, 1, 1), False, (16, 16)): "narrow",
-    ((1, 1, 1, 1), False, (32, 32)): "medium",
-    ((2, 2, 2, 2), False, (64, 64)): "resnet18",
-    ((3, 4, 6, 3), False, (64, 64)): "resnet34",
-    ((3, 4, 6, 3), True, (64, 64)): "resnet50",
-    ((3, 4, 23, 3), True, (64, 64)): "resnet101",
-    ((3, 8, 36, 3), True, (64, 64)): "resnet152",
-    ((3, 4, 6, 3), True, (128, 128)): "wide_resnet50_2",
-    ((3, 4, 23, 3), True, (128, 128)): "wide_resnet101_2",
-    ((3, 4, 6, 3), True, (128, 4)): "resnext50_32x4d",
-    ((3, 4, 23, 3), True, (256, 8)): "resnext101_32x8d",
+
+
+class Source(NamedTuple):
+    """What a format is recognised by.
+
+    Attributes:
+        content: The file's entries; empty if it holds no mapping.
+        ours: Whether a run or an export of this package wrote it.
+        prefix: Where the backbone begins, without wrappers.
+        names: All names of tensors, without wrappers.
+    """
+
+    content: Mapping[str, object]
+    ours: bool
+    prefix: str
+    names: frozenset[str]
+
+
+class Layout(NamedTuple):
+    """A row of the table of formats.
+
+    Attributes:
+        name: Whose format it is.
+        matches: Tells it from those below it.
+        small_stem_padding: Padding of the stem for small images, which no key tells.
+    """
+
+    name: str
+    matches: Callable[[Source], bool]
+    small_stem_padding: int = 1
+
+
+def _is_solo_learn(source: Source) -> bool:
+    if source.prefix not in ("backbone.", "encoder.") or "classifier.weight" not in source.names:
+        return False
+    # Its optimiser's groups have names, unlike those of others with a classifier.
+    states = source.content.get("optimizer_states")
+    first = states[0] if isinstance(states, Sequence) and states else {}
+    groups = first.get("param_groups", []) if isinstance(first, Mapping) else []
+    return not groups or any(group.get("name") == "classifier" for group in groups)
+
+
+# The first row that matches names the format.
+LAYOUTS = (
+    Layout("mixmask", lambda source: source.ours),
+    Layout("moco", lambda source: source.prefix.endswith(("encoder_q.", "base_encoder."))),
+    Layout("solo-learn", _is_solo_learn, small_stem_padding=2),
+    Layout("lightning", lambda source: "pytorch-lightning_version" in source.content),
+    Layout("state dict", lambda source: source.prefix != ""),
+    Layout("torchvision", lambda source: any("layer1.0." in name for name in source.names)),
+    Layout("timm", lambda _: True),
+)
+
+
+class Children(NamedTuple):
+    """The names of a ResNet's layers by their places in nn.Sequential(*resnet.children())."""
+
+    names: dict[str, str]
+    stem_relu: bool = True
+
+
+# By the places of the four stages: torchvision's and timm's ResNets have the activation and the
+# pooling before them, lightly's own has neither.
+_CHILDREN: dict[tuple[int, ...], Children] = {
+    (4, 5, 6, 7): Children(
+        {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    ),
+    (2, 3, 4, 5): Children(
+        {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
+        stem_relu=False,
+    ),
 }
 
 
-@dataclass
-class Found:
+@dataclass(frozen=True)
+class Match:
     """The part of a checkpoint that is the backbone, with a classifier's layers where it had one.
 
     Attributes:
         layout: Whose checkpoint it is.
         state: Tensors under torchvision's and timm's names.
         keys: The checkpoint's own key of each.
-        all_keys: All keys of the checkpoint, those of other parts too.
         arch: What the keys say, or the file does; None where neither does.
         stem_padding: Of a 3x3 stem.
         stem_relu: Whether an activation follows the stem's batch norm.
@@ -55,30 +107,25 @@ class Found:
     layout: str
     state: dict[str, Tensor]
     keys: dict[str, str]
-    all_keys: tuple[str, ...] = ()
-    arch: str | None = None
-    stem_padding: int = 1
-    stem_relu: bool = True
+    arch: str | None
+    stem_padding: int
+    stem_relu: bool
 
 
-def weights_in(path: Path, content: Any) -> Mapping[str, Any]:
+def weights_in(path: Path, content: object) -> Mapping[str, object]:
     """Return the mapping from keys to tensors inside of a checkpoint.
 
     Raises:
         ValueError: If there is none.
     """
+    entries = content if isinstance(content, Mapping) else {}
+    for candidate in (*(entries.get(key) for key in _NESTS), content):
+        if isinstance(candidate, Mapping) and _holds_tensors(candidate):
+            return candidate
     if isinstance(content, Mapping):
-        for key in ("state_dict", "model", "model_state_dict"):
-            inner = content.get(key)
-            if isinstance(inner, Mapping) and _holds_tensors(inner):
-                return inner
-        if _holds_tensors(content):
-            return content
-    held = (
-        f"the keys {', '.join(map(repr, list(content)[:5]))}"
-        if isinstance(content, Mapping)
-        else f"a {type(content).__name__}"
-    )
+        held = f"the keys {', '.join(map(repr, list(content)[:5]))}"
+    else:
+        held = f"a {type(content).__name__}"
     raise ValueError(
         f"{path} holds {held} and no weights that are known; pass a state dict, or a checkpoint "
         "that holds one as 'state_dict' or 'model'"
@@ -87,12 +134,15 @@ def weights_in(path: Path, content: Any) -> Mapping[str, Any]:
 
 def find_backbone(
     path: Path,
-    content: Any,
-    tensors: Mapping[str, Any],
+    content: object,
+    tensors: Mapping[str, object],
     metadata: Mapping[str, str],
-    expected: Iterable[str],
-) -> Found:
+    expected: Sequence[str],
+) -> Match:
     """Find the backbone in what a checkpoint file held.
+
+    Tensors of our runs, and those that have all expected names already, keep their names: what
+    other formats call a wrapper or a shortcut is part of some architectures' own names.
 
     Args:
         path: The file, for messages.
@@ -104,97 +154,97 @@ def find_backbone(
     Raises:
         ValueError: If no layout is recognised, or several encoders are in question.
     """
-    # Names without wrappers, each with the checkpoint's own key.
-    own = {_unwrapped(key): key for key, value in tensors.items() if isinstance(value, Tensor)}
-    ours = is_run(content)
-    prefix = "backbone." if ours else _prefix(path, own, list(expected))
-    names = {name: name.removeprefix(prefix) for name in own if name.startswith(prefix)}
-    if not names:
+    entries = content if isinstance(content, Mapping) else {}
+    found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    run = is_run(content)
+    places = {"backbone."} if run else _exact_places(found, expected)
+    names, children = {key: key for key in found}, None
+    if places:
+        prefix = _trained(path, places)
+    else:
+        names = {key: _unwrap(key) for key in found}
+        prefix = _trained(path, _similar_places(path, list(names.values()), expected))
+    keys = {
+        name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)
+    }
+    if not keys:
         raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
-    sequence = _sequence(names.values())
-    if sequence is not None:
-        names = {name: _from_sequence(inner, sequence) for name, inner in names.items()}
-    names = {name: inner.replace(".shortcut.", ".downsample.") for name, inner in names.items()}
-    state = {inner: tensors[own[name]] for name, inner in names.items()}
-    found = Found(
-        "mixmask" if ours or "arch" in metadata else _layout(content, prefix, own),
+    if not places:
+        children = _children(keys)
+        keys = {_rename(name, children): key for name, key in keys.items()}
+    state = {name: found[key] for name, key in keys.items()}
+    ours = run or "arch" in metadata
+    source = Source(entries, ours, _unwrap(prefix), frozenset(map(_unwrap, found)))
+    layout = next(row for row in LAYOUTS if row.matches(source))
+    padding = layout.small_stem_padding if is_small_stem(state) else 1
+    named = entries.get("arch")  # As MoCo's checkpoints have it.
+    return Match(
+        layout.name,
         state,
-        {inner: own[name] for name, inner in names.items()},
-        tuple(tensors),
-        metadata.get("arch") or infer_arch(state) or _named_arch(content),
-        int(metadata.get("stem_padding", "1")),
-        metadata.get("stem_relu", "true") == "true",
+        keys,
+        metadata.get("arch") or infer_arch(state) or (named if isinstance(named, str) else None),
+        int(metadata.get("stem_padding", padding)),
+        metadata.get("stem_relu", "true") == "true" and (children is None or children.stem_relu),
     )
-    if found.layout == "solo-learn" and is_small_stem(state):
-        found.stem_padding = 2  # solo-learn's for CIFAR, unlike everybody else's.
-    if sequence == (2, 3, 4, 5):
-        found.stem_relu = False
-    return found
 
 
-def is_run(content: Any) -> bool:
+def is_run(content: object) -> bool:
     """Tell a checkpoint of our runs by its parts."""
     return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
 
 
-def infer_arch(state: Mapping[str, Tensor]) -> str | None:
-    """Tell a ResNet by its blocks; None where the keys leave it open.
-
-    Example:
-        >>> infer_arch({"blocks.0.attn.qkv.weight": Tensor()}) is None
-        True
-    """
-    blocks = tuple(
-        len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
-    second = state.get("layer1.0.conv2.weight")
-    if second is None:
-        return None
-    shape = (second.shape[0], second.shape[1])
-    name = _RESNETS.get((blocks, "layer1.0.conv3.weight" in state, shape))
-    # Others' variants with a stem of several convolutions share these numbers.
-    plain = "conv1.weight" in state
-    return name if plain != (name in SLIM) else None
-
-
-def is_small_stem(state: Mapping[str, Tensor]) -> bool:
-    """Tell the stem for small images, which has no max-pooling, by its 3x3 convolution."""
-    first = state.get("conv1.weight")
-    return first is not None and first.ndim == 4 and first.shape[-1] == 3
-
-
-def exported_metadata(tensors: Mapping[str, Any]) -> dict[str, str]:
+def exported_metadata(tensors: Mapping[str, object]) -> dict[str, str]:
     """Return what our exports note in a state dict, where torch keeps versions of modules."""
     versions = getattr(tensors, "_metadata", None)
     noted = versions.get("", {}) if isinstance(versions, dict) else {}
     return {key: value for key, value in noted.items() if isinstance(value, str)}
 
 
-def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+def _holds_tensors(content: Mapping[str, object]) -> bool:
     return any(isinstance(value, Tensor) for value in content.values()) and all(
         isinstance(key, str) for key in content
     )
 
 
-def _unwrapped(key: str) -> str:
+def _unwrap(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _prefix(path: Path, names: Iterable[str], expected: list[str]) -> str:
-    """Find where the trained backbone begins."""
-    found = (re.fullmatch(r"((?:.*\.)?)(?:layer1|[24])\.0\.conv1\.weight", name) for name in names)
-    places = {match[1] for match in found if match}
-    first = next((name for name in expected if name.endswith(".weight")), None)
-    if not places and first is not None:
-        places = {name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")}
+def _exact_places(keys: Iterable[str], expected: Sequence[str]) -> set[str]:
+    """Find prefixes under which all expected names stand; old files have no batch counters."""
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    present = set(keys)
+    return {
+        place
+        for place in _places_of(present, needed[:1])
+        if all(place + name in present for name in needed)
+    }
+
+
+def _similar_places(path: Path, names: Sequence[str], expected: Sequence[str]) -> set[str]:
+    """Find prefixes under which a ResNet stands, or else the first of the expected weights."""
+    block = re.compile(r"((?:.*\.)?)(?:layer1|[24])\.0\.conv1\.weight")
+    places = {match[1] for name in names if (match := block.fullmatch(name))}
+    weights = [name for name in expected if name.endswith(".weight")]
+    places = places or _places_of(names, weights[:1])
     if not places:
-        shown = ", ".join(list(names)[:3])
         raise ValueError(
             f"{path} holds no ResNet, and "
             + ("no backbone of the --arch given" if expected else "its backbone is not named")
-            + f" (its keys: {shown}, ...); name its backbone, as timm does, with --arch"
+            + f" (its keys: {', '.join(names[:3])}, ...); name its backbone, as timm does, with "
+            "--arch"
         )
+    return places
+
+
+def _places_of(keys: Iterable[str], names: Sequence[str]) -> set[str]:
+    return {
+        key.removesuffix(name) for key in keys for name in names if f".{key}".endswith(f".{name}")
+    }
+
+
+def _trained(path: Path, places: set[str]) -> str:
+    """Choose the place of the trained encoder among those of encoders."""
     trained = {place for place in places if not _FOLLOWERS & set(re.split(r"[._]", place))}
     candidates = sorted(trained or places)
     if len(candidates) > 1:
@@ -205,38 +255,15 @@ def _prefix(path: Path, names: Iterable[str], expected: list[str]) -> str:
     return candidates[0]
 
 
-def _sequence(names: Iterable[str]) -> tuple[int, ...] | None:
-    """Return the places of the four stages among a ResNet's children, if it is a sequence."""
-    found = {int(match[1]) for name in names if (match := re.match(r"(\d+)\.0\.conv1\.", name))}
-    places = tuple(sorted(found))
-    return places if places in _SEQUENCES else None
+def _children(names: Iterable[str]) -> Children | None:
+    """Return the names of layers by their places, if the ResNet is a sequence of its children."""
+    stages = {int(match[1]) for name in names if (match := re.match(r"(\d+)\.0\.conv1\.", name))}
+    return _CHILDREN.get(tuple(sorted(stages)))
 
 
-def _from_sequence(name: str, sequence: tuple[int, ...]) -> str:
-    place, _, rest = name.partition(".")
-    known = _SEQUENCES[sequence]
-    return f"{known[int(place)]}.{rest}" if place.isdigit() and int(place) in known else name
-
-
-def _layout(content: Any, prefix: str, names: Mapping[str, str]) -> str:
-    """Say whose checkpoint it is, which decides nothing but solo-learn's padding."""
-    encoder = prefix.rstrip(".").rpartition(".")[2]
-    if encoder in ("encoder_q", "base_encoder"):
-        return "moco"
-    if prefix in ("backbone.", "encoder.") and "classifier.weight" in names:
-        # Its optimiser's groups bear names, which tells it from others with a classifier.
-        states = content.get("optimizer_states") or [] if isinstance(content, Mapping) else []
-        groups = [group for state in states[:1] for group in state.get("param_groups", [])]
-        if not groups or any(group.get("name") == "classifier" for group in groups):
-            return "solo-learn"
-    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
-        return "lightning"
-    if prefix:
-        return "state dict"
-    return "torchvision" if any("layer1.0." in name for name in names) else "timm"
-
-
-def _named_arch(content: Any) -> str | None:
-    """Return the architecture that MoCo's checkpoints name."""
-    named = content.get("arch") if isinstance(content, Mapping) else None
-    return named if isinstance(named, str) else None
+def _rename(name: str, children: Children | None) -> str:
+    """Return torchvision's name of a ResNet's tensor."""
+    if children is not None:
+        place, dot, rest = name.partition(".")
+        name = children.names.get(place, place) + dot + rest
+    return name.replace(".shortcut.", ".downsample.")  # lightly's own ResNets.

@@ -1,10 +1,8 @@
-"""Backbones from checkpoints: our runs', and those of others."""
+"""Load backbones from checkpoints: those of our runs, and those of other libraries."""
 
 from __future__ import annotations
 
-import json
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +12,15 @@ from torch import Tensor, nn
 
 from mixmask.backbones import SLIM, build_backbone
 from mixmask.checkpoints.layouts import (
-    Found,
+    Match,
     exported_metadata,
     find_backbone,
-    infer_arch,
     is_run,
-    is_small_stem,
     weights_in,
 )
-from mixmask.checkpoints.reading import DamagedError, read_checkpoint
+from mixmask.checkpoints.resnets import infer_arch, is_small_stem
+from mixmask.runs.folder import CONFIG, load_checkpoint, read_config
+from mixmask.runs.reading import read_checkpoint
 
 # Layers of a classifier inside of a backbone.
 _HEADS = ("classifier.", "fc.", "head.", "linear.")
@@ -55,7 +53,7 @@ class Loaded:
     file: Path | None = None
 
     def describe(self) -> str:
-        """Say in a line what was taken and what was left."""
+        """Name in one line what was taken and what was left."""
         stem = " with the stem for small images" if self.small_stem else ""
         text = f"{self.layout}: took {len(self.taken)} tensors of {self.arch}{stem}"
         if self.left:
@@ -66,12 +64,12 @@ class Loaded:
 
 
 def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | None = None) -> Loaded:
-    """Load the backbone of a run folder or of anybody's checkpoint file.
+    """Load the backbone of a run folder, or of a checkpoint file of this or another library.
 
-    Known are our runs; MoCo's checkpoints and the MixMask authors'; Lightning's, as users of
-    lightly and solo-learn write them; plain state dicts with torchvision's or timm's names; all
-    of these under the prefixes of data parallel and torch.compile, and as safetensors. Files are
-    read without running what is in them.
+    Supported are runs of this package; checkpoints of MoCo and of the MixMask authors;
+    Lightning's, as users of lightly and solo-learn write them; plain state dicts with
+    torchvision's or timm's names; all of these under the prefixes of data parallel and
+    torch.compile, and as safetensors. No code in a file is executed.
 
     Args:
         path: A run folder, or a checkpoint file.
@@ -86,82 +84,63 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
-    file, content, metadata = _read_run(path) if path.is_dir() else (path, *read_checkpoint(path))
-    config = _read_config(file.parent / "config.json") if is_run(content) else {}
+    metadata: dict[str, str] = {}
+    if path.is_dir():
+        file, content = load_checkpoint(path)
+    else:
+        file, (content, metadata) = path, read_checkpoint(path)
+    config = _read_options(file.parent) if is_run(content) else {}
     tensors = weights_in(file, content)
     metadata = metadata or exported_metadata(tensors)
     arch = arch or config.get("arch") or metadata.get("arch")
     expected = [] if arch is None or config else list(build_backbone(arch).state_dict())
-    found = find_backbone(file, content, tensors, metadata, expected)
-    arch = arch or found.arch
+    match = find_backbone(file, content, tensors, metadata, expected)
+    arch = arch or match.arch
     if arch is None:
-        shown = ", ".join(list(found.keys.values())[:3])
+        shown = ", ".join(list(match.keys.values())[:3])
         raise ValueError(
             f"{file} does not say which backbone it holds (its keys: {shown}, ...); name it, as "
             "timm does, with --arch"
         )
     if small_stem is None:
-        small_stem = bool(config.get("small_stem", arch not in SLIM and is_small_stem(found.state)))
+        small_stem = bool(config.get("small_stem", arch not in SLIM and is_small_stem(match.state)))
     backbone = build_backbone(arch, small_stem=small_stem)
-    taken = _fill(file, backbone, found, arch)
-    if found.stem_padding != 1 and small_stem:
-        backbone.conv1.padding = (found.stem_padding,) * 2  # type: ignore[union-attr]
-    if not found.stem_relu:
+    taken = _fill(file, backbone, match, arch)
+    if match.stem_padding != 1 and small_stem:
+        backbone.conv1.padding = (match.stem_padding,) * 2  # type: ignore[union-attr]
+    if not match.stem_relu:
         backbone.act1 = nn.Identity()
     taken_keys = set(taken)
     return Loaded(
         backbone.eval(),
         arch,
         small_stem,
-        found.layout,
+        match.layout,
         taken,
-        tuple(key for key in found.all_keys if key not in taken_keys),
+        tuple(key for key in tensors if key not in taken_keys),
         config,
         file,
     )
 
 
-def _read_run(folder: Path) -> tuple[Path, Any, dict[str, str]]:
-    """Read a run's newest whole checkpoint, naming a damaged one."""
-    files = [file for name in ("last.pt", "previous.pt") if (file := folder / name).exists()]
-    for file in files:
-        content = _read_whole(file)
-        if content is not None:
-            return (file, *content)
-    if files:
-        raise ValueError(f"{folder} holds no whole checkpoint; train it again")
-    raise ValueError(
-        f"{folder} is no run folder: it holds neither last.pt nor previous.pt; pass the folder "
-        "that --out made, or a checkpoint file"
-    )
-
-
-def _read_whole(file: Path) -> tuple[Any, dict[str, str]] | None:
-    try:
-        return read_checkpoint(file)
-    except DamagedError as error:
-        warnings.warn(f"{error}; looking for an older one", stacklevel=4)
-        return None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():  # A checkpoint that was copied out of its folder.
+def _read_options(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).exists():  # A checkpoint that was copied out of its folder.
         return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_config(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); move it away, and the checkpoint's keys tell the "
-            "backbone"
+            f"{folder / CONFIG} cannot be read ({error}); move it away, and the backbone is "
+            "inferred from the checkpoint's keys"
         ) from error
-    return config
 
 
-def _fill(file: Path, backbone: nn.Module, found: Found, arch: str) -> tuple[str, ...]:
+def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str, ...]:
     """Load the tensors and return their keys, or refuse them with what does not fit."""
     wanted = backbone.state_dict()
-    state, keys = {}, {}
-    for name, tensor in found.state.items():
+    state: dict[str, Tensor] = {}
+    keys = {}
+    for name, tensor in match.state.items():
         # A norm that splits the batch lies, with its activation, in a sequence of its own.
         merged = re.sub(r"\.0(\.\w+)$", r"\1", name)
         inner = merged if name not in wanted and merged in wanted else name
@@ -169,7 +148,24 @@ def _fill(file: Path, backbone: nn.Module, found: Found, arch: str) -> tuple[str
             tensor = _merge_parts(inner, tensor, wanted[inner])
         elif inner.startswith(_HEADS):
             continue
-        state[inner], keys[inner] = tensor, found.keys[name]
+        state[inner], keys[inner] = tensor, match.keys[name]
+    problems = _misfits(state, wanted)
+    if problems:
+        inferred = infer_arch(match.state)
+        raise ValueError(
+            f"{file} does not fit {arch}: {', '.join(problems)}; "
+            + (
+                "name its backbone with --arch and its stem with --small-stem or --no-small-stem"
+                if inferred in (None, arch)
+                else f"its keys are those of {inferred}, as which it is read without --arch"
+            )
+        )
+    backbone.load_state_dict(state, strict=False)  # Old files have no counters of batches.
+    return tuple(keys.values())
+
+
+def _misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Describe what is missing, unexpected, or of another shape."""
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in state and name not in counters]
     unexpected = [name for name in state if name not in wanted]
@@ -178,25 +174,13 @@ def _fill(file: Path, backbone: nn.Module, found: Found, arch: str) -> tuple[str
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    problems = [
+    return [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for names, what in (
             (missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"),
         )
         if names
     ]  # fmt: skip
-    if problems:
-        told = infer_arch(found.state)
-        raise ValueError(
-            f"{file} does not fit {arch}: {', '.join(problems)}; "
-            + (
-                "name its backbone with --arch and its stem with --small-stem or --no-small-stem"
-                if told in (None, arch)
-                else f"its keys are those of {told}, which it is read as without --arch"
-            )
-        )
-    backbone.load_state_dict(state, strict=False)  # Old files have no counters of batches.
-    return tuple(keys.values())
 
 
 def _merge_parts(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mixmask import __version__
+from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
 from mixmask.cli.ablate import add_ablate
 from mixmask.cli.compare import add_compare
@@ -18,6 +18,7 @@ from mixmask.cli.detect import add_detect
 from mixmask.cli.evaluate import add_evaluate
 from mixmask.cli.export import add_export
 from mixmask.cli.features import add_map, add_neighbours
+from mixmask.cli.options import set_threads
 from mixmask.cli.pretrain import add_pretrain, add_recipes
 from mixmask.cli.show import add_show
 
@@ -35,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        return refuse(f"the trainers need {', '.join(missing)}: pip install 'mixmask[train]'")
+        return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
     try:
         options = vars(_parser().parse_args(arguments))
         command: Callable[..., None] = options.pop("command")
+        set_threads(options.pop("threads", None))
         command(**options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return refuse(str(error))

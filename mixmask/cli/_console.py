@@ -42,11 +42,4 @@ class OneLineParser(argparse.ArgumentParser):
 
 def labelled_splits(data: ImageData) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
     """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
-    assert data.test is not None
-    assert data.test.labels is not None
-    assert data.train.labels is not None
-    train = data.train.images, data.train.labels
-    known = data.train.labels >= 0
-    if not known.all():  # Selecting copies, which a large data set would feel.
-        train = data.train.images[known], data.train.labels[known]
-    return train, (data.test.images, data.test.labels)
+    return data.labelled_splits()

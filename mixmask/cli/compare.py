@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmask.cli._console import check_out, say
+from mixmask.cli.options import add_shared
 
 if TYPE_CHECKING:
     from mixmask.runs.records import Group, Record
@@ -16,8 +17,8 @@ _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 
 def compare(runs: list[Path], out: Path, band: str) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
-    from mixmask.figures.masks import save_figure
     from mixmask.figures.runs import figure_comparison
+    from mixmask.figures.style import save_figure
     from mixmask.runs.records import common_options, describe_option, group_seeds, read_record
     from mixmask.trainers.methods import option_defaults
 
@@ -40,19 +41,19 @@ def compare(runs: list[Path], out: Path, band: str) -> None:
 
 
 def _check_data(records: Sequence[Record]) -> None:
-    """Refuse runs whose accuracies are of different images."""
+    """Check that all runs used the same images."""
     first = records[0]
     for record in records:
         if Path(record.config["data"]) != Path(first.config["data"]):
             raise ValueError(
                 f"accuracies on different data do not compare: {first.folder} used "
-                f"{first.config['data']}, {record.folder} {record.config['data']}; "
+                f"{first.config['data']}, {record.folder} used {record.config['data']}; "
                 "name runs on the same data"
             )
 
 
 def _table(groups: Sequence[Group]) -> list[str]:
-    """Lay out the last accuracies: mean ± standard deviation over seeds."""
+    """Format the last accuracies: mean ± standard deviation over seeds."""
     from mixmask.runs.records import percent
 
     cells = [["run", "seeds", "epoch", "kNN, %", "linear, %"]]
@@ -72,20 +73,20 @@ def _table(groups: Sequence[Group]) -> list[str]:
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:
-    """Say what a reader of the table must know: ±, what else differs, what is missing."""
+    """List what a reader of the table must know: ±, what else differs, what is missing."""
     from mixmask.runs.records import describe_option, unlabelled_differences
 
     notes = []
     if any(len(group.records) > 1 for group in groups):
         notes.append("± is the standard deviation over seeds")
     if any(group.last("knn") is None for group in groups):
-        notes.append("–: not measured, as without labels, with --monitor 0, or too early in a run")
+        notes.append("–: not measured (no labels, --measure-every 0, or too early in a run)")
     for name, values in unlabelled_differences(groups).items():
-        told = "; ".join(
+        each = "; ".join(
             f"{group.label}: {'none' if value is None else describe_option('', value).strip()}"
             for group, value in zip(groups, values, strict=True)
         )
-        notes.append(f"they differ in {name.replace('_', '-')} too ({told})")
+        notes.append(f"they differ in {name.replace('_', '-')} too ({each})")
     return ["", *notes] if notes else []
 
 
@@ -97,15 +98,13 @@ def add_compare(commands: Any) -> None:
         "compare",
         help="draw the curves of several runs in one figure",
         description="Draw the losses and accuracies of several runs in one figure and print their "
-        "last accuracies. Runs that differ in the seed alone are one line, their mean, with a "
+        "last accuracies. Runs that differ only in the seed share a line, their mean, with a "
         "band.",
     )
     parser.set_defaults(command=compare)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or checkpoints in them"
-    )
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the PNG to write")
+    add_shared(parser, "runs", help="run folders, or checkpoint files in them")
+    add_shared(parser, "--out", default=Path("compare.png"), help="PNG file to write [compare.png]")
     explained = "; ".join(f"{name}: {text}" for name, text in BANDS.items())
     parser.add_argument(
-        "--band", choices=tuple(BANDS), default="se", help=f"what the band is ({explained}) [se]"
+        "--band", choices=tuple(BANDS), default="se", help=f"meaning of the band ({explained}) [se]"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from mixmask.cli._console import say
+from mixmask.cli.options import add_shared
 
 
 def export(
@@ -36,19 +36,8 @@ def add_export(commands: Any) -> None:
         "encoders are left out.",
     )
     parser.set_defaults(command=export)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint file")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="whose format")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="the file to write: *.safetensors, *.pkl for Detectron2, else what torch.save writes",
-    )
-    parser.add_argument("--arch", help="timm's name of the backbone, where the file does not say")
-    parser.add_argument(
-        "--small-stem",
-        action=argparse.BooleanOptionalAction,
-        help="whether its stem is the one for small images, where the file does not say",
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite files")
+    add_shared(parser, "run", "--arch", "--small-stem")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="library to write for")
+    files = "*.safetensors, *.pkl for Detectron2, any other name for torch.save"
+    add_shared(parser, "--out", required=True, help=f"file to write: {files}")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")

@@ -5,48 +5,49 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixmask.cli._console import say
-from mixmask.cli._training import MEASURED, accuracy_monitor, set_threads
+from mixmask.cli.options import add_fields, add_shared, check_resume
+from mixmask.runs.options import flag
 
 if TYPE_CHECKING:
     from mixmask.data.sets import ImageData
+    from mixmask.runs.folder import Row
     from mixmask.trainers.config import RunConfig
 
 # Share of an epoch's time.
 _MUCH_WAITING = 0.1
 
 
-def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given: Any) -> None:
+def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
     from mixmask.data.sets import load_data
-    from mixmask.figures.masks import figure_curves, figure_views, save_figure
+    from mixmask.evaluation.monitor import accuracy_monitor
+    from mixmask.figures.masks import figure_views
+    from mixmask.figures.runs import figure_curves
+    from mixmask.figures.style import save_figure
+    from mixmask.runs.folder import new_folder
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
 
-    set_threads(threads)
     if resume is not None:
-        if given or out is not None:
-            named = ", ".join("--" + name.replace("_", "-") for name in given) or "--out"
-            raise ValueError(
-                f"--resume goes on with the options of the run, got {named} too; leave it out"
-            )
-        config = load_config(resume / "config.json")
+        check_resume([*map(flag, given), *(["--out"] if out else [])])
+        config = load_config(resume)
     else:
         config = make_config(**given)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if resume is not None:
-        folder = resume
-    else:  # One process chooses the folder, or refuses it, for all.
-        chosen = [_new_folder(out, config) if state.is_main_process else Path()]
+    folder = resume
+    if folder is None:  # One process chooses the folder, or refuses it, for all.
+        name = f"{Path(config.data).name}-{config.method}-{config.mix}"
+        chosen = [new_folder(out, name) if state.is_main_process else Path()]
         folder = broadcast_object_list(chosen)[0]
     data = load_data(config.data, config.image_size, stream=config.stream)
     # A resumed run must find its images where they were, however much memory is free by then.
@@ -72,7 +73,7 @@ def pretrain(out: Path | None, resume: Path | None, threads: int | None, **given
     state.destroy_process_group()
 
 
-def recipes() -> None:
+def print_recipes() -> None:
     """Print the named settings with their sources and published accuracies."""
     from mixmask.trainers.recipes import describe
 
@@ -81,54 +82,44 @@ def recipes() -> None:
 
 def add_pretrain(commands: Any) -> None:
     """Add `pretrain`, with an option for each field of the methods' configurations."""
-    from mixmask.trainers.config import RunConfig
-    from mixmask.trainers.methods import METHODS
-
     parser = commands.add_parser(
         "pretrain",
         help="train a backbone",
-        description="Train a backbone; without options, MoCo v2 + MixMask on photographs that "
-        "come with the package. Defaults in brackets are those for a folder of images; the named "
-        "data sets and moco-v1 have their own, and config.json tells what a run used.",
+        description="Train a backbone. Without options: MoCo v2 + MixMask on clothing64, which "
+        "comes with the package. Defaults in brackets are those for clothing64; other data sets "
+        "and methods have their own, and config.json lists what a run used.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(command=pretrain, out=None, resume=None, threads=None)
+    parser.set_defaults(command=train_backbone, out=None, resume=None)
+    add_run_fields(parser)
+    add_shared(parser, "--out", metavar="DIR", help="run folder to create [runs/DATA-METHOD-MIX]")
+    add_shared(parser, "--resume", "--threads")
+
+
+def add_run_fields(parser: argparse.ArgumentParser, only: Container[str] | None = None) -> None:
+    """Add the options of all methods, or some of them, with the defaults of a plain run."""
+    from mixmask.trainers.config import RunConfig
+    from mixmask.trainers.methods import METHODS, make_config
+
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     owners: dict[str, list[str]] = {}
     fields: dict[str, dataclasses.Field[Any]] = {}
+    # An option that moco-v2 lacks shows the default of the first method that has it.
+    defaults = dataclasses.asdict(make_config())
     for method, entry in METHODS.items():
+        defaults = dataclasses.asdict(make_config(method=method)) | defaults
         for field in dataclasses.fields(entry.config):
-            fields.setdefault(field.name, field)
-            owners.setdefault(field.name, []).append(method)
-    for name, field in fields.items():
-        add_option(parser, field, () if name in shared else owners[name])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder, a new one")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads to use")
-
-
-def add_option(
-    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], owners: Sequence[str]
-) -> None:
-    """Add the option of a field, with the methods that have it if not all do."""
-    flag = "--" + field.name.replace("_", "-")
-    text = f"{field.metadata['help']} [{field.default}]"
-    if owners:
-        text += f" ({', '.join(owners)})"
-    if isinstance(field.default, bool):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif field.name == "ratio":
-        parser.add_argument(flag, type=float, nargs="+", action=_RatioAction, help=text)
-    else:
-        choices = field.metadata["choices"] or None
-        if field.name == "method":
-            from mixmask.trainers.methods import METHODS
-
-            choices = tuple(METHODS)
-        metavar = None if choices else type(field.default).__name__.upper()
-        parser.add_argument(
-            flag, type=type(field.default), choices=choices, metavar=metavar, help=text
-        )
+            if only is None or field.name in only:
+                fields.setdefault(field.name, field)
+                if field.name not in shared:
+                    owners.setdefault(field.name, []).append(method)
+    add_fields(
+        parser,
+        fields.values(),
+        defaults=defaults,
+        owners=owners,
+        choices={"method": tuple(METHODS)},
+    )
 
 
 def add_recipes(commands: Any) -> None:
@@ -136,43 +127,15 @@ def add_recipes(commands: Any) -> None:
     parser = commands.add_parser(
         "recipes",
         help="list the named settings",
-        description="List the named settings, where they come from, and what was published with "
-        "them. Accuracies are others'; none is a promise.",
+        description="List the named settings, their sources, and the accuracies that others have "
+        "published with them.",
     )
-    parser.set_defaults(command=recipes)
-
-
-class _RatioAction(argparse.Action):
-    """One number for a constant, two for a range."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if len(values) > 2:
-            parser.error(f"{option_string} takes one number or two, got {len(values)}")
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
-
-
-def _new_folder(out: Path | None, config: RunConfig) -> Path:
-    """Name the run folder, refusing one that holds something."""
-    if out is None:
-        name = f"{Path(config.data).name}-{config.method}-{config.mix}"
-        candidates = [Path("runs") / name]
-        while candidates[-1].exists():
-            candidates.append(Path("runs") / f"{name}-{len(candidates) + 1}")
-        return candidates[-1]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"{out} exists and is not empty; go on with --resume {out}, or name another --out"
-        )
-    return out
+    parser.set_defaults(command=print_recipes)
 
 
 def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
+    from mixmask.evaluation.monitor import MEASURED
+
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     say(
         f"{config.method} + {config.mix} on {config.data}: {len(data.train.images):,} images, "
@@ -180,15 +143,14 @@ def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
         f"run folder: {out}"
     )
     if data.streamed:
-        by = "the device" if config.decode == "device" else "workers"
-        say(f"the images stay on disk and are decoded by {by} anew in every epoch")
+        say("the images stay on disk and are decoded by workers in each epoch")
     if not data.labelled:
         say("no labelled test split: accuracies are off")
     elif data.streamed and len(data.train.images) > MEASURED:
-        say(f"accuracies on the way are measured with {MEASURED:,} of the training images")
+        say(f"accuracies during training use {MEASURED:,} of the training images")
 
 
-def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
+def _say_end(rows: list[Row], out: Path, seconds: float) -> None:
     first, last = rows[0], rows[-1]
     if "knn" in first and "knn" in last:
         say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
@@ -196,7 +158,7 @@ def _say_end(rows: list[dict[str, float]], out: Path, seconds: float) -> None:
             say(f"{label:<22}{first[name]:>10.1%}{last[name]:>10.1%}")
     if last["wait"] > _MUCH_WAITING:
         say(
-            f"\nthe training waited for images {last['wait']:.0%} of the last epoch; more "
-            "--workers or a faster disk would help"
+            f"\nthe training waited for images {last['wait']:.0%} of the last epoch; use more "
+            "--workers or a faster disk"
         )
     say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")

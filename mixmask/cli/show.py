@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixmask.cli._console import check_out, say
+from mixmask.cli.options import RatioAction, add_shared
+
+if TYPE_CHECKING:
+    from mixmask._checks import Ratio
 
 
-def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: float, seed: int) -> None:
+def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, seed: int) -> None:
     """Draw block and discrete masks at several grids, and the two mixes of each pair."""
     from mixmask.data.sets import load_data, read_square
-    from mixmask.figures.masks import figure_masks, save_figure
+    from mixmask.figures.masks import figure_masks
+    from mixmask.figures.style import save_figure
 
     if len(images) == 1:
-        raise ValueError(f"one image has nobody to mix with, got {images[0]} alone; name another")
+        raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
     check_out(out)
     if images:
         read = []
@@ -47,11 +52,15 @@ def add_show(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, mixed in pairs; without any, two photographs of clothing64",
+        help="image files, mixed in pairs [two photographs of clothing64]",
     )
-    parser.add_argument("--out", type=Path, default=Path("mixmask.png"), help="the PNG to write")
+    add_shared(parser, "--out", default=Path("mixmask.png"), help="PNG file to write [mixmask.png]")
     parser.add_argument(
-        "--grid-sizes", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="cells a side"
-    )
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of own pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+        "--grid-sizes", type=int, nargs="+", default=[2, 4, 8], metavar="N",
+        help="cells per side [2 4 8]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ratio", type=float, nargs="+", action=RatioAction, default=0.5, metavar="SHARE",
+        help="share of an image's own pixels; two numbers for a range [0.5]",
+    )  # fmt: skip
+    add_shared(parser, "--seed", help="seed of the masks [0]")

@@ -1,4 +1,4 @@
-"""Random crops of image files, as workers take them, or JPEGs as they are for the device."""
+"""Random crops of image files, as workers take them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mixmask._seeds import fold_seed
 from mixmask.data.folders import Files
-from mixmask.data.jpegs import Jpeg, Jpegs, is_plain, take_crops
 from mixmask.data.sets import UNREADABLE, read_any, to_rgb
 from mixmask.data.views import random_boxes
 
-# How much larger than its views an image is at least decoded; closer to 1, views become sharper.
+# An image is decoded at this multiple of its views' size or more; closer to 1, views get sharper.
 _MARGIN = 2
 
 
 class Request(NamedTuple):
-    """A part of a draw: these images, from this place in a batch of so many on."""
+    """A part of a draw: these images, from this place in a batch on."""
 
     numbers: list[int]
     first: int
@@ -36,27 +36,19 @@ class Request(NamedTuple):
     crops: int
     seed: int
 
-    def one(self, place: int) -> Request:
-        """Ask for a single image of the part, whose crops will be the same."""
-        return self._replace(numbers=[self.numbers[place]], first=self.first + place)
-
 
 class Answer(NamedTuple):
     """A part of a batch.
 
     Attributes:
         request: What was asked for.
-        images: (crops, n, S, S, 3) uint8, crops of the images that are no JPEGs to decode.
-        jpegs: What is left to decode.
-        places: Where in the part those stand, in order.
+        images: (crops, n, S, S, 3) uint8.
         unreadable: Numbers of the files that could not be read.
-        error: What is wrong for good; empty if nothing is.
+        error: Why reading cannot go on; empty if it can.
     """
 
     request: Request
     images: Tensor
-    jpegs: Jpegs
-    places: list[int]
     unreadable: list[int]
     error: str
 
@@ -69,51 +61,40 @@ class Reader(Dataset[Answer]):
         files: All files.
         size: Height and width of the crops, in pixels.
         min_scale: Smallest share of an image's area that a crop takes.
-        keep_jpegs: Whether usual JPEGs are left to the device to decode.
     """
 
     files: Files
     size: int
     min_scale: float
-    keep_jpegs: bool = False
 
     def __getitem__(self, request: Request) -> Answer:
-        """Read a part of a batch; what is drawn follows from the request's seed alone."""
+        """Read a part of a batch; the request's seed alone decides all draws."""
         generator = torch.Generator()
         read = partial(
-            read_jpeg if self.keep_jpegs else read_crops,
+            read_crops,
             count=request.crops,
             size=self.size,
             min_scale=self.min_scale,
             generator=generator,
         )
-        cropped: list[Tensor] = []
-        jpegs: list[Jpeg] = []
-        places: list[int] = []
+        shape = (request.crops, len(request.numbers), self.size, self.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8)
         unreadable: list[int] = []
         error = ""
         try:
             for place, number in enumerate(request.numbers):
+                # One seed per image: crops do not depend on how a batch is split into parts.
                 generator.manual_seed(fold_seed(request.seed, request.first + place))
-                found, tried = read_any(self.files, number, read)
+                crops, tried = read_any(self.files, number, read)
                 unreadable += tried
-                if isinstance(found, Jpeg):
-                    jpegs.append(found)
-                    places.append(place)
-                else:
-                    cropped.append(found)
-        except OSError as problem:  # A worker's exception would come with its traceback.
+                images[:, place] = crops.permute(0, 2, 3, 1)  # (crops, S, S, 3)
+        except OSError as problem:  # An exception in a worker would arrive with its traceback.
             error = str(problem)
-        images = torch.empty(
-            request.crops, len(cropped), self.size, self.size, 3, dtype=torch.uint8
-        )
-        for place, crops in enumerate(cropped):
-            images[:, place] = crops.permute(0, 2, 3, 1)
-        return Answer(request, images, Jpegs.of(jpegs, request.crops), places, unreadable, error)
+        return Answer(request, images, unreadable, error)
 
 
 def start_worker(number: int) -> None:
-    """Leave Ctrl-C and a scheduler's SIGTERM to the process that trains, which ends the step."""
+    """Ignore Ctrl-C and SIGTERM: the training process finishes its step, then ends the workers."""
     del number
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -125,15 +106,15 @@ def read_crops(
 ) -> Tensor | None:
     """Read an image and take random resized crops of it.
 
-    A large JPEG is decoded at a half, a quarter or an eighth, of which even the smallest crop has
-    twice the size. The crops hardly show it: photographs differ by about 0.3 grey levels of 256.
+    A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as its smallest
+    crop keeps twice `size`. Crops of photographs differ by about 0.3 grey levels of 256.
 
     Args:
         file: An image file.
         count: How many crops.
         size: Their height and width, in pixels.
         min_scale: Smallest share of the image's area that a crop takes; the largest is 1.
-        generator: A CPU generator. As many numbers are drawn from it for every readable image.
+        generator: A CPU generator; every readable image takes equally many numbers from it.
 
     Returns:
         (count, 3, size, size) uint8, or None for a file that cannot be read.
@@ -141,35 +122,15 @@ def read_crops(
     try:
         # At once: over a network, many small reads take long.
         with Image.open(io.BytesIO(file.read_bytes())) as image:
-            boxes = _draw(image, count, min_scale, generator)
-            return _crop(image, boxes.tolist(), size)
+            width, height = image.size
+            boxes = random_boxes(count, height, width, min_scale, generator=generator)
+            return _crop(image, boxes.long().tolist(), size)
     except UNREADABLE:
         return None
-
-
-def read_jpeg(
-    file: Path, count: int, size: int, *, min_scale: float, generator: torch.Generator
-) -> Jpeg | Tensor | None:
-    """Do as `read_crops`, but leave a usual JPEG as it is, with the boxes of its crops."""
-    try:
-        content = file.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            boxes = _draw(image, count, min_scale, generator)
-            if is_plain(image, content):
-                return Jpeg(content, image.height, image.width, boxes)
-            return _crop(image, boxes.tolist(), size)
-    except UNREADABLE:
-        return None
-
-
-def _draw(image: Image.Image, count: int, min_scale: float, generator: torch.Generator) -> Tensor:
-    """Return (count, 4) int64, left, top, width and height of each crop in pixels."""
-    width, height = image.size
-    return random_boxes(count, height, width, min_scale, generator=generator).long()
 
 
 def _crop(image: Image.Image, boxes: list[list[int]], size: int) -> Tensor:
-    """Decode an image as far as its crops need it, and take them: (crops, 3, size, size)."""
+    """Decode an image at the size that its crops need, and take them: (crops, 3, size, size)."""
     width, height = image.size
     smallest = min(min(w, h) for _, _, w, h in boxes)
     kept = _MARGIN * size / smallest
@@ -178,7 +139,17 @@ def _crop(image: Image.Image, boxes: list[list[int]], size: int) -> Tensor:
     reduction = round(width / rgb.width)
     if reduction > 1:
         return torch.stack([_crop_reduced(rgb, box, size, reduction) for box in boxes])
-    return take_crops(_to_tensor(rgb), boxes, size)
+    pixels = _to_tensor(rgb)[None]  # (1, 3, H, W)
+    crops = [
+        F.interpolate(
+            pixels[..., top : top + h, left : left + w],
+            (size, size),
+            mode="bilinear",
+            antialias=True,
+        )
+        for left, top, w, h in boxes
+    ]
+    return torch.cat(crops)
 
 
 def _crop_reduced(image: Image.Image, box: list[int], size: int, reduction: int) -> Tensor:

@@ -173,7 +173,7 @@ def _walk(path: Path) -> Iterator[str]:
 
 def _choose_test(folders: list[Path], classes: tuple[str, ...]) -> Listed | None:
     """Return the first split with labels, or the first one if none has."""
-    found: list[Listed] = []
+    unlabelled: list[Listed] = []
     refused: ValueError | None = None
     for folder in folders:
         try:
@@ -183,10 +183,10 @@ def _choose_test(folders: list[Path], classes: tuple[str, ...]) -> Listed | None
             continue
         if listed.labels is not None:
             return listed
-        found.append(listed)
+        unlabelled.append(listed)
     if refused:
         raise refused
-    return found[0] if found else None
+    return unlabelled[0] if unlabelled else None
 
 
 def _list_test(folder: Path, classes: tuple[str, ...]) -> Listed:
@@ -197,7 +197,7 @@ def _list_test(folder: Path, classes: tuple[str, ...]) -> Listed:
     tops = list(part.tops())
     annotations = folder / _ANNOTATIONS
     if classes and annotations.is_file():
-        tops = _annotated(annotations, part.names)
+        tops = _read_annotations(annotations, part.names)
     elif not classes or part.flat or (len(part.classes) == 1 and part.classes[0] not in classes):
         return Listed(files, None)  # A folder within the folder is no class.
     if unknown := sorted(set(tops) - set(classes)):
@@ -208,7 +208,7 @@ def _list_test(folder: Path, classes: tuple[str, ...]) -> Listed:
     return Listed(files, _to_labels(tops, classes))
 
 
-def _annotated(annotations: Path, names: list[str]) -> list[str]:
+def _read_annotations(annotations: Path, names: list[str]) -> list[str]:
     """Read Tiny ImageNet's table: a file's name, its class, and four numbers, with tabs."""
     rows = (line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines())
     labels = {row[0]: row[1] for row in rows if len(row) > 1}

@@ -1,4 +1,4 @@
-"""What this process may take of its machine: memory, cores, worker processes."""
+"""The share of a machine that this process may use: memory, cores, worker processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# Images are kept in memory unasked for if they take at most this, and this share of what is free.
+# By default, images are kept in memory if they take at most this, and this share of what is free.
 MAX_BYTES = 24 * 2**30
 SHARE_OF_FREE = 0.25
 
@@ -52,8 +52,8 @@ def choose_workers(asked: int, part_bytes: int) -> int:
     """Return the number of worker processes.
 
     Args:
-        asked: How many; 0 for a core each but one, at most 16, and no more than shared memory
-            has room for, which may be none.
+        asked: How many; 0 = CPU cores - 1, at most 16 and at most what shared memory has room
+            for, which may be none.
         part_bytes: What one part of a batch takes, of which a worker has up to three at a time.
 
     Raises:
@@ -66,8 +66,8 @@ def choose_workers(asked: int, part_bytes: int) -> int:
     fix = f"give {_SHARED_MEMORY} more room (a container's --shm-size)"
     if asked > room:
         raise ValueError(
-            f"--workers {asked} need {asked * 3 * part_bytes / 2**20:.0f} MiB of shared memory, "
-            f"and there is room for {room}; {fix}, or use --workers {room}"
+            f"--workers {asked} needs {asked * 3 * part_bytes / 2**20:.0f} MiB of shared memory, "
+            f"which has room for {room}; {fix}, or use --workers {room}"
         )
     if asked:
         return asked

@@ -1,4 +1,4 @@
-"""Data sets: small ones as uint8 tensors, folders that do not fit as files read when asked for."""
+"""Data sets: uint8 tensors in memory, or folders whose files are read on demand."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ class ImageData:
         """Whether accuracy can be measured: labels on both splits."""
         return self.test is not None and None not in (self.train.labels, self.test.labels)
 
+    def labelled_splits(self) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
+        """Return the labelled images (N, 3, H, W) of both splits with their labels (N,).
+
+        STL-10's unlabelled images are left out.
+        """
+        assert self.test is not None
+        assert self.test.labels is not None
+        assert self.train.labels is not None
+        train = self.train.images, self.train.labels
+        known = self.train.labels >= 0
+        if not known.all():  # Selecting copies, which is slow for a large data set.
+            train = self.train.images[known], self.train.labels[known]
+        return train, (self.test.images, self.test.labels)
+
     @property
     def streamed(self) -> bool:
         """Whether the images stay on disk."""
@@ -72,7 +86,7 @@ class ImageData:
 
 @dataclass(frozen=True, eq=False)
 class FolderImages(Sequence[Tensor]):
-    """Images that stay on disk: those that an index asks for are read, as squares.
+    """Images on disk, read as squares when they are indexed.
 
     Where a file cannot be read, the next one that can stands in for it, so that images and labels
     keep their places; the first such file is named in a warning, later ones are counted.
@@ -163,7 +177,7 @@ def load_data(
         return _load_folder(name, image_size, stream)
     if stream == "always":
         raise ValueError(
-            f"--stream always is for folders of images, got --data {name}; leave it out"
+            f"--stream always needs a folder of images, got --data {name}; leave it out"
         )
     data = _load_named(name, root)
     _warn_small(name, data.train.images.shape[-1], image_size)
@@ -223,7 +237,7 @@ _TORCHVISION: dict[str, Callable[[Path], ImageData]] = {
 }
 
 
-# Data sets that have a recipe, but nobody's permission to be downloaded by a program, or no need.
+# Data sets with a recipe that must be downloaded by hand.
 _UNPACKED = ("tiny-imagenet", "imagenette", "imagenet100", "imagenet")
 
 
@@ -245,7 +259,7 @@ def _load_folder(name: str, image_size: int, stream: str) -> ImageData:
 
 
 def _streams(stream: str, path: Path, needed: int) -> bool:
-    """Tell whether a folder's images stay on disk, alike in all processes."""
+    """Decide whether a folder's images stay on disk; all processes decide alike."""
     free = free_bytes()
     if stream == "never" and needed > free:
         raise ValueError(
@@ -253,15 +267,15 @@ def _streams(stream: str, path: Path, needed: int) -> bool:
             "GiB are free; leave out --stream never, or use a smaller --image-size"
         )
     too_many = needed > min(MAX_BYTES, SHARE_OF_FREE * free)
-    return _agreed(stream == "always" or (stream == "auto" and too_many))
+    return _agree(stream == "always" or (stream == "auto" and too_many))
 
 
 def _leave_split(listed: Listed, size: int) -> Split:
     return Split(FolderImages(listed.files, size), listed.labels)
 
 
-def _agreed(choice: bool) -> bool:
-    """Return the first process's choice: all must hold the same images."""
+def _agree(choice: bool) -> bool:
+    """Return the first process's choice, since all must hold the same images."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return choice
     from accelerate.utils import broadcast_object_list
@@ -341,16 +355,16 @@ def read_any(
     """
     tried: list[int] = []
     while len(tried) < min(_TRIES, len(files)):
-        found = read(files[number])
-        if found is not None:
-            return found, tried
+        content = read(files[number])
+        if content is not None:
+            return content, tried
         if not files.root.is_dir():
             raise FileNotFoundError(f"the folder of images, {files.root}, is gone")
         tried.append(number)
         number = (number + 1) % len(files)
     raise OSError(
-        f"{len(tried)} images in a row cannot be read, the first of them {files[tried[0]]}; look "
-        "whether the data set is whole"
+        f"{len(tried)} images in a row cannot be read, the first of them {files[tried[0]]}; check "
+        "whether the data set is complete"
     )
 
 

@@ -1,4 +1,4 @@
-"""Random views of a batch, made on the device: kornia's distributions in few passes."""
+"""Random views of a batch on its device: kornia's distributions in few passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STD = (0.229, 0.224, 0.225)
 # Probability of colour jitter and deviations of the blur (SimCLR, MoCo v2).
 _JITTERED = 0.8
 _SIGMA = (0.1, 2.0)
-# Crops are as torchvision's: the first of so many tries that lies inside of the image.
+# Crops are torchvision's: the first of this many tries that lies inside the image.
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
 # Luma of RGB, by which grey views, contrast and saturation go.
@@ -45,7 +45,7 @@ def denormalize(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What a batch of views was drawn with; on the CPU, so that nothing waits for the device.
+    """Parameters of a batch of views; on the CPU, so that drawing does not wait for the device.
 
     Attributes:
         boxes: (N, 4) float32, left, top, width and height of each crop in pixels.
@@ -69,7 +69,7 @@ class RandomView(nn.Module):
     """One random view of each image: crop, flip, colour jitter, grey, blur, normalisation.
 
     The distributions are those of kornia's `RandomResizedCrop` (by resampling),
-    `RandomHorizontalFlip`, `ColorJitter` with a random order a batch, `RandomGrayscale` and
+    `RandomHorizontalFlip`, `ColorJitter` with one random order per batch, `RandomGrayscale` and
     `RandomGaussianBlur`; with the same parameters the views are the same. All draws are
     made on the host: a seed gives the same parameters on every device. For two views of a
     batch, pass it twice in a row and split the result, which is cheaper than two calls.
@@ -164,19 +164,19 @@ class RandomView(nn.Module):
             generator: A CPU generator for the draws. Default: torch's global one.
         """
         drawn = parameters or self.draw(len(images), *images.shape[-2:], generator=generator)
-        x = self._cropped(images.float().mul_(1 / 255), drawn)
-        x = self._jittered(x, drawn)
+        x = self._crop(images.float().mul_(1 / 255), drawn)
+        x = self._jitter(x, drawn)
         if self.grey > 0:
-            grey = _on(drawn.grey, x)[:, None, None, None]
+            grey = _on(drawn.grey, x)[:, None, None, None]  # (N, 1, 1, 1)
             x = torch.where(grey, luma(x), x)
         if self.blur > 0:
-            x = self._blurred(x, drawn)
+            x = self._blur(x, drawn)
         mean, std = (torch.tensor(v).to(x.device, non_blocking=True) for v in (MEAN, STD))
         x = (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _cropped(self, x: Tensor, drawn: ViewParameters) -> Tensor:
-        """Crop, resize and flip in one resampling, or flip alone."""
+    def _crop(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        """Crop, resize and flip in one resampling, or only flip: (N, 3, S, S)."""
         if not self.crop:
             return torch.where(_on(drawn.flipped, x)[:, None, None, None], x.flip(3), x)
         height, width = x.shape[-2:]
@@ -187,13 +187,13 @@ class RandomView(nn.Module):
         centre_x = (2 * left + w - 1) / (width - 1) - 1
         centre_y = (2 * top + h - 1) / (height - 1) - 1
         zero = torch.zeros_like(down)
-        theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)
-        theta = _on(theta, x).view(-1, 2, 3)
+        theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)  # (N, 6)
+        theta = _on(theta, x).view(-1, 2, 3)  # (N, 2, 3)
         grid = F.affine_grid(theta, [len(x), 3, self.size, self.size], align_corners=True)
         return F.grid_sample(x, grid, mode="bilinear", align_corners=True)
 
-    def _jittered(self, x: Tensor, drawn: ViewParameters) -> Tensor:
-        factors = _on(drawn.factors, x)[:, :, None, None, None]
+    def _jitter(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        factors = _on(drawn.factors, x)[:, :, None, None, None]  # (4, N, 1, 1, 1)
         for number in drawn.order:
             factor = factors[number]
             if number == 3:
@@ -202,15 +202,16 @@ class RandomView(nn.Module):
                 x = _ADJUST[number](x, factor)
         return x
 
-    def _blurred(self, x: Tensor, drawn: ViewParameters) -> Tensor:
-        """Blur those views that shall be, row by row and then column by column."""
+    def _blur(self, x: Tensor, drawn: ViewParameters) -> Tensor:
+        """Blur the chosen views, first along rows and then along columns."""
         index = drawn.sigma.nonzero()[:, 0]
         if len(index) == 0:
             return x
         place = torch.arange(self.kernel) - self.kernel // 2
-        weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()
+        weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()  # (n, kernel)
         weights = _on(weights / weights.sum(dim=1, keepdim=True), x).repeat_interleave(3, dim=0)
         index = _on(index, x)
+        # One group per channel of each view, so that all views take one convolution.
         rows = rearrange(x[index], "n c h w -> 1 (n c) h w")
         half = self.kernel // 2
         rows = F.pad(rows, (half, half, half, half), mode="reflect")
@@ -308,5 +309,5 @@ _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation)
 
 
 def _on(parameter: Tensor, x: Tensor) -> Tensor:
-    """Bring a parameter to the images' device, without waiting for it."""
+    """Copy a parameter to the images' device, without waiting for it."""
     return parameter.to(x.device, non_blocking=True)

@@ -1,302 +1,186 @@
-"""The two layouts of detection data: Pascal VOC's lists and XML files, COCO's JSON files."""
+"""The two layouts of detection data, both read into COCO's form."""
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
-from PIL import Image, UnidentifiedImageError
+from mixmask.detection.tree import Tree, explain
 
-from mixmask.detection.tree import Tree
-
-Box = tuple[float, float, float, float]
-
+_VOC_LISTS, _COCO_LISTS = "ImageSets/Main", "annotations"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 # What else COCO's annotations folder holds.
 _NO_INSTANCES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 
 
-@dataclass
-class Object:
-    """An object as annotated; its box is left, top, right, bottom, or None where it has none."""
+class Source(NamedTuple):
+    """A split in COCO's form: tables `images`, `annotations` and `categories`, not checked yet.
 
-    name: str
-    box: Box | None
-    ignored: bool
-    segmentation: Any = None
-
-
-@dataclass
-class Raw:
-    """An image as annotated: its path within the data, (width, height), and its objects."""
-
-    image: str
-    size: tuple[int, int]
-    objects: list[Object] = field(default_factory=list)
-
-
-class Voc:
-    """Pascal VOC's layout.
-
-    Args:
-        tree: The data.
-        base: Path of the folder that holds `ImageSets`, "" or ending in "/".
+    The images are in the first of the folders that holds the first of them.
     """
 
-    layout = "voc"
-    lists = "ImageSets/Main"
+    split: str
+    file: str
+    content: Any
+    folders: tuple[str, ...]
 
-    def __init__(self, tree: Tree, base: str) -> None:
-        """Note where the data are."""
-        self.tree, self.base = tree, base
-
-    def choose(self, train: str, test: str) -> tuple[str, str]:
-        """Return the names of the two splits, those given or the usual ones."""
-        known = [name.removesuffix(".txt") for name in self.tree.names(self._lists, ".txt")]
-        where = f"{self._lists}/*.txt"
-        return (
-            _named("train", train, known, where) or _first("train", ("trainval", "train"), known),
-            _named("test", test, known, where) or _first("test", ("test", "val"), known),
-        )
-
-    def read(self, split: str) -> list[Raw]:
-        """Read a split's images and objects."""
-        text = self.tree.read(f"{self._lists}/{split}.txt").decode(errors="replace")
-        names = [line.split()[0] for line in text.splitlines() if line.strip()]
-        return [self._image(name) for name in names]
-
-    def classes(self, raws: dict[str, list[Raw]]) -> tuple[str, ...]:
-        """Return the classes of the first split, by name; the second has none beside them."""
-        (train, known), (test, met) = (
-            (split, {item.name for raw in images for item in raw.objects})
-            for split, images in raws.items()
-        )
-        if met - known:
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """Return the rows of a table."""
+        rows = self.content.get(table) if isinstance(self.content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(
-                f"the split {test} has classes that {train} lacks: {', '.join(sorted(met - known))}"
-                "; correct the names, or move such images"
+                f"{self.file} is not in COCO's form: {table!r} must be a list of objects; it needs "
+                "images, annotations and categories"
             )
-        return tuple(sorted(known))
+        return rows
 
-    def to_learn(self, raws: list[Raw]) -> list[Raw]:
-        """Return what is learnt from: all, also what VOC calls difficult."""
-        return raws
+    def value(self, row: dict[str, Any], name: str, kinds: type | tuple[type, ...]) -> Any:
+        """Return a value of one of some types from a row."""
+        value = row.get(name)
+        if not isinstance(value, kinds):
+            raise ValueError(  # noqa: TRY004  It is the file's error, not the caller's.
+                f"{self.file} has {name!r}: {repr(value)[:60]} where COCO's form has "
+                f"{'text' if kinds is str else 'a number'}; correct it"
+            )
+        return value
 
-    @property
-    def _lists(self) -> str:
-        return self.base + self.lists
+    def key(self, row: dict[str, Any], name: str) -> Any:
+        """Return what rows refer to each other by: a number, or text as some writers have it."""
+        return self.value(row, name, (int, float, str))
 
-    def _image(self, name: str) -> Raw:
-        images = (f"{self.base}JPEGImages/{name}{suffix}" for suffix in _SUFFIXES)
-        image = next((path for path in images if self.tree.has(path)), None)
-        if image is None:
+
+def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[Source]]:
+    """Read the training and the test split, and say in which layout they are.
+
+    Args:
+        tree: The data, or a folder within which they lie.
+        train: Name of the training split, or "" for the usual one.
+        test: Name of the test split, or "" for the usual one.
+    """
+    base = tree.find_parent(_VOC_LISTS)
+    if base is not None:
+        return "voc", _read_voc(tree, base, train, test)
+    base = tree.find_parent(_COCO_LISTS)
+    if base is not None:
+        return "coco", _read_coco(tree, base, train, test)
+    raise ValueError(
+        f"{tree.root} holds neither {_VOC_LISTS} (Pascal VOC) nor {_COCO_LISTS} (COCO); pass the "
+        "folder that does, or a zip file of it"
+    )
+
+
+def number(value: Any) -> float:
+    """Return a number, also one written as text; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _choose_splits(
+    asked: tuple[str, str], usual: tuple[list[str], list[str]], known: Sequence[str], where: str
+) -> list[str]:
+    """Return the names of the training and the test split: those asked for, or the usual ones."""
+    listed = ", ".join(known) or "none"
+    splits = []
+    for kind, name, candidates in zip(("train", "test"), asked, usual, strict=True):
+        if name and name not in known:
+            raise ValueError(f"--{kind}-split {name} is not there; {where} has {listed}")
+        if not name and len(candidates) != 1:
             raise ValueError(
-                f"there is no image {self.base}JPEGImages/{name}.jpg, but {self.lists} names it; "
-                "add it, or take its name out"
+                f"{len(candidates)} files could be the {kind} split: {where} has {listed}; name "
+                f"one with --{kind}-split"
             )
-        path = f"{self.base}Annotations/{name}.xml"
-        root = self._parse(path)
-        size = _integer(root.findtext("size/width")), _integer(root.findtext("size/height"))
-        if min(size) < 1:
-            size = _size_in_header(self.tree, image)
-        return Raw(image, size, [_voc_object(item, path) for item in root.iter("object")])
-
-    def _parse(self, path: str) -> ET.Element:
-        if not self.tree.has(path):
-            raise ValueError(f"there is no {path}, but {self.lists} names it; add it")
-        content = self.tree.read(path)
-        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-            raise ValueError(f"{path} declares a document type; VOC's files have none, remove it")
-        try:
-            return ET.fromstring(content)  # noqa: S314  Entities are refused above.
-        except ET.ParseError as error:
-            raise ValueError(f"{path} is broken XML ({error}); correct it") from None
+        splits.append(name or candidates[0])
+    if splits[0] == splits[1]:
+        raise ValueError(f"training and test split are both {splits[0]}; name others")
+    return splits
 
 
-def _voc_object(item: ET.Element, path: str) -> Object:
+def _read_coco(tree: Tree, base: str, train: str, test: str) -> list[Source]:
+    files = {
+        name.removesuffix(".json").removeprefix("instances_"): f"{base}{_COCO_LISTS}/{name}"
+        for name in tree.names(base + _COCO_LISTS, ".json")
+        if not name.startswith(_NO_INSTANCES)
+    }
+    trains, vals, tests = (
+        [name for name in files if name.startswith(start)] for start in ("train", "val", "test")
+    )
+    where = f"{base}{_COCO_LISTS}/instances_*.json"
+    sources = []
+    for split in _choose_splits((train, test), (trains, vals or tests), list(files), where):
+        content = tree.read(files[split])
+        with explain(f"{files[split]} is not JSON in COCO's form"):
+            parsed = json.loads(content)
+        folders = tuple(base + name for name in (f"{split}/", f"images/{split}/", "images/", ""))
+        sources.append(Source(split, files[split], parsed, folders))
+    return sources
+
+
+def _read_voc(tree: Tree, base: str, train: str, test: str) -> list[Source]:
+    """Read two of VOC's lists and the XML files that they name into COCO's form."""
+    known = [name.removesuffix(".txt") for name in tree.names(base + _VOC_LISTS, ".txt")]
+    usual = ("trainval", "train"), ("test", "val")
+    trains, tests = ([name for name in names if name in known][:1] for names in usual)
+    where = f"{base}{_VOC_LISTS}/*.txt"
+    sources = []
+    for split in _choose_splits((train, test), (trains, tests), known, where):
+        list_file = f"{base}{_VOC_LISTS}/{split}.txt"
+        lines = tree.read(list_file).decode(errors="replace").splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
+        images, objects = [], []
+        for i, name in enumerate(names):
+            image, inside = _voc_image(tree, base, name)
+            images.append({**image, "id": i})
+            objects += [{**item, "image_id": i} for item in inside]
+        # Names serve as numbers, so that the classes are in alphabetical order.
+        classes = [{"id": name, "name": name} for name in {item["category_id"] for item in objects}]
+        content = {"images": images, "annotations": objects, "categories": classes}
+        sources.append(Source(split, list_file, content, (f"{base}JPEGImages/",)))
+    return sources
+
+
+def _voc_image(
+    tree: Tree, base: str, name: str
+) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """Read an XML file of VOC's into a row of COCO's images and rows of its annotations."""
+    folder, path = f"{base}JPEGImages/", f"{base}Annotations/{name}.xml"
+    file = next((name + end for end in _SUFFIXES if tree.has(folder + name + end)), None)
+    if file is None or not tree.has(path):
+        missing = path if file else f"image {folder}{name}.jpg"
+        raise ValueError(
+            f"there is no {missing}, but {_VOC_LISTS} names it; add it, or remove its name"
+        )
+    content = tree.read(path)
+    # Entities could blow up what is read. Without its zeros UTF-16 reads like ASCII here.
+    if re.search(rb"<!(DOCTYPE|ENTITY)", content.replace(b"\0", b"")):
+        raise ValueError(f"{path} declares a document type; VOC's files have none, remove it")
+    with explain(f"{path} is broken XML"):
+        root = ET.fromstring(content)  # noqa: S314  Entities are refused above.
+    size: list[str | int] = [root.findtext(f"size/{side}") or 0 for side in ("width", "height")]
+    if any(number(side) <= 0 for side in size):
+        with tree.open_image(folder + file) as opened:
+            size = list(opened.size)
+    width, height = size
+    return {"file_name": file, "width": width, "height": height}, [
+        _voc_object(item, path) for item in root.iter("object")
+    ]
+
+
+def _voc_object(item: ET.Element, path: str) -> dict[str, object]:
     name = (item.findtext("name") or "").strip()
     if not name:
-        raise ValueError(f"{path} has an object without a name; give its class")
-    texts = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        left, top, right, bottom = (float(text) for text in texts if text is not None)
-    except ValueError:
-        box = None
-    else:
-        # VOC counts pixels from 1 and includes the last one. A box that starts where it ends is a
-        # slip of the hand, not an object of one pixel.
-        empty = right <= left or bottom <= top
-        box = (left, top, left, top) if empty else (left - 1, top - 1, right, bottom)
-    return Object(name, box, (item.findtext("difficult") or "0").strip() == "1")
-
-
-class Coco:
-    """COCO's layout.
-
-    Args:
-        tree: The data.
-        base: Path of the folder that holds `annotations`, "" or ending in "/".
-    """
-
-    layout = "coco"
-    lists = "annotations"
-
-    def __init__(self, tree: Tree, base: str) -> None:
-        """Note where the data are."""
-        self.tree, self.base = tree, base
-        self._categories: dict[str, dict[int, str]] = {}
-
-    def choose(self, train: str, test: str) -> tuple[str, str]:
-        """Return the names of the two splits, those given or the usual ones."""
-        known = list(self._files())
-        where = f"{self.base}{self.lists}/instances_*.json"
-        trains = [name for name in known if name.startswith("train")]
-        tests = [name for name in known if name.startswith("val")]
-        tests = tests or [name for name in known if name.startswith("test")]
-        return (
-            _named("train", train, known, where) or _only("train", trains, known),
-            _named("test", test, known, where) or _only("test", tests, known),
-        )
-
-    def read(self, split: str) -> list[Raw]:
-        """Read a split's images and objects."""
-        path = f"{self.base}{self.lists}/{self._files()[split]}"
-        try:
-            content = json.loads(self.tree.read(path))
-            names = {int(item["id"]): str(item["name"]) for item in content["categories"]}
-            images = {
-                item["id"]: Raw(str(item["file_name"]), (int(item["width"]), int(item["height"])))
-                for item in content["images"]
-            }
-            annotations: list[dict[str, Any]] = content["annotations"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no JSON in COCO's form ({type(error).__name__}: {error}); it needs "
-                "images, annotations and categories"
-            ) from None
-        self._categories[split] = names
-        strangers = 0
-        for item in annotations:
-            raw = images.get(item.get("image_id"))
-            if raw is None:
-                strangers += 1
-                continue
-            raw.objects.append(_coco_object(item, names, path))
-        if strangers:
-            warnings.warn(
-                f"{strangers} objects of {split} belong to no image of it, and were left out",
-                stacklevel=3,
-            )
-        return self._with_paths(split, list(images.values()))
-
-    def classes(self, raws: dict[str, list[Raw]]) -> tuple[str, ...]:
-        """Return the categories, in the order of their numbers; both splits have the same."""
-        train, test = raws
-        known, met = self._categories[train], self._categories[test]
-        if known != met:
-            differing = sorted(set(known.items()) ^ set(met.items()))
-            listed = ", ".join(f"{number} {name}" for number, name in differing[:5])
-            raise ValueError(
-                f"the splits {train} and {test} have different categories ({listed}); give both "
-                "files the same list"
-            )
-        return tuple(known[number] for number in sorted(known))
-
-    def to_learn(self, raws: list[Raw]) -> list[Raw]:
-        """Return what is learnt from: not the crowds, which are heaps of objects in one box."""
-        return [
-            Raw(raw.image, raw.size, [item for item in raw.objects if not item.ignored])
-            for raw in raws
-        ]
-
-    def _files(self) -> dict[str, str]:
-        """Return the files of instances by the names of their splits."""
-        names = self.tree.names(self.base + self.lists, ".json")
-        return {
-            name.removesuffix(".json").removeprefix("instances_"): name
-            for name in names
-            if not name.startswith(_NO_INSTANCES)
-        }
-
-    def _with_paths(self, split: str, raws: list[Raw]) -> list[Raw]:
-        """Find the folder of the images, and check that each is there."""
-        folders = [
-            f"{self.base}{name}" for name in (f"{split}/", f"images/{split}/", "images/", "")
-        ]
-        first = raws[0].image if raws else ""
-        folder = next((name for name in folders if first and self.tree.has(name + first)), None)
-        if folder is None:
-            listed = ", ".join(repr(name) for name in folders)
-            raise ValueError(
-                f"the first image of {split}, {first!r}, is in none of the folders {listed}; put "
-                "the images into one of them"
-            )
-        missing = [raw.image for raw in raws if not self.tree.has(folder + raw.image)]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(raws)} images of {split} are missing in {folder!r}, the "
-                f"first is {missing[0]}; add them, or take them out of the JSON file"
-            )
-        return [Raw(folder + raw.image, raw.size, raw.objects) for raw in raws]
-
-
-def _coco_object(item: dict[str, Any], names: dict[int, str], path: str) -> Object:
-    category = item.get("category_id")
-    if category not in names:
-        raise ValueError(f"{path} has an object of the unknown category {category!r}; list it")
-    try:
-        left, top, width, height = (float(side) for side in item["bbox"])
-        box = (left, top, left + width, top + height)
-    except (KeyError, TypeError, ValueError):
-        box = None
-    crowd = bool(item.get("iscrowd", 0))
-    return Object(names[category], box, crowd, item.get("segmentation") or None)
-
-
-def _named(kind: str, split: str, known: Sequence[str], where: str) -> str:
-    """Return the split that was asked for, "" if none was, or refuse it."""
-    if split and split not in known:
-        listed = ", ".join(known) or "none"
-        raise ValueError(f"--{kind}-split {split} is not there; {where} has {listed}")
-    return split
-
-
-def _first(kind: str, usual: Sequence[str], known: Sequence[str]) -> str:
-    """Return the first of the usual names that there is."""
-    for name in usual:
-        if name in known:
-            return name
-    raise ValueError(
-        f"there is no list named {' or '.join(usual)}, but {', '.join(known) or 'none'}; name "
-        f"one with --{kind}-split"
-    )
-
-
-def _only(kind: str, candidates: Sequence[str], known: Sequence[str]) -> str:
-    """Return the only candidate, or ask for a name."""
-    if len(candidates) == 1:
-        return candidates[0]
-    raise ValueError(
-        f"{len(candidates)} files could be the {kind} split, of {', '.join(known) or 'none'}; "
-        f"name one with --{kind}-split"
-    )
-
-
-def _integer(text: str | None) -> int:
-    try:
-        return int(float(text or 0))
-    except ValueError:
-        return 0
-
-
-def _size_in_header(tree: Tree, image: str) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(tree.read(image))) as opened:
-            return opened.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{image} is no readable image ({error}); replace it") from None
+        raise ValueError(f"{path} has an object without a name; add its class")
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    left, top, right, bottom = (number(item.findtext(f"bndbox/{side}")) for side in sides)
+    # VOC counts pixels from 1 and includes the last one. A box that starts where it ends is a
+    # slip of the hand, not an object of one pixel.
+    empty = right <= left or bottom <= top
+    extent = [0.0, 0.0] if empty else [right - left + 1, bottom - top + 1]
+    difficult = number(item.findtext("difficult")) == 1
+    bbox = [left - 1, top - 1, *extent]
+    return {"category_id": name, "bbox": bbox, "iscrowd": difficult, "difficult": difficult}

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN and Mask R-CNN on a backbone of timm's."""
+"""torchvision's Faster R-CNN and Mask R-CNN on a timm backbone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
-from mixmask._checks import check_choice
 from mixmask.data.views import MEAN, STD
-from mixmask.detection.config import BATCH_NORMS, MODELS, NECKS
+from mixmask.detection.config import DetectionConfig
 
 # The size that anchors and levels of the published recipes are made for, shorter by longer side.
 _PUBLISHED_SIZE, _PUBLISHED_LONGEST = 800, 1333
@@ -28,18 +27,7 @@ _ANCHORS = (32, 64, 128, 256, 512)
 _RATIOS = (0.5, 1.0, 2.0)
 
 
-def build_detector(
-    backbone: nn.Module,
-    classes: int,
-    *,
-    model: str = "faster-rcnn",
-    neck: str = "c4",
-    batch_norm: str = "train",
-    size: int = 800,
-    min_scale: float = 0.6,
-    rois: int = 512,
-    proposals: int = 1000,
-) -> nn.Module:
+def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
     """Build a detector around a backbone, whose modules it takes over.
 
     C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage (stride
@@ -57,21 +45,16 @@ def build_detector(
     1 or 2 images, and only for a trained backbone, since an untrained one has no statistics yet.
 
     Args:
-        backbone: A model of timm's without a classifier; C4 needs a ResNet.
+        backbone: A timm model without a classifier; C4 needs a ResNet.
         classes: Number of classes without the background.
-        model: "faster-rcnn" for boxes, "mask-rcnn" for masks too.
-        neck: "c4" or "fpn".
-        batch_norm: "train" or "frozen".
-        size: Shorter side of a test image, in pixels; the longer one is at most 5/3 of it.
-        min_scale: Smallest shorter side of a training image, as a share of `size`.
-        rois: Regions an image that the head learns from in a step.
-        proposals: Regions an image that are proposed in a test, twice as many in training.
+        config: The options; `model`, `neck`, `batch_norm`, `size`, `min_scale`, `rois` and
+            `proposals` count here. The longer side of an image is at most 5/3 of `size`.
 
     Returns:
         torchvision's detector: images in a list, (3, H, W) within 0 ... 1, and targets.
 
     Raises:
-        ValueError: If an option is out of its range, or the backbone has not the stages.
+        ValueError: If the backbone lacks the stages.
 
     Source:
         He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", section
@@ -79,34 +62,29 @@ def build_detector(
 
     Example:
         >>> from mixmask.backbones import build_backbone
-        >>> detector = build_detector(build_backbone("narrow"), 2, size=64, proposals=50).eval()
+        >>> config = DetectionConfig(size=64, proposals=50)
+        >>> detector = build_detector(build_backbone("narrow"), 2, config).eval()
         >>> sorted(detector([torch.rand(3, 64, 80)])[0])
         ['boxes', 'labels', 'scores']
     """
-    check_choice("--model", model, MODELS)
-    check_choice("--neck", neck, NECKS)
-    check_choice("--batch-norm", batch_norm, BATCH_NORMS)
-    channels, strides = _stages(backbone)
-    tuned = batch_norm == "train"
-    if neck == "c4":
-        parts = _c4_parts(backbone, channels[-2:], strides[-2], classes, size, model, tuned)
-    else:
-        parts = _fpn_parts(backbone, channels, strides, classes, size, model, tuned)
+    channels, strides = _measure_stages(backbone)
+    build_parts = _c4_parts if config.neck == "c4" else _fpn_parts
     # All of C4's boxes come from one stage, so it ranks more of them than a level of a pyramid.
-    ranked = (12 * proposals, 6 * proposals) if neck == "c4" else (2 * proposals, proposals)
-    parts["rpn_pre_nms_top_n_train"], parts["rpn_pre_nms_top_n_test"] = ranked
-    parts["rpn_post_nms_top_n_train"] = 2 * proposals
-    parts["rpn_post_nms_top_n_test"] = proposals
-    parts["box_batch_size_per_image"] = rois
-    detector: nn.Module = (MaskRCNN if model == "mask-rcnn" else FasterRCNN)(
-        min_size=_train_sizes(size, min_scale),
-        max_size=round(size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
+    ranked = (6 if config.neck == "c4" else 1) * config.proposals
+    detector: nn.Module = (MaskRCNN if config.model == "mask-rcnn" else FasterRCNN)(
+        min_size=_train_sizes(config.size, config.min_scale),
+        max_size=round(config.size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
         image_mean=list(MEAN),
         image_std=list(STD),
         size_divisible=max(strides),
-        **parts,
+        rpn_pre_nms_top_n_train=2 * ranked,
+        rpn_pre_nms_top_n_test=ranked,
+        rpn_post_nms_top_n_train=2 * config.proposals,
+        rpn_post_nms_top_n_test=config.proposals,
+        box_batch_size_per_image=config.rois,
+        **build_parts(backbone, channels, strides, classes, config),
     )
-    if not tuned:
+    if config.batch_norm == "frozen":
         for norm in batch_norms(detector):
             norm.requires_grad_(False)
     return detector
@@ -131,7 +109,7 @@ def _train_sizes(size: int, min_scale: float) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
+def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
     """Measure the channels and strides of the last four stages on a blank image.
 
     What timm declares is of no use here: a stem without pooling halves the strides.
@@ -185,24 +163,10 @@ def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign
     return pool
 
 
-class _C4(nn.Module):
-    """The stem and first three stages of a ResNet."""
-
-    def __init__(self, backbone: Any, out_channels: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool)
-        self.stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
-        self.out_channels = out_channels
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.stages(self.stem(images))
-        return features
-
-
 class _Res5(nn.Module):
     """The last stage on regions (n, C, 14, 14) -> (n, C', 7, 7), and MoCo's extra norm."""
 
-    def __init__(self, stage: nn.Module, out_channels: int, norm: bool) -> None:
+    def __init__(self, stage: nn.Module, out_channels: int, *, norm: bool) -> None:
         super().__init__()
         self.stage = stage
         self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
@@ -217,27 +181,27 @@ class _Res5(nn.Module):
 
 
 def _c4_parts(
-    backbone: Any,
-    channels: list[int],
-    stride: int,
-    classes: int,
-    size: int,
-    model: str,
-    norm: bool,
+    backbone: Any, channels: list[int], strides: list[int], classes: int, config: DetectionConfig
 ) -> dict[str, Any]:
+    """Return what torchvision's detectors are made of: one stage, and the last one as a head."""
     names = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     if not all(hasattr(backbone, name) for name in names):
         raise ValueError(f"--neck c4 needs a ResNet, got {type(backbone).__name__}; use --neck fpn")
-    inner, outer = channels
-    res5 = _Res5(backbone.layer4, outer, norm)
+    inner, outer = channels[-2:]
+    stride, size = strides[-2], config.size
+    res5 = _Res5(backbone.layer4, outer, norm=config.batch_norm == "train")
+    stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool)
+    stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
+    body: Any = nn.Sequential(OrderedDict(stem=stem, stages=stages))
+    body.out_channels = inner
     parts: dict[str, Any] = {
-        "backbone": _C4(backbone, inner),
+        "backbone": body,
         "rpn_anchor_generator": _anchors([_ANCHORS], size),
         "box_roi_pool": _pool([stride], size, 14),
         "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "box_predictor": FastRCNNPredictor(outer, classes + 1),
     }
-    if model == "mask-rcnn":
+    if config.model == "mask-rcnn":
         parts["mask_roi_pool"] = _pool([stride], size, 14)
         parts["mask_head"] = res5
         parts["mask_predictor"] = MaskRCNNPredictor(outer, min(256, outer), classes + 1)
@@ -247,7 +211,7 @@ def _c4_parts(
 class _Pyramid(nn.Module):
     """A feature pyramid over the last four stages, and a pooled fifth level for large anchors."""
 
-    def __init__(self, backbone: nn.Module, channels: list[int], width: int, norm: bool) -> None:
+    def __init__(self, backbone: nn.Module, channels: list[int], width: int, *, norm: bool) -> None:
         super().__init__()
         self.body = backbone
         self.fpn = FeaturePyramidNetwork(
@@ -271,20 +235,19 @@ def _fpn_parts(
     channels: list[int],
     strides: list[int],
     classes: int,
-    size: int,
-    model: str,
-    norm: bool,
+    config: DetectionConfig,
 ) -> dict[str, Any]:
+    """Return what torchvision's detectors are made of: a pyramid, and heads of their own."""
     width = min(256, channels[-1])
-    hidden = 4 * width
+    hidden, size = 4 * width, config.size
     parts: dict[str, Any] = {
-        "backbone": _Pyramid(backbone, channels, width, norm),
+        "backbone": _Pyramid(backbone, channels, width, norm=config.batch_norm == "train"),
         "rpn_anchor_generator": _anchors([(anchor,) for anchor in _ANCHORS], size),
         "box_roi_pool": _pool(strides, size, 7),
         "box_head": TwoMLPHead(width * 7**2, hidden),
         "box_predictor": FastRCNNPredictor(hidden, classes + 1),
     }
-    if model == "mask-rcnn":
+    if config.model == "mask-rcnn":
         parts["mask_roi_pool"] = _pool(strides, size, 14)
         parts["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
         parts["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)

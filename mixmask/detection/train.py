@@ -4,32 +4,219 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import horizontal_flip
+from torchvision.transforms.v2 import functional as transforms
+from torchvision.tv_tensors import BoundingBoxFormat
 from tqdm import tqdm
 
-from mixmask._seeds import fold_seed
+from mixmask._seeds import fold_seed, step_generator
+from mixmask.backbones import build_backbone
+from mixmask.checkpoints.load import load_backbone
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
-from mixmask.detection.metrics import batches, evaluate_detector
-from mixmask.detection.model import batch_norms, train_mode
-from mixmask.detection.run import (
-    Row,
-    Run,
-    generator,
-    write_json,
-)
+from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
+from mixmask.detection.model import batch_norms, build_detector, train_mode
+from mixmask.figures.detection import figure_detections
+from mixmask.figures.style import save_figure
+from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, write_json
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
 # Batches from which the statistics of batch norm are measured anew before a test.
 _STATISTICS = 50
+# What a checkpoint holds beside the weights.
+_PROGRESS = ("step", "rows", "sums", "seconds", "source")
+# Where a backbone comes from, for people to read.
+Source = dict[str, object]
+_LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
+
+
+class Row(Precisions, total=False):
+    """What an epoch has measured: mean losses, and in some epochs the average precision."""
+
+    epoch: int
+    loss: float
+    loss_classifier: float
+    loss_box_reg: float
+    loss_objectness: float
+    loss_rpn_box_reg: float
+    loss_mask: float
+    lr: float
+    seconds: float
+    test_seconds: float
+
+
+class Results(Precisions):
+    """The content of `results.json`: the last test's figures with their circumstances."""
+
+    finished: bool
+    classes: list[str]
+    backbone: Source
+    config: dict[str, object]
+    data: dict[str, object]
+    hardware: dict[str, object]
+    versions: dict[str, str]
+    date: str
+    epochs: list[Row]
+
+
+@dataclass
+class Run:
+    """All that a run is made of, where it stands, and its files."""
+
+    config: DetectionConfig
+    data: DetectionData
+    detector: nn.Module
+    optimizer: torch.optim.SGD
+    device: torch.device
+    steps: int
+    out: Path
+    source: Source
+    rows: list[Row] = field(default_factory=list)
+    step: int = 0
+    # Sums of losses over the part of an epoch that a checkpoint holds, and its seconds.
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def build(
+        cls,
+        config: DetectionConfig,
+        data: DetectionData,
+        backbone: nn.Module,
+        out: Path,
+        source: Source,
+    ) -> Run:
+        """Build a run at its first step; the seed alone decides the new layers' weights."""
+        if config.model == "mask-rcnn":
+            train, test = data.train.with_masks(), data.test.with_masks()
+            data = dataclasses.replace(data, train=train, test=test)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(fold_seed(config.seed, "weights"))
+        detector = build_detector(backbone, len(data.classes), config).to(device)
+        optimizer = torch.optim.SGD(
+            [p for p in detector.parameters() if p.requires_grad],
+            lr=0.0,
+            momentum=0.9,
+            weight_decay=config.weight_decay,
+        )
+        steps = max(1, len(data.train) // config.batch_size)
+        return cls(config, data, detector, optimizer, device, steps, out, source)
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step.
+
+        It rises over 100 steps, or a tenth of the run where that is less, and drops to a tenth
+        after 3/4 and after 11/12, as in MoCo's 24,000 steps on Pascal VOC.
+        """
+        peak = self.config.lr or 0.02 * self.config.batch_size / 16
+        total = self.steps * self.config.epochs
+        warmup = min(100, total // 10)
+        drops = sum(self.step >= share * total for share in (3 / 4, 11 / 12))
+        return peak * min(1.0, (self.step + 1) / (warmup + 1)) * 0.1**drops
+
+    def results(self) -> Results:
+        """Return the content of `results.json`."""
+        row = next((row for row in reversed(self.rows) if "ap" in row), Row())
+        names = Precisions.__annotations__
+        tested = {name: value for name, value in row.items() if name in names}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        libraries = {name: version(name) for name in _LIBRARIES}
+        splits = {"train": self.data.train, "test": self.data.test}
+        return {
+            "finished": self.step == self.steps * self.config.epochs,
+            **cast("Precisions", tested),
+            "classes": list(self.data.classes),
+            "backbone": self.source,
+            "config": dataclasses.asdict(self.config),
+            "data": {
+                "layout": self.data.layout,
+                **{kind: {"split": s.name, "images": len(s)} for kind, s in splits.items()},
+            },
+            "hardware": {
+                "machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(),
+            },
+            "versions": {"python": platform.python_version(), **libraries},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "epochs": self.rows,
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Write checkpoint and results; a crash at any moment leaves one whole checkpoint."""
+        content = {
+            "model": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "classes": list(self.data.classes),
+            "images": len(self.data.train),
+            **{name: getattr(self, name) for name in _PROGRESS},
+        }
+        save_checkpoint(self.out, content)
+        write_json(self.out / "results.json", {**self.results()})
+
+    def load(self) -> None:
+        """Restore the newest whole checkpoint; a warning names a damaged one."""
+        file, content = load_checkpoint(self.out)
+        classes, images = list(self.data.classes), len(self.data.train)
+        try:
+            if (content["classes"], content["images"]) != (classes, images):
+                raise ValueError(
+                    f"{self.out} was started on {content['images']} images of "
+                    f"{', '.join(content['classes'])}, but {self.config.data} has {images} of "
+                    f"{', '.join(classes)}; continue with the data of the start"
+                )
+            self.detector.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            for name in _PROGRESS:
+                setattr(self, name, content[name])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            reason, _, _ = str(error).partition("\n")
+            raise ValueError(
+                f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
+                "train it again with a new --out"
+            ) from None
+
+
+def load_source(
+    run: str, config: DetectionConfig, *, small_stem: bool | None = None
+) -> tuple[nn.Module, DetectionConfig, Source]:
+    """Load the backbone of a run, or build an untrained one.
+
+    Args:
+        run: A run folder, a checkpoint file, or "random".
+        config: The options; `arch` and, with "random", `small_stem` count here.
+        small_stem: Whether the stem is the one for small images. Default: as in the run.
+
+    Returns:
+        The backbone, the options with its architecture, and what results say of it.
+    """
+    if run == "random":
+        if not config.arch:
+            raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
+        torch.manual_seed(fold_seed(config.seed, "backbone"))
+        backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
+    loaded = load_backbone(Path(run), arch=config.arch or None, small_stem=small_stem)
+    source: Source = {
+        "run": run,
+        "arch": loaded.arch,
+        "small_stem": loaded.small_stem,
+        "layout": loaded.layout,
+        "taken": len(loaded.taken),
+        "left": len(loaded.left),
+        "pretraining": loaded.config,
+    }
+    config = dataclasses.replace(config, arch=loaded.arch, small_stem=loaded.small_stem)
+    return loaded.backbone, config, source
 
 
 def train_detector(
@@ -38,12 +225,12 @@ def train_detector(
     backbone: nn.Module,
     out: Path,
     *,
-    source: dict[str, Any] | None = None,
+    source: Source | None = None,
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Train a detector, leaving `config.json`, `results.json` and `last.pt` in a folder.
+) -> tuple[nn.Module, Results]:
+    """Train a detector, leaving its configuration, results, checkpoints and a figure in a folder.
 
     SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
     3/4 and again after 11/12 of the run. Images are flipped at random and resized to a random
@@ -53,16 +240,14 @@ def train_detector(
 
     Args:
         config: The run's options.
-        data: The two splits; with masks for Mask R-CNN.
-        backbone: A model of timm's, which the detector takes over.
-        out: The run folder, made if need be.
-        source: What results.json should say of the backbone.
-        resume: Go on from the newest whole checkpoint in `out`.
+        data: The two splits; with segmentations for Mask R-CNN.
+        backbone: A timm model, which the detector takes over.
+        out: The run folder, made if need be: `config.json`, `results.json`, `last.pt`,
+            `previous.pt` and, at the end, `detections.png` with the first test images.
+        source: What `results.json` says of the backbone.
+        resume: Continue from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
         on_row: Called with what was measured after each epoch.
-
-    Returns:
-        The detector and the content of `results.json`.
 
     Raises:
         ValueError: If the backbone does not suit, or there is nothing to resume.
@@ -73,59 +258,62 @@ def train_detector(
         run.load()
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(dataclasses.asdict(config), out / "config.json")
+        write_config(out, dataclasses.asdict(config))
     total = run.steps * config.epochs
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress) as bar:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
-            row = {"epoch": epoch, **_train_epoch(run, epoch, bar)}
-            last = epoch == config.epochs
-            if last or (config.monitor and epoch % config.monitor == 0):
-                row.update(_test(run))
+            row = _train_epoch(run, epoch, bar)
+            if epoch == config.epochs or (config.monitor and epoch % config.monitor == 0):
+                _test(run, row)
             run.rows.append(row)
             run.save()
             if on_row:
                 on_row(row)
+    _draw(run)
     return run.detector, run.results()
 
 
 def _train_epoch(run: Run, epoch: int, bar: Any) -> Row:
     """Train one epoch, or what a resumed run has left of it."""
-    config, began = run.config, time.perf_counter()
-    saved = began
+    config, start = run.config, time.perf_counter()
+    saved = start
     train_mode(run.detector)
-    done = run.step % run.steps
-    # What a checkpoint within the epoch took down, so that its means are whole.
+    steps_before = run.step % run.steps
+    # What a checkpoint within the epoch holds, so that its means are whole.
     sums, seconds = dict(run.sums), run.seconds
-    order = torch.randperm(len(run.data.train), generator=generator(config.seed, "order", epoch))
-    index = order[: run.steps * config.batch_size].tolist()[done * config.batch_size :]
-    for batch in batches(run.data.train, index, config.batch_size, config.workers):
+    order = torch.randperm(
+        len(run.data.train), generator=step_generator(config.seed, "order", epoch)
+    )
+    index = order[: run.steps * config.batch_size].tolist()[steps_before * config.batch_size :]
+    for batch in read_batches(run.data.train, index, config.batch_size, config.workers):
         losses = _train_step(run, batch)
+        total = sum(losses.values())
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss
-        if not math.isfinite(sum(losses.values())):
-            raise FloatingPointError(
-                f"the loss became {sum(losses.values())} in epoch {epoch}; lower --lr"
-            )
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss became {total} in epoch {epoch}; lower --lr")
         run.step += 1
         bar.update()
-        bar.set_postfix_str(f"loss {sum(losses.values()):.3f}")
+        bar.set_postfix_str(f"loss {total:.3f}")
         if time.perf_counter() - saved > _SAVE_EVERY and run.step % run.steps:
             saved = time.perf_counter()
-            run.sums, run.seconds = sums, seconds + saved - began
+            run.sums, run.seconds = sums, seconds + saved - start
             run.save()
     run.sums, run.seconds = {}, 0.0
     means = {name: total / run.steps for name, total in sums.items()}
     return {
+        **cast("Row", means),  # Under torchvision's names.
+        "epoch": epoch,
         "loss": sum(means.values()),
-        **means,
-        "seconds": seconds + time.perf_counter() - began,
         "lr": run.optimizer.param_groups[0]["lr"],
+        "seconds": seconds + time.perf_counter() - start,
     }
 
 
 def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float]:
     """Take one step on a batch and return the losses."""
-    images, targets = _flipped(batch, generator(run.config.seed, "flips", run.step), run.device)
+    generator = step_generator(run.config.seed, "flips", run.step)
+    images, targets = _flip_half(batch, generator, run.device)
     # torchvision draws sizes, anchors and regions from the global generator.
     torch.manual_seed(fold_seed(run.config.seed, "sampling", run.step))
     losses: dict[str, Tensor] = run.detector(images, targets)
@@ -138,38 +326,37 @@ def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
-def _flipped(
-    batch: list[tuple[Tensor, Target]], draw: torch.Generator, device: torch.device
+def _flip_half(
+    batch: list[tuple[Tensor, Target]], generator: torch.Generator, device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
     """Bring a batch to the device as floats, half of its images flipped from left to right."""
     images, targets = [], []
-    flips = torch.rand(len(batch), generator=draw) < 0.5
+    flips = torch.rand(len(batch), generator=generator) < 0.5
     for flip, (image, annotated) in zip(flips.tolist(), batch, strict=True):
         target = {name: value.to(device) for name, value in annotated.items()}
         pixels = image.to(device).float() / 255
         if flip:
-            pixels = horizontal_flip(pixels)
-            left, top, right, bottom = target["boxes"].unbind(1)
-            width = pixels.shape[-1]
-            target["boxes"] = torch.stack([width - right, top, width - left, bottom], dim=1)
+            pixels = transforms.horizontal_flip(pixels)
+            target["boxes"] = transforms.horizontal_flip_bounding_boxes(
+                target["boxes"], BoundingBoxFormat.XYXY, canvas_size=pixels.shape[-2:]
+            )
             if "masks" in target:
-                target["masks"] = target["masks"].flip(-1)
+                target["masks"] = transforms.horizontal_flip_mask(target["masks"])
         images.append(pixels)
         targets.append(target)
     return images, targets
 
 
-def _test(run: Run) -> Row:
+def _test(run: Run, row: Row) -> None:
+    """Add the average precision on the test split to a row."""
     _measure_statistics(run)
-    began = time.perf_counter()
-    measured = evaluate_detector(
-        run.detector,
-        run.data.test,
-        run.data.classes,
-        batch_size=run.config.batch_size,
-        workers=run.config.workers,
+    start, config = time.perf_counter(), run.config
+    data, size = run.data, config.batch_size
+    precisions = evaluate_detector(
+        run.detector, data.test, data.classes, batch_size=size, workers=config.workers
     )
-    return {**measured, "test_seconds": time.perf_counter() - began}
+    row.update(cast("Row", precisions))
+    row["test_seconds"] = time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -188,10 +375,20 @@ def _measure_statistics(run: Run) -> None:
     for norm in tuned:
         norm.reset_running_stats()
         norm.momentum = None  # A plain mean over all batches.
-    order = torch.randperm(len(run.data.train), generator=generator(config.seed, "statistics"))
+    draw = step_generator(config.seed, "statistics")
+    order = torch.randperm(len(run.data.train), generator=draw)
     index = order[: min(_STATISTICS, run.steps) * config.batch_size].tolist()
     torch.manual_seed(fold_seed(config.seed, "statistics"))
-    for batch in batches(run.data.train, index, config.batch_size, config.workers):
-        run.detector(*_flipped(batch, generator(config.seed, "statistics"), run.device))
+    for batch in read_batches(run.data.train, index, config.batch_size, config.workers):
+        run.detector(*_flip_half(batch, step_generator(config.seed, "statistics"), run.device))
     for norm, momentum in zip(tuned, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _draw(run: Run, *, count: int = 4) -> None:
+    """Draw the first test images with what is annotated and what is detected."""
+    test = run.data.test
+    images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
+    predictions = predict(run.detector, images, run.device)
+    figure = figure_detections(images, targets, predictions, run.data.classes)
+    save_figure(figure, run.out / "detections.png")

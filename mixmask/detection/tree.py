@@ -1,12 +1,27 @@
-"""A folder, or a zip file of one, to read from."""
+"""A folder, or a zip file of one, to read from; and one line for whatever is broken in it."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+from PIL import Image
+
+
+@contextmanager
+def explain(problem: str) -> Iterator[None]:
+    """Turn whatever a reader of foreign bytes raises into a ValueError of one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile alone raises nine kinds, and a codec may raise any.
+        raise ValueError(f"{problem} ({type(error).__name__}: {error}); replace it") from None
 
 
 class Tree:
@@ -20,63 +35,67 @@ class Tree:
     """
 
     def __init__(self, root: Path) -> None:
-        """Look at what there is."""
+        """List the members of a zip file."""
         self.root = root
         self._zips: dict[int, zipfile.ZipFile] = {}
-        self._names: frozenset[str] | None = None
+        self._members: frozenset[str] | None = None
         if root.is_file():
-            try:
-                self._names = frozenset(self._zip().namelist())
-            except zipfile.BadZipFile as error:
-                raise ValueError(
-                    f"{root} is no whole zip file ({error}); pass a folder or a zip of it"
-                ) from None
+            with explain(f"{root} is not a whole zip file"):
+                self._members = frozenset(self._zip().namelist())
         elif not root.is_dir():
             raise ValueError(f"--data must be a folder or a zip file, got {root}")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave open files behind when a worker is started."""
         return {**self.__dict__, "_zips": {}}
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file; names that lead out of the tree are refused."""
         inside = _inside(name)
-        if self._names is not None:
-            return inside in self._names
+        if self._members is not None:
+            return inside in self._members
         return (self.root / inside).is_file()
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
+        """Return a file's bytes, or refuse one that is damaged, encrypted or of unknown codec."""
         inside = _inside(name)
-        if self._names is not None:
-            return self._zip().read(inside)
-        return (self.root / inside).read_bytes()
+        with explain(f"{name} in {self.root} cannot be read"):
+            if self._members is not None:
+                return self._zip().read(inside)
+            return (self.root / inside).read_bytes()
 
-    def above(self, folder: str) -> str | None:
-        """Return the path of what holds a folder, "" or ending in "/": the top, or a nested one."""
-        if self._names is None:
-            found = [
+    @contextmanager
+    def open_image(self, name: str) -> Iterator[Image.Image]:
+        """Open an image, of which so far only the header is read."""
+        content = self.read(name)
+        problem = f"{name} is not a readable image"
+        with explain(problem), Image.open(io.BytesIO(content)) as image:
+            yield image
+
+    def find_parent(self, folder: str) -> str | None:
+        """Return the path of what holds a folder, "" or ending in "/"; the outermost one."""
+        if self._members is None:
+            paths = (
                 path.relative_to(self.root).as_posix().removesuffix(folder)
                 for depth in ("", "*/", "*/*/")
-                for path in sorted(self.root.glob(depth + folder))
+                for path in self.root.glob(depth + folder)
                 if path.is_dir()
-            ]
+            )
         else:
-            parts = (name.partition(folder + "/") for name in self._names)
-            found = [before for before, middle, _ in parts if middle and before[-1:] in ("", "/")]
-        return min(found, key=lambda path: (path.count("/"), path), default=None)
+            matches = (re.match(rf"((?:.*?/)?){folder}/", name) for name in self._members)
+            paths = (match[1] for match in matches if match)
+        return min(paths, key=lambda path: (path.count("/"), path), default=None)
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Return the names of the files right in a folder that end in a suffix, sorted."""
-        if self._names is None:
-            files: Iterable[str] = (p.name for p in (self.root / folder).iterdir() if p.is_file())
-        else:
-            inside = (name.removeprefix(folder + "/") for name in self._names if folder in name)
-            files = (name for name in inside if "/" not in name)
-        return sorted(name for name in files if name.endswith(suffix))
+        """Return the names of the files directly in a folder that end in a suffix, sorted."""
+        if self._members is None:
+            paths = (self.root / folder).glob(f"*{suffix}")
+            return sorted(path.name for path in paths if path.is_file())
+        matches = (re.fullmatch(rf"{re.escape(folder)}/([^/]*)", name) for name in self._members)
+        return sorted(match[1] for match in matches if match and match[1].endswith(suffix))
 
     def _zip(self) -> zipfile.ZipFile:
-        # Forked workers would share the place in one open file.
+        # Forked workers must not share one open file: it has one position for all of them.
         process = os.getpid()
         if process not in self._zips:
             self._zips[process] = zipfile.ZipFile(self.root)
@@ -86,5 +105,5 @@ class Tree:
 def _inside(name: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the data names a file outside of it, {name!r}; correct its annotations")
+        raise ValueError(f"the annotations name a file outside of the data, {name!r}; correct them")
     return str(path)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixmask.data.views import MEAN, STD, normalize
-from mixmask.evaluation.features import Images
+from mixmask.data.sets import Images
+from mixmask.data.views import RandomView, normalize
 from mixmask.evaluation.metrics import count_classes
+from mixmask.runs.options import check_range
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
+# Smallest share of an image's area in a crop, as in torchvision's reference for ImageNet.
+_MIN_SCALE = 0.08
 
 Schedule = Callable[[float], float]
 
@@ -28,7 +31,7 @@ class Training:
 
     Attributes:
         epochs: Passes over the images.
-        batch_size: Images a step, or all where there are fewer.
+        batch_size: Images per step, or all where there are fewer.
         image_size: Height and width of the views, in pixels.
         momentum: Of SGD, without weight decay.
         nesterov: Whether it is Nesterov's.
@@ -45,15 +48,13 @@ class Training:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that no training could use."""
+        """Check the limits of the values."""
         for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+            check_range(name, getattr(self, name), least)
 
 
 def cosine(done: float) -> float:
-    """Return the factor of the learning rate when a share `done` of the steps lies behind."""
+    """Return the factor of the learning rate after a share `done` of the steps."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -64,7 +65,7 @@ def steps_of_moco(done: float) -> float:
 
 def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
     """Build a linear head on a backbone's features, its weights drawn as MoCo draws them."""
-    with torch.random.fork_rng(devices=[]):  # What torch draws first is thrown away.
+    with torch.random.fork_rng(devices=[]):  # torch's own initial weights are thrown away.
         head = nn.Linear(int(backbone.num_features), classes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(head.weight, std=0.01, generator=generator)
@@ -89,10 +90,10 @@ def train_classifier(
     Args:
         backbone: (n, 3, S, S) -> (n, D).
         head: (n, D) -> (n, C).
-        images: (N, 3, H, W) uint8; batches go to the backbone's device.
+        images: (N, 3, H, W) uint8; batches are moved to the backbone's device.
         labels: (N,) int64 below C.
         rates: Learning rates of the head and of the backbone; the head's alone freezes it.
-        schedule: The factor of both, from the share of the steps that lies behind.
+        schedule: The factor of both, from the share of the steps that are done.
         training: The rest.
 
     Raises:
@@ -112,22 +113,24 @@ def train_classifier(
         momentum=training.momentum,
         nesterov=training.nesterov,
     )
-    view = _random_crop(training.image_size)
+    view = RandomView(training.image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, blur=0)
+    generator = torch.Generator().manual_seed(training.seed)
     size = min(training.batch_size, len(images))
     steps = len(images) // size
     total = steps * training.epochs
     backbone.train(not frozen)
     cuda = [device] if device.type == "cuda" else []
     bar = tqdm(total=total, unit="step", disable=not training.progress)
-    with bar, torch.random.fork_rng(cuda), _deterministic():
-        torch.manual_seed(training.seed)
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with bar, torch.random.fork_rng(cuda), exact:
+        torch.manual_seed(training.seed)  # For the network alone, which may have dropout.
         for step in range(total):
             if step % steps == 0:
-                order = torch.randperm(len(images))
+                order = torch.randperm(len(images), generator=generator)
             index = order[step % steps * size :][:size]
-            x = view(images[index].to(device).float() / 255)
+            x = view(images[index].to(device), generator=generator)  # (n, 3, S, S)
             with torch.set_grad_enabled(not frozen):
-                features = backbone(x.contiguous(memory_format=torch.channels_last))
+                features = backbone(x)  # (n, D)
             loss = F.cross_entropy(head(features.float()), labels[index].to(device))
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * schedule(step / total)
@@ -172,22 +175,7 @@ def _centre(images: Tensor, size: int) -> Tensor:
     return resized.round().clamp(0, 255)
 
 
-def _random_crop(size: int) -> nn.Module:
-    """Crop 8 to 100 % of the area and flip, as torchvision's reference does for ImageNet."""
-    import kornia.augmentation as K
-
-    return nn.Sequential(
-        K.RandomResizedCrop((size, size), scale=(0.08, 1.0), cropping_mode="resample"),
-        K.RandomHorizontalFlip(p=0.5),
-        K.Normalize(mean=torch.tensor(MEAN), std=torch.tensor(STD)),
-    )
-
-
-def _deterministic() -> Any:
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-
-
-def _check_loss(loss: float, bar: tqdm[Any]) -> None:
+def _check_loss(loss: float, bar: tqdm[NoReturn]) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss became {loss} while the classifier was trained; lower the learning rate"

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mixmask.data.sets import Images
 from mixmask.data.views import normalize
-
-
-class Images(Protocol):
-    """A tensor of images, or something that reads those of an index when it is asked for them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @torch.no_grad()

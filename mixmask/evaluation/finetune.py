@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from mixmask.data.sets import Images
 from mixmask.evaluation.classifier import (
     Training,
     build_classifier,
@@ -17,7 +18,6 @@ from mixmask.evaluation.classifier import (
     steps_of_moco,
     train_classifier,
 )
-from mixmask.evaluation.features import Images
 from mixmask.evaluation.metrics import count_classes
 
 
@@ -79,21 +79,8 @@ def linear_sgd_scores(
     The learning rate falls to a tenth after 60 % and 80 % of the epochs (MoCo's 60 and 80 of
     100); no weight decay. Views are drawn anew in every epoch: each costs a forward pass.
 
-    Args:
-        backbone: (n, 3, S, S) -> (n, D); used in evaluation mode and left as it is.
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, from 0.
-        test: (M, 3, H, W) uint8.
-        training: Epochs, batch size, image size, seed.
-        lr: Learning rate at the start, for a batch of 256.
-        classes: Number of classes. Default: one more than the largest label.
-
-    Returns:
-        (M, classes) float32 logits.
-
-    Raises:
-        ValueError: If an option is out of its range or labels do not fit.
-        FloatingPointError: If the loss is no longer finite.
+    Arguments, result and errors are those of `finetune_scores`, but `lr` is the head's, for a
+    batch of 256, and the backbone is used in evaluation mode.
     """
     if not 0 < lr < float("inf"):
         raise ValueError(f"--lr must be positive, got {lr}; use for instance 30")
@@ -168,7 +155,7 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
         tensor([0, 2])
     """
     if not names:
-        raise ValueError("the subset list names no file; expected one file name a line")
+        raise ValueError("the subset list names no file; expected one file name per line")
     places = {name: i for i, name in enumerate(files)}
     shared = Counter(name.rpartition("/")[2] for name in files)
     last = {name.rpartition("/")[2]: i for i, name in enumerate(files)}

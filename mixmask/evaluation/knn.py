@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_positive
-from mixmask.evaluation.metrics import check_features, count_classes
-
-# Normalised training features at a time, in numbers: 64 MiB.
-_FEATURES = 2**24
-# Similarities at a time: 128 MiB.
-_SIMILARITIES = 2**25
-# Neighbours are sought among the maxima of so many columns each.
-_GROUP = 4
+from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
+from mixmask.evaluation.neighbours import search
 
 
 def knn_accuracy(
@@ -29,14 +22,7 @@ def knn_accuracy(
 ) -> float:
     """Classify by cosine-similar neighbours, each voting with exp(similarity / temperature).
 
-    Args:
-        train: (N, D) features.
-        train_labels: (N,) int64.
-        test: (M, D) features.
-        test_labels: (M,) int64.
-        k: Number of neighbours; all N where there are fewer.
-        temperature: Of the votes' weights.
-        chunk: As in `knn_scores`.
+    Takes the arguments of `knn_scores`, and the test labels (M,) int64.
 
     Returns:
         Top-1 accuracy, 0 ... 1.
@@ -54,8 +40,7 @@ def knn_accuracy(
     """
     check_features("test", test, test_labels)
     scores = knn_scores(train, train_labels, test, k=k, temperature=temperature, chunk=chunk)
-    right = scores.argmax(dim=1) == test_labels.to(scores.device)
-    return float(right.float().mean())
+    return top1_accuracy(scores, test_labels)
 
 
 @torch.no_grad()
@@ -107,7 +92,8 @@ def knn_scores(
         )
     classes = count_classes(train_labels, classes)
     k, device = min(k, len(train)), train.device
-    similarity, labels = _neighbours(train, train_labels.to(device), test, k, chunk)
+    similarity, index = search(test, train, k, chunk=chunk)  # (M, k) each
+    labels = train_labels.to(device)[index]
     # Dividing a row by its largest vote changes no share, and keeps small temperatures finite.
     votes = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp_()
     votes /= votes.sum(dim=1, keepdim=True)
@@ -119,61 +105,3 @@ def _check_options(k: int, temperature: float, chunk: int | None) -> None:
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; use for instance 20")
     check_positive("temperature", temperature)
-
-
-def _neighbours(
-    train: Tensor, train_labels: Tensor, test: Tensor, k: int, chunk: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return similarities and labels (M, k) of the nearest training features, in no order."""
-    columns = min(chunk or max(_FEATURES // train.shape[1], 1024), len(train))
-    rows = min(chunk or max(_SIMILARITIES // columns, 1), len(test))
-    nearest = torch.full((len(test), k), -torch.inf, device=train.device)
-    labels = torch.zeros(len(test), k, dtype=torch.int64, device=train.device)
-    # One block for all similarities: allocated anew, its pages cost as much as the selection.
-    space = torch.empty(rows * columns, device=train.device)
-    for start in range(0, len(train), columns):
-        keys = _unit(train[start : start + columns], "train")
-        own = train_labels[start : start + columns]
-        for first in range(0, len(test), rows):
-            queries = _unit(test[first : first + rows].to(train.device), "test")
-            block = space[: len(queries) * len(keys)].view(len(queries), len(keys))
-            torch.mm(queries, keys.T, out=block)
-            found, index = _largest(block, min(k, len(keys)))
-            place = slice(first, first + len(queries))
-            if start == 0 and found.shape[1] == k:
-                nearest[place], labels[place] = found, own[index]
-                continue
-            found = torch.cat([nearest[place], found], dim=1)
-            nearest[place], index_both = found.topk(k, dim=1, sorted=False)
-            labels[place] = torch.cat([labels[place], own[index]], dim=1).gather(1, index_both)
-    return nearest, labels
-
-
-def _unit(features: Tensor, split: str) -> Tensor:
-    unit = F.normalize(features.float(), dim=1)
-    if not unit.sum().isfinite():
-        raise ValueError(
-            f"{split} features must be finite, got NaN or infinity; the run may have diverged"
-        )
-    return unit
-
-
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest values of each row (n, m) and their columns, in no order.
-
-    The k largest lie in at most k groups of columns, those with the largest maxima. Maxima are
-    cheap and selection is not, so the groups are found first, in the same way.
-    """
-    size = values.shape[1] // _GROUP
-    if size < _GROUP * k:
-        found = values.topk(k, dim=1, sorted=False)
-        return found.values, found.indices
-    # A group's columns lie `size` apart, so that the maxima run along memory.
-    grouped = values[:, : size * _GROUP].view(len(values), _GROUP, size)
-    _, group = _largest(grouped.amax(dim=1), k)
-    offsets = torch.arange(_GROUP, device=values.device) * size
-    columns = (group[:, None] + offsets[:, None]).flatten(1)
-    rest = torch.arange(size * _GROUP, values.shape[1], device=values.device)
-    columns = torch.cat([columns, rest.expand(len(values), -1)], dim=1)
-    found = values.gather(1, columns).topk(k, dim=1, sorted=False)
-    return found.values, columns.gather(1, found.indices)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask.evaluation.metrics import check_features, count_classes
+from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
 
 # From strong to weak; at 1e-6 features of usual widths are fitted almost freely.
 PENALTIES = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
@@ -32,14 +32,7 @@ def linear_accuracy(
 ) -> float:
     """Return the top-1 accuracy of the probe that `linear_scores` fits.
 
-    Args:
-        train: (N, D) features.
-        train_labels: (N,) int64.
-        test: (M, D) features.
-        test_labels: (M,) int64.
-        penalties: As in `linear_scores`.
-        held_out: As in `linear_scores`.
-        seed: As in `linear_scores`.
+    Takes the arguments of `linear_scores`, and the test labels (M,) int64.
 
     Returns:
         Top-1 accuracy, 0 ... 1.
@@ -57,7 +50,7 @@ def linear_accuracy(
     scores, _ = linear_scores(
         train, train_labels, test, penalties=penalties, held_out=held_out, seed=seed
     )
-    return float((scores.argmax(dim=1) == test_labels.to(scores.device)).float().mean())
+    return top1_accuracy(scores, test_labels)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 # With five classes the right one is always among the five best.
 _TOP = 5
+# A matrix of more classes would fill the JSON; the picture shows it all the same.
+_MATRIX_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,25 @@ class Accuracy:
     per_class: Tensor
     confusion: Tensor
 
+    def to_json(self, classes: Sequence[str]) -> dict[str, object]:
+        """Return all that JSON can hold, under the names of the classes.
+
+        Args:
+            classes: Their names; a matrix of more than 100 classes is left out.
+        """
+        shares = [None if math.isnan(share) else share for share in self.per_class.tolist()]
+        results: dict[str, object] = {"top1": self.top1}
+        if self.top5 is not None:
+            results["top5"] = self.top5
+        results["mean_class"] = self.mean_class
+        results["per_class"] = dict(zip(classes, shares, strict=True))
+        if len(classes) <= _MATRIX_CLASSES:
+            results["confusion"] = self.confusion.tolist()
+        return results
+
 
 def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """Compare the scores of classes with the right ones.
+    """Compare the scores of classes with the labels.
 
     Of classes with equal scores, the one with the lower number comes first.
 
@@ -72,8 +92,13 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     )
 
 
+def top1_accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Return the share of rows of (M, C) scores whose largest is that of the label."""
+    return float((scores.argmax(dim=1) == labels.to(scores.device)).float().mean())
+
+
 def check_features(name: str, features: Tensor, labels: Tensor | None = None) -> None:
-    """Refuse anything but floating features (N, D), N and D of at least 1, and N known labels."""
+    """Check for floating features (N, D), N and D of at least 1, and N non-negative labels."""
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(
             f"{name} must be (N, D) and not be empty, got {tuple(features.shape)}; both splits "
@@ -98,11 +123,11 @@ def check_features(name: str, features: Tensor, labels: Tensor | None = None) ->
 
 
 def count_classes(labels: Tensor, classes: int | None = None) -> int:
-    """Return the number of classes, refusing labels beyond a given one."""
-    found = int(labels.max()) + 1
-    if classes is not None and found > classes:
+    """Return the number of classes; labels must lie below it where it is given."""
+    largest = int(labels.max())
+    if classes is not None and largest >= classes:
         raise ValueError(
-            f"labels must lie below the number of classes, {classes}, got {found - 1}; both "
-            "splits need the same classes"
+            f"labels must lie below the number of classes, {classes}, got {largest}; both splits "
+            "need the same classes"
         )
-    return found if classes is None else classes
+    return largest + 1 if classes is None else classes

@@ -1,26 +1,30 @@
-"""Figures of features: maps of two dimensions, and sheets of nearest neighbours."""
+"""Figures of features: maps in two dimensions, nearest neighbours, confusion matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from mixmask.figures.style import (
+    CLASS_COLOURS,
+    COLOURS,
+    add_caption,
+    new_figure,
+    shorten,
+    show_image,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Ten colours that differ in lightness too (Petroff, "Accessible Color Sequences for Data
-# Visualization"), times ten marks, tell a hundred classes apart.
-_COLOURS = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70",
-    "#717581", "#92dadd",
-)  # fmt: skip
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
 _MOST_IN_LEGEND = 20
-_QUERY, _WRONG = "#0072b2", "#d55e00"
+_QUERY, _WRONG = COLOURS[:2]  # Blue and orange, as the legend says.
+# More classes than these would be unreadable in a confusion matrix.
+_NUMBERED_CLASSES, _NAMED_CLASSES = 20, 40
 
 
 def class_style(label: int, classes: int) -> tuple[str, str]:
@@ -32,8 +36,8 @@ def class_style(label: int, classes: int) -> tuple[str, str]:
         >>> class_style(11, 10) == class_style(1, 10), class_style(11, 100)[0]
         (True, '#ffa90e')
     """
-    mark = label if classes <= len(_COLOURS) else label // len(_COLOURS)
-    return _COLOURS[label % len(_COLOURS)], _MARKS[mark % len(_MARKS)]
+    mark = label if classes <= len(CLASS_COLOURS) else label // len(CLASS_COLOURS)
+    return CLASS_COLOURS[label % len(CLASS_COLOURS)], _MARKS[mark % len(_MARKS)]
 
 
 def figure_map(
@@ -43,28 +47,24 @@ def figure_map(
     *,
     title: str = "",
 ) -> Figure:
-    """Draw maps of the same images side by side, a colour and a mark a class.
+    """Draw maps of the same images side by side, with one colour and mark per class.
 
     Args:
-        maps: Of each panel its title, points (N, 2) and the names of its axes.
+        maps: Title, points (N, 2) and names of the axes, per panel.
         labels: (N,) int64, or None for images without labels, which are grey.
         classes: Names of the classes, for the legend, which has up to 20.
         title: Above all panels.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(maps) + 1.5, 5.2), layout="constrained")
+    figure = new_figure(5 * len(maps) + 1.5, 5.2)
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for axis, (name, points, names) in zip(axes, maps, strict=True):
         _scatter(axis, points, labels, len(classes))
         axis.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
-        axis.set_title(_shorten(name, 60), fontsize=9)
+        axis.set_title(shorten(name, 60), fontsize=9)
         axis.set_box_aspect(1)
         axis.spines[["top", "right"]].set_visible(False)
-    if labels is not None:
-        title += _add_legend(figure, axes[0], labels, classes)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    caption = "" if labels is None else _name_classes(figure, axes[0], labels, classes)
+    add_caption(figure, title, caption)
     return figure
 
 
@@ -76,33 +76,77 @@ def figure_neighbours(
     names: Sequence[tuple[str, Sequence[str]]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw a sheet: a row a query, its nearest images, those of another class framed.
+    """Draw one row per query: its nearest images, those of another class framed.
 
     Args:
         queries: (M, 3, H, W) uint8.
         neighbours: (M, k, 3, H, W) uint8, the nearest first.
         similarity: (M, k) cosine similarities.
-        names: Of each row the query's class and its neighbours'; None without labels.
+        names: The query's class and its neighbours' classes, per row; None without labels.
         title: Above the sheet.
     """
-    from matplotlib.figure import Figure
-
     rows, columns = neighbours.shape[:2]
-    figure = Figure(figsize=(max(1.15 * (columns + 1), 6), 1.32 * rows + 0.7), layout="constrained")
+    figure = new_figure(max(1.15 * (columns + 1), 6), 1.32 * rows + 0.7)
     axes = figure.subplots(rows, columns + 1, squeeze=False)
     for i, axis_row in enumerate(axes):
         query_name = names[i][0] if names else ""
-        _show(axis_row[0], queries[i], _shorten(query_name, 18) or "query", _QUERY)
+        show_image(
+            axis_row[0], queries[i], shorten(query_name, 18) or "query", size=7, frame=_QUERY
+        )
         for j, axis in enumerate(axis_row[1:]):
-            other = names is not None and names[i][1][j] != query_name
-            text = f"{similarity[i, j]:.2f}"
-            if other and names is not None:
-                text = f"{_shorten(names[i][1][j], 14)} {text}"
-            _show(axis, neighbours[i, j], text, _WRONG if other else None)
+            text, frame = f"{similarity[i, j]:.2f}", None
+            if names and (name := names[i][1][j]) != query_name:
+                text, frame = f"{shorten(name, 12)} {text}", _WRONG
+            show_image(axis, neighbours[i, j], text, size=7, frame=frame)
+            axis.spines[:].set_visible(frame is not None)
     legend = "blue: query; number: cosine similarity"
     if names is not None:
         legend += "; orange and named: another class"
-    figure.suptitle(f"{title}\n{legend}" if title else legend, fontsize=9)
+    add_caption(figure, title, legend)
+    return figure
+
+
+def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """Draw how often images of one class were classified as another, as shares of the class.
+
+    For up to 20 classes the cells hold the shares in per cent; up to 40 classes are named.
+
+    Args:
+        confusion: (C, C) counts: rows are the right classes, columns the predicted ones.
+        classes: Their C names.
+
+    Returns:
+        A matplotlib figure; rows of classes that do not occur stay white.
+
+    Raises:
+        ValueError: If shapes and names do not fit.
+    """
+    count = len(classes)
+    if confusion.shape != (count, count):
+        raise ValueError(
+            f"confusion must be ({count}, {count}) for {count} classes, got "
+            f"{tuple(confusion.shape)}; pass the names of all classes"
+        )
+    totals = confusion.sum(dim=1, keepdim=True)  # (C, 1)
+    shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()
+    side = min(max(0.5 * count + 2.5, 4.0), 12.0)
+    figure = new_figure(side + 0.8, side)
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="% of the class")
+    axis.set(xlabel="predicted", ylabel="right class")
+    if count <= _NAMED_CLASSES:
+        axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
+        axis.set_yticks(range(count), classes, fontsize=8)
+    if count <= _NUMBERED_CLASSES:
+        for row, column in confusion.nonzero().tolist():
+            share = shares[row, column]
+            colour = "white" if share > 50 else "black"
+            axis.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour
+            )
+    # The layout makes room for labels only after they were drawn once.
+    figure.canvas.draw()
     return figure
 
 
@@ -118,29 +162,15 @@ def _scatter(axis: Axes, points: Tensor, labels: Tensor | None, classes: int) ->
         axis.scatter(x, y, s=size, color=colour, marker=mark, linewidths=0, alpha=0.8)
 
 
-def _add_legend(figure: Any, axis: Axes, labels: Tensor, classes: Sequence[str]) -> str:
-    """Name the classes beside the panels, or return for the title why they are not named."""
+def _name_classes(figure: Figure, axis: Axes, labels: Tensor, classes: Sequence[str]) -> str:
+    """Name the classes in a legend, or return the reason why there is none for the caption."""
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
         shared = " (from 100 classes on, several share one)" if len(classes) > 100 else ""
-        return f"\n{len(present)} classes by colour and mark{shared}: too many for a legend"
+        return f"{len(present)} classes by colour and mark{shared}: too many for a legend"
     handles = []
     for label in present:
         colour, mark = class_style(label, len(classes))
         handles.append(axis.scatter([], [], color=colour, marker=mark, label=classes[label]))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     return ""
-
-
-def _shorten(name: str, most: int) -> str:
-    """Cut the middle out of a name that would run into its neighbour's."""
-    half = most // 2
-    return name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _show(axis: Axes, image: Tensor, title: str, colour: str | None) -> None:
-    axis.imshow(image.permute(1, 2, 0).to(torch.uint8).numpy())
-    axis.set_title(title, fontsize=7, color=colour or "black", pad=3)
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(visible=colour is not None, color=colour, linewidth=3)

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from mixmask.losses.lambda_weighted import Criterion
+from mixmask.losses import Criterion
 
 T = TypeVar("T")
 

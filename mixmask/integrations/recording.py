@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.integrations._steps import Kept, SameState, as_it_is, call_a_copy
-from mixmask.losses.lambda_weighted import (
+from mixmask.losses import (
     Criterion,
     LambdaWeightedLoss,
     MatchingCriterion,

@@ -1,12 +1,187 @@
-"""Files that are whole whenever somebody looks."""
+"""The run folder: configuration, metrics and checkpoints, each whole whenever somebody reads it."""
 
 from __future__ import annotations
 
+import csv
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixmask.runs.reading import read_checkpoint
+
+# The columns of `metrics.csv` that an epoch has measured.
+Row = dict[str, float]
+
+# The newest checkpoint, and the one before in case the newest is damaged.
+LAST, PREVIOUS = "last.pt", "previous.pt"
+CONFIG = "config.json"
+METRICS = "metrics.csv"
+
+
+@contextmanager
+def atomic_write(*paths: Path) -> Iterator[list[Path]]:
+    """Replace files by what is written under temporary names, once all of them are on disk.
+
+    A crash or an error leaves the old files. A reader never sees half a file.
+
+    Args:
+        *paths: The files to replace; their folders must exist.
+
+    Yields:
+        One temporary path per file, in the same order; each must be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> with atomic_write(path) as (temporary,):
+        ...     _ = temporary.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        yield temporary
+        for written in temporary:
+            _sync(written)
+        for written, path in zip(temporary, paths, strict=True):
+            written.replace(path)
+    finally:
+        for written in temporary:
+            written.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content is on disk: a rename may reach it before the content does."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text under another name and rename it, so that no reader meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, for people to read too."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def new_folder(out: Path | None, name: str) -> Path:
+    """Choose the folder of a new run, without making it.
+
+    Args:
+        out: The folder that was asked for. Default: `runs/NAME`, or `runs/NAME-2`, `-3`, ...
+        name: Name of the run.
+
+    Raises:
+        ValueError: If `out` is a file or holds something.
+    """
+    if out is None:
+        folder, number = Path("runs") / name, 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+        return folder
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
+            "--out"
+        )
+    return out
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write a run's configuration."""
+    write_json(folder / CONFIG, config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a run's configuration.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is no JSON object.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a JSON object, got {type(config).__name__}")  # noqa: TRY004
+    return config
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the metrics of all epochs anew, so that a resumed run repeats no row."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        atomic_write(folder / METRICS) as (temporary,),
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read the metrics, each row without the columns that were not measured.
+
+    Raises:
+        OSError: If there are none.
+    """
+    with (folder / METRICS).open(newline="", encoding="utf-8") as file:
+        return [
+            {name: float(text) for name, text in row.items() if text}
+            for row in csv.DictReader(file)
+        ]
+
+
+def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
+    """Write `last.pt` and keep the one before as `previous.pt`.
+
+    A crash at any moment leaves one whole checkpoint.
+    """
+    last = folder / LAST
+    with atomic_write(last) as (temporary,):
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+        _sync(temporary)  # Before the old one is moved out of the way.
+        if last.exists():
+            last.replace(folder / PREVIOUS)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds a checkpoint, whole or damaged."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the newest whole checkpoint on the CPU; a warning names a damaged one.
+
+    Nothing in the file is executed; see `read_checkpoint`.
+
+    Returns:
+        The file and its content.
+
+    Raises:
+        ValueError: If the folder holds no whole checkpoint.
+    """
+    for file in (folder / LAST, folder / PREVIOUS):
+        if not file.exists():
+            continue
+        try:
+            content, _ = read_checkpoint(file)
+        except ValueError as error:
+            warnings.warn(f"{error}; looking for an older one", stacklevel=2)
+        else:
+            return file, content
+    if has_checkpoint(folder):
+        raise ValueError(f"{folder} holds no whole checkpoint; train it again with a new --out")
+    raise ValueError(
+        f"{folder} is no run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder that "
+        "--out named"
+    )

@@ -1,8 +1,7 @@
-"""What runs have left behind: read back, grouped by their options, averaged over seeds."""
+"""The results of runs: read from their folders, grouped by options, averaged over seeds."""
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,21 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, float]
+from mixmask.runs.folder import Row, read_config, read_rows
 
-# What changes nothing about a run but its speed, its memory or where it is watched.
+# Options, those of older versions too, that change speed, memory or logging but no weights.
 _SETTING = (
-    "stream", "workers", "decode", "monitor", "tracker", "compile", "compile_mode", "checkpointing",
+    "stream", "workers", "decode", "monitor", "measure_every", "tracker", "compile",
+    "compile_mode", "checkpointing",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
         folder: The run folder.
-        config: What `config.json` holds.
+        config: The content of `config.json`.
         rows: The rows of `metrics.csv`, each without the columns that were not measured.
     """
 
@@ -35,10 +35,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-        label: What tells them from the other groups.
+        label: What distinguishes them from the other groups.
         records: Ordered by seed.
     """
 
@@ -46,7 +46,7 @@ class Group:
     records: tuple[Record, ...]
 
     def points(self, column: str) -> dict[int, list[float]]:
-        """Return epoch -> one value a run, for the epochs at which all runs have the column."""
+        """Return epoch -> one value per run, for the epochs at which all runs have the column."""
         measured = [
             {int(row["epoch"]): row[column] for row in record.rows if column in row}
             for record in self.records
@@ -72,48 +72,39 @@ def read_record(path: Path, *, defaults: Callable[[str], dict[str, Any]] = lambd
     """
     folder = path.parent if path.is_file() else path
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         config["mix"], config["data"], config["seed"]
         # A run of an older version has what newer options leave as it was.
         config = defaults(config["method"]) | config
-        rows = read_rows(folder / "metrics.csv")
+        rows = read_rows(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no run ({type(error).__name__}: {error}); "
-            "pass a folder that mixmask pretrain made"
+            "pass a folder that mixmask pretrain wrote"
         ) from error
     if not rows:
-        raise ValueError(f"{path} has no epoch yet; train it further with pretrain --resume")
+        raise ValueError(f"{path} has no epoch yet; continue it with pretrain --resume")
     return Record(folder, config, rows)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a `metrics.csv`, each without its empty columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: float(text) for name, text in row.items() if text}
-            for row in csv.DictReader(file)
-        ]
-
-
 def group_seeds(records: Sequence[Record]) -> list[Group]:
-    """Group runs that differ in the seed alone, in the order given.
+    """Group runs that differ only in the seed, in the given order.
 
     Raises:
         ValueError: If a run is there twice, by its folder or by its options.
     """
-    found: dict[str, dict[int, Record]] = {}
+    by_options: dict[str, dict[int, Record]] = {}
     for record in records:
         key = json.dumps(_without_seed(record.config), sort_keys=True)
-        seeds = found.setdefault(key, {})
+        seeds = by_options.setdefault(key, {})
         seed = record.config["seed"]
         if seed in seeds:
             raise ValueError(
                 f"{seeds[seed].folder} and {record.folder} have the same options and the same "
-                f"seed, {seed}, so they are one run; leave one of them out"
+                f"seed, {seed}, so they are one run; leave one out"
             )
         seeds[seed] = record
-    groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in found.values()]
+    groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in by_options.values()]
     labels = _labels([group[0].config for group in groups])
     if len(set(labels)) < len(labels):  # Options that only one version of the package knows.
         labels = [f"{label} ({g[0].folder.name})" for label, g in zip(labels, groups, strict=True)]
@@ -132,9 +123,9 @@ def common_options(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def unlabelled_differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Return the options that differ and that no label names: option -> one value a group."""
+    """Return the options that differ and that no label names: option -> one value per group."""
     configs = [_without_seed(group.records[0].config) for group in groups]
-    named, common = _telling(configs), common_options(groups)
+    named, common = _distinguish(configs), common_options(groups)
     names = dict.fromkeys(name for config in configs for name in config)
     return {
         name: [config.get(name) for config in configs]
@@ -169,24 +160,24 @@ def percent(values: Sequence[float]) -> str:
 
 
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that tell runs apart: where and how they ran does not."""
+    """Return the options that distinguish runs; where and how they ran does not."""
     return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
 
 
-def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Choose options that tell the configurations apart: method and mixture first, few of them."""
+def _distinguish(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Choose a few options that distinguish the configurations, method and mixture first."""
     names = [
         "method",
         "mix",
         *(name for name in configs[0] if name not in ("method", "mix", "seed")),
     ]
     chosen: list[str] = []
-    told = 1
+    distinct = 1
     for name in names:
         if all(name in config for config in configs):
             count = len({_values(config, [*chosen, name]) for config in configs})
-            if count > told:
-                chosen, told = [*chosen, name], count
+            if count > distinct:
+                chosen, distinct = [*chosen, name], count
     return chosen
 
 
@@ -195,7 +186,7 @@ def _values(config: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    names = _telling(configs) or ["method", "mix"]
+    names = _distinguish(configs) or ["method", "mix"]
     return [", ".join(describe_option(name, config[name]) for name in names) for config in configs]
 
 

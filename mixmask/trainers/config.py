@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from mixmask._checks import check_choice, ratio_bounds
+from mixmask._checks import Ratio, ratio_bounds
+from mixmask.runs.options import check_options, check_range, option
 
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
-
-
-def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a field with the line that `--help` shows for it."""
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -23,102 +17,91 @@ class RunConfig:
     """What every method needs: data, views, mixing, schedule, optimiser, device."""
 
     method: str = option("moco-v2", "training method")
-    mix: str = option("mixmask", "what fills the mixed view", MIXTURES)
+    mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
     data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
     stream: str = option(
         "auto",
-        "whether a folder's images stay on disk, decoded anew in every epoch; auto if they are "
-        "too many for memory",
+        "whether a folder's images stay on disk and are decoded in each epoch; auto: if they do "
+        "not fit into memory",
         ("auto", "always", "never"),
     )
-    workers: int = option(0, "processes that read a streamed folder; 0 for one a core but one")
-    decode: str = option(
-        "workers",
-        "who decodes a streamed folder's JPEGs: its workers, or the device that trains, by "
-        "TorchCodec (nvJPEG on a GPU)",
-        ("workers", "device"),
+    workers: int = option(
+        0, "processes that decode a folder on disk; 0 = CPU cores - 1, at most 16", low=0
     )
-    recipe: str = option("", "named settings; without it those of --data, for a folder imagenet's")
-    arch: str = option("resnet50", "backbone: a timm name, or our small 'narrow' or 'medium'")
+    recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
+    arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
-    image_size: int = option(224, "height and width of the views, in pixels")
-    grid_size: int = option(8, "cells along a side of the mask")
-    ratio: float | tuple[float, float] = option(
-        0.5, "share of an image's own pixels, or two numbers for a range"
+    image_size: int = option(224, "height and width of the views in pixels", low=1)
+    grid_size: int = option(8, "mask cells per side")
+    ratio: Ratio = option(  # noqa: RUF009
+        0.5, "share of an image's own pixels; two numbers for a range"
     )
     pattern: str = option("block", "pattern of the mask", ("block", "discrete"))
-    per_sample: bool = option(False, "one mask a sample instead of one for the batch")
-    roll: bool = option(False, "shift block masks at random, so that no place is favoured")
-    switch: bool = option(True, "weigh the partner's term too")
-    alpha: float = option(1.0, "Beta parameter of the shares of mixup and CutMix")
-    global_share: float = option(0.5, "how often Un-Mix mixes globally, as mixup, not as CutMix")
+    per_sample: bool = option(False, "one mask per sample instead of one per batch")
+    roll: bool = option(False, "shift block masks at random, so that all places are equally likely")
+    switch: bool = option(True, "add the partner's term with weight 1 - λ")
+    alpha: float = option(1.0, "Beta parameter of λ in mixup and CutMix", positive=True)
+    global_share: float = option(
+        0.5, "share of steps in which Un-Mix applies mixup, not CutMix", low=0, high=1
+    )
     channel_share: float = option(
-        0.0, "how often erasing masks each colour channel by itself, as MSCN does"
+        0.0, "share of steps in which erase masks channels separately, as MSCN does", low=0, high=1
     )
-    extra_crops: int = option(0, "further crops of each image, mixed or erased too (MSCN takes 2)")
-    mixed_size: int = option(0, "height and width of the mixed views; 0 for --image-size")
-    mix_every: int = option(1, "steps from one with mixed views to the next")
-    replace_clean: bool = option(
-        False, "let mixed views stand for the clean queries, not beside them"
+    extra_crops: int = option(
+        0, "additional views per image, which are mixed or erased too (MSCN: 2)", low=0
     )
-    min_scale: float = option(0.2, "smallest share of an image's area that a crop takes")
-    jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter")
-    hue: float = option(0.1, "strength of hue jitter")
-    grey: float = option(0.2, "probability of a grey view")
-    blur: float = option(0.5, "probability of a blurred view")
-    epochs: int = option(200, "passes over the data")
-    batch_size: int = option(256, "images a step and process")
-    optimizer: str = option("sgd", "optimiser of the weights", ("sgd", "lars", "adamw"))
-    lr: float = option(0.03, "learning rate at the start, for the batch size given")
-    warmup: float = option(0.0, "share of the run over which the learning rate rises")
-    schedule: str = option("cosine", "learning rate over the run", ("cosine", "step"))
-    weight_decay: float = option(1e-4, "weight decay")
-    sgd_momentum: float = option(0.9, "momentum of SGD and LARS")
-    accumulate: int = option(1, "parts of a batch that are forwarded one after the other")
+    mixed_size: int = option(0, "height and width of the mixed views; 0 = --image-size", low=0)
+    mix_every: int = option(1, "mix views in every N-th step", low=1)
+    replace_clean: bool = option(False, "replace the clean queries by the mixed views")
+    min_scale: float = option(
+        0.2, "smallest share of an image's area that a crop takes", low=0, high=1
+    )
+    jitter: float = option(
+        0.4, "strength of brightness, contrast and saturation jitter", low=0, high=1
+    )
+    hue: float = option(0.1, "strength of hue jitter", low=0, high=0.5)
+    grey: float = option(0.2, "probability of a grey view", low=0, high=1)
+    blur: float = option(0.5, "probability of a blurred view", low=0, high=1)
+    epochs: int = option(200, "passes over the data", low=1)
+    batch_size: int = option(256, "batch size per process", low=2)
+    optimizer: str = option("sgd", "optimiser", ("sgd", "lars", "adamw"))
+    lr: float = option(0.03, "initial learning rate, for this batch size", low=0)
+    warmup: float = option(0.0, "share of the run in which the learning rate rises", low=0, high=1)
+    schedule: str = option("cosine", "schedule of the learning rate", ("cosine", "step"))
+    weight_decay: float = option(1e-4, "weight decay", low=0)
+    sgd_momentum: float = option(0.9, "momentum of SGD and LARS", low=0, high=1)
+    accumulate: int = option(1, "parts of a batch that are forwarded one after the other", low=1)
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
     compile: bool = option(False, "compile the backbone")
     compile_mode: str = option(
         "default",
-        "how to compile; reduce-overhead replays CUDA graphs, for small networks on a GPU",
+        "mode of torch.compile; reduce-overhead uses CUDA graphs, for small networks on a GPU",
         ("default", "reduce-overhead", "max-autotune"),
     )
-    checkpointing: bool = option(False, "recompute activations in backward, to save memory")
-    sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs)")
+    checkpointing: bool = option(False, "recompute activations in backward to save memory")
+    sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
     tracker: str = option(
         "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")
     )
-    seed: int = option(0, "seed from which all randomness follows")
-    monitor: int = option(10, "epochs between two kNN accuracies on the test split; 0 for none")
+    seed: int = option(0, "seed of all random draws", low=0)
+    measure_every: int = option(
+        10, "epochs between two kNN accuracies on the test split; 0 = none", low=0
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        for f in dataclasses.fields(self):
-            if f.metadata["choices"]:
-                check_choice(_flag(f.name), getattr(self, f.name), f.metadata["choices"])
+        """Check all options.
+
+        Raises:
+            ValueError: If an option is out of range, or contradicts another one.
+        """
+        check_options(self)
         ratio_bounds(self.ratio)
-        for name in ("image_size", "epochs"):
-            check_range(name, getattr(self, name), 1)
-        check_range("batch_size", self.batch_size, 2)
-        check_range("accumulate", self.accumulate, 1)
+        check_range("grid_size", self.grid_size, 2, self.mixed_size or self.image_size)
         if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
             raise ValueError(
                 f"--accumulate must divide --batch-size into parts of at least 2, got "
                 f"{self.accumulate} and {self.batch_size}; use for instance 1"
             )
-        for name in ("extra_crops", "mixed_size"):
-            check_range(name, getattr(self, name), 0)
-        check_range("mix_every", self.mix_every, 1)
-        check_range("grid_size", self.grid_size, 2, self.mixed_size or self.image_size)
-        check_range("seed", self.seed, 0)
-        check_range("monitor", self.monitor, 0)
-        check_range("workers", self.workers, 0)
-        shares = ("min_scale", "jitter", "grey", "blur", "warmup", "sgd_momentum")
-        for name in (*shares, "global_share", "channel_share"):
-            check_range(name, getattr(self, name), 0, 1)
-        check_range("hue", self.hue, 0, 0.5)
-        for name in ("lr", "weight_decay"):
-            check_range(name, getattr(self, name), 0)
-        check_over_zero("alpha", self.alpha)
         if self.compile_mode != "default" and not self.compile:
             raise ValueError(
                 f"--compile-mode {self.compile_mode} needs --compile; add it, or leave both out"
@@ -126,9 +109,9 @@ class RunConfig:
 
 
 def default(name: str, value: Any) -> Any:
-    """Declare an option of every run with another default, which suits a method."""
+    """Declare an option of every run again, with a default that suits a method."""
     shared = RunConfig.__dataclass_fields__[name].metadata
-    return option(value, shared["help"], shared["choices"])
+    return dataclasses.field(default=value, metadata=shared)
 
 
 # What suits small images: ResNet-18 as on CIFAR, after Un-Mix (Shen et al.), on which the paper's
@@ -154,25 +137,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet100": {"arch": "resnet18", "batch_size": 256, "epochs": 400},
     "imagenet": {},
 }  # fmt: skip
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Refuse an option outside of its range, naming its flag."""
-    if not low <= value <= high:
-        bounds = f"at least {low}" if high == float("inf") else f"within {low} ... {high}"
-        raise ValueError(f"{_flag(name)} must be {bounds}, got {value}")
-
-
-def check_over_zero(name: str, value: float) -> None:
-    """Refuse an option that is not positive."""
-    if not value > 0:
-        raise ValueError(f"{_flag(name)} must be positive, got {value}")

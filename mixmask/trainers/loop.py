@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,23 +21,27 @@ from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images
 from mixmask.data.stream import Batches, Draw, read_batches
-from mixmask.trainers.config import RunConfig, save_config
-from mixmask.trainers.parts import Term, build_mixtures
-from mixmask.trainers.run import Meter, Row, Run, random_view
+from mixmask.runs.folder import LAST, Row, write_config, write_rows
+from mixmask.runs.schedules import cosine_decay, step_decay
+from mixmask.trainers.config import RunConfig
+from mixmask.trainers.meter import Meter
+from mixmask.trainers.methods import Method
+from mixmask.trainers.mixtures import Term, build_mixtures
+from mixmask.trainers.run import Run, random_view
 
-# Embeddings that are this little spread out are one point, and no loss brings them apart again.
+# Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
 
-# Steps between two questions whether another process was asked to stop: they wait for the device.
+# Steps between two checks whether another process was asked to stop, which wait for the device.
 _ASK_EVERY = 10
 
-# Measures a backbone; the flag asks for everything, as before and after a run.
-Monitor = Callable[[nn.Module, bool], dict[str, float]]
+# Measures a backbone; the flag asks for all accuracies, as before and after a run.
+Monitor = Callable[[nn.Module, bool], Row]
 
 
 @dataclass
-class Views:
-    """What the network sees of a few images, (n, 3, S, S) normalised, on the CPU."""
+class FirstViews:
+    """Views of a few images as the network sees them: (n, 3, S, S) normalised, on the CPU."""
 
     query: Tensor
     mixed: list[Tensor]
@@ -53,7 +57,7 @@ def pretrain(
     on_start: Callable[[], None] | None = None,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[Any, list[Row]]:
+) -> tuple[Method, list[Row]]:
     """Train a method on images, leaving `config.json`, `metrics.csv` and `last.pt` in the folder.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
@@ -65,8 +69,8 @@ def pretrain(
         images: (N, 3, H, W) uint8, N of at least the batch size; or a folder's, which workers
             read.
         out: The run folder, made if need be.
-        monitor: Measures the backbone before, every `config.monitor` epochs, and at the end.
-        on_start: Called when the options are found good and the folder is there.
+        monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
+        on_start: Called once the options are checked and the folder exists.
         resume: Go on from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
 
@@ -87,7 +91,7 @@ def pretrain(
         run.load()
     elif main:
         out.mkdir(parents=True, exist_ok=True)
-        save_config(config, out / "config.json")
+        write_config(out, asdict(config))
     if on_start and main:
         on_start()
     if config.tracker != "none":
@@ -97,7 +101,7 @@ def pretrain(
         run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
     if monitor and main and not resume:
         run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
-        run.write_csv()
+        write_rows(out, run.rows)
 
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
@@ -107,7 +111,7 @@ def pretrain(
             row = _train_epoch(run, epoch, batches, bar, stop_requested)
             _check_health(run, row)
             last = epoch == config.epochs
-            due = last or (config.monitor > 0 and epoch % config.monitor == 0)
+            due = last or (config.measure_every > 0 and epoch % config.measure_every == 0)
             if monitor and due and main:
                 row.update(monitor(run.model.backbone, last))
             run.rows.append(row)
@@ -121,8 +125,8 @@ def pretrain(
 
 
 def _check_health(run: Run, row: Row) -> None:
-    """Stop a run that cannot recover, while the epoch before is the newest checkpoint."""
-    epoch, kept = int(row["epoch"]), f"{run.last} holds the epoch before"
+    """Stop a run that cannot recover, before its state replaces the last good checkpoint."""
+    epoch, kept = int(row["epoch"]), f"{run.out / LAST} holds the epoch before"
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(
             f"the loss became {row['loss']} in epoch {epoch}; {kept}: lower --lr, or use "
@@ -147,17 +151,18 @@ def _train_epoch(
     lr = 0.0
     model.train()
     for i in range(run.step % run.steps, run.steps):
-        batch = _next_batch(run, batches)
-        # CUDA graphs may reuse what they hold of the step before, and nothing of this one.
+        batch = _next_batch(run, batches)  # (crops * N, 3, H, W) uint8
+        # CUDA graphs may reuse the memory of the step before, but not of this one.
         torch.compiler.cudagraph_mark_step_begin()
 
-        # All that the step draws comes from this generator; torch's global one serves networks
-        # that draw for themselves (dropout, stochastic depth).
+        # The step's draws come from this generator; torch's global one is for networks with
+        # draws of their own (dropout, stochastic depth).
         generator = step_generator(config.seed, rank, run.step)
         torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
         views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
         mix = _is_mixed(config, run.step)
         parts = config.accumulate
+        # Each view: (N / parts, 3, S, S).
         for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
             terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
             for number, term in enumerate(_autocast(accelerator, terms)):
@@ -165,7 +170,7 @@ def _train_epoch(
                 meter.add(term, 1 / parts)
                 if term.pair and part == number == 0:
                     meter.look(term.pair)
-        _average_gradients(accelerator, model)
+        _average_gradients(accelerator, model.parameters())
         lr = learning_rate(config, run.step / (run.steps * config.epochs))
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr if group["constant_lr"] else lr
@@ -184,7 +189,7 @@ def _train_epoch(
             raise KeyboardInterrupt
     run.meter = Meter()
     row = meter.row() | {"memory_gib": memory_gib(accelerator.device)}
-    return {"epoch": epoch, "step": run.step, **_averaged(accelerator, row), "lr": lr}
+    return {"epoch": epoch, "step": run.step, **_average(accelerator, row), "lr": lr}
 
 
 def _batches(run: Run) -> Batches:
@@ -198,7 +203,7 @@ def _batches(run: Run) -> Batches:
             epoch, i = divmod(step, run.steps)
             if i == 0 or step == first:
                 order = _epoch_order(config.seed, epoch + 1, len(run.images))
-                if isinstance(run.images, Tensor):  # Copied once an epoch, not at every step.
+                if isinstance(run.images, Tensor):  # Copied once per epoch, not per step.
                     order = order.to(run.images.device)
             start = (i * processes + rank) * config.batch_size
             seed = fold_seed(config.seed, rank, step, "crops")
@@ -212,7 +217,6 @@ def _batches(run: Run) -> Batches:
         min_scale=config.min_scale,
         workers=run.workers,
         device=accelerator.device,
-        decode=config.decode,
     )
 
 
@@ -221,23 +225,23 @@ def _is_mixed(config: RunConfig, step: int) -> bool:
 
 
 def _crops(config: RunConfig, step: int) -> int:
-    """Return how many views of each image a step takes."""
+    """Return the number of views per image in a step."""
     return 2 + (config.extra_crops if _is_mixed(config, step) else 0)
 
 
 def _next_batch(run: Run, batches: Batches) -> Tensor:
-    """Wait for a batch, and note for how long."""
+    """Wait for a batch, and measure for how long."""
     began = time.perf_counter()
     try:
         batch = next(batches)
     except OSError as error:
-        run.save()  # Between two steps, where all is whole.
+        run.save()  # Between two steps, where everything is consistent.
         raise OSError(f"{error}; all steps before are saved: --resume {run.out}") from error
     run.meter.waited += time.perf_counter() - began
     return batch
 
 
-def first_views(config: RunConfig, images: Images, count: int = 8) -> Views:
+def first_views(config: RunConfig, images: Images, count: int = 8) -> FirstViews:
     """Draw what a step sees: views for queries, mixed views, and views for keys.
 
     Args:
@@ -263,11 +267,11 @@ def first_views(config: RunConfig, images: Images, count: int = 8) -> Views:
     generator = torch.Generator().manual_seed(seed)
     x_q, x_k = random_view(config, images)(batch, generator=generator).chunk(2)
     mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
-    return Views(x_q, mixed, x_k)
+    return FirstViews(x_q, mixed, x_k)
 
 
 def learning_rate(config: RunConfig, done: float) -> float:
-    """Return the learning rate when a share `done` of the run, 0 ... 1, lies behind.
+    """Return the learning rate after a share `done`, 0 ... 1, of the run.
 
     Example:
         >>> from mixmask.trainers.config import RunConfig
@@ -277,9 +281,9 @@ def learning_rate(config: RunConfig, done: float) -> float:
     if done < config.warmup:
         return config.lr * done / config.warmup
     if config.schedule == "step":
-        return config.lr * 0.1 ** sum(done >= milestone for milestone in (0.6, 0.8))
+        return config.lr * step_decay(done, (0.6, 0.8))
     done = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else done
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * cosine_decay(done)
 
 
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
@@ -287,7 +291,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def _autocast(accelerator: Accelerator, terms: Iterator[Term]) -> Iterator[Term]:
-    """Compute each term under the run's precision, and hand it out outside of it."""
+    """Compute each term in the run's precision, and yield it outside of autocast."""
     while True:
         with accelerator.autocast():
             term = next(terms, None)
@@ -296,25 +300,25 @@ def _autocast(accelerator: Accelerator, terms: Iterator[Term]) -> Iterator[Term]
         yield term
 
 
-def _average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Average the summed gradients over processes, once a step whatever the number of terms."""
+def _average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Average the summed gradients over processes, once per step, however many terms it has."""
     if accelerator.num_processes == 1:
         return
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
 
 
-def _averaged(accelerator: Accelerator, row: Row) -> Row:
-    """Average what the processes have measured, so that all judge a run alike."""
+def _average(accelerator: Accelerator, row: Row) -> Row:
+    """Average what the processes have measured, so that all of them judge a run alike."""
     if accelerator.num_processes == 1:
         return row
     values = torch.tensor(list(row.values()), device=accelerator.device)
     return dict(zip(row, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
-def _anywhere(accelerator: Accelerator, asked: bool) -> bool:
-    """Tell whether any process was asked to stop: all stop at one step, or the others wait."""
+def _any_process(accelerator: Accelerator, asked: bool) -> bool:
+    """Return whether any process was asked to stop: all must stop at the same step."""
     if accelerator.num_processes == 1:
         return asked
     flag = torch.tensor(float(asked), device=accelerator.device)
@@ -323,7 +327,7 @@ def _anywhere(accelerator: Accelerator, asked: bool) -> bool:
 
 @contextmanager
 def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual."""
     requested = False
     previous: dict[signal.Signals, Any] = {}
 
@@ -334,12 +338,12 @@ def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         signal.signal(number, previous[signal.Signals(number)])
 
     try:
-        for sent in (signal.SIGINT, signal.SIGTERM):
-            previous[sent] = signal.signal(sent, request)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
     except ValueError:  # Not in the main thread, where signals never arrive.
         previous.clear()
     try:
-        yield lambda: _anywhere(accelerator, requested)
+        yield lambda: _any_process(accelerator, requested)
     finally:
-        for sent, handler in previous.items():
-            signal.signal(sent, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,36 +1,22 @@
-"""Parts that methods share: heads, momentum, the queue, split batch norm, mixtures."""
+"""Parts that methods share: heads, momentum, the queue, split batch norm, the optimiser."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion, lambda_weighted_loss
-from mixmask.mixing import MixedBatch, MixMask, cutmix_batch, erase_batch, mixup_batch
+from mixmask.backbones import build_backbone
 from mixmask.trainers.config import RunConfig
 
-Mixture = Callable[[Tensor, torch.Generator], MixedBatch]
 
-
-class Term(NamedTuple):
-    """One summand of a step's loss.
-
-    Attributes:
-        loss: () scalar.
-        lam: () float32, the mean λ of the mixed view; None for a clean term.
-        pair: Two views' embeddings, (N, dim), of which the first tells how a run fares.
-    """
-
-    loss: Tensor
-    lam: Tensor | None = None
-    pair: tuple[Tensor, Tensor] | None = None
+def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
+    """Build a configuration's backbone, and return it with the number of its features."""
+    backbone = build_backbone(config.arch, small_stem=config.small_stem)
+    return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:
@@ -47,11 +33,11 @@ def build_mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:
         *widths: Features at the start, after each layer, and at the end.
         last_norm: End in a batch norm without weights (SimSiam's projector).
     """
-    *wide, last = widths
+    *inner, last = widths
     layers: list[nn.Module] = []
-    for before, after in pairwise(wide):
+    for before, after in pairwise(inner):
         layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-    layers.append(nn.Linear(wide[-1], last, bias=not last_norm))
+    layers.append(nn.Linear(inner[-1], last, bias=not last_norm))
     if last_norm:
         layers.append(nn.BatchNorm1d(last, affine=False))
     return nn.Sequential(*layers)
@@ -79,12 +65,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"a batch of {n} cannot be split into {self.splits} parts for batch norm; "
                 "use a multiple, or --bn-splits 1"
             )
-        # Interleaved parts become channels: sample i goes to part i mod splits.
+        # Interleaved parts become channels, so that one call serves all: sample i goes to part
+        # i mod splits.
         assert self.running_mean is not None
         assert self.running_var is not None
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
         out = F.batch_norm(
-            x.reshape(n // self.splits, self.splits * c, h, w),
+            x.reshape(n // self.splits, self.splits * c, h, w),  # (N / splits, splits * C, H, W)
             mean,
             var,
             self.weight.repeat(self.splits),
@@ -118,7 +105,7 @@ def update_momentum(online: nn.Module, target: nn.Module, momentum: float) -> No
 
 
 def compile_backbones(model: nn.Module, mode: str = "default") -> None:
-    """Compile a method's backbones in place, that of the slowly following branch too."""
+    """Compile a method's backbones in place, that of the momentum branch too."""
     for name, child in model.named_children():
         if name.endswith("backbone"):
             child.compile(mode=mode)
@@ -127,8 +114,8 @@ def compile_backbones(model: nn.Module, mode: str = "default") -> None:
 class Queue(nn.Module):
     """The keys of past batches, unit vectors (K, dim), oldest overwritten first.
 
-    K may be any number: a batch that reaches the end goes on at the start, and of a batch
-    larger than the queue the last K keys stay.
+    K may be any number: a batch that reaches the end continues at the start, and of a batch
+    larger than the queue the last K keys are kept.
     """
 
     keys: Tensor
@@ -142,7 +129,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Put in a batch of keys (N, dim)."""
+        """Replace the oldest keys by a batch (N, dim)."""
         size = len(self.keys)
         keys = keys[-size:]
         places = (self.position + torch.arange(len(keys), device=keys.device)) % size
@@ -150,97 +137,8 @@ class Queue(nn.Module):
         self.position.add_(len(keys)).remainder_(size)
 
 
-def build_mixtures(config: RunConfig) -> list[Mixture]:
-    """Return what makes the mixed views of a step, in order; empty for `--mix none`.
-
-    "both" pairs Un-Mix by reversal with MixMask by a random ring, so that an image meets two
-    different partners.
-    """
-    partner = "random" if config.mix == "both" else "reverse"
-    mask = MixMask(
-        config.grid_size,
-        config.ratio,
-        config.pattern,
-        per_sample=config.per_sample,
-        partner=partner,
-        roll=config.roll,
-    )
-
-    def mixmask(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        mixed: MixedBatch = mask(images, generator=generator)
-        return mixed
-
-    def erase(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        masks = mask.masks_for(images, generator=generator)
-        if torch.rand((), generator=generator) < config.channel_share:
-            n, c = len(images) if config.per_sample else 1, images.shape[1]
-            by_channel = mask.masks(n * c, generator=generator)
-            masks = rearrange(by_channel, "(n c) h w -> n c h w", n=n)
-        return erase_batch(images, masks, generator=generator)
-
-    def blend(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        return mixup_batch(images, alpha=config.alpha, generator=generator)
-
-    def paste(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        return cutmix_batch(images, alpha=config.alpha, generator=generator)
-
-    def unmix(images: Tensor, generator: torch.Generator) -> MixedBatch:
-        globally = torch.rand((), generator=generator) < config.global_share
-        return (blend if globally else paste)(images, generator)
-
-    mixtures: dict[str, list[Mixture]] = {
-        "none": [],
-        "mixmask": [mixmask],
-        "unmix": [unmix],
-        "both": [unmix, mixmask],
-        "erase": [erase],
-        "mixup": [blend],
-        "cutmix": [paste],
-    }
-    return mixtures[config.mix]
-
-
-def mixed_terms(
-    config: RunConfig,
-    mixtures: Sequence[Mixture],
-    images: Sequence[Tensor],
-    encode: Callable[[Tensor], Tensor],
-    criterion: Criterion,
-    target: Tensor,
-    generator: torch.Generator,
-) -> Iterator[Term]:
-    """Mix views in each way, embed them, and yield their λ-weighted losses (MixMask, eq. 4).
-
-    Args:
-        config: The run's options.
-        mixtures: What `build_mixtures` returned.
-        images: Clean views of the same images, each (N, 3, S, S).
-        encode: The online branch, up to what the criterion takes.
-        criterion: (z, target) -> () or (N,).
-        target: (N, C) targets of the clean images' other view, without a gradient: theirs is of
-            a forward pass that is over.
-        generator: A CPU generator for masks and partners.
-    """
-    for mix in mixtures:
-        for view in images:
-            mixed = mix(_resized(view, config.mixed_size), generator)
-            z = encode(mixed.images)
-            loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
-            # Without clean queries, the mixed ones tell whether a run collapses.
-            pair = (z, target.detach()) if config.replace_clean else None
-            yield Term(loss, mixed.lam.mean(), pair)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Bring views to the size of mixed ones, if they have one of their own."""
-    if size in (0, images.shape[-1]):
-        return images
-    small = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return small.contiguous(memory_format=torch.channels_last)
-
-
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Sort what is trained into groups for the optimiser.
+    """Sort the trained parameters into groups for the optimiser.
 
     LARS and AdamW leave biases and norms without decay, and LARS without adaptation (SimCLR,
     BYOL). What a method lists as `constant_lr` keeps its learning rate (SimSiam's predictor).
@@ -264,7 +162,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Build SGD, LARS (You et al.; timm's) or AdamW over the model's groups."""
     groups = parameter_groups(model, config)
-    # One pass over the weights, a third of the time of the default on a CPU.
+    # Fused: one pass over the weights, a third of the default's time on a CPU.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=fused)
@@ -274,13 +172,3 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
 
     lars: torch.optim.Optimizer = Lars(groups, lr=config.lr, momentum=config.sgd_momentum)
     return lars
-
-
-def rising_momentum(start: float, done: float) -> float:
-    """Return BYOL's momentum of the target, from `start` to 1 along a cosine.
-
-    Example:
-        >>> rising_momentum(0.99, 0.0), rising_momentum(0.99, 1.0)
-        (0.99, 1.0)
-    """
-    return 1 - (1 - start) * (math.cos(math.pi * done) + 1) / 2

@@ -1,23 +1,20 @@
-"""Studies: a grid of runs over seeds, each a run folder, and their table."""
+"""Studies: a grid of runs over seeds, each with its run folder."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmask._checks import Ratio
 from mixmask.data.sets import Images
-from mixmask.runs.records import Row, describe_option, mean_sd, percent, read_rows
+from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows
+from mixmask.runs.records import describe_option
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
-
-Ratio = float | tuple[float, float]
 
 # The values of the paper's table 1 and the methods of its figure 5.
 GRID_SIZES = (2, 4, 8, 16, 32, 48)
@@ -32,7 +29,7 @@ _FAILURES = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError)
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting of a study, run with several seeds.
+    """A setting of a study, which is run with several seeds.
 
     Attributes:
         factor: What varies, a heading of the table.
@@ -56,7 +53,7 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """What a line on the console calls it."""
+        """Its name on the console."""
         return f"{self.folder.parent.name}, seed {self.config.seed}"
 
 
@@ -68,17 +65,8 @@ class Outcome:
     error: str = ""
 
     def last(self, measure: str) -> float | None:
-        """Return an accuracy at the last epoch, 0 ... 1."""
+        """Return an accuracy after the last epoch, 0 ... 1."""
         return self.rows[-1].get(measure) if self.rows else None
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a study's table: a cell, and of each measure one accuracy a seed."""
-
-    cell: Cell
-    accuracies: dict[str, list[float]]
-    errors: tuple[str, ...] = ()
 
 
 def mask_cells(
@@ -90,8 +78,8 @@ def mask_cells(
     that size of image. The setting that all factors share is one run a seed.
 
     Args:
-        grid_sizes: Cells along a side. Default: the paper's that leave a cell 4 pixels, and
-            the recipe's own.
+        grid_sizes: Cells per side. Default: the paper's with at least 4 pixels per cell, and
+            the recipe's.
         ratios: Numbers, or ranges (low, high).
         **given: Fields of the method's configuration, which hold in all cells.
 
@@ -108,8 +96,8 @@ def mask_cells(
     for size in sizes:
         if not 2 <= size <= centre.image_size:
             raise ValueError(
-                f"--grid-sizes must lie within 2 ... {centre.image_size}, the pixels along a "
-                f"side of a view, got {size}; leave it out, or raise --image-size"
+                f"--grid-sizes must lie within 2 ... {centre.image_size}, the pixels per side of "
+                f"a view, got {size}; leave it out, or raise --image-size"
             )
     factors: dict[str, Sequence[Any]] = {
         "grid_size": sizes,
@@ -198,29 +186,28 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
 
 
 def _check_folder(plan: Plan) -> None:
-    """Refuse a folder whose run has other options: its accuracy would stand for another cell."""
+    """Check that a folder's run has the planned options; else its accuracy is of another cell."""
     if not plan.folder.exists() or (plan.folder.is_dir() and not any(plan.folder.iterdir())):
         return
-    there = dataclasses.asdict(load_config(plan.folder / "config.json"))
+    there = dataclasses.asdict(load_config(plan.folder))
     for name, value in dataclasses.asdict(plan.config).items():
         if there.get(name) != value:
             raise ValueError(
                 f"{plan.folder} holds a run with {describe_option(name, there.get(name))}, this "
-                f"study has {describe_option(name, value)}; ask for the same, or name another --out"
+                f"study has {describe_option(name, value)}; use the same, or another --out"
             )
 
 
 def read_finished(plan: Plan) -> Outcome | None:
     """Read a run that has its last epoch, with an accuracy; None for any other."""
-    path = plan.folder / "metrics.csv"
-    rows = read_rows(path) if path.is_file() else []
+    rows = read_rows(plan.folder) if (plan.folder / METRICS).is_file() else []
     if rows and rows[-1]["epoch"] == plan.config.epochs and "knn" in rows[-1]:
         return Outcome(rows)
     return None
 
 
 def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
-    """Train a run of a study, from its checkpoint where it has one.
+    """Train a run of a study, from its checkpoint if it has one.
 
     Args:
         plan: The run.
@@ -233,7 +220,7 @@ def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
     Raises:
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
-    begun = any((plan.folder / name).exists() for name in ("last.pt", "previous.pt"))
+    begun = has_checkpoint(plan.folder)
     try:
         _, rows = pretrain(
             plan.config, images, plan.folder, monitor=monitor, resume=begun, progress=False
@@ -241,73 +228,3 @@ def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
     except _FAILURES as error:
         return Outcome([], " ".join(str(error).split()) or type(error).__name__)
     return Outcome(rows)
-
-
-def collect(cells: Sequence[Cell], outcomes: Mapping[Plan, Outcome]) -> list[Line]:
-    """Lay a study's outcomes into its table; runs that are not there yet are left out."""
-    lines = []
-    for cell in cells:
-        own = [(plan, o) for plan, o in outcomes.items() if plan.folder.parent.name == cell.name]
-        accuracies = {
-            measure: [value for _, o in own if (value := o.last(measure)) is not None]
-            for measure in MEASURES
-        }
-        errors = tuple(f"{plan.label}: {o.error}" for plan, o in own if o.error)
-        lines.append(Line(cell, accuracies, errors))
-    return lines
-
-
-def markdown(lines: Sequence[Line], *, title: str, test_images: int) -> str:
-    """Write a study's table: means in percent, ± the standard deviation over seeds.
-
-    Args:
-        lines: The table's lines.
-        title: A line above it.
-        test_images: On which accuracies were measured; their error is stated below.
-    """
-    text = [title, "", "| factor | value | seeds | kNN, % | linear, % |", "|---|---|---|---|---|"]
-    previous = ""
-    for line in lines:
-        factor = line.cell.factor if line.cell.factor != previous else ""
-        previous = line.cell.factor
-        measured = " | ".join(percent(line.accuracies[measure]) for measure in MEASURES)
-        text.append(f"| {factor} | {line.cell.value} | {_seeds(line)} | {measured} |")
-    text += ["", "± is the standard deviation over seeds." + _error(lines, test_images)]
-    errors = dict.fromkeys(error for line in lines for error in line.errors)
-    text += [""] * bool(errors) + [f"Failed: {error}" for error in errors]
-    return "\n".join(text) + "\n"
-
-
-def table_csv(lines: Sequence[Line]) -> str:
-    """Write a study's table as CSV: a line a cell, with accuracies of 0 ... 1."""
-    options = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
-    numbers = [f"{measure}_{kind}" for measure in MEASURES for kind in ("mean", "sd")]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["factor", "value", *options, "seeds", *numbers])
-    for line in lines:
-        config = dataclasses.asdict(line.cell.config)
-        found: list[float | None] = []
-        for measure in MEASURES:
-            values = line.accuracies[measure]
-            found += mean_sd(values) if values else (None, None)
-        chosen = [config[name] for name in options]
-        writer.writerow([line.cell.factor, line.cell.value, *chosen, _seeds(line), *found])
-    return file.getvalue()
-
-
-def _seeds(line: Line) -> int:
-    return len(line.accuracies["knn"])
-
-
-def _error(lines: Sequence[Line], test_images: int) -> str:
-    """Say how far an accuracy is off for the choice of test images alone."""
-    values = [value for line in lines for value in line.accuracies["knn"]]
-    if not values:
-        return ""
-    mean = sum(values) / len(values)
-    error = 100 * math.sqrt(mean * (1 - mean) / test_images)
-    return (
-        f" On {test_images:,} test images, an accuracy by itself has a standard error of about "
-        f"{error:.1f} points; differences of that size tell nothing."
-    )

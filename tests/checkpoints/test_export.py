@@ -24,8 +24,9 @@ from safetensors import safe_open
 from torch import nn
 
 from mixmask import cli
-from mixmask.checkpoints.export import _RESNETS, detectron2_name, export_backbone, write_files
+from mixmask.checkpoints.export import detectron2_name, export_backbone, write_files
 from mixmask.checkpoints.load import Loaded, load_backbone
+from mixmask.checkpoints.resnets import RESNETS
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 
 # Detectron2's names as facebookresearch/moco's converter gives them, spelt out.
@@ -105,7 +106,7 @@ def test_bottlenecks_stride_and_pad_alike(to: str, tmp_path: Path) -> None:
         assert torch.equal(ours.backbone(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("arch", _RESNETS)
+@pytest.mark.parametrize("arch", RESNETS)
 def test_torchvision_has_the_same_layers_under_these_names(arch: str) -> None:
     with torch.device("meta"):
         theirs = torchvision.models.get_model(arch).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import zipfile
@@ -20,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
-from mixmask.checkpoints.layouts import infer_arch
+from mixmask.checkpoints.export import export_backbone
 from mixmask.checkpoints.load import load_backbone
+from mixmask.checkpoints.resnets import infer_arch
 
 State = dict[str, Any]
 
@@ -58,6 +60,35 @@ def test_a_run_is_read_by_its_folder_and_by_its_file(tmp_path: Path) -> None:
     loaded = load_backbone(alone)
     assert_same_features(loaded.backbone, backbone)
     assert (loaded.arch, loaded.config) == ("narrow", {})
+
+
+# Small ones whose own names have what other formats call a shortcut or a wrapper.
+OWN_NAMES = {
+    "repghostnet_050": ".shortcut.",
+    "iformer_t": ".module.",
+    "gernet_s": ".shortcut.",
+}
+
+
+@pytest.mark.parametrize("arch, word", OWN_NAMES.items())
+def test_an_architectures_own_names_are_never_renamed(arch: str, word: str, tmp_path: Path) -> None:
+    model = build_backbone(arch).eval()
+    state = model.state_dict()
+    assert any(word in name for name in state)
+    weights = {
+        f"{part}.{name}": v for part in ("backbone", "key_backbone") for name, v in state.items()
+    }
+    content = {"model": weights, "optimizer": {}, "step": 1, "rows": [], "meter": {}}
+    torch.save(content, tmp_path / "last.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"arch": arch}))
+    torch.save({f"module.encoder_q.{name}": v for name, v in state.items()}, tmp_path / "moco.pth")
+    export_backbone(load_backbone(tmp_path), "safetensors", tmp_path / "x.safetensors")
+    for name, given in (("last.pt", None), ("moco.pth", arch), ("x.safetensors", None)):
+        loaded = load_backbone(tmp_path / name, arch=given)
+        assert loaded.arch == arch
+        assert len(loaded.taken) == len(state)
+        for key, value in loaded.backbone.state_dict().items():
+            assert torch.equal(value, state[key]), key
 
 
 @pytest.mark.parametrize("arch", ["resnet10t", "tinynet_e"])
@@ -164,7 +195,7 @@ def test_other_families_are_asked_for(tmp_path: Path) -> None:
 
 RESNETS = [
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
-    "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d",
+    "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
 ]  # fmt: skip
 
 

@@ -66,14 +66,13 @@ def test_streamed_folder_is_measured_and_resumed_from_disk(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("_training", "pretrain"):
-        monkeypatch.setattr(f"mixmask.cli.{module}.MEASURED", 15)
+    monkeypatch.setattr("mixmask.evaluation.monitor.MEASURED", 15)
     monkeypatch.setattr("mixmask.cli.pretrain._MUCH_WAITING", 0.0)
     out = tmp_path / "run"
     assert cli.main(options(photographs, "--stream", "always", "--out", str(out))) == 0
     printed = capsys.readouterr().out
-    assert "the images stay on disk and are decoded by workers anew in every epoch" in printed
-    assert "measured with 15 of the training images" in printed
+    assert "the images stay on disk and are decoded by workers in each epoch" in printed
+    assert "use 15 of the training images" in printed
     assert "nearest neighbours" in printed
     assert "the training waited for images" in printed
     assert json.loads((out / "config.json").read_text())["stream"] == "always"
@@ -110,7 +109,7 @@ def test_existing_run_folder_is_refused(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     line = refused(options(photographs, "--out", str(tmp_path / "run")), capsys)
-    assert "exists and is not empty; go on with --resume" in line
+    assert "exists and is not empty; continue it with --resume" in line
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
@@ -121,7 +120,7 @@ def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["pretrain", "--resume", str(tmp_path), "--lr", "1"], capsys)
-    assert "--resume goes on with the options of the run, got --lr too" in line
+    assert "--resume continues a run with its own options, got --lr too" in line
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--mix", "blend"], "argument --mix: invalid choice: 'blend'"),
         (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
-        (["--ratio", "0.1", "0.2", "0.3"], "--ratio takes one number or two, got 3"),
+        (["--ratio", "0.1", "0.2", "0.3"], "--ratio takes one or two numbers, got 3"),
         (["--grid-size", "64"], "--grid-size must be within 2 ... 16"),
         (["--arch", "resnet81"], "--arch resnet81 is no backbone of timm"),
         (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
@@ -161,7 +160,7 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr(cli, "_EXTRA", ("torch", "no_such_library"))
     assert refused(["show"], capsys).endswith(
-        "the trainers need no_such_library: pip install 'mixmask[train]'"
+        "this command needs no_such_library: pip install '.[train]'"
     )
 
 
@@ -180,7 +179,7 @@ def test_show_refuses_what_it_cannot_draw(
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
     assert "bad.jpg is no readable image" in refused(["show", str(bad), str(bad)], capsys)
-    assert "one image has nobody to mix with" in refused(["show", str(bad)], capsys)
+    assert "one image has no partner" in refused(["show", str(bad)], capsys)
     nowhere = str(tmp_path / "no" / "x.png")
     assert "which is no folder" in refused(["show", "--out", nowhere], capsys)
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from mixmask import cli
 from mixmask.checkpoints.load import load_backbone
-from mixmask.cli import features
 from mixmask.data.sets import load_data
-from mixmask.evaluation import extract_features
+from mixmask.evaluation import extract_features, gallery
+from mixmask.figures.features import figure_neighbours
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import Outcome
 
@@ -45,7 +45,16 @@ def runs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Train two seeds with MixMask and one without."""
     root = tmp_path_factory.mktemp("runs")
     made = {"a": ["--seed", "0"], "b": ["--seed", "1"], "none": ["--mix", "none", "--lr", "0.06"]}
-    common = ["pretrain", "--data", str(photographs), *TINY, "--epochs", "2", "--monitor", "1"]
+    common = [
+        "pretrain",
+        "--data",
+        str(photographs),
+        *TINY,
+        "--epochs",
+        "2",
+        "--measure-every",
+        "1",
+    ]
     for name, more in made.items():
         assert cli.main([*common, *more, "--out", str(root / name)]) == 0
     return {name: root / name for name in made}
@@ -149,16 +158,14 @@ def test_map_draws_a_panel_a_run(
 def test_neighbours_are_the_nearest_by_brute_force(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.figures import features
-
     drawn: list[tuple[Any, ...]] = []
-    real = features.figure_neighbours
+    real = figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append((*given, named["names"]))
         return real(*given, **named)
 
-    monkeypatch.setattr(features, "figure_neighbours", noting)
+    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     out = tmp_path / "sheet.png"
     words = ["neighbours", str(runs["a"]), "--out", str(out), "--queries", "3", "--k", "4"]
     assert cli.main(words) == 0
@@ -187,16 +194,14 @@ def test_neighbours_are_the_nearest_by_brute_force(
 def test_unlabelled_images_have_neighbours_too_but_not_themselves(
     runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.figures import features
-
     drawn: list[tuple[Any, ...]] = []
-    real = features.figure_neighbours
+    real = figure_neighbours
 
     def noting(*given: Any, **named: Any) -> Any:
         drawn.append(given)
         return real(*given, **named)
 
-    monkeypatch.setattr(features, "figure_neighbours", noting)
+    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     flat = str(photographs / "train" / "cat")
     words = ["neighbours", str(runs["a"]), "--data", flat, "--out", str(tmp_path / "x.png")]
     assert cli.main(words) == 0
@@ -239,7 +244,7 @@ def test_a_map_of_many_images_draws_some(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(features, "_MOST_POINTS", 5)
+    monkeypatch.setattr(gallery, "_MOST_POINTS", 5)
     capsys.readouterr()
     assert cli.main(["map", str(runs["a"]), "--out", str(tmp_path / "map.png")]) == 0
     assert "5 of 8 test images" in capsys.readouterr().out
@@ -248,7 +253,7 @@ def test_a_map_of_many_images_draws_some(
 def study(photographs: Path, out: Path, *more: str) -> list[str]:
     return [
         "ablate", "--data", str(photographs), *TINY, "--grid-size", "2", "--grid-sizes", "2", "4",
-        "--ratios", "0.5", "--epochs", "1", "--out", str(out), *more,
+        "--ratio", "0.5", "--epochs", "1", "--out", str(out), *more,
     ]  # fmt: skip
 
 
@@ -259,7 +264,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "study"
-    words = study(photographs, out, "--epochs", "2", "--monitor", "0")
+    words = study(photographs, out, "--epochs", "2", "--measure-every", "0")
     after_step, steps = MoCo.after_step, [0]
 
     def interrupted(self: Any, done: float) -> None:
@@ -356,13 +361,13 @@ def test_ablate_reports_a_failed_run_and_goes_on(
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--grid-sizes", "2", "32"], "--grid-sizes must lie within 2 ... 16"),
         (["--grid-size", "32"], "--grid-size must be within 2 ... 16"),
-        (["--ratios", "half"], "'half' is no ratio; write 0.5, or 0.25-0.75 for a range"),
-        (["--ratios", "0.2-0.4-0.6"], "is no ratio"),
-        (["--ratios", "1.5"], "ratio must lie strictly between 0 and 1"),
+        (["--ratio", "half"], "argument --ratio: invalid float value: 'half'"),
+        (["--ratio", "0.2", "0.4", "0.6"], "--ratio takes one or two numbers, got 3"),
+        (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
         (["--budgets", "4"], "--budgets belongs to --study budgets, got --study masks"),
         (["--study", "budgets"], "--grid-sizes belongs to --study masks, got --study budgets"),
         (["--methods", "moco-v2", "byol"], "--study masks takes one of --methods"),
-        (["--methods", "byol"], "--queue-size is no option of byol"),
+        (["--methods", "byol"], "--queue-size is not supported by byol"),
         (["--data", "nowhere"], "--data must be a folder or one of"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],

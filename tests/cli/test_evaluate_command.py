@@ -13,6 +13,15 @@ from PIL import Image
 
 from mixmask import cli
 from mixmask.backbones import build_backbone
+from mixmask.evaluation import (
+    KNN,
+    FineTuning,
+    Linear,
+    LinearSGD,
+    Protocol,
+    evaluate,
+    load_task,
+)
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -114,7 +123,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["knn", "--temperature", "0"], "--temperature must be positive"),
         (["knn", "--threads", "0"], "--threads must be at least 1"),
         (["knn", "--image-size", "0"], "--image-size must be at least 1"),
-        (["knn", "--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["knn", "--device", "cuda:99"], "--device cuda:99 is not available"),
         (["knn", "--data", "nowhere"], "--data must be a folder or one of"),
         (["linear", "--epochs", "3"], "--epochs belongs to --protocol sgd"),
         (["linear", "--seed", "-1"], "--seed must be at least 0"),
@@ -162,3 +171,37 @@ def test_list_with_an_unknown_name(
     names = str(tmp_path / "part.txt")
     line = refused(["finetune", str(run), "--subset-list", names], capsys)
     assert "1 of 1 names of the subset list are not in the training split, first cow1.png" in line
+
+
+CHANGES_WITH_THE_CLOCK = {"seconds", "date"}
+
+
+@pytest.mark.parametrize(
+    "protocol, words",
+    [
+        (KNN(k=5), ["knn", "--k", "5"]),
+        (Linear(seed=2), ["linear", "--seed", "2"]),
+        (
+            LinearSGD(epochs=1, batch_size=8, lr=1.0),
+            ["linear", "--protocol", "sgd", "--epochs", "1", "--batch-size", "8", "--lr", "1"],
+        ),
+        (FineTuning(percent=50, epochs=1), ["finetune", "--percent", "50", "--epochs", "1"]),
+    ],
+)
+def test_python_measures_what_the_command_measures(
+    protocol: Protocol, words: list[str], run: Path
+) -> None:
+    result = evaluate(load_task(run), protocol)
+    assert cli.main(["evaluate", words[0], str(run), "--device", "cpu", *words[1:]]) == 0
+    written = results(run, protocol.name)
+    ours = json.loads(json.dumps(result.to_json()))
+    assert ours.keys() == written.keys()
+    for name in ours.keys() - CHANGES_WITH_THE_CLOCK:
+        assert ours[name] == written[name], name
+
+
+def test_every_option_of_a_protocol_is_in_its_results(run: Path) -> None:
+    written = evaluate(load_task(run), FineTuning(percent=50, epochs=1, head_lr=0.1)).to_json()
+    assert {name: written[name] for name in ("percent", "epochs", "batch_size", "head_lr")} == {
+        "percent": 50, "epochs": 1, "batch_size": 16, "head_lr": 0.1,
+    }  # fmt: skip

@@ -263,7 +263,7 @@ def test_folder_of_which_nothing_can_be_read(folder: Path, images: FolderImages)
 def test_folder_that_vanishes_stops_the_run_which_goes_on_when_it_is_back(
     workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, images = configured(monitor=0), on_disk(folder)
+    config, images = configured(measure_every=0), on_disk(folder)
     whole = run(config, images, tmp_path / "whole")
     away = tmp_path / "away"
     after_step, steps = MoCo.after_step, [0]
@@ -288,7 +288,7 @@ def test_folder_that_vanishes_stops_the_run_which_goes_on_when_it_is_back(
 def test_worker_that_dies_stops_the_run_with_its_steps_saved(
     images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configured(epochs=40, monitor=0, workers=1)
+    config = configured(epochs=40, measure_every=0, workers=1)
     after_step, steps = MoCo.after_step, [0]
 
     def killing(self: MoCo, done: float) -> None:
@@ -323,7 +323,7 @@ def _with_workers(count: int) -> Callable[..., Any]:
 def test_interrupted_and_resumed_with_other_workers_ends_in_the_same_weights(
     step: int, images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configured(mix="both", extra_crops=1, mix_every=2, monitor=0, workers=2)
+    config = configured(mix="both", extra_crops=1, mix_every=2, measure_every=0, workers=2)
     whole = run(config, images, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_at(step, MoCo, patch)
@@ -351,7 +351,7 @@ def test_crops_differ_from_epoch_to_epoch_and_seed_to_seed(
     monkeypatch.setattr(loop, "_next_batch", noting)
     monkeypatch.setattr(Run, "build", _with_workers(0))
     for seed in (0, 1):
-        run(configured(seed=seed, monitor=0), images, tmp_path / str(seed))
+        run(configured(seed=seed, measure_every=0), images, tmp_path / str(seed))
     crops = torch.cat(seen).flatten(1)
     assert len(crops) == 2 * 2 * 3 * 16
     assert len(crops.unique(dim=0)) == len(crops)
@@ -389,7 +389,7 @@ def test_time_spent_waiting_is_recorded(
                 yield batch
 
     monkeypatch.setattr(loop, "read_batches", slowly)
-    run(configured(monitor=0), images, tmp_path)
+    run(configured(measure_every=0), images, tmp_path)
     for row in read_rows(tmp_path):
         assert float(row["wait"]) * float(row["seconds"]) >= 3 * 0.05
         assert float(row["wait"]) <= 1
@@ -432,7 +432,7 @@ def test_workers_by_shared_memory(machine: Callable[[int, int], None]) -> None:
     machine(9, 64 * 2**20)
     with pytest.warns(UserWarning, match="shared memory has room for 1 of 8 workers"):
         assert choose_workers(0, 10 * 2**20) == 1
-    message = r"--workers 3 need 90 MiB of shared memory, and there is room for 1; .*--shm-size"
+    message = r"--workers 3 needs 90 MiB of shared memory, which has room for 1; .*--shm-size"
     with pytest.raises(ValueError, match=message):
         choose_workers(3, 10 * 2**20)
 

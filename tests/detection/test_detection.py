@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from mixmask.detection.train import train_detector
 TINY = DetectionConfig(
     data="data", arch="narrow", epochs=2, batch_size=2, size=64, rois=8, proposals=20, monitor=0
 )
+
+FILES = {"config.json", "detections.png", "last.pt", "results.json"}
 
 
 @pytest.fixture
@@ -101,7 +104,8 @@ def with_pycocotools(
 
 def test_average_precision_equals_pycocotools() -> None:
     predictions, targets = crowded_images()
-    ours = average_precision(predictions, targets, ["a", "b", "c", "unseen"])
+    pairs = zip(predictions, targets, strict=True)
+    ours: Any = average_precision(pairs, ["a", "b", "c", "unseen"])
     expected = with_pycocotools(predictions, targets, None)
     assert 0.1 < expected[0] < 0.9
     assert [ours[name] for name in ("ap", "ap50", "ap75")] == pytest.approx(expected, abs=1e-6)
@@ -118,7 +122,7 @@ def test_average_precision_by_hand() -> None:
              "scores": torch.tensor([0.9])}  # fmt: skip
     # One of two found, with an overlap of 10/13 = 0.769: precision 1 up to a recall of one half,
     # 51 of the 101 places, at six overlaps of ten.
-    ours = average_precision([found], [target], ["a"])
+    ours = average_precision([(found, target)], ["a"])
     assert ours["ap50"] == pytest.approx(51 / 101)
     assert ours["ap"] == pytest.approx(0.6 * 51 / 101)
 
@@ -138,9 +142,9 @@ def test_a_run_leaves_its_files(
             train_detector(config, data, backbone, out, progress=False)
         assert not out.exists()
         return
-    source = {"run": "here"}
+    source: dict[str, object] = {"run": "here"}
     detector, results = train_detector(config, data, backbone, out, source=source, progress=False)
-    assert {path.name for path in out.iterdir()} == {"config.json", "last.pt", "results.json"}
+    assert {path.name for path in out.iterdir()} == FILES
     written = json.loads((out / "results.json").read_text())
     assert {**written, "date": results["date"]} == json.loads(json.dumps(results))
     assert written["finished"]
@@ -176,7 +180,7 @@ def test_resumed_run_ends_in_the_same_weights(
 ) -> None:
     data = load_detection(write_voc(tmp_path / "data"))
 
-    def train(out: Path, *, resume: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    def train(out: Path, *, resume: bool = False) -> tuple[nn.Module, Any]:
         torch.manual_seed(1)
         backbone = build_backbone("narrow")
         config = dataclasses.replace(TINY, monitor=1)
@@ -223,7 +227,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert [row["epoch"] for row in results["epochs"]] == [1, 2]
     for name in ("last.pt", "previous.pt"):
         (out / name).unlink()
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"holds neither last.pt nor previous.pt"):
         train_detector(TINY, data, backbone, out, resume=True, progress=False)
 
 
@@ -234,8 +238,27 @@ def test_other_data_or_no_run_is_not_resumed(backbone: nn.Module, tmp_path: Path
     more = load_detection(write_voc(tmp_path / "more", train=7))
     with pytest.raises(ValueError, match="was started on 5 images of blue, red, but data has 7"):
         train_detector(config, more, backbone, tmp_path / "run", resume=True, progress=False)
-    with pytest.raises(ValueError, match="is no detection run that can be resumed"):
+    with pytest.raises(ValueError, match="is not a detection run that can be resumed"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content.pop("rows"),
+    lambda content: content.update(model={}),
+    lambda content: content.update(classes=3, images="few"),
+    lambda content: content["optimizer"].pop("state"),
+])  # fmt: skip
+def test_checkpoint_that_does_not_fit_is_refused(
+    change: Callable[[dict[str, Any]], object], backbone: nn.Module, tmp_path: Path
+) -> None:
+    data, out = load_detection(write_voc(tmp_path / "data")), tmp_path / "run"
+    config = dataclasses.replace(TINY, epochs=1)
+    train_detector(config, data, copy.deepcopy(backbone), out, progress=False)
+    content = torch.load(out / "last.pt", weights_only=True)
+    change(content)
+    torch.save(content, out / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt does not fit the run's config.json \([^\n]*$"):
+        train_detector(config, data, backbone, out, resume=True, progress=False)
 
 
 def test_loss_that_is_not_finite_stops_the_run(backbone: nn.Module, tmp_path: Path) -> None:
@@ -251,7 +274,8 @@ def test_loss_that_is_not_finite_stops_the_run(backbone: nn.Module, tmp_path: Pa
 def test_stages_and_anchors_fit_the_backbone(arch: str, small_stem: bool, stride: int) -> None:
     for neck in ("c4", "fpn"):
         backbone = build_backbone(arch, small_stem=small_stem)
-        detector: Any = build_detector(backbone, 2, neck=neck, size=64, proposals=20)
+        config = DetectionConfig(neck=neck, size=64, proposals=20)
+        detector: Any = build_detector(backbone, 2, config)
         features = detector.backbone(torch.zeros(1, 3, 64, 96).contiguous())
         maps = features if isinstance(features, dict) else {"0": features}
         strides = [64 / level.shape[-2] for name, level in maps.items() if name != "pool"]
@@ -272,9 +296,8 @@ def test_batch_norm_trained_or_frozen(neck: str) -> None:
     old = sum(1 for _ in batch_norms(build_backbone("narrow")))
     for mode in ("train", "frozen"):
         backbone = build_backbone("narrow")
-        detector = build_detector(
-            backbone, 1, neck=neck, batch_norm=mode, size=64, rois=8, proposals=20
-        )
+        config = dataclasses.replace(TINY, neck=neck, batch_norm=mode)
+        detector = build_detector(backbone, 1, config)
         new = sum(1 for _ in batch_norms(detector)) - old
         # One after the last stage; or two for each of the pyramid's four levels.
         assert new == ({"c4": 1, "fpn": 8}[neck] if mode == "train" else 0)
@@ -308,9 +331,8 @@ def test_statistics_are_those_of_the_last_weights(backbone: nn.Module, tmp_path:
 
 def test_images_without_objects_can_be_learnt_from(backbone: nn.Module) -> None:
     for neck in ("c4", "fpn"):
-        detector = build_detector(
-            copy.deepcopy(backbone), 1, model="mask-rcnn", neck=neck, size=64, rois=8, proposals=20
-        )
+        config = dataclasses.replace(TINY, model="mask-rcnn", neck=neck)
+        detector = build_detector(copy.deepcopy(backbone), 1, config)
         train_mode(detector)
         empty = {
             "boxes": torch.zeros(0, 4),
@@ -334,13 +356,12 @@ def test_images_without_objects_can_be_learnt_from(backbone: nn.Module) -> None:
 def test_backbones_and_options_that_do_not_suit(options: dict[str, str], message: str) -> None:
     arch = options.pop("arch", "narrow")
     with pytest.raises(ValueError, match=message):
-        build_detector(build_backbone(arch), 1, **options)  # type: ignore[arg-type]
+        build_detector(build_backbone(arch), 1, DetectionConfig(**options))  # type: ignore[arg-type]
 
 
 def test_pyramid_takes_other_backbones_with_four_stages() -> None:
-    detector = build_detector(
-        build_backbone("convnext_atto"), 1, neck="fpn", size=64, rois=8, proposals=20
-    ).eval()
+    config = dataclasses.replace(TINY, neck="fpn")
+    detector = build_detector(build_backbone("convnext_atto"), 1, config).eval()
     [found] = detector([torch.rand(3, 64, 64)])
     assert found["boxes"].shape[1] == 4
 
@@ -366,7 +387,7 @@ def test_masks_are_judged(tmp_path: Path) -> None:
                 for target in targets
             ]
 
-    measured = evaluate_detector(Oracle(), split, ["red", "blue"])
+    measured: Any = evaluate_detector(Oracle(), split, ["red", "blue"])
     assert measured["ap"] == measured["mask_ap"] == pytest.approx(1.0)
     assert measured["mask_per_class"]["blue"]["ap75"] == pytest.approx(1.0)
 
@@ -382,7 +403,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_learning_rate_rises_and_drops(backbone: nn.Module, tmp_path: Path) -> None:
-    from mixmask.detection.run import Run
+    from mixmask.detection.train import Run
 
     data = load_detection(write_voc(tmp_path / "data", train=8))
     config = dataclasses.replace(TINY, epochs=30, batch_size=2)  # 120 steps, 12 of them to rise.

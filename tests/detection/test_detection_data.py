@@ -87,7 +87,9 @@ def test_splits_by_name(voc: Path) -> None:
     with pytest.raises(ValueError, match="training and test split are both few"):
         load_detection(voc, train="few", test="few")
     (lists / "trainval.txt").unlink()
-    with pytest.raises(ValueError, match="no list named trainval or train, but few, test"):
+    with pytest.raises(
+        ValueError, match=r"0 files could be the train split: .* has few, test; name"
+    ):
         load_detection(voc)
 
 
@@ -215,7 +217,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (write("Annotations/i5.xml", voc_xml([("cat", 1, 1, 9, 9)])),
          "the split test has classes that trainval lacks: cat"),
         (write("ImageSets/Main/trainval.txt", ""), "has classes that trainval lacks: blue, red"),
-        (write("ImageSets/Main/test.txt", "../../etc/passwd\n"), "names a file outside of it"),
+        (write("ImageSets/Main/test.txt", "../../etc/passwd\n"), "name a file outside of the data"),
     ],
 )  # fmt: skip
 def test_broken_voc_is_named(change: Callable[[Path], None], message: str, voc: Path) -> None:
@@ -227,9 +229,18 @@ def test_broken_voc_is_named(change: Callable[[Path], None], message: str, voc: 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (remove("annotations/instances_val2017.json"), "0 files could be the test split, of train"),
-        (write("annotations/instances_val2017.json", "{"), r"no JSON in COCO's form \(JSONDecode"),
-        (write("annotations/instances_val2017.json", "{}"), r"COCO's form \(KeyError: 'categories"),
+        (
+            remove("annotations/instances_val2017.json"),
+            "0 files could be the test split: .* has train",
+        ),
+        (
+            write("annotations/instances_val2017.json", "{"),
+            r"is not JSON in COCO's form \(JSONDecode",
+        ),
+        (
+            write("annotations/instances_val2017.json", "{}"),
+            "not in COCO's form: 'categories' must be a list",
+        ),
         (write("annotations/instances_train2014.json", "{}"), "2 files could be the train split"),
         (remove("train2017/3.png"), "1 of 5 images of train2017 are missing .* first is 3.png"),
         (remove("train2017"), r"first image of train2017, '0.png', is in none of the folders"),
@@ -243,7 +254,7 @@ def test_broken_coco_is_named(change: Callable[[Path], None], message: str, coco
 
 def test_categories_differ_or_are_unknown(coco: Path) -> None:
     edit_json(coco, "val2017", lambda content: content["categories"].append({"id": 9, "name": "x"}))
-    with pytest.raises(ValueError, match=r"different categories \(9 x\); give both"):
+    with pytest.raises(ValueError, match="the split val2017 has classes that train2017 lacks: x"):
         load_detection(coco)
     edit_json(coco, "val2017", lambda content: content["annotations"][0].update(category_id=4))
     with pytest.raises(ValueError, match="an object of the unknown category 4"):
@@ -256,7 +267,7 @@ def test_path_out_of_the_data_is_refused(coco: Path) -> None:
         coco, "train2017", lambda content: content["images"][0].update(file_name="../../secret.png")
     )
     for path in (coco, zipped(coco)):
-        with pytest.raises(ValueError, match="names a file outside of it"):
+        with pytest.raises(ValueError, match="name a file outside of the data"):
             load_detection(path)
 
 
@@ -276,7 +287,7 @@ def test_images_that_cannot_be_read(voc: Path) -> None:
     (voc / "JPEGImages" / "i0.jpg").write_bytes(b"no image")
     Image.new("RGB", (WIDTH, HEIGHT + 1)).save(voc / "JPEGImages" / "i1.jpg")
     split = load_detection(voc).train
-    with pytest.raises(ValueError, match=r"i0\.jpg is no readable image"):
+    with pytest.raises(ValueError, match=r"i0\.jpg is not a readable image"):
         split[0]
     with pytest.raises(ValueError, match=r"i1.jpg has 80x65 pixels, but was annotated at 80x64"):
         split[1]
@@ -287,7 +298,7 @@ def test_images_that_cannot_be_read(voc: Path) -> None:
 
 def test_what_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
-    with pytest.raises(ValueError, match=r"broken\.zip is no whole zip file"):
+    with pytest.raises(ValueError, match=r"broken\.zip is not a whole zip file"):
         load_detection(tmp_path / "broken.zip")
     with pytest.raises(ValueError, match=r"--data must be a folder or a zip file, got .*nowhere"):
         load_detection(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ from mixmask.evaluation import (
     linear_accuracy,
     linear_scores,
 )
-from mixmask.evaluation import knn as knn_module
+from mixmask.evaluation import neighbours as search_module
 from mixmask.evaluation.linear import PENALTIES
 
 
@@ -55,8 +55,8 @@ def test_knn_finds_the_nearest_through_groups_of_maxima(
     k: int, temperature: float, features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 3001 columns leave a rest in every group; 999 a time make four chunks, the last of four rows.
-    monkeypatch.setattr(knn_module, "_FEATURES", features)
-    monkeypatch.setattr(knn_module, "_SIMILARITIES", 3001 * 70)
+    monkeypatch.setattr(search_module, "_FEATURES", features)
+    monkeypatch.setattr(search_module, "_SIMILARITIES", 3001 * 70)
     (x, y), (x_test, _) = clusters(3001, 2.0, 1), clusters(150, 2.0, 2)
     scores = knn_scores(x, y, x_test, k=k, temperature=temperature, classes=7)
     expected = neighbours(k, temperature).fit(x, y).predict_proba(x_test)
@@ -88,8 +88,8 @@ def test_knn_takes_half_precision_and_changes_no_input() -> None:
 def test_knn_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     common = importlib.import_module("common")
-    monkeypatch.setattr(knn_module, "_FEATURES", 2**14)
-    monkeypatch.setattr(knn_module, "_SIMILARITIES", 2**18)
+    monkeypatch.setattr(search_module, "_FEATURES", 2**14)
+    monkeypatch.setattr(search_module, "_SIMILARITIES", 2**18)
     (x, y), (x_test, _) = clusters(8000, 2.0, 1), clusters(1000, 2.0, 2)
     peak = common.peak_bytes(lambda: knn_scores(x, y, x_test), "cpu")
     assert 2**20 < peak < 8000 * 1000 * 4 / 8

@@ -7,8 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mixmask.evaluation.neighbours import nearest_neighbours, project
+from mixmask.backbones import build_backbone
+from mixmask.data.sets import load_data
+from mixmask.evaluation import extract_features
+from mixmask.evaluation.gallery import project
+from mixmask.evaluation.neighbours import nearest_neighbours
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
@@ -79,3 +84,24 @@ def test_maps_that_cannot_be_drawn_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(ValueError, match="t-SNE needs scikit-learn, which is not installed"):
         project(torch.randn(9, 4), method="tsne")
+
+
+def test_pca_of_features_of_photographs_equals_all_singular_vectors() -> None:
+    images = load_data("clothing64", 32).train.images[::20]
+    features = extract_features(build_backbone("narrow"), images)
+    before = torch.get_rng_state()
+    points, _ = project(features)
+    assert torch.equal(before, torch.get_rng_state())
+    x = F.normalize(features.double(), dim=1)
+    u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    expected = u[:, :2] * s[:2]
+    signs = (expected * points).sum(dim=0).sign()
+    torch.testing.assert_close(points.double(), expected * signs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_features_that_are_not_finite_are_refused(chunk: int | None) -> None:
+    bank = torch.randn(9, 5)
+    bank[7, 2] = torch.nan
+    with pytest.raises(ValueError, match="features must be finite, got NaN or infinity"):
+        nearest_neighbours(torch.randn(4, 5), bank, 2, chunk=chunk)

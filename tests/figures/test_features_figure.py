@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from mixmask.figures.features import class_style, figure_map, figure_neighbours
+from mixmask.figures.features import class_style, figure_confusion, figure_map, figure_neighbours
 
 AXES = ("first", "second")
 
@@ -71,3 +72,24 @@ def test_sheet_without_labels_frames_the_queries_alone() -> None:
     figure = figure_neighbours(images[:, 0], images, torch.zeros(1, 2))
     assert [axis.get_title() for axis in figure.axes] == ["query", "0.00", "0.00"]
     assert [axis.spines["top"].get_visible() for axis in figure.axes] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "count, numbered, named", [(3, True, True), (30, False, True), (90, False, False)]
+)
+def test_confusion_as_shares_of_classes(count: int, numbered: bool, named: bool) -> None:
+    confusion = torch.zeros(count, count, dtype=torch.int64)
+    confusion[0, :2] = torch.tensor([1, 3])
+    axis = figure_confusion(confusion, [f"class {i}" for i in range(count)]).axes[0]
+    shares = axis.get_images()[0].get_array()
+    assert shares is not None
+    assert shares[0, :3].tolist() == [25, 75, 0]
+    assert shares[1:].sum() == 0
+    assert ([text.get_text() for text in axis.texts] == ["25", "75"]) == numbered
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert (ticks[:2] == ["class 0", "class 1"]) == named
+
+
+def test_confusion_needs_a_name_for_each_class() -> None:
+    with pytest.raises(ValueError, match="must be \\(2, 2\\) for 2 classes"):
+        figure_confusion(torch.zeros(3, 3), ["a", "b"])

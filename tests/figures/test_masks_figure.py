@@ -8,14 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmask.figures.masks import (
-    figure_confusion,
-    figure_curves,
-    figure_detections,
-    figure_masks,
-    figure_views,
-    save_figure,
-)
+from mixmask.figures.masks import figure_masks, figure_views
+from mixmask.figures.style import save_figure
 
 
 @pytest.mark.parametrize("count, pairs", [(2, 1), (5, 3)])
@@ -40,62 +34,3 @@ def test_views_in_rows() -> None:
     assert [axis.get_ylabel() for axis in figure.axes[::4]] == [
         "view", "mixed view", "mixed view", "key view",
     ]  # fmt: skip
-
-
-def test_curves_with_and_without_accuracies() -> None:
-    rows = [
-        {"epoch": 0.0, "step": 0.0, "knn": 0.2, "linear": 0.3},
-        {"epoch": 1.0, "step": 5.0, "loss": 3.0, "loss_clean": 2.0, "loss_mixed": 1.0},
-        {"epoch": 2.0, "step": 9.0, "loss": 2.0, "loss_clean": 1.0, "loss_mixed": 1.0, "knn": 0.4},
-    ]
-    left, right = figure_curves(rows).axes
-    assert left.lines[0].get_ydata().tolist() == [2.0, 1.0]  # type: ignore[union-attr]
-    assert [line.get_label() for line in right.lines if len(line.get_xdata()) == 2][-2] == (  # type: ignore[arg-type]
-        "nearest neighbours"
-    )
-    left, right = figure_curves(rows[1:2]).axes
-    assert right.texts[0].get_text() == "not measured"
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_detections_beside_what_was_annotated(masks: bool) -> None:
-    images = [torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(3, 50, 50, dtype=torch.uint8)]
-    boxes, labels = torch.tensor([[2.0, 4, 20, 30], [5, 5, 9, 9]]), torch.tensor([2, 1])
-    shape = torch.zeros(2, 40, 60)
-    shape[:, 5:20, 5:15] = 1
-    more = {"masks": shape} if masks else {}
-    target = {"boxes": boxes, "labels": labels, **more}
-    found = {**target, "scores": torch.tensor([0.9, 0.2])}
-    nothing = {name: values[:0] for name, values in found.items()}
-    figure = figure_detections(images, [target, target], [found, nothing], ["cell", "nut"])
-    left, right, _, empty = figure.axes
-    assert [axis.get_title() for axis in (left, right)] == [
-        "annotated: 2", "detected: 1 with a score of 0.5 or more",
-    ]  # fmt: skip
-    assert (len(left.patches), len(right.patches), len(empty.patches)) == (2, 1, 0)
-    assert left.patches[0].get_bbox().bounds == (1.5, 3.5, 18, 26)  # type: ignore[attr-defined]
-    assert [text.get_text() for text in right.texts] == ["0.90"]
-    assert left.patches[0].get_edgecolor() != left.patches[1].get_edgecolor()
-    assert bool(left.collections) == masks
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cell", "nut"]
-
-
-@pytest.mark.parametrize(
-    "count, numbered, named", [(3, True, True), (30, False, True), (90, False, False)]
-)
-def test_confusion_as_shares_of_classes(count: int, numbered: bool, named: bool) -> None:
-    confusion = torch.zeros(count, count, dtype=torch.int64)
-    confusion[0, :2] = torch.tensor([1, 3])
-    axis = figure_confusion(confusion, [f"class {i}" for i in range(count)]).axes[0]
-    shares = axis.get_images()[0].get_array()
-    assert shares is not None
-    assert shares[0, :3].tolist() == [25, 75, 0]
-    assert shares[1:].sum() == 0
-    assert ([text.get_text() for text in axis.texts] == ["25", "75"]) == numbered
-    ticks = [label.get_text() for label in axis.get_yticklabels()]
-    assert (ticks[:2] == ["class 0", "class 1"]) == named
-
-
-def test_confusion_needs_a_name_for_each_class() -> None:
-    with pytest.raises(ValueError, match="must be \\(2, 2\\) for 2 classes"):
-        figure_confusion(torch.zeros(3, 3), ["a", "b"])

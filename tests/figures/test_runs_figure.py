@@ -10,8 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmask.figures.masks import save_figure
-from mixmask.figures.runs import band, figure_budgets, figure_comparison, figure_factors
+from mixmask.figures.runs import (
+    band,
+    figure_budgets,
+    figure_comparison,
+    figure_curves,
+    figure_factors,
+)
+from mixmask.figures.style import save_figure
 
 VALUES = np.random.default_rng(0).random((4, 5))
 
@@ -124,3 +130,18 @@ def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["budgets.png"]
     with Image.open(tmp_path / "budgets.png") as image:
         assert image.width > 500
+
+
+def test_curves_with_and_without_accuracies() -> None:
+    rows = [
+        {"epoch": 0.0, "step": 0.0, "knn": 0.2, "linear": 0.3},
+        {"epoch": 1.0, "step": 5.0, "loss": 3.0, "loss_clean": 2.0, "loss_mixed": 1.0},
+        {"epoch": 2.0, "step": 9.0, "loss": 2.0, "loss_clean": 1.0, "loss_mixed": 1.0, "knn": 0.4},
+    ]
+    left, right = figure_curves(rows).axes
+    assert left.lines[0].get_ydata().tolist() == [2.0, 1.0]  # type: ignore[union-attr]
+    assert [line.get_label() for line in right.lines if len(line.get_xdata()) == 2][-2] == (  # type: ignore[arg-type]
+        "nearest neighbours"
+    )
+    left, right = figure_curves(rows[1:2]).axes
+    assert right.texts[0].get_text() == "not measured"

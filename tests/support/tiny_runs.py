@@ -21,7 +21,7 @@ from mixmask import MixedBatch
 from mixmask.data.sets import FolderImages, Images, load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
-from mixmask.trainers.parts import Mixture
+from mixmask.trainers.mixtures import Mixture
 
 # Each method takes those that it has.
 TINY: dict[str, Any] = {

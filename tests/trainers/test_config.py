@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from mixmask import cli
-from mixmask.trainers.config import PRESETS, RunConfig, save_config
+from mixmask.runs.folder import write_config
+from mixmask.runs.options import flag
+from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.loop import learning_rate
 from mixmask.trainers.methods import METHODS, load_config, make_config
 from mixmask.trainers.methods.moco import MoCoConfig
@@ -62,8 +66,8 @@ def test_json_round_trip(method: str, tmp_path: Path) -> None:
     config = make_config(
         method=method, ratio=(0.25, 0.75), per_sample=per_sample, lr=0.123, dim=7, switch=False
     )
-    save_config(config, tmp_path / "config.json")
-    loaded = load_config(tmp_path / "config.json")
+    write_config(tmp_path, dataclasses.asdict(config))
+    loaded = load_config(tmp_path)
     assert type(loaded) is type(config)
     assert loaded == config
 
@@ -94,17 +98,17 @@ def test_every_option_says_what_it_is(method: str) -> None:
 def test_an_option_of_other_methods_is_refused_by_their_names(
     method: str, name: str, owners: str, tmp_path: Path
 ) -> None:
-    flag = "--" + name.replace("_", "-")
-    with pytest.raises(ValueError, match=f"^{flag} is no option of {method}, but of {owners};"):
+    message = rf"^{flag(name)} is not supported by {method} \(only by {owners}\);"
+    with pytest.raises(ValueError, match=message):
         make_config(method=method, **{name: 1})
     fields = dataclasses.asdict(make_config(method=method)) | {name: 1}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"is no run that can be resumed.*'{name}'"):
-        load_config(tmp_path / "config.json")
+        load_config(tmp_path)
 
 
 def test_an_option_of_no_method_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^--colour is no option of byol$"):
+    with pytest.raises(ValueError, match=r"^--colour is not supported by byol$"):
         make_config(method="byol", colour="red")
 
 
@@ -115,15 +119,14 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
     fields = dataclasses.asdict(make_config()) | {"method": "dino"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"is no run that can be resumed.*'dino'"):
-        load_config(tmp_path / "config.json")
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"ratio": 0.5, "colour": "red"}'])
 def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(text)
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="is no run that can be resumed"):
-        load_config(path)
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,35 @@ def test_steps_fall_at_60_and_80_percent() -> None:
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_launchers_hand_every_option_on() -> None:
+    """A launcher reads a word that begins like its own option as that, or as ambiguous."""
+    names = {field.name for e in METHODS.values() for field in dataclasses.fields(e.config)}
+    words = ["pretrain", *(word for name in sorted(names) for word in (flag(name), "5"))]
+    for parser in (torchrun_parser(), launch_command_parser()):
+        assert parser.parse_args(["-m", "mixmask", *words]).training_script_args == words
+
+
+def test_options_of_older_runs_are_known(tmp_path: Path) -> None:
+    config = make_config(measure_every=3)
+    fields = dataclasses.asdict(config) | {"decode": "workers", "monitor": 3}
+    del fields["measure_every"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_config(tmp_path) == config
+
+
+def test_help_shows_the_defaults_of_a_plain_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(["pretrain", "--help"]) == 0
+    text = capsys.readouterr().out
+    config = make_config()
+    for name in ("arch", "image_size", "epochs", "lr", "queue_size", "temperature"):
+        (line,) = re.findall(rf"^ +{flag(name)} [A-Z].*", text, re.MULTILINE)
+        assert f"[{getattr(config, name)}]" in line
+    assert "instead of one per batch [off]" in text
+
+
 def test_help_names_each_option_once_and_the_methods_that_own_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +212,6 @@ def test_help_names_each_option_once_and_the_methods_that_own_it(
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     names = {field.name for e in METHODS.values() for field in dataclasses.fields(e.config)}
     for name in names:
-        flag = "--" + name.replace("_", "-")
-        (line,) = [line for line in described if re.match(rf"{flag}[ ,]", line)]
+        (line,) = [line for line in described if re.match(rf"{flag(name)}[ ,]", line)]
         owners = [method for method, e in METHODS.items() if name in e.config.__dataclass_fields__]
         assert line.endswith(f"({', '.join(owners)})") == (name not in shared), line

@@ -78,7 +78,7 @@ def test_seed_decides_everything(images: Tensor, tmp_path: Path) -> None:
 def test_compiled_backbones_train_like_plain_ones(
     method: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"epochs": 1, "monitor": 0}
+    options: dict[str, Any] = {"epochs": 1, "measure_every": 0}
     images = images[:8]  # One step: rounding grows from step to step.
     plain = run(tiny_config(method, **options), images, tmp_path / "plain")
     asked: list[tuple[torch.nn.Module, Any]] = []
@@ -108,9 +108,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
         assert_same(run(config, images, tmp_path, resume=True), whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.filterwarnings("ignore:.*looking for an older one")
 def test_nothing_whole_to_resume(images: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="is no run folder"):
         run(make_config(**TINY), images, tmp_path, resume=True)
     (tmp_path / "last.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
@@ -166,6 +166,6 @@ def test_monitor_measures_before_between_and_after(images: Tensor, tmp_path: Pat
         backbone.eval()
         return {"knn": 0.25}
 
-    run(make_config(**TINY, monitor=2), images, tmp_path, monitor=monitor)
+    run(make_config(**TINY, measure_every=2), images, tmp_path, monitor=monitor)
     assert asked == [True, False, True]
     assert [row["knn"] for row in read_rows(tmp_path)] == ["0.25", "", "0.25", "0.25"]

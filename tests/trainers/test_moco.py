@@ -118,7 +118,7 @@ def test_after_step_refuses_to_run_twice() -> None:
     model, x_q, x_k = build(mix="none")
     list(model.terms(x_q, x_k, torch.Generator()))
     model.after_step(0.5)
-    with pytest.raises(AssertionError, match="behind a finished terms"):
+    with pytest.raises(AssertionError, match="needs all terms of the step first"):
         model.after_step(0.5)
 
 

@@ -12,15 +12,15 @@ from torch import nn
 from mixmask._seeds import fold_seed
 from mixmask.backbones import build_backbone
 from mixmask.trainers.methods import METHODS, make_config
+from mixmask.trainers.methods.byol import rising_momentum
+from mixmask.trainers.mixtures import build_mixtures
 from mixmask.trainers.parts import (
     Queue,
     SplitBatchNorm2d,
     build_head,
-    build_mixtures,
     build_mlp,
     build_optimizer,
     parameter_groups,
-    rising_momentum,
     split_batch_norm,
     update_momentum,
 )

@@ -175,7 +175,7 @@ def _compare(rank: int) -> dict[str, Any]:
     for method in JOINT:
         x1, x2, masks = (half[rank] for half in _views())
         model, losses = _step(method, x1, x2, masks, HALVES[rank])
-        loop._average_gradients(accelerator, model)
+        loop._average_gradients(accelerator, model.parameters())
         by_name = {name.replace(".norm.", "."): g for name, g in gradients(model).items()}
         found[method] = {"losses": losses, "gradients": by_name}
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods.moco import MoCo
+from mixmask.trainers.report import collect, table_csv, table_markdown
 from mixmask.trainers.studies import (
     BUDGET_METHODS,
     Cell,
@@ -23,12 +24,9 @@ from mixmask.trainers.studies import (
     Plan,
     budget_cells,
     carry_out,
-    collect,
-    markdown,
     mask_cells,
     plan_runs,
     read_finished,
-    table_csv,
 )
 
 TINY: dict[str, Any] = {
@@ -114,7 +112,7 @@ def test_bad_options_of_a_study_are_refused(tmp_path: Path) -> None:
         tiny_cells(ratios=[(0.8, 0.2)])
     with pytest.raises(ValueError, match="--epochs must be at least 1, got 0"):
         budget_cells(budgets=[0])
-    with pytest.raises(ValueError, match="--queue-size is no option of simclr"):
+    with pytest.raises(ValueError, match="--queue-size is not supported by simclr"):
         budget_cells(queue_size=16)
     with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         plan_runs(tiny_cells(), 0, tmp_path)
@@ -142,6 +140,7 @@ def test_a_study_goes_on_where_it_was_interrupted(
     model = torch.load(plan.folder / "last.pt", weights_only=True)["model"]
     twin = MoCo(plan.config)  # type: ignore[arg-type]
     twin.load_state_dict(model)
+    assert isinstance(whole, torch.nn.Module)
     assert_same(twin, whole)
 
     finished = read_finished(plan)
@@ -188,7 +187,7 @@ def test_a_run_that_fails_says_why_and_is_no_number(
     assert [bool(outcome.error) for outcome in outcomes.values()] == [False, True, False, False]
     lines = collect(cells, outcomes)
     assert [len(line.accuracies["knn"]) for line in lines] == [1, 0, 1, 1, 1, 1, 1]
-    text = markdown(lines, title="t", test_images=372)
+    text = table_markdown(lines, title="t", test_images=372)
     assert text.count("Failed: grid-4_block_ratio-0.5_switch, seed 0: the loss became nan") == 1
     assert read_finished(plans[1]) is None  # So that the same study tries it again.
     assert not carry_out(plans[1], images, monitor).error
@@ -209,7 +208,7 @@ def test_tables_hold_mean_and_deviation_of_the_last_epoch(tmp_path: Path) -> Non
         numbers.setdefault(plan.folder.parent.name, []).append((knn, linear))
     lines = collect(cells, outcomes)
     read = list(csv.DictReader(io.StringIO(table_csv(lines))))
-    text = markdown(lines, title="title", test_images=400).splitlines()
+    text = table_markdown(lines, title="title", test_images=400).splitlines()
     assert len(read) == len(cells) == len(text) - 6
     assert text[0] == "title"
     for cell, row, shown in zip(cells, read, text[4:], strict=False):
@@ -224,10 +223,10 @@ def test_tables_hold_mean_and_deviation_of_the_last_epoch(tmp_path: Path) -> Non
             assert f" {100 * mean[i]:.1f} ± {100 * sd[i]:.1f} |" in shown
     every = [knn for cell in cells for knn, _ in numbers[cell.name]]
     error = 100 * np.sqrt(np.mean(every) * (1 - np.mean(every)) / 400)
-    assert f"standard error of about {error:.1f} points" in text[-1]
+    assert f"standard error of a single accuracy is about {error:.1f} points" in text[-1]
 
 
 def test_a_study_without_outcomes_has_a_table_too() -> None:
     lines = collect(tiny_cells(), {})
-    assert "| grid size | 2 | 0 | – | – |" in markdown(lines, title="", test_images=10)
+    assert "| grid size | 2 | 0 | – | – |" in table_markdown(lines, title="", test_images=10)
     assert [row["knn_mean"] for row in csv.DictReader(io.StringIO(table_csv(lines)))] == [""] * 7

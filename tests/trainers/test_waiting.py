@@ -12,9 +12,10 @@ from tiny_runs import run, seeded, tiny_config, tiny_images
 
 from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
+from mixmask.trainers.meter import Meter, Sent
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.parts import build_optimizer
-from mixmask.trainers.run import Meter, Sent, random_view
+from mixmask.trainers.run import random_view
 
 # Mixing does not know who asked for it.
 CASES = [(method, "both") for method in METHODS] + [("moco-v2", mix) for mix in MIXTURES]

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mixmask._checks import check_choice
+from mixmask.runs.folder import read_config
+from mixmask.runs.options import flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
-from mixmask.trainers.parts import Term
+from mixmask.trainers.mixtures import Term, Views
 
 
 class Method(Protocol):
-    """What the loop asks of a method, which is an `nn.Module`."""
+    """What the loop asks of a method: an `nn.Module` with a backbone and these two calls.
+
+    A step iterates over `terms`, calls backward on each, steps the optimiser, and calls
+    `after_step`.
+    """
 
     backbone: nn.Module
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view."""
+        """Yield the terms of a step's loss: the clean ones, then one per mixed view.
+
+        Each is computed when it is asked for: call backward on one before asking for the next,
+        and only one forward pass is alive at a time. With `--replace-clean`, a step with mixed
+        views has no clean terms.
+
+        Args:
+            x1: (N, 3, S, S) views; these are mixed.
+            x2: (N, 3, S, S) other views of the same images: keys, or targets.
+            generator: A CPU generator for masks, partners and the shuffling of keys.
+            extra: Further views of the same images, (N, 3, S, S) each, which are mixed too.
+            mix: Whether this step has mixed views.
+        """
 
     def after_step(self, done: float) -> None:
-        """Do what follows an optimiser step; `done` is the share of the run behind it."""
+        """Do what follows an optimiser step: momentum, enqueue.
+
+        Args:
+            done: Share of the run that lies behind, 0 ... 1.
+        """
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `nn.Module`, also for what follows."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all parameters and buffers."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Restore all parameters and buffers."""
 
 
 class Entry(NamedTuple):
@@ -78,16 +104,16 @@ def make_config(**given: Any) -> Any:
         if name not in known:
             owners = [other for other, e in METHODS.items() if hasattr(e.config, name)]
             raise ValueError(
-                f"--{name.replace('_', '-')} is no option of {method}"
-                + (f", but of {', '.join(owners)}; leave it out" if owners else "")
+                f"{flag(name)} is not supported by {method}"
+                + (f" (only by {', '.join(owners)}); leave it out" if owners else "")
             )
     data = given.get("data", RunConfig.data)
     recipe = given.get("recipe") or (data if data in PRESETS else "imagenet")
     check_choice("--recipe", recipe, tuple(PRESETS))
     if recipe != data and data in PRESETS:
         raise ValueError(
-            f"--recipe {recipe} and --data {data} contradict each other; leave --recipe out, or "
-            "name the folder that its images are in"
+            f"--recipe {recipe} does not suit --data {data}; leave --recipe out, or pass the "
+            "folder of its images"
         )
     options = {**PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
     return entry.config(**{**options, **given, "method": method, "recipe": recipe})
@@ -105,24 +131,30 @@ def option_defaults(method: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(METHODS[method].config)}
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a configuration that `save_config` wrote.
+# Options of older versions: another name, or none any more.
+_RENAMED, _REMOVED = {"monitor": "measure_every"}, ("decode",)
+
+
+def load_config(folder: Path) -> RunConfig:
+    """Read the configuration of a run folder.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is no folder of a pretraining run.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        given = {_RENAMED.get(name, name): value for name, value in read_config(folder).items()}
+        fields = {name: value for name, value in given.items() if name not in _REMOVED}
         if isinstance(fields["ratio"], list):
             fields["ratio"] = tuple(fields["ratio"])
         return METHODS[fields["method"]].config(**fields)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path.parent} is no run that can be resumed: its {path.name} cannot be read "
-            f"({error}); pass the folder that --out made"
+            f"{folder} is no run that can be resumed: its config.json cannot be read ({error}); "
+            "pass a folder that --out named"
         ) from error
 
 
-def build_method(config: RunConfig) -> Any:
-    """Build the method that a configuration names, an `nn.Module` that is a `Method`."""
-    return METHODS[config.method].build(config)
+def build_method(config: RunConfig) -> Method:
+    """Build the method that a configuration names; weights come from torch's global generator."""
+    method: Method = METHODS[config.method].build(config)
+    return method

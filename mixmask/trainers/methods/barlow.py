@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mixmask import losses
-from mixmask.backbones import build_backbone
-from mixmask.trainers.config import RunConfig, check_range, default, option
-from mixmask.trainers.parts import (
-    Mixture,
-    Term,
-    build_mixtures,
-    build_mlp,
-    mixed_terms,
-)
+from mixmask.runs.options import option
+from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.parts import build_encoder, build_mlp
 
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "dim": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,38 +37,30 @@ class BarlowTwinsConfig(RunConfig):
     warmup: float = default("warmup", 0.01)
     weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 1000)
-    dim: int = option(8192, "size of the embedding")
-    redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations")
-    scale: float = option(1.0, "factor of the loss")
+    dim: int = option(8192, "size of the embedding", low=1)
+    redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations", low=0)
+    scale: float = option(1.0, "factor of the loss", low=0)
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
+        """Check all options; see `RunConfig`."""
         super().__post_init__()
-        check_range("dim", self.dim, 1)
-        for name in ("redundancy_weight", "scale"):
-            check_range(name, getattr(self, name), 0)
         if self.per_sample and self.mix in ("mixmask", "both", "erase"):
             raise ValueError(
-                "--per-sample gives each image a λ of its own, but barlow-twins has no loss of one "
-                "image; leave it out"
+                "--per-sample is not supported by barlow-twins, whose loss is of a whole batch; "
+                "leave it out"
             )
 
 
 class BarlowTwins(nn.Module):
-    """One encoder whose features correlate across views, and not with each other.
-
-    Args:
-        config: The run's options.
-    """
+    """One encoder whose features correlate across views, and not with each other."""
 
     def __init__(self, config: BarlowTwinsConfig) -> None:
         """Build backbone and projector."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
         self.barlow_twins = losses.BarlowTwins(
             config.redundancy_weight, gather_distributed=True, sync_statistics=True
         )
@@ -88,23 +75,9 @@ class BarlowTwins(nn.Module):
         return self.config.scale * self.barlow_twins(z, target)
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) the other views of the same images.
-            generator: A CPU generator for masks and partners.
-            extra: Further views, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
+        """Yield the clean term, then one per mixed view; see `Method.terms`."""
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
             with torch.no_grad():
@@ -117,4 +90,4 @@ class BarlowTwins(nn.Module):
         )
 
     def after_step(self, done: float) -> None:
-        """Do nothing: there is neither teacher nor queue."""
+        """Do nothing: there is neither a teacher nor a queue."""

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from mixmask.backbones import build_backbone
 from mixmask.losses import negative_cosine
-from mixmask.trainers.config import RunConfig, check_range, default, option
-from mixmask.trainers.parts import (
-    Mixture,
-    Term,
-    build_mixtures,
-    build_mlp,
-    mixed_terms,
-    rising_momentum,
-    update_momentum,
-)
+from mixmask.runs.options import option
+from mixmask.runs.schedules import cosine_decay
+from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "hidden": 2048, "encoder_momentum": 0.99}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,16 +43,21 @@ class BYOLConfig(RunConfig):
     weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 300)
     min_scale: float = default("min_scale", 0.08)
-    dim: int = option(256, "size of the embedding")
-    hidden: int = option(4096, "width of the hidden layers of projector and predictor")
-    encoder_momentum: float = option(0.99, "momentum of the key encoder, or of the teacher")
+    dim: int = option(256, "size of the embedding", low=1)
+    hidden: int = option(4096, "width of the hidden layers of projector and predictor", low=1)
+    encoder_momentum: float = option(
+        0.99, "momentum of the key encoder or the teacher", low=0, high=1
+    )
 
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        super().__post_init__()
-        for name in ("dim", "hidden"):
-            check_range(name, getattr(self, name), 1)
-        check_range("encoder_momentum", self.encoder_momentum, 0, 1)
+
+def rising_momentum(start: float, done: float) -> float:
+    """Return the target's momentum, which rises from `start` to 1 along a cosine (section 3.2).
+
+    Example:
+        >>> rising_momentum(0.99, 0.0), rising_momentum(0.99, 1.0)
+        (0.99, 1.0)
+    """
+    return 1 - (1 - start) * cosine_decay(done)
 
 
 def squared_distance(p: Tensor, target: Tensor) -> Tensor:
@@ -67,23 +66,18 @@ def squared_distance(p: Tensor, target: Tensor) -> Tensor:
 
 
 class BYOL(nn.Module):
-    """An online branch with a predictor, and a target that follows it ever more slowly.
-
-    Args:
-        config: The run's options.
-    """
+    """An online branch with a predictor, and a target that follows it ever more slowly."""
 
     def __init__(self, config: BYOLConfig) -> None:
         """Build both branches with the same weights, and the predictor."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """Predict the target's projection of views (N, 3, S, S): (N, dim)."""
@@ -97,23 +91,9 @@ class BYOL(nn.Module):
         return z
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield a clean term a direction, then one for each mixed view; see `MoCo.terms`.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) the other views of the same images.
-            generator: A CPU generator for masks and partners.
-            extra: Further views, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
+        """Yield one clean term per direction, then one per mixed view; see `Method.terms`."""
         mixtures = self.mixtures if mix else []
         t2 = self.encode_targets(x2)
         if not (mixtures and self.config.replace_clean):

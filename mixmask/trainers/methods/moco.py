@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mixmask._distributed import gather_rows, of_first, rank, world_size
-from mixmask.backbones import build_backbone
 from mixmask.losses import InfoNCE
-from mixmask.trainers.config import RunConfig, check_over_zero, check_range, option
+from mixmask.runs.options import option
+from mixmask.trainers.config import RunConfig
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
-    Mixture,
     Queue,
-    Term,
+    build_encoder,
     build_head,
-    build_mixtures,
-    mixed_terms,
     split_batch_norm,
     update_momentum,
 )
@@ -46,23 +44,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MoCoConfig(RunConfig):
     """MoCo's own options; the defaults are MoCo v2's on ImageNet, 200 epochs."""
 
-    dim: int = option(128, "size of the embedding")
-    mlp: bool = option(True, "projection head with a hidden layer (v2), not a linear one (v1)")
-    queue_size: int = option(65_536, "keys in the queue")
-    temperature: float = option(0.2, "temperature of the contrastive loss")
-    encoder_momentum: float = option(0.999, "momentum of the key encoder, or of the teacher")
-    symmetric: bool = option(False, "each view is a query and a key, as in Un-Mix's demonstration")
+    dim: int = option(128, "size of the embedding", low=1)
+    mlp: bool = option(
+        True, "projection head with a hidden layer (v2) instead of a linear one (v1)"
+    )
+    queue_size: int = option(65_536, "keys in the queue", low=1)
+    temperature: float = option(0.2, "temperature of the contrastive loss", positive=True)
+    encoder_momentum: float = option(
+        0.999, "momentum of the key encoder or the teacher", low=0, high=1
+    )
+    symmetric: bool = option(False, "use each view as query and as key, as Un-Mix's demo does")
     bn_splits: int = option(
-        1, "parts of a batch with batch-norm statistics of their own; keys are then shuffled"
+        1, "parts of a batch with batch-norm statistics of their own; shuffles the keys", low=1
     )
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
+        """Check all options; see `RunConfig`."""
         super().__post_init__()
-        for name in ("dim", "queue_size", "bn_splits"):
-            check_range(name, getattr(self, name), 1)
-        check_range("encoder_momentum", self.encoder_momentum, 0, 1)
-        check_over_zero("temperature", self.temperature)
         part = self.batch_size // self.accumulate
         if part % self.bn_splits or part // self.bn_splits < 2:
             raise ValueError(
@@ -72,75 +70,71 @@ class MoCoConfig(RunConfig):
 
 
 class MoCo(nn.Module):
-    """A query encoder, its slowly following copy for the keys, and a queue of past keys.
-
-    A step iterates over `terms`, calls backward on each, steps the optimiser, and calls
-    `after_step`.
-
-    Args:
-        config: The run's options.
-    """
+    """A query encoder, a key encoder that follows it slowly, and a queue of past keys."""
 
     def __init__(self, config: MoCoConfig) -> None:
         """Build both encoders with the same weights, and a queue of random directions."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        self.backbone, features = build_encoder(config)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.head = build_head(features, config.dim, mlp=config.mlp)
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.queue = Queue(config.queue_size, config.dim)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
         self.new_keys: list[Tensor] = []
 
     def encode(self, images: Tensor) -> Tensor:
         """Embed views (N, 3, S, S) by the query encoder: unit vectors (N, dim)."""
         return F.normalize(self.head(self.backbone(images)).float(), dim=1)
 
+    @property
+    def _apart(self) -> bool:
+        """Whether batch norm sees the images of this process only."""
+        return world_size() > 1 and not self.config.sync_bn
+
     @torch.no_grad()
-    def encode_keys(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_keys(self, images: Tensor, generator: Generator) -> Tensor:
         """Embed views (N, 3, S, S) by the key encoder: unit vectors (N, dim).
 
         Where batch norm sees a part of the step's images, keys are shuffled over parts and
-        processes, so that a key shares its statistics with other images than its query does.
+        processes, so that a key shares its statistics with other images than its query does
+        (He et al., section 3.3).
         """
-        apart = world_size() > 1 and not self.config.sync_bn
-        everyone = gather_rows(images, checked=False) if apart else images
-        order = torch.arange(len(everyone))
-        if apart or self.config.bn_splits > 1:
-            order = torch.randperm(len(everyone), generator=generator)
-        order = order.to(images.device, non_blocking=True)
-        order = of_first(order) if apart else order
-        first = rank() * len(images) if apart else 0
-        mine = slice(first, first + len(images))
-        shuffled = everyone[order[mine]].contiguous(memory_format=torch.channels_last)
+        if not (self._apart or self.config.bn_splits > 1):
+            return F.normalize(self.key_head(self.key_backbone(images)).float(), dim=1)
+        shuffled, order = self._batch_shuffle(images, generator)
         keys = self.key_head(self.key_backbone(shuffled)).float()
-        keys = gather_rows(keys, checked=False) if apart else keys
-        return F.normalize(keys[order.argsort()[mine]], dim=1)
+        return F.normalize(self._batch_unshuffle(keys, order), dim=1)
+
+    def _batch_shuffle(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Shuffle a batch over all processes: this process's share (N, 3, S, S), and the order."""
+        everyone = gather_rows(x, checked=False) if self._apart else x  # (W * N, 3, S, S)
+        order = torch.randperm(len(everyone), generator=generator)  # (W * N,)
+        order = order.to(x.device, non_blocking=True)
+        if self._apart:  # Each process has a generator of its own; all must use one order.
+            order = of_first(order)
+        share = everyone[order[self._own_rows(len(x))]]  # (N, 3, S, S)
+        return share.contiguous(memory_format=torch.channels_last), order
+
+    def _batch_unshuffle(self, keys: Tensor, order: Tensor) -> Tensor:
+        """Return the keys (N, dim) of this process's own images."""
+        own = self._own_rows(len(keys))
+        everyone = gather_rows(keys, checked=False) if self._apart else keys  # (W * N, dim)
+        return everyone[order.argsort()[own]]  # (N, dim)
+
+    def _own_rows(self, n: int) -> slice:
+        first = rank() * n if self._apart else 0
+        return slice(first, first + n)
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view.
+        """Yield one clean term per query, then one per mixed view; see `Method.terms`.
 
-        Each is computed when asked for: call backward on one before asking for the next, and
-        only one forward pass is alive at a time. All terms see the same queue.
-
-        Args:
-            x1: (N, 3, S, S) views for the queries; these are mixed.
-            x2: (N, 3, S, S) views for the keys.
-            generator: A CPU generator for masks, partners and the shuffling of keys.
-            extra: Further views of the same images, which are mixed too.
-            mix: Whether this step has mixed views.
+        All terms see the same queue: keys enter it in `after_step`.
         """
         config = self.config
         info_nce = InfoNCE(self.queue.keys, config.temperature)
@@ -159,9 +153,9 @@ class MoCo(nn.Module):
         self.new_keys.append(keys)
 
     def after_step(self, done: float) -> None:
-        """Let the key encoder follow and put the keys into the queue, once a step."""
+        """Update the key encoder and enqueue the keys, once per step."""
         del done
-        assert self.new_keys, "after_step belongs behind a finished terms()"
+        assert self.new_keys, "after_step needs all terms of the step first"
         update_momentum(self.backbone, self.key_backbone, self.config.encoder_momentum)
         update_momentum(self.head, self.key_head, self.config.encoder_momentum)
         self.queue.enqueue(gather_rows(torch.cat(self.new_keys), checked=False))

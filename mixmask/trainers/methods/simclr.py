@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from mixmask.backbones import build_backbone
 from mixmask.losses import NTXent
-from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
-from mixmask.trainers.parts import (
-    Mixture,
-    Term,
-    build_head,
-    build_mixtures,
-    mixed_terms,
-)
+from mixmask.runs.options import option
+from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.parts import build_encoder, build_head
 
 _CIFAR = {"lr": 1.0, "temperature": 0.5, "weight_decay": 1e-4, "jitter": 0.4, "hue": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,34 +42,23 @@ class SimCLRConfig(RunConfig):
     min_scale: float = default("min_scale", 0.08)
     jitter: float = default("jitter", 0.8)
     hue: float = default("hue", 0.2)
-    dim: int = option(128, "size of the embedding")
-    temperature: float = option(0.1, "temperature of the contrastive loss")
+    dim: int = option(128, "size of the embedding", low=1)
+    temperature: float = option(0.1, "temperature of the contrastive loss", positive=True)
     one_directional: bool = option(
-        False, "contrast the mixed view with the other one's targets alone, as i-Mix does"
+        False, "contrast the mixed view with the other view's targets only, as i-Mix does"
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        super().__post_init__()
-        check_range("dim", self.dim, 1)
-        check_over_zero("temperature", self.temperature)
 
 
 class SimCLR(nn.Module):
-    """One encoder and a head, both views of all other images as negatives.
-
-    Args:
-        config: The run's options.
-    """
+    """One encoder and a head, both views of all other images as negatives."""
 
     def __init__(self, config: SimCLRConfig) -> None:
         """Build backbone and head."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.backbone, features = build_encoder(config)
         self.head = build_head(features, config.dim, mlp=True)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """Embed views (N, 3, S, S): (N, dim), of any length."""
@@ -82,23 +66,9 @@ class SimCLR(nn.Module):
         return z
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) the other views of the same images.
-            generator: A CPU generator for masks and partners.
-            extra: Further views, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
+        """Yield the clean term, then one per mixed view; see `Method.terms`."""
         config = self.config
         nt_xent = NTXent(config.temperature, gather_distributed=True)
         mixtures = self.mixtures if mix else []
@@ -113,4 +83,4 @@ class SimCLR(nn.Module):
         yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, nt_xent, z2, generator)
 
     def after_step(self, done: float) -> None:
-        """Do nothing: there is neither teacher nor queue."""
+        """Do nothing: there is neither a teacher nor a queue."""

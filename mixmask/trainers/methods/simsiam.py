@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from mixmask.backbones import build_backbone
 from mixmask.losses import NegativeCosine
-from mixmask.trainers.config import RunConfig, check_range, default, option
-from mixmask.trainers.parts import (
-    Mixture,
-    Term,
-    build_mixtures,
-    build_mlp,
-    mixed_terms,
-)
+from mixmask.runs.options import option
+from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.parts import build_encoder, build_mlp
 
 _CIFAR = {"lr": 0.06}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,32 +35,21 @@ class SimSiamConfig(RunConfig):
     batch_size: int = default("batch_size", 512)
     lr: float = default("lr", 0.1)
     epochs: int = default("epochs", 100)
-    dim: int = option(2048, "size of the embedding")
-    hidden: int = option(512, "width of the predictor's hidden layer")
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        super().__post_init__()
-        for name in ("dim", "hidden"):
-            check_range(name, getattr(self, name), 1)
+    dim: int = option(2048, "size of the embedding", low=1)
+    hidden: int = option(512, "width of the predictor's hidden layer", low=1)
 
 
 class SimSiam(nn.Module):
-    """One encoder and a predictor; the other view's projection is taken as a constant.
-
-    Args:
-        config: The run's options.
-    """
+    """One encoder and a predictor; the other view's projection is taken as a constant."""
 
     def __init__(self, config: SimSiamConfig) -> None:
         """Build backbone, projector and predictor."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
 
     @property
     def constant_lr(self) -> tuple[nn.Module, ...]:
@@ -83,23 +67,9 @@ class SimSiam(nn.Module):
         return p
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) the other views of the same images.
-            generator: A CPU generator for masks and partners.
-            extra: Further views, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
+        """Yield the clean term, then one per mixed view; see `Method.terms`."""
         distance = NegativeCosine()
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
@@ -114,4 +84,4 @@ class SimSiam(nn.Module):
         )
 
     def after_step(self, done: float) -> None:
-        """Do nothing: there is neither teacher nor queue."""
+        """Do nothing: there is neither a teacher nor a queue."""

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mixmask import losses
-from mixmask.backbones import build_backbone
 from mixmask.losses import sinkhorn
-from mixmask.trainers.config import RunConfig, check_over_zero, check_range, default, option
-from mixmask.trainers.parts import (
-    Mixture,
-    Term,
-    build_mixtures,
-    build_mlp,
-    mixed_terms,
-)
+from mixmask.runs.options import option
+from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.parts import build_encoder, build_mlp
 
 _CIFAR = {"optimizer": "sgd", "lr": 0.06, "prototypes": 100}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,30 +39,18 @@ class SwAVConfig(RunConfig):
     warmup: float = default("warmup", 0.1)
     weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 100)
-    dim: int = option(128, "size of the embedding")
-    hidden: int = option(2048, "width of the projector's hidden layer")
-    prototypes: int = option(3000, "number of prototypes")
-    temperature: float = option(0.1, "temperature of the prediction")
-    epsilon: float = option(0.05, "weight of the codes' entropy")
-    frozen: float = option(0.01, "share of the run during which prototypes rest")
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        super().__post_init__()
-        for name in ("dim", "hidden"):
-            check_range(name, getattr(self, name), 1)
-        check_range("prototypes", self.prototypes, 2)
-        check_range("frozen", self.frozen, 0, 1)
-        for name in ("temperature", "epsilon"):
-            check_over_zero(name, getattr(self, name))
+    dim: int = option(128, "size of the embedding", low=1)
+    hidden: int = option(2048, "width of the projector's hidden layer", low=1)
+    prototypes: int = option(3000, "number of prototypes", low=2)
+    temperature: float = option(0.1, "temperature of the prediction", positive=True)
+    epsilon: float = option(0.05, "weight of the codes' entropy", positive=True)
+    frozen: float = option(
+        0.01, "share of the run in which the prototypes are frozen", low=0, high=1
+    )
 
 
 class SwAV(nn.Module):
-    """One encoder and prototypes; each view predicts the other's code.
-
-    Args:
-        config: The run's options.
-    """
+    """One encoder and prototypes; each view predicts the other's code."""
 
     awake: Tensor
 
@@ -75,12 +58,11 @@ class SwAV(nn.Module):
         """Build backbone, projector and prototypes."""
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.hidden, config.dim)
         directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
         self.prototypes = nn.Parameter(directions)
-        self.mixtures: list[Mixture] = build_mixtures(config)
+        self.mixtures = build_mixtures(config)
         self.register_buffer("awake", torch.tensor(float(config.frozen == 0)))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -91,23 +73,9 @@ class SwAV(nn.Module):
         return z @ (resting + self.awake * (prototypes - resting)).T
 
     def terms(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        generator: torch.Generator,
-        *,
-        extra: Sequence[Tensor] = (),
-        mix: bool = True,
+        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
-        """Yield the clean term, then one for each mixed view; see `MoCo.terms`.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) the other views of the same images.
-            generator: A CPU generator for masks and partners.
-            extra: Further views, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
+        """Yield the clean term, then one per mixed view; see `Method.terms`."""
         config = self.config
         swav = losses.SwAV(config.temperature)
         mixtures = self.mixtures if mix else []
@@ -123,5 +91,5 @@ class SwAV(nn.Module):
         yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, swav, codes2, generator)
 
     def after_step(self, done: float) -> None:
-        """Wake the prototypes when their rest is over."""
+        """Train the prototypes once the first part of the run is over."""
         self.awake.fill_(done >= self.config.frozen)

@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     except MemoryError:
         raise
     except Exception as error:
-        raise _explained(path, error) from error
+        raise _explain(path, error) from error
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
@@ -158,7 +158,7 @@ def _refuse_foreign(path: Path, names: list[str]) -> None:
         )
 
 
-def _explained(path: Path, error: Exception) -> ValueError:
+def _explain(path: Path, error: Exception) -> ValueError:
     """Say why a file could not be read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if zipfile.is_zipfile(path):

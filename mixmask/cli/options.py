@@ -1,0 +1,151 @@
+"""Command-line options: those of a configuration's fields, and those that commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from mixmask.runs.options import flag
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+# What several commands take, declared once. A default in brackets is the command's, unless said.
+_SHARED: dict[str, dict[str, Any]] = {
+    "run": {"type": Path, "metavar": "RUN", "help": "run folder or checkpoint file"},
+    "runs": {
+        "type": Path, "metavar": "RUN", "nargs": "+", "help": "run folders or checkpoint files",
+    },
+    "--data": {"metavar": "DATA", "help": "data set or folder of images [that of the run]"},
+    "--image-size": {
+        "type": int, "metavar": "N", "help": "image height and width in pixels [of the run]",
+    },
+    "--arch": {"metavar": "ARCH", "help": "backbone, by its name in timm [that of the run]"},
+    "--small-stem": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "whether the backbone has the stem for small images [as in the run]",
+    },
+    "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N [a GPU where there is one]"},
+    "--threads": {"type": int, "metavar": "N", "help": "CPU threads [torch's choice]"},
+    "--out": {"type": Path, "metavar": "PATH", "help": "file to write"},
+    "--resume": {"type": Path, "metavar": "DIR", "help": "run folder to continue"},
+    "--seed": {"type": int, "metavar": "N", "default": 0, "help": "seed of all random draws [0]"},
+}  # fmt: skip
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Add options that several commands share.
+
+    Args:
+        parser: The command's parser.
+        *names: Keys of the table above: "run", "--out", ...
+        **changes: What differs in this command, such as `help` and `default`.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_shared(parser, "run", "--threads")
+        >>> add_shared(parser, "--out", default=Path("map.png"), help="PNG file to write [map.png]")
+        >>> parser.parse_args(["runs/a"]).out.name
+        'map.png'
+    """
+    for name in names:
+        parser.add_argument(name, **(_SHARED[name] | changes))
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    fields: Iterable[Field[Any]],
+    *,
+    defaults: Mapping[str, Any] = _NOTHING,
+    owners: Mapping[str, Sequence[str]] = _NOTHING,
+    choices: Mapping[str, Sequence[str]] = _NOTHING,
+) -> None:
+    """Add an option for each field of a configuration; see `mixmask.runs.options.option`.
+
+    Args:
+        parser: A parser with `argument_default=argparse.SUPPRESS`, so that it returns what was
+            given and nothing else.
+        fields: Fields of a dataclass.
+        defaults: The values that `--help` shows, by field. Default: the field's own.
+        owners: The methods that support a field, where not all do.
+        choices: The words that are allowed, where the field does not say.
+    """
+    for field in fields:
+        shown = _shown(defaults.get(field.name, field.default))
+        text = field.metadata["help"] + (f" [{shown}]" if shown else "")
+        if field.name in owners:
+            text += f" ({', '.join(owners[field.name])})"
+        words = tuple(choices.get(field.name, field.metadata["choices"])) or None
+        kind = type(field.default)
+        how: dict[str, Any] = {"type": kind, "choices": words}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif "Ratio" in str(field.type):
+            how = {"type": float, "nargs": "+", "action": RatioAction, "metavar": "SHARE"}
+        elif not words:
+            how["metavar"] = kind.__name__.upper()
+        parser.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
+
+
+def _shown(value: Any) -> str:
+    """Write a default as one would type it; nothing for an empty one."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class RatioAction(argparse.Action):
+    """One number for a constant, two for a range: `--ratio 0.5`, `--ratio 0.25 0.75`.
+
+    With `default=[]` and `const=True` the option may be repeated, and gives a list.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the number or the range."""
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one or two numbers, got {len(values)}")
+        ratio = values[0] if len(values) == 1 else tuple(values)
+        if self.const:
+            ratio = [*getattr(namespace, self.dest, ()), ratio]
+        setattr(namespace, self.dest, ratio)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}; use the number of cores")
+    torch.set_num_threads(threads)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of `--device`, or a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
+    return device
+
+
+def check_resume(given: Sequence[str]) -> None:
+    """Check that nothing else was given beside `--resume`: a run keeps its options."""
+    if given:
+        raise ValueError(
+            f"--resume continues a run with its own options, got {', '.join(given)} too; "
+            "leave it out"
+        )

@@ -1,0 +1,92 @@
+"""COCO's segmentations, polygons and run lengths, checked and drawn as masks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def check_segmentation(segmentation: Any, height: int, width: int, file: str) -> None:
+    """Require what can be drawn; on the rest pycocotools may take down the process.
+
+    Args:
+        segmentation: A list of polygons, each a list x, y, x, y, ... in pixels; or
+            `{"size": [height, width], "counts": ...}` with run lengths, as numbers or COCO's text.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        file: What errors name.
+
+    Raises:
+        ValueError: If a polygon has fewer than three points or leads far outside of the image, or
+            run lengths do not fill it.
+    """
+    if isinstance(segmentation, list):
+        valid = all(_is_polygon(polygon, max(height, width)) for polygon in segmentation)
+    else:
+        runs = _runs(segmentation.get("counts")) if isinstance(segmentation, dict) else [-1]
+        fills = min(runs, default=0) >= 0 and sum(runs) == height * width
+        valid = fills and segmentation.get("size") == [height, width]
+    if not valid:
+        raise ValueError(
+            f"{file} has a broken segmentation, {repr(segmentation)[:60]}; expected polygons of "
+            f"three points or more, or run lengths that fill {height} x {width} pixels"
+        )
+
+
+def draw_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
+    """Draw checked segmentations: (n, H, W) uint8."""
+    from pycocotools import mask as coco_mask
+
+    masks = torch.zeros(len(segmentations), height, width, dtype=torch.uint8)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        if isinstance(segmentation, dict):
+            runs = _runs(segmentation["counts"])
+            values = np.arange(len(runs), dtype=np.uint8) % 2  # Zeros first, then ones, ...
+            columns = np.repeat(values, runs).reshape(width, height)  # COCO goes down each column.
+            mask.copy_(torch.from_numpy(columns.T))
+            continue
+        merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        with warnings.catch_warnings():
+            # pycocotools 2.0.11 asks NumPy 2 for a copy in the old way.
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            mask.copy_(torch.from_numpy(coco_mask.decode(merged)))
+    return masks
+
+
+def _is_polygon(polygon: Any, side: int) -> bool:
+    if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
+        return False
+    # pycocotools walks along each edge, so that a far corner would take all memory.
+    near = len(polygon) >= 6 and -side <= min(polygon) and max(polygon) <= 2 * side
+    return near and len(polygon) % 2 == 0 and not math.isnan(sum(polygon))
+
+
+def _runs(counts: Any) -> list[int]:
+    """Return run lengths, reading COCO's text of them; [-1] where they are neither.
+
+    Each character holds five bits of a number, low ones first, and one that says whether more
+    follow; from the fourth number on, the number is the difference from the one two before.
+    """
+    if isinstance(counts, list) and all(type(run) is int for run in counts):
+        return counts
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode() if isinstance(counts, str) else b"":
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if shift > 60:
+            return [-1]
+        if bits & 0x20:
+            continue
+        if bits & 0x10:  # The sign.
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return runs if runs and not shift else [-1]

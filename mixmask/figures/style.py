@@ -1,0 +1,144 @@
+"""What all figures share: colours, a figure outside of pyplot, pictures of images, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mixmask.runs.folder import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, without their pale yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Ten colours that differ in lightness too (Petroff, "Accessible Color Sequences for Data
+# Visualization"), for classes.
+CLASS_COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70",
+    "#717581", "#92dadd",
+)  # fmt: skip
+MEASURES = {"knn": "nearest neighbours", "linear": "linear probe"}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make a figure of a size in inches; pyplot and its backend are left as they are."""
+    return _figure_class()(figsize=(width, height), layout="constrained")
+
+
+@cache
+def _figure_class() -> type[Figure]:
+    if "matplotlib" not in sys.modules:
+        _import_matplotlib()
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        """A figure that a notebook shows without pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return NotebookFigure
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib with the backend of MPLBACKEND, or with its own where that is missing.
+
+    A notebook hands the variable on to the commands that it starts. Where its backend is not
+    installed, matplotlib would refuse to be imported, although no figure here needs a backend.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib as mpl
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            mpl.rcParams["backend"] = backend
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically, as PNG unless the name ends otherwise."""
+    with atomic_write(path) as (temporary,):
+        write_figure(figure, temporary, path.suffix[1:] or "png")
+
+
+def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
+    """Write a figure in a format, whatever the file's name."""
+    figure.savefig(path, dpi=150, format=form)
+
+
+def show_image(
+    axis: Axes, image: Tensor, title: str = "", *, size: int = 8, frame: str | None = None
+) -> None:
+    """Draw an image (3, H, W) or a mask (H, W), white where it is True.
+
+    Args:
+        axis: Where to draw it.
+        image: uint8, or floating within [0, 1]; or bool.
+        title: Above it.
+        size: Of the title, in points.
+        frame: Colour of a frame and of the title. Default: no frame, a black title.
+    """
+    if image.ndim == 2:
+        axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    else:
+        axis.imshow(image.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+    axis.set_title(title, fontsize=size, color=frame or "black", pad=3)
+    axis.set(xticks=[], yticks=[])
+    if frame is not None:
+        for spine in axis.spines.values():
+            spine.set(color=frame, linewidth=3)
+
+
+def finish_curves(axis: Axes) -> None:
+    """Count epochs in whole numbers, or say that nothing was measured."""
+    if axis.lines:
+        axis.locator_params(axis="x", integer=True)
+    else:
+        axis.text(
+            0.5, 0.5, "not measured", ha="center", va="center", color="grey",
+            transform=axis.transAxes,
+        )  # fmt: skip
+        axis.set(xticks=[], yticks=[])
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def add_caption(figure: Figure, title: str, caption: str) -> None:
+    """Write a title, where there is one, and a caption under it above all panels."""
+    figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=10)
+
+
+def add_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Draw one legend for all panels below them, so that it covers no curve."""
+    handles: dict[str, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", frameon=False,
+            ncols=min(len(handles), 2), fontsize=9,
+        )  # fmt: skip
+
+
+def shorten(name: str, most: int) -> str:
+    """Cut the middle out of a name that would run into its neighbour's.
+
+    Example:
+        >>> shorten("golden retriever", 10)
+        'gold…iever'
+    """
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"

@@ -1,0 +1,60 @@
+"""Figures leave pyplot alone, and need no backend."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+import torch
+from PIL import Image
+
+from mixmask.figures.masks import figure_masks
+from mixmask.figures.style import new_figure, save_figure
+
+DRAW = """
+import sys
+from pathlib import Path
+import torch
+from mixmask.figures.masks import figure_masks
+from mixmask.figures.style import save_figure
+images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+save_figure(figure_masks(images, grid_sizes=(2,)), Path({out!r}))
+assert "matplotlib.pyplot" not in sys.modules
+import os
+assert os.environ["MPLBACKEND"] == {backend!r}
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"]
+)
+def test_figures_need_no_backend(backend: str, tmp_path: Path) -> None:
+    out = tmp_path / "masks.png"
+    environment = {**os.environ, "MPLBACKEND": backend}
+    code = DRAW.format(out=str(out), backend=backend)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+
+
+def test_the_backend_of_the_process_stays(tmp_path: Path) -> None:
+    before = dict.__getitem__(mpl.rcParams, "backend")
+    mpl.rcParams["backend"] = "svg"
+    try:
+        figure = figure_masks(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), grid_sizes=(2,))
+        save_figure(figure, tmp_path / "masks.png")
+        assert mpl.rcParams["backend"] == "svg"
+    finally:
+        dict.__setitem__(mpl.rcParams, "backend", before)
+
+
+def test_a_notebook_shows_a_figure_as_a_picture() -> None:
+    figure: Any = new_figure(2, 1)
+    with Image.open(io.BytesIO(figure._repr_png_())) as image:
+        assert image.size == (200, 100)
