@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-from mixmask.figures.masks import _pyplot, _show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,22 +29,26 @@ def figure_detections(
         classes: Names; label 1 is the first.
         threshold: Smallest score of a detection that is drawn.
     """
-    figure: Figure
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 0.6
-    figure, axes = _pyplot().subplots(
-        len(images), 2, figsize=(8.6, height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axes = figure.subplots(len(images), 2, squeeze=False)
     colours = [f"C{i % 10}" for i in range(len(classes))]
     for (left, right), image, target, prediction in zip(
         axes, images, targets, predictions, strict=True
     ):
         sure = prediction["scores"] >= threshold
         shown = {name: values[sure] for name, values in prediction.items()}
-        _show(left, image, f"annotated: {len(target['boxes'])}")
-        _show(right, image, f"detected: {int(sure.sum())} with a score of {threshold:g} or more")
+        left.set_title(f"annotated: {len(target['boxes'])}", fontsize=8)
+        title = f"detected: {int(sure.sum())} with a score of {threshold:g} or more"
+        right.set_title(title, fontsize=8)
         for axis, boxes in ((left, target), (right, shown)):
+            axis.imshow(image.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+            axis.set(xticks=[], yticks=[])
             _draw_boxes(axis, boxes, colours)
-    handles = [_patch((0, 0), 1, 1, color=colour) for colour in colours]
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     figure.legend(
         handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False
     )
@@ -55,12 +57,14 @@ def figure_detections(
 
 def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) -> None:
     """Draw boxes in their classes' colours, with scores and masks where there are any."""
+    from matplotlib.patches import Rectangle
+
     scores = boxes.get("scores")
     for i, (corners, label) in enumerate(zip(boxes["boxes"], boxes["labels"], strict=True)):
         # A picture's first pixel is drawn around 0; its left edge is at -0.5.
         left, top, right, bottom = (corners - 0.5).tolist()
         colour = colours[int(label) - 1]
-        box = _patch((left, top), right - left, bottom - top, fill=False, color=colour)
+        box = Rectangle((left, top), right - left, bottom - top, fill=False, color=colour)
         axis.add_patch(box)
         if scores is not None:
             axis.text(
@@ -70,9 +74,3 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) ->
         if "masks" in boxes:
             mask = boxes["masks"][i].float().numpy()
             axis.contour(mask, [0.5], colors=[colour], linewidths=0.8)
-
-
-def _patch(corner: tuple[float, float], width: float, height: float, **options: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, linewidth=1, **options)
