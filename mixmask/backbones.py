@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
 
 from torch import nn
-
-# Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
-_NARROW: dict[str, Any] = {
-    "layers": (1, 1, 1, 1),
-    "channels": (16, 32, 64, 128),
-    "stem_type": "deep",
-    "stem_width": 8,
-    "avg_down": True,
-    "zero_init_last": False,
-}
 
 
 def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
@@ -31,13 +20,17 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
     import timm
 
     if arch == "narrow":
-        narrow: nn.Module = timm.create_model("resnet18", num_classes=0, **_NARROW)
+        # Four blocks and a stem of three small convolutions: what 32 pixels leave room for.
+        narrow: nn.Module = timm.create_model(
+            "resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128),
+            stem_type="deep", stem_width=8, avg_down=True, zero_init_last=False,
+        )  # fmt: skip
         narrow.maxpool = nn.Identity()
         return narrow
     known = timm.list_models()
     if arch not in known:
         near = ", ".join(get_close_matches(arch, ["narrow", *known], 3))
-        raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
+        raise ValueError(f"--arch {arch} is no backbone in timm; nearest names: {near or 'none'}")
     backbone: nn.Module = timm.create_model(arch, num_classes=0)
     if small_stem:
         if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
@@ -45,7 +38,7 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
         channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
         backbone.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
-    # Some families widen their features behind the pooling, and count those before it.
+    # Some families widen their features after the pooling, but report the width before it.
     width = getattr(backbone, "head_hidden_size", None)
     if width not in (None, backbone.num_features):
         backbone.num_features = width

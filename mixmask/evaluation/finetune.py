@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from mixmask._checks import check_positive
 from mixmask.data.sets import Images
 from mixmask.evaluation.classifier import (
     Training,
@@ -55,9 +56,8 @@ def finetune_scores(
         ValueError: If an option is out of its range or labels do not fit.
         FloatingPointError: If the loss is no longer finite.
     """
-    for name, rate in (("lr", lr), ("head-lr", head_lr)):
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"--{name} must be positive, got {rate}; use for instance 0.01")
+    check_positive("--lr", lr)
+    check_positive("--head-lr", head_lr)
     tuned = deepcopy(backbone).requires_grad_()
     head = build_classifier(tuned, count_classes(labels, classes), training.seed)
     train_classifier(tuned, head, images, labels, (head_lr, lr), cosine, training)
@@ -82,8 +82,7 @@ def linear_sgd_scores(
     Arguments, result and errors are those of `finetune_scores`, but `lr` is the head's, for a
     batch of 256, and the backbone is used in evaluation mode.
     """
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"--lr must be positive, got {lr}; use for instance 30")
+    check_positive("--lr", lr)
     was_training = backbone.training
     head = build_classifier(backbone, count_classes(labels, classes), training.seed)
     try:
@@ -96,7 +95,7 @@ def linear_sgd_scores(
 def balanced_subset(
     labels: Tensor, percent: float, *, seed: int = 0, classes: Sequence[str] = ()
 ) -> Tensor:
-    """Draw a part of the labels with equally many of each class.
+    """Draw a share of the labels with equally many of each class.
 
     Of N labels of C classes, round(N * percent / 100 / C) of each class are drawn, at least one;
     100 % takes all labels, however many a class has.
@@ -142,7 +141,7 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
 
     Args:
         files: Names of the images, with or without folders.
-        names: Names as listed; one without a folder stands for the only file so called.
+        names: Names as listed; one without a folder stands for the only file of that name.
 
     Returns:
         (n,) int64 indices into `files`, in ascending order.
@@ -175,5 +174,5 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
             )
         index.append(place)
     if len(set(index)) < len(index):
-        raise ValueError("the subset list names a file twice; remove the double lines")
+        raise ValueError("the subset list names a file twice; remove the repeated lines")
     return torch.tensor(index).sort().values
