@@ -114,6 +114,11 @@ def default(name: str, value: Any) -> Any:
     return dataclasses.field(default=value, metadata=shared)
 
 
+def cifar_presets(**options: Any) -> dict[str, dict[str, Any]]:
+    """Return the same options for all data sets of small images."""
+    return dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet", "stl10"), options)
+
+
 # What suits small images: ResNet-18 as on CIFAR, after Un-Mix (Shen et al.), on which the paper's
 # CIFAR-100 rows build.
 _CIFAR = {

@@ -11,17 +11,13 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.runs.options import option
-from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-_CIFAR = {"optimizer": "sgd", "lr": 0.06, "dim": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "tiny-imagenet": _CIFAR,
-    "stl10": _CIFAR,
+    **cifar_presets(optimizer="sgd", lr=0.06, dim=2048),
     "imagenette": {"lr": 0.2, "weight_decay": 1e-6, "dim": 2048},
     "imagenet100": {"lr": 0.2, "dim": 2048},
 }

@@ -13,20 +13,16 @@ from torch import Generator, Tensor, nn
 from mixmask.losses import negative_cosine
 from mixmask.runs.options import option
 from mixmask.runs.schedules import cosine_decay
-from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
-_CIFAR = {"optimizer": "sgd", "lr": 0.06, "hidden": 2048, "encoder_momentum": 0.99}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {
         "optimizer": "sgd", "batch_size": 32, "lr": 0.1, "hidden": 512, "dim": 128,
         "encoder_momentum": 0.9,
     },
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "tiny-imagenet": _CIFAR,
-    "stl10": _CIFAR,
+    **cifar_presets(optimizer="sgd", lr=0.06, hidden=2048, encoder_momentum=0.99),
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6},
     "imagenet100": {"lr": 0.3},
 }  # fmt: skip

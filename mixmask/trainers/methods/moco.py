@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mixmask._distributed import gather_rows, of_first, rank, world_size
 from mixmask.losses import InfoNCE
 from mixmask.runs.options import option
-from mixmask.trainers.config import RunConfig
+from mixmask.trainers.config import RunConfig, cifar_presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
     Queue,
@@ -32,10 +32,7 @@ _CIFAR = {
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"queue_size": 512, "temperature": 0.1, "encoder_momentum": 0.996},
     # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "tiny-imagenet": _CIFAR,
-    "stl10": _CIFAR,
+    **cifar_presets(**_CIFAR),
     "imagenette": {**_CIFAR, "lr": 0.12},
 }
 

@@ -11,18 +11,14 @@ from torch import Generator, Tensor, nn
 
 from mixmask.losses import NegativeCosine
 from mixmask.runs.options import option
-from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-_CIFAR = {"lr": 0.06}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"lr": 0.1, "dim": 256, "hidden": 64},
     # SimSiam, appendix D: lr .03 for 256 images.
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "tiny-imagenet": _CIFAR,
-    "stl10": _CIFAR,
+    **cifar_presets(lr=0.06),
     "imagenette": {"lr": 0.05},
     "imagenet100": {"lr": 0.05},
 }

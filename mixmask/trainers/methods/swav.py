@@ -13,17 +13,13 @@ from torch import Generator, Tensor, nn
 from mixmask import losses
 from mixmask.losses import sinkhorn
 from mixmask.runs.options import option
-from mixmask.trainers.config import RunConfig, default
+from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-_CIFAR = {"optimizer": "sgd", "lr": 0.06, "prototypes": 100}
 PRESETS: dict[str, dict[str, Any]] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "tiny-imagenet": _CIFAR,
-    "stl10": _CIFAR,
+    **cifar_presets(optimizer="sgd", lr=0.06, prototypes=100),
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
     "imagenet100": {"lr": 0.3, "prototypes": 1000},
 }
