@@ -21,9 +21,9 @@ from mixmask import cli
 # MoCo's detector on Pascal VOC, with sizes that a core can train in minutes.
 _RECIPE = {
     "model": "faster-rcnn", "neck": "c4", "batch_norm": "train", "batch_size": 4, "lr": 0.02,
-    "size": 160, "min_scale": 0.8, "rois": 32, "proposals": 100, "monitor": 2,
+    "size": 160, "min_scale": 0.8, "rois": 32, "proposals": 100, "measure_every": 2,
 }  # fmt: skip
-_SMALL = {"size": 64, "rois": 8, "proposals": 20, "monitor": 0, "min_scale": 1.0}
+_SMALL = {"size": 64, "rois": 8, "proposals": 20, "measure_every": 0, "min_scale": 1.0}
 
 
 def main() -> None:

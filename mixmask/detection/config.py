@@ -37,7 +37,7 @@ class DetectionConfig:
     proposals: int = option(
         1000, "regions proposed per image in a test; twice as many in training", low=1
     )
-    monitor: int = option(4, "test every N epochs; 0: only at the end", low=0)
+    measure_every: int = option(4, "epochs between two tests; 0: only one at the end", low=0)
     workers: int = option(0, "processes that read images; 0: none beside the training", low=0)
     seed: int = option(0, "seed of all random draws", low=0)
 
@@ -53,7 +53,10 @@ def load_config(folder: Path) -> DetectionConfig:
         ValueError: If it is not the folder of a detection run.
     """
     try:
-        return DetectionConfig(**read_config(folder))
+        content = read_config(folder)
+        if "monitor" in content:  # The name in older runs.
+            content["measure_every"] = content.pop("monitor")
+        return DetectionConfig(**content)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

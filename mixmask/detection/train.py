@@ -29,6 +29,7 @@ from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure
 from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, write_json
+from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
@@ -122,8 +123,8 @@ class Run:
         peak = self.config.lr or 0.02 * self.config.batch_size / 16
         total = self.steps * self.config.epochs
         warmup = min(100, total // 10)
-        drops = sum(self.step >= share * total for share in (3 / 4, 11 / 12))
-        return peak * min(1.0, (self.step + 1) / (warmup + 1)) * 0.1**drops
+        rise = min(1.0, (self.step + 1) / (warmup + 1))
+        return peak * rise * step_decay(self.step / total, (3 / 4, 11 / 12))
 
     def results(self) -> Results:
         """Return the content of `results.json`."""
@@ -263,7 +264,8 @@ def train_detector(
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress) as bar:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
             row = _train_epoch(run, epoch, bar)
-            if epoch == config.epochs or (config.monitor and epoch % config.monitor == 0):
+            due = config.measure_every > 0 and epoch % config.measure_every == 0
+            if due or epoch == config.epochs:
                 _test(run, row)
             run.rows.append(row)
             run.save()

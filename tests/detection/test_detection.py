@@ -25,7 +25,14 @@ from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.detection.train import train_detector
 
 TINY = DetectionConfig(
-    data="data", arch="narrow", epochs=2, batch_size=2, size=64, rois=8, proposals=20, monitor=0
+    data="data",
+    arch="narrow",
+    epochs=2,
+    batch_size=2,
+    size=64,
+    rois=8,
+    proposals=20,
+    measure_every=0,
 )
 
 FILES = {"config.json", "detections.png", "last.pt", "results.json"}
@@ -183,7 +190,7 @@ def test_resumed_run_ends_in_the_same_weights(
     def train(out: Path, *, resume: bool = False) -> tuple[nn.Module, Any]:
         torch.manual_seed(1)
         backbone = build_backbone("narrow")
-        config = dataclasses.replace(TINY, monitor=1)
+        config = dataclasses.replace(TINY, measure_every=1)
         return train_detector(config, data, backbone, out, resume=resume, progress=False)
 
     whole, results = train(tmp_path / "whole")
@@ -229,6 +236,13 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
         (out / name).unlink()
     with pytest.raises(ValueError, match=r"holds neither last.pt nor previous.pt"):
         train_detector(TINY, data, backbone, out, resume=True, progress=False)
+
+
+def test_options_of_an_older_run_are_read(tmp_path: Path) -> None:
+    options = dataclasses.asdict(TINY)
+    options["monitor"] = options.pop("measure_every")
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    assert load_config(tmp_path) == TINY
 
 
 def test_other_data_or_no_run_is_not_resumed(backbone: nn.Module, tmp_path: Path) -> None:
