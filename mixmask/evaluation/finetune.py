@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from mixmask.evaluation.classifier import (
     Training,
     build_classifier,
     classifier_scores,
-    cosine,
-    steps_of_moco,
     train_classifier,
 )
 from mixmask.evaluation.metrics import count_classes
+from mixmask.runs.schedules import cosine_decay, step_decay
+
+# To a tenth after 60 and after 80 of MoCo's 100 epochs.
+moco_decay = partial(step_decay, milestones=(0.6, 0.8))
 
 
 def finetune_scores(
@@ -60,7 +63,7 @@ def finetune_scores(
     check_positive("--head-lr", head_lr)
     tuned = deepcopy(backbone).requires_grad_()
     head = build_classifier(tuned, count_classes(labels, classes), training.seed)
-    train_classifier(tuned, head, images, labels, (head_lr, lr), cosine, training)
+    train_classifier(tuned, head, images, labels, (head_lr, lr), cosine_decay, training)
     return classifier_scores(tuned, head, test, training.image_size)
 
 
@@ -86,7 +89,7 @@ def linear_sgd_scores(
     was_training = backbone.training
     head = build_classifier(backbone, count_classes(labels, classes), training.seed)
     try:
-        train_classifier(backbone, head, images, labels, (lr,), steps_of_moco, training)
+        train_classifier(backbone, head, images, labels, (lr,), moco_decay, training)
         return classifier_scores(backbone, head, test, training.image_size)
     finally:
         backbone.train(was_training)
