@@ -140,26 +140,20 @@ def find_backbone(
         ValueError: If no layout is recognised, or several encoders are in question.
     """
     entries = content if isinstance(content, Mapping) else {}
-    found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-    run = is_run(content)
-    places = {"backbone."} if run else _exact_places(found, expected)
-    names, stages = {key: key for key in found}, None
+    weights = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    run, stages = is_run(content), None
+    places = {"backbone."} if run else _exact_places(weights, expected)
     if places:
-        prefix = _trained(path, places)
+        keys, prefix = _names_under(path, {key: key for key in weights}, places)
     else:
-        names = {key: _unwrap(key) for key in found}
-        prefix = _trained(path, _similar_places(path, list(names.values()), expected))
-    keys = {
-        name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)
-    }
-    if not keys:
-        raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
-    if not places:
+        names = {key: _unwrap(key) for key in weights}
+        places = _similar_places(path, list(names.values()), expected)
+        keys, prefix = _names_under(path, names, places)
         stages = _stages(keys)
         keys = {_rename(name, stages or ()): key for name, key in keys.items()}
-    state = {name: found[key] for name, key in keys.items()}
+    state = {name: weights[key] for name, key in keys.items()}
     ours = run or "arch" in metadata
-    source = Source(entries, ours, _unwrap(prefix), frozenset(map(_unwrap, found)))
+    source = Source(entries, ours, _unwrap(prefix), frozenset(map(_unwrap, weights)))
     layout = next(row for row in LAYOUTS if row.matches(source))
     padding = layout.small_stem_padding if is_small_stem(state) else 1
     named = entries.get("arch")  # As MoCo's checkpoints have it.
@@ -171,6 +165,19 @@ def find_backbone(
         int(metadata.get("stem_padding", padding)),
         metadata.get("stem_relu", "true") == "true" and stages != _WITHOUT_RELU,
     )
+
+
+def _names_under(
+    path: Path, names: Mapping[str, str], places: set[str]
+) -> tuple[dict[str, str], str]:
+    """Return the keys of the trained encoder by its own names, and where it begins."""
+    prefix = _trained(path, places)
+    keys = {
+        name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)
+    }
+    if not keys:
+        raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
+    return keys, prefix
 
 
 def is_run(content: object) -> bool:
