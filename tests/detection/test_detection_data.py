@@ -70,6 +70,8 @@ def test_folder_and_zip_say_the_same(write: Write, prefix: str, tmp_path: Path) 
         check_rectangles(data)
 
 
+# torch before 2.6 warns when a tensor is unpickled.
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")
 def test_workers_read_a_zip_of_their_own(voc: Path) -> None:
     split = load_detection(zipped(voc)).train
     image, _ = split[0]
