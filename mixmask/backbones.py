@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
 
 from torch import nn
 
@@ -29,7 +28,7 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
     known = timm.list_models()
     if arch not in known:
         near = ", ".join(get_close_matches(arch, [*SLIM, *known], 3))
-        raise ValueError(f"--arch {arch} is no backbone of timm; nearest names: {near or 'none'}")
+        raise ValueError(f"--arch {arch} is no backbone in timm; nearest names: {near or 'none'}")
     backbone: nn.Module = timm.create_model(arch, num_classes=0)
     if small_stem:
         if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
@@ -37,7 +36,7 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> nn.Module:
         channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
         backbone.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
-    # Some families widen their features behind the pooling, and count those before it.
+    # Some families widen their features after the pooling, but report the width before it.
     width = getattr(backbone, "head_hidden_size", None)
     if width not in (None, backbone.num_features):
         backbone.num_features = width

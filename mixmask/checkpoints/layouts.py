@@ -71,24 +71,9 @@ LAYOUTS = (
 )
 
 
-class Children(NamedTuple):
-    """The names of a ResNet's layers by their places in nn.Sequential(*resnet.children())."""
-
-    names: dict[str, str]
-    stem_relu: bool = True
-
-
-# By the places of the four stages: torchvision's and timm's ResNets have the activation and the
-# pooling before them, lightly's own has neither.
-_CHILDREN: dict[tuple[int, ...], Children] = {
-    (4, 5, 6, 7): Children(
-        {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    ),
-    (2, 3, 4, 5): Children(
-        {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
-        stem_relu=False,
-    ),
-}
+# The places of the four stages in nn.Sequential(*resnet.children()): torchvision's and timm's
+# ResNets have the activation and the pooling before them, lightly's own has neither.
+_WITH_RELU, _WITHOUT_RELU = (4, 5, 6, 7), (2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -155,26 +140,20 @@ def find_backbone(
         ValueError: If no layout is recognised, or several encoders are in question.
     """
     entries = content if isinstance(content, Mapping) else {}
-    found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-    run = is_run(content)
-    places = {"backbone."} if run else _exact_places(found, expected)
-    names, children = {key: key for key in found}, None
+    weights = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    run, stages = is_run(content), None
+    places = {"backbone."} if run else _exact_places(weights, expected)
     if places:
-        prefix = _trained(path, places)
+        keys, prefix = _names_under(path, {key: key for key in weights}, places)
     else:
-        names = {key: _unwrap(key) for key in found}
-        prefix = _trained(path, _similar_places(path, list(names.values()), expected))
-    keys = {
-        name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)
-    }
-    if not keys:
-        raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
-    if not places:
-        children = _children(keys)
-        keys = {_rename(name, children): key for name, key in keys.items()}
-    state = {name: found[key] for name, key in keys.items()}
+        names = {key: _unwrap(key) for key in weights}
+        places = _similar_places(path, list(names.values()), expected)
+        keys, prefix = _names_under(path, names, places)
+        stages = _stages(keys)
+        keys = {_rename(name, stages or ()): key for name, key in keys.items()}
+    state = {name: weights[key] for name, key in keys.items()}
     ours = run or "arch" in metadata
-    source = Source(entries, ours, _unwrap(prefix), frozenset(map(_unwrap, found)))
+    source = Source(entries, ours, _unwrap(prefix), frozenset(map(_unwrap, weights)))
     layout = next(row for row in LAYOUTS if row.matches(source))
     padding = layout.small_stem_padding if is_small_stem(state) else 1
     named = entries.get("arch")  # As MoCo's checkpoints have it.
@@ -184,8 +163,21 @@ def find_backbone(
         keys,
         metadata.get("arch") or infer_arch(state) or (named if isinstance(named, str) else None),
         int(metadata.get("stem_padding", padding)),
-        metadata.get("stem_relu", "true") == "true" and (children is None or children.stem_relu),
+        metadata.get("stem_relu", "true") == "true" and stages != _WITHOUT_RELU,
     )
+
+
+def _names_under(
+    path: Path, names: Mapping[str, str], places: set[str]
+) -> tuple[dict[str, str], str]:
+    """Return the keys of the trained encoder by its own names, and where it begins."""
+    prefix = _trained(path, places)
+    keys = {
+        name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)
+    }
+    if not keys:
+        raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
+    return keys, prefix
 
 
 def is_run(content: object) -> bool:
@@ -255,15 +247,17 @@ def _trained(path: Path, places: set[str]) -> str:
     return candidates[0]
 
 
-def _children(names: Iterable[str]) -> Children | None:
-    """Return the names of layers by their places, if the ResNet is a sequence of its children."""
-    stages = {int(match[1]) for name in names if (match := re.match(r"(\d+)\.0\.conv1\.", name))}
-    return _CHILDREN.get(tuple(sorted(stages)))
+def _stages(names: Iterable[str]) -> tuple[int, ...] | None:
+    """Return the places of the stages, if the ResNet is a sequence of its children."""
+    found = {int(match[1]) for name in names if (match := re.match(r"(\d+)\.0\.conv1\.", name))}
+    places = tuple(sorted(found))
+    return places if places in (_WITH_RELU, _WITHOUT_RELU) else None
 
 
-def _rename(name: str, children: Children | None) -> str:
+def _rename(name: str, stages: tuple[int, ...]) -> str:
     """Return torchvision's name of a ResNet's tensor."""
-    if children is not None:
-        place, dot, rest = name.partition(".")
-        name = children.names.get(place, place) + dot + rest
-    return name.replace(".shortcut.", ".downsample.")  # lightly's own ResNets.
+    layers = {"0": "conv1", "1": "bn1"} if stages else {}
+    layers |= {str(place): f"layer{number}" for number, place in enumerate(stages, start=1)}
+    place, dot, rest = name.partition(".")
+    # lightly's own ResNets call their downsampling a shortcut.
+    return (layers.get(place, place) + dot + rest).replace(".shortcut.", ".downsample.")

@@ -1,16 +1,11 @@
-"""What commands share: words on the console, errors of one line, labelled splits."""
+"""What commands share: words on the console, errors of one line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mixmask.data.sets import ImageData, Images
+from typing import Any, TextIO
 
 
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
@@ -38,8 +33,3 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
-
-
-def labelled_splits(data: ImageData) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
-    """Return the labelled images and labels of both splits; STL-10 has unlabelled ones too."""
-    return data.labelled_splits()

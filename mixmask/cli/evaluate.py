@@ -104,10 +104,10 @@ def add_evaluate(commands: Any) -> None:
         "--protocol",
         choices=("lbfgs", "sgd"),
         help="lbfgs: logistic regression on features of whole images, its penalty chosen on a "
-        "fifth of the training images; sgd: random crops, as in MoCo's paper, with the options "
-        "--epochs, --batch-size and --lr [lbfgs]",
+        "fifth of the training images; sgd: random crops, as in MoCo's paper [lbfgs]",
     )
-    add_fields(linear, dataclasses.fields(LinearSGD))
+    sgd_only = dict.fromkeys(("epochs", "batch_size", "lr"), ("sgd",))
+    add_fields(linear, dataclasses.fields(LinearSGD), owners=sgd_only)
     tune = _add_protocol(protocols, "finetune", FineTuning, "train backbone and head on labels")
     add_fields(tune, dataclasses.fields(FineTuning))
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mixmask.data.clothing import clothing64
 from mixmask.data.folders import Files, Listed, list_folder
 from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, available_cores, free_bytes
 
+_Content = TypeVar("_Content")
 STREAM = ("auto", "always", "never")
 # How many files in a row may be unreadable before the whole folder is taken to be.
 _TRIES = 100
@@ -338,8 +339,8 @@ def _lazily(
 
 
 def read_any(
-    files: Files, number: int, read: Callable[[Path], Any | None]
-) -> tuple[Any, list[int]]:
+    files: Files, number: int, read: Callable[[Path], _Content | None]
+) -> tuple[_Content, list[int]]:
     """Read a file or, if it is unreadable, the next one that is not.
 
     Args:

@@ -118,7 +118,9 @@ class Stream(Iterator[Tensor]):
             # Otherwise the loader draws from the global generator, in the middle of a step.
             generator=torch.Generator(),
         )
-        self.ready: SimpleQueue[tuple[Tensor, Any] | BaseException] = SimpleQueue()
+        self.ready: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | BaseException] = (
+            SimpleQueue()
+        )
         self.room = Semaphore()
         self.closed = Event()
         self.thread = Thread(target=self._read_ahead, name="read ahead", daemon=True)

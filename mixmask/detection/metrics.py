@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from mixmask.detection.data import DetectionSplit, Target
+from mixmask.figures.style import import_matplotlib
 
 
 class Precision(TypedDict):
@@ -59,6 +60,7 @@ def average_precision(
         >>> average_precision([({**target, "scores": torch.ones(1)}, target)], ["cell"])["ap"]
         1.0
     """
+    import_matplotlib()  # As torchmetrics does, which fails without MPLBACKEND's backend.
     from torchmetrics.detection import MeanAveragePrecision
 
     kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)

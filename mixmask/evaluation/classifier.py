@@ -53,16 +53,6 @@ class Training:
             check_range(name, getattr(self, name), least)
 
 
-def cosine(done: float) -> float:
-    """Return the factor of the learning rate after a share `done` of the steps."""
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def steps_of_moco(done: float) -> float:
-    """Return a factor that falls to a tenth after 60 % and again after 80 % of the steps."""
-    return 0.1 ** sum(done >= milestone for milestone in (0.6, 0.8))
-
-
 def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
     """Build a linear head on a backbone's features, its weights drawn as MoCo draws them."""
     with torch.random.fork_rng(devices=[]):  # torch's own initial weights are thrown away.

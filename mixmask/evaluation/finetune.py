@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mixmask._checks import check_positive
 from mixmask.data.sets import Images
 from mixmask.evaluation.classifier import (
     Training,
     build_classifier,
     classifier_scores,
-    cosine,
-    steps_of_moco,
     train_classifier,
 )
 from mixmask.evaluation.metrics import count_classes
+from mixmask.runs.schedules import cosine_decay, step_decay
+
+# To a tenth after 60 and after 80 of MoCo's 100 epochs.
+moco_decay = partial(step_decay, milestones=(0.6, 0.8))
 
 
 def finetune_scores(
@@ -55,12 +59,11 @@ def finetune_scores(
         ValueError: If an option is out of its range or labels do not fit.
         FloatingPointError: If the loss is no longer finite.
     """
-    for name, rate in (("lr", lr), ("head-lr", head_lr)):
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"--{name} must be positive, got {rate}; use for instance 0.01")
+    check_positive("--lr", lr)
+    check_positive("--head-lr", head_lr)
     tuned = deepcopy(backbone).requires_grad_()
     head = build_classifier(tuned, count_classes(labels, classes), training.seed)
-    train_classifier(tuned, head, images, labels, (head_lr, lr), cosine, training)
+    train_classifier(tuned, head, images, labels, (head_lr, lr), cosine_decay, training)
     return classifier_scores(tuned, head, test, training.image_size)
 
 
@@ -82,12 +85,11 @@ def linear_sgd_scores(
     Arguments, result and errors are those of `finetune_scores`, but `lr` is the head's, for a
     batch of 256, and the backbone is used in evaluation mode.
     """
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"--lr must be positive, got {lr}; use for instance 30")
+    check_positive("--lr", lr)
     was_training = backbone.training
     head = build_classifier(backbone, count_classes(labels, classes), training.seed)
     try:
-        train_classifier(backbone, head, images, labels, (lr,), steps_of_moco, training)
+        train_classifier(backbone, head, images, labels, (lr,), moco_decay, training)
         return classifier_scores(backbone, head, test, training.image_size)
     finally:
         backbone.train(was_training)
@@ -96,7 +98,7 @@ def linear_sgd_scores(
 def balanced_subset(
     labels: Tensor, percent: float, *, seed: int = 0, classes: Sequence[str] = ()
 ) -> Tensor:
-    """Draw a part of the labels with equally many of each class.
+    """Draw a share of the labels with equally many of each class.
 
     Of N labels of C classes, round(N * percent / 100 / C) of each class are drawn, at least one;
     100 % takes all labels, however many a class has.
@@ -142,7 +144,7 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
 
     Args:
         files: Names of the images, with or without folders.
-        names: Names as listed; one without a folder stands for the only file so called.
+        names: Names as listed; one without a folder stands for the only file of that name.
 
     Returns:
         (n,) int64 indices into `files`, in ascending order.
@@ -175,5 +177,5 @@ def listed_subset(files: Sequence[str], names: Sequence[str]) -> Tensor:
             )
         index.append(place)
     if len(set(index)) < len(index):
-        raise ValueError("the subset list names a file twice; remove the double lines")
+        raise ValueError("the subset list names a file twice; remove the repeated lines")
     return torch.tensor(index).sort().values

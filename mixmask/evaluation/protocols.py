@@ -194,17 +194,7 @@ Protocol = KNN | Linear | LinearSGD | FineTuning
 
 @dataclass(frozen=True)
 class Result:
-    """How well a backbone did, and under which circumstances.
-
-    Attributes:
-        source: Where backbone and images come from.
-        outcome: What the protocol has computed.
-        accuracy: On the test images.
-        classes: Names of the classes.
-        seconds: How long it took.
-        device: What computed it.
-        date: When, in UTC.
-    """
+    """How well a backbone did on the test images, and under which circumstances."""
 
     source: Source
     outcome: Outcome
@@ -212,7 +202,7 @@ class Result:
     classes: tuple[str, ...]
     seconds: float
     device: str
-    date: str
+    date: str  # In UTC, ISO 8601.
 
     def to_json(self) -> dict[str, object]:
         """Return what `evaluate-PROTOCOL.json` holds."""

@@ -16,23 +16,14 @@ from mixmask.runs.options import check_range
 
 @dataclass(frozen=True)
 class Source:
-    """Where a backbone and its images come from.
-
-    Attributes:
-        checkpoint: The run folder or checkpoint file.
-        layout: Whose checkpoint it is, see `mixmask.checkpoints.load.Loaded`.
-        arch: The backbone's name in timm.
-        small_stem: Whether it has the stem for small images.
-        data: Name of the data set, or the folder.
-        image_size: Height and width of the images, in pixels.
-    """
+    """Where a backbone and its images come from, see `mixmask.checkpoints.load.Loaded`."""
 
     checkpoint: str
     layout: str
     arch: str
     small_stem: bool
     data: str
-    image_size: int
+    image_size: int  # Height and width, in pixels.
 
 
 @dataclass(frozen=True)

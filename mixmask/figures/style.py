@@ -38,8 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @cache
 def _figure_class() -> type[Figure]:
-    if "matplotlib" not in sys.modules:
-        _import_matplotlib()
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
@@ -53,12 +52,15 @@ def _figure_class() -> type[Figure]:
     return NotebookFigure
 
 
-def _import_matplotlib() -> None:
+def import_matplotlib() -> None:
     """Import matplotlib with the backend of MPLBACKEND, or with its own where that is missing.
 
     A notebook hands the variable on to the commands that it starts. Where its backend is not
-    installed, matplotlib would refuse to be imported, although no figure here needs a backend.
+    installed, matplotlib refuses to be imported, although no figure here needs a backend. Call
+    this before importing a library that imports matplotlib itself.
     """
+    if "matplotlib" in sys.modules:
+        return
     backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib as mpl
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip(
-    "lightly", reason="lightly is not installed; pip install 'mixmask[lightly]' for these tests"
+    "lightly", reason="lightly is not installed; pip install '.[lightly]' for these tests"
 )
 
 import pytorch_lightning as pl

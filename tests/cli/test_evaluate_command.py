@@ -164,6 +164,13 @@ def test_places_that_cannot_be_used(run: Path, capsys: pytest.CaptureFixture[str
     assert "which is a file" in refused(["knn", str(run), "--out", taken], capsys)
 
 
+def test_a_checkpoint_that_does_not_record_its_data_needs_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = (run / "last.pt").rename(tmp_path / "alone.pt")
+    assert "do not record their data; name the data" in refused(["knn", str(alone)], capsys)
+
+
 def test_list_with_an_unknown_name(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def test_folder_beyond_memory_stays_on_disk(
 
 
 def test_named_data_are_not_streamed() -> None:
-    with pytest.raises(ValueError, match="--stream always is for folders of images, got --data cl"):
+    with pytest.raises(ValueError, match="--stream always needs a folder of images, got --data cl"):
         load_data("clothing64", 32, stream="always")
 
 

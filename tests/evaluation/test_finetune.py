@@ -22,7 +22,9 @@ from mixmask.evaluation import (
     listed_subset,
     measure_accuracy,
 )
-from mixmask.evaluation.classifier import _centre, cosine, steps_of_moco
+from mixmask.evaluation.classifier import _centre
+from mixmask.evaluation.finetune import moco_decay
+from mixmask.runs.schedules import cosine_decay
 
 SHORT = Training(epochs=2, batch_size=8, image_size=16)
 
@@ -160,9 +162,9 @@ def test_diverging_training_says_so() -> None:
 
 
 def test_schedules_and_centre() -> None:
-    assert [cosine(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    assert [cosine_decay(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
     shares = (0.0, 0.59, 0.6, 0.79, 0.8)
-    assert [steps_of_moco(share) for share in shares] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert [moco_decay(share) for share in shares] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     images = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16).to(torch.uint8)
     assert torch.equal(_centre(images, 14), images[..., 1:15, 1:15])
     assert torch.equal(_centre(images, 16), images)

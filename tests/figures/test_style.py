@@ -43,6 +43,20 @@ def test_figures_need_no_backend(backend: str, tmp_path: Path) -> None:
         assert image.format == "PNG"
 
 
+def test_libraries_that_import_matplotlib_need_no_backend_either() -> None:
+    pytest.importorskip("torchmetrics", reason="pip install '.[detection]' for this test")
+    code = "from mixmask.figures.style import import_matplotlib as f; f(); import torchmetrics"
+    environment = {**os.environ, "MPLBACKEND": "no_such_backend"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_backend_that_is_there_is_used() -> None:
+    code = "from mixmask.figures.style import import_matplotlib as f; f(); import matplotlib as m; "
+    code += "assert m.get_backend() == 'svg'"
+    environment = {**os.environ, "MPLBACKEND": "svg"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_the_backend_of_the_process_stays(tmp_path: Path) -> None:
     before = dict.__getitem__(mpl.rcParams, "backend")
     mpl.rcParams["backend"] = "svg"

@@ -45,7 +45,7 @@ def test_terms_are_the_papers_formula(switch: bool, mix: str) -> None:
 
 def test_terms_are_lightlys() -> None:
     loss = pytest.importorskip(
-        "lightly.loss", reason="lightly is not installed; pip install 'mixmask[lightly]'"
+        "lightly.loss", reason="lightly is not installed; pip install '.[lightly]'"
     )
     model, x1, x2 = build_tiny("barlow-twins", mix="mixmask", scale=0.3)
     model.eval()

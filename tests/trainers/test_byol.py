@@ -66,7 +66,7 @@ def test_terms_are_the_papers_formula(switch: bool, per_sample: bool) -> None:
 
 def test_terms_are_lightlys_cosine() -> None:
     loss = pytest.importorskip(
-        "lightly.loss", reason="lightly is not installed; pip install 'mixmask[lightly]'"
+        "lightly.loss", reason="lightly is not installed; pip install '.[lightly]'"
     )
     model, x1, x2 = build(mix="mixmask")
     model.eval()

@@ -35,7 +35,7 @@ def imix_rows(z: Tensor, target: Tensor, temperature: float) -> list[float]:
 @pytest.mark.parametrize("switch", [True, False])
 def test_terms_are_lightlys_nt_xent(switch: bool) -> None:
     loss = pytest.importorskip(
-        "lightly.loss", reason="lightly is not installed; pip install 'mixmask[lightly]'"
+        "lightly.loss", reason="lightly is not installed; pip install '.[lightly]'"
     )
     model, x1, x2 = build_tiny("simclr", mix="both", switch=switch, temperature=0.3)
     model.eval()

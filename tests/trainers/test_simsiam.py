@@ -38,7 +38,7 @@ def formula(
 @pytest.mark.parametrize("switch", [True, False])
 def test_terms_are_lightlys_cosine(switch: bool) -> None:
     loss = pytest.importorskip(
-        "lightly.loss", reason="lightly is not installed; pip install 'mixmask[lightly]'"
+        "lightly.loss", reason="lightly is not installed; pip install '.[lightly]'"
     )
     model, x1, x2 = build_tiny("simsiam", mix="both", switch=switch)
     model.eval()
