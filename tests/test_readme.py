@@ -65,7 +65,10 @@ def options() -> set[str]:
     return known
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith(("README", "mixmask/"))])
+# Recipes name the options of other programs, and have a test of their own.
+@pytest.mark.parametrize(
+    "page", ["README.md", "mixmask/evaluation/README.md", "mixmask/trainers/README.md"]
+)
 def test_commands_and_options_exist(page: str, options: set[str]) -> None:
     text = read(page)
     used = set(re.findall(r"^mixmask ([a-z]+(?: (?:knn|linear|finetune)\b)?)", text, re.MULTILINE))
@@ -75,9 +78,7 @@ def test_commands_and_options_exist(page: str, options: set[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read(page))
-    assert targets
-    for target in targets:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", read(page)):
         path, _, anchor = target.partition("#")
         place = (ROOT / page).parent / path if path else ROOT / page
         assert place.exists(), target
