@@ -183,7 +183,7 @@ def _step_passes(model: Method, config: RunConfig, mix: bool) -> list[float]:
 
 def train(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     """Train a cell with the package's own trainer, from its checkpoint where it has one."""
-    config = make_config(**cell.config_options(), monitor=1)
+    config = make_config(**cell.config_options(), measure_every=1)
     watch = Watch(splits, cell.epochs)
     rows = saved_rows(folder)
     if rows:
