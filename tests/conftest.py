@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 
 
+# Left out by -m "not slow": whole commands and scripts, several processes, compilation.
+_SLOW_FILES = (
+    "test_benchmarks", "test_evidence", "test_examples", "test_own_loops", "test_processes",
+    "test_distributed", "test_lightly", "test_solo", "test_foreign", "test_finetune", "test_cli",
+    "test_detect", "test_evaluate_command", "test_readme", "test_studies", "test_stream",
+)  # fmt: skip
+_SLOW_NAMES = ("compile", "process", "torchrun", "one_graph")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long by its kind, so that the fast lane stays fast."""
+    for item in items:
+        if item.path.stem.startswith(_SLOW_FILES) or any(n in item.name for n in _SLOW_NAMES):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Start every test from the same state of torch's global generator."""
