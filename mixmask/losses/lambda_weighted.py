@@ -13,10 +13,10 @@ from mixmask._checks import check_choice
 from mixmask._devices import move
 from mixmask.losses._criteria import (
     Criterion,
-    MatchingCriterion,
-    SharingCriterion,
     check_criterion,
     check_no_similarity,
+    matches,
+    shares,
 )
 from mixmask.losses._inputs import (
     Embeddings,
@@ -44,8 +44,8 @@ def lambda_weighted_loss(
     r"""Weigh the loss towards an image and towards its partner by their shares (eq. 4).
 
     $\frac{1}{N} \sum_i \lambda_i \ell(z_i, t_i) + (1 - \lambda_i) \ell(z_i, t_{\pi(i)})$. Add it
-    to the loss of the clean images, with weight one. A criterion that has a `weighted` method
-    (see `SharingCriterion`), such as `losses.InfoNCE`, is asked for both terms at once.
+    to the loss of the clean images, with weight one. A `SharingCriterion`, such as
+    `losses.InfoNCE`, is asked for both terms at once.
 
     What not to pass, of which only some can be told and is refused:
 
@@ -87,7 +87,7 @@ def lambda_weighted_loss(
     """
     check_sizes(len(mixed), z_mixed=z_mixed, target=target)
     check_criterion(criterion, z_mixed, target)
-    if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
+    if matches(criterion):
         raise TypeError(
             f"{type(criterion).__name__} compares with the clean embeddings, which "
             "lambda_weighted_loss does not have; use LambdaWeightedLoss(criterion)"
@@ -103,7 +103,7 @@ def _weigh(
     lam = move(mixed.lam, z_mixed.device)  # () or (N,)
     # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
     other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
-    if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
+    if shares(criterion):
         return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
     own = check_loss(criterion(z_mixed, target), n, lam)
     if other is None:
@@ -295,7 +295,7 @@ class LambdaWeightedLoss(nn.Module):
             >>> for term in criterion.terms(encode, x, target, mixed):
             ...     term.backward()
         """
-        if isinstance(self.criterion, MatchingCriterion):
+        if matches(self.criterion):
             raise TypeError(
                 f"{type(self.criterion).__name__} compares mixed with clean embeddings, so its "
                 "terms cannot be taken one by one; call it with z, target, z_mixed, mixed"
@@ -350,9 +350,9 @@ class LambdaWeightedLoss(nn.Module):
         criterion, switch = self.criterion, self.switch
         check_sizes(len(mixed), z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
-        if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
+        if matches(criterion):
             return self._match(z_mixed, target, mixed, z)
-        if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
+        if shares(criterion):
             with self._lend() as lent:
                 return _weigh(lent, z_mixed, target, mixed, switch=switch)
 
