@@ -120,9 +120,10 @@ class LambdaWeightedLoss(nn.Module):
     last, on the state itself: after the step it is as one clean call would have left it, and
     every mixed term has seen the state from before the step. State is whatever the criterion
     holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
-    encloses or reads from its module. Not seen are generators, files, and what lies deeper than
-    a list in an object of the criterion. Give it the loss alone: of a function that encloses a
-    whole model, the model's buffers are copied as well.
+    encloses or reads from its module, and a method from its class. Not seen are generators,
+    files, attributes of imported modules, and what lies deep in objects of other packages. Give
+    it the loss alone: of a function that encloses a whole model, the model's buffers are copied
+    as well.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
