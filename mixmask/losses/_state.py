@@ -21,7 +21,7 @@ _HOLDERS = (list, deque, dict, tuple, partial, MethodType, nn.Module)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # What these packages define remembers nothing outside of buffers.
 _STATELESS = ("torch.", "einops.", "mixmask.losses.")
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), ModuleType)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), ModuleType)
 
 
 @contextmanager
@@ -42,36 +42,12 @@ def lend_state(
     Raises:
         ValueError: On leaving, if a tensor that is trained was written to.
     """
-    with _Loan(ignore, cautious) as loan:
+    with Loan(ignore, cautious) as loan:
         yield loan.lend_all(criterion)
     loan.check_trained()
 
 
-@contextmanager
-def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Do the same where torch.compile looks on, for modules, which is what it can follow.
-
-    It refuses to trace a module whose plain attributes change: that takes a graph break.
-    """
-    owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    saved = [_list_attributes(owner) for owner in owners]
-    copies: dict[int, Tensor] = {}
-    try:
-        for owner, attributes in zip(owners, saved, strict=True):
-            for name, value in attributes.items():
-                if isinstance(value, Tensor):
-                    copied = copies.setdefault(id(value), value.detach().clone())
-                    setattr(owner, name, copied)
-        yield criterion
-    finally:
-        for owner, attributes in zip(owners, saved, strict=True):
-            for name in _list_attributes(owner).keys() - attributes.keys():
-                delattr(owner, name)
-            for name, value in attributes.items():
-                setattr(owner, name, value)
-
-
-class _Loan(ExitStack):
+class Loan(ExitStack):
     """A walk through what a criterion holds; leaving it undoes every change."""
 
     def __init__(self, ignore: Collection[str], cautious: bool) -> None:
@@ -96,14 +72,14 @@ class _Loan(ExitStack):
         while todo := {(k, n) for k in self.kinds for n in self.names & vars(k).keys()} - visited:
             visited |= todo
             for kind, name in todo:
-                self._swap_member(kind, name)
+                self.swap_member(kind, name)
         return lent
 
     def lend(self, value: Any, name: str = "", depth: int = _DEPTH) -> Any:
         """Return a copy of a value, or the value itself after its parts were swapped for copies."""
-        if isinstance(value, type) and not _is_stateless(value):
+        if isinstance(value, type) and not is_stateless(value):
             self.kinds.add(value)
-        if isinstance(value, (*_PLAIN, type)):
+        if isinstance(value, (*PLAIN, type)):
             return value
         if id(value) in self.lent:
             return self.lent[id(value)][1]
@@ -113,13 +89,13 @@ class _Loan(ExitStack):
             return value
         self.lent[id(value)] = value, value
         if isinstance(value, Tensor):
-            stand_in: Any = self._lend_tensor(value, name)
+            stand_in: Any = self.lend_tensor(value, name)
         else:
-            stand_in = self._lend_parts(value, name, depth - (not near))
+            stand_in = self.lend_parts(value, name, depth - (not near))
         self.lent[id(value)] = value, stand_in
         return stand_in
 
-    def _lend_tensor(self, value: Tensor, name: str) -> Tensor:
+    def lend_tensor(self, value: Tensor, name: str) -> Tensor:
         if not (value.requires_grad and value.is_leaf):
             return value.clone()
         # The gradient of a copy would be lost, so what is trained is only watched.
@@ -127,7 +103,7 @@ class _Loan(ExitStack):
         self.trained.append((name.lstrip("."), value, value._version, value.detach(), kept))
         return value
 
-    def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
+    def lend_parts(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, (list, deque, dict)):
             copied = copy.copy(value)
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
@@ -148,22 +124,22 @@ class _Loan(ExitStack):
             self.lend(value.__self__, f"{name}.__self__", depth)
             self.lend(value.__func__, name, depth)
             return value
-        self._swap_slots(value, name, depth)
+        self.swap_slots(value, name, depth)
         return value
 
-    def _swap_slots(self, owner: Any, name: str, depth: int) -> None:
+    def swap_slots(self, owner: Any, name: str, depth: int) -> None:
         if isinstance(owner, FunctionType):
-            self.names.update(_list_names(owner.__code__))
+            self.names.update(_list_names(owner))
         else:
-            self.kinds.update(kind for kind in type(owner).__mro__ if not _is_stateless(kind))
-        self.callback(self._drop_new, owner, name, _list_attributes(owner).keys())
-        for key, part, store in _list_slots(owner):
+            self.kinds.update(kind for kind in type(owner).__mro__ if not is_stateless(kind))
+        self.callback(self._drop_new, owner, name, list_attributes(owner).keys())
+        for key, part, store in list_slots(owner):
             self._swap(key, part, store, name, depth)
         if isinstance(owner, nn.Module):
             for key, child in owner.named_children():
                 self.lend(child, f"{name}.{key}", depth)
 
-    def _swap_member(self, kind: type, key: str) -> None:
+    def swap_member(self, kind: type, key: str) -> None:
         part = vars(kind)[key]
         function = getattr(part, "__func__", getattr(part, "fget", part))
         if isinstance(function, FunctionType):
@@ -183,7 +159,7 @@ class _Loan(ExitStack):
 
     def _drop_new(self, owner: Any, name: str, known: Collection[str]) -> None:
         buffers = owner._buffers if isinstance(owner, nn.Module) else {}
-        for key in _list_attributes(owner).keys() - set(known):
+        for key in list_attributes(owner).keys() - set(known):
             if self._ignores(f"{name}.{key}"):
                 continue
             if key in buffers:
@@ -229,25 +205,30 @@ def _name_package(thing: Any) -> str:
     return f"{named.__module__}".partition(".")[0]
 
 
-def _is_stateless(thing: Any) -> bool:
+def is_stateless(thing: Any) -> bool:
     return f"{thing.__module__}.".startswith(_STATELESS)
 
 
-def _list_names(code: CodeType) -> Iterator[str]:
-    """Yield the names of globals and attributes that a function and those inside it mention."""
-    yield from code.co_names
+def list_codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function and of those inside it."""
+    yield code
     for part in code.co_consts:
         if isinstance(part, CodeType):
-            yield from _list_names(part)
+            yield from list_codes(part)
 
 
-def _list_attributes(owner: Any) -> dict[str, Any]:
+def _list_names(function: FunctionType) -> set[str]:
+    """Return the names of the globals and attributes that a function mentions."""
+    return {name for code in list_codes(function.__code__) for name in code.co_names}
+
+
+def list_attributes(owner: Any) -> dict[str, Any]:
     """Return what an object holds by name: its own attributes, slots, and a module's buffers."""
     if isinstance(owner, nn.Module):
-        own = {} if _is_stateless(type(owner)) else vars(owner)
+        own = {} if is_stateless(type(owner)) else vars(owner)
         plain = {name: own[name] for name in own if name not in _MODULE_INTERNALS}
         return {**plain, **owner._buffers}
-    if _is_stateless(owner if isinstance(owner, FunctionType) else type(owner)):
+    if is_stateless(owner if isinstance(owner, FunctionType) else type(owner)):
         return {}
     spaces = [vars(kind) for kind in type(owner).__mro__ if "__slots__" in vars(kind)]
     slots = [
@@ -257,7 +238,7 @@ def _list_attributes(owner: Any) -> dict[str, Any]:
     return {**held, **getattr(owner, "__dict__", {})}
 
 
-def _list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
+def list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     """Yield the name and value of each part of an object, and what puts another in its place."""
     # Past a module's own __setattr__, which would register what the user keeps hidden.
     is_module = isinstance(owner, nn.Module)
@@ -265,10 +246,10 @@ def _list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     for registry in registries:
         for name, part in registry.items():
             yield name, part, partial(registry.__setitem__, name)
-    for name, part in _list_attributes(owner).items():
+    for name, part in list_attributes(owner).items():
         if not any(name in registry for registry in registries):
             yield name, part, partial(object.__setattr__, owner, name)
-    if not isinstance(owner, FunctionType) or _is_stateless(owner):
+    if not isinstance(owner, FunctionType) or is_stateless(owner):
         return
     for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
         with suppress(ValueError):  # A cell may be empty.
@@ -276,5 +257,5 @@ def _list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     for name in ("__defaults__", "__kwdefaults__"):
         yield name, getattr(owner, name), partial(setattr, owner, name)
     used = owner.__globals__
-    for name in set(_list_names(owner.__code__)) & used.keys():
+    for name in _list_names(owner) & used.keys():
         yield name, used[name], partial(used.__setitem__, name)

@@ -29,7 +29,8 @@ from mixmask.losses._inputs import (
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import lend_buffers, lend_state
+from mixmask.losses._state import lend_state
+from mixmask.losses._tracing import is_traceable, lend_buffers
 from mixmask.mixing import MixedBatch
 
 
@@ -348,6 +349,9 @@ class LambdaWeightedLoss(nn.Module):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
+        if torch.compiler.is_compiling() and not is_traceable(self):
+            term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
+            return term
         criterion, switch = self.criterion, self.switch
         check_sizes(len(mixed), z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
@@ -364,6 +368,10 @@ class LambdaWeightedLoss(nn.Module):
                 return loss
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
+        return self._mixed_term(*inputs)
 
     def _match(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None

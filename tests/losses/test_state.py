@@ -648,6 +648,7 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "tensor in a dict": _made(Plain, lambda m: _in_place(m.banks["a"]), banks={"a": TENSOR}),
     "tensor in a tuple": _made(Plain, lambda m: _in_place(m.banks[0]), banks=(TENSOR,)),
     "dict": _made(Plain, lambda m: m.seen.update({len(m.seen): 2}), seen={"a": 1}),
+    "dict at first empty": _made(Plain, lambda m: m.seen.update({len(m.seen): 2}), seen={}),
     "set": _made(Plain, lambda m: m.seen.add(len(m.seen)), seen={0}),
     "array": _made(Plain, lambda m: m.bank.__iadd__(1), bank=np.zeros(3)),
     "object": _made(
@@ -992,3 +993,75 @@ def test_a_frozen_teacher_inside_the_criterion_is_lent() -> None:
     torch.testing.assert_close(loss, once(z, target).mean() + mixed.mean())
     assert all(map(torch.equal, criterion.parameters(), once.parameters()))
     assert all(isinstance(p, nn.Parameter) for p in criterion.parameters())
+
+
+COMPILED = (
+    "list",
+    "tensor in a tuple",
+    "tensor in a dict",
+    "list of an object",
+    "plain object's tensor",
+    "nonlocal",
+    "closure around a module",
+    "bound method",
+    "globals",
+    "globals of forward and a property",
+    "attribute of a class",
+    "function's attribute",
+    "partial of a tensor",
+)
+
+
+class FrozenQueue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = nn.Parameter(torch.zeros(K, C), requires_grad=False)
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return _banked(self.queue.data, z, target)
+
+
+@pytest.mark.parametrize("name", [*COMPILED, "frozen parameter"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_state_that_cannot_be_traced_is_lent_all_the_same(name: str) -> None:
+    make = HIDDEN.get(name, FrozenQueue)
+    z, target, z_mixed = _rows(3)
+    ours = LambdaWeightedLoss(make())
+    expected = [ours(z, target, z_mixed, MIXED).detach() for _ in range(3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(LambdaWeightedLoss(make()), backend="eager")
+    for wanted in expected:
+        torch.testing.assert_close(compiled(z, target, z_mixed, MIXED).detach(), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["list", "dict at first empty", "nonlocal", "globals", "partial of a tensor"]
+)
+def test_a_single_graph_is_refused_where_state_cannot_be_traced(name: str) -> None:
+    torch._dynamo.reset()
+    whole = torch.compile(LambdaWeightedLoss(HIDDEN[name]()), backend="eager", fullgraph=True)
+    z, target, z_mixed = _rows(3)
+    with pytest.raises(Exception, match="_lend_state_beyond_buffers"):
+        whole(z, target, z_mixed, MIXED)
+
+
+TEMPERATURE = 0.5
+IN_ONE_GRAPH: dict[str, Callable[[], Any]] = {
+    "function": lambda: _loss,
+    "constant of a module": lambda: lambda z, target: _loss(z, target) * TEMPERATURE,
+    "constant in a closure": lambda: (lambda scale: lambda z, t: _loss(z, t) * scale)(0.25),
+    "partial": lambda: functools.partial(F.smooth_l1_loss, beta=0.5),
+    "InfoNCE": lambda: InfoNCE(torch.randn(K, C), reduction="none"),
+    "module of torch": nn.PairwiseDistance,
+    "buffers and a temperature": Center,
+}
+
+
+@pytest.mark.parametrize("make", IN_ONE_GRAPH.values(), ids=IN_ONE_GRAPH)
+def test_what_holds_no_state_or_only_buffers_is_one_graph(make: Callable[[], Any]) -> None:
+    criterion = make()
+    z, target, z_mixed = _rows(3)
+    expected = LambdaWeightedLoss(copy.deepcopy(criterion))(z, target, z_mixed, SHARED)
+    torch._dynamo.reset()
+    whole = torch.compile(LambdaWeightedLoss(criterion), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(z, target, z_mixed, SHARED), expected)
