@@ -89,7 +89,7 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
         z: What it is given first.
         target: What it is given second.
     """
-    check_no_similarity(criterion)
+    check_kind(criterion)
     base = _unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
         raise TypeError(
@@ -105,8 +105,23 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
             _looked_at.add(base)
 
 
-def check_no_similarity(criterion: Callable[..., Any]) -> None:
-    """Refuse a cosine similarity: a loss gets smaller where it gets larger."""
+def check_kind(criterion: Any) -> None:
+    """Require an instance that can be called, and no cosine similarity.
+
+    A loss gets smaller where the similarity gets larger.
+    """
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion must be an instance, got the class {criterion.__name__}; "
+            f"pass {criterion.__name__}(...)"
+        )
+    if not callable(criterion):
+        fix = "pass for instance losses.InfoNCE(queue)"
+        if isinstance(criterion, Tensor):
+            fix = "pass the criterion itself, not the loss that it returned"
+        raise TypeError(
+            f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
+        )
     base = _unwrap(criterion)
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(

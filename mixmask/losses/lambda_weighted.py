@@ -14,7 +14,7 @@ from mixmask._devices import move
 from mixmask.losses._criteria import (
     Criterion,
     check_criterion,
-    check_no_similarity,
+    check_kind,
     matches,
     shares,
 )
@@ -24,7 +24,9 @@ from mixmask.losses._inputs import (
     as_directions,
     as_list,
     as_pairs,
+    as_records,
     check_loss,
+    check_mixed,
     check_sizes,
     count_rows,
     match_directions,
@@ -86,6 +88,7 @@ def lambda_weighted_loss(
         >>> lambda_weighted_loss(mixmask.losses.InfoNCE(), z, z, mixed).shape
         torch.Size([])
     """
+    check_mixed(mixed)
     check_sizes(len(mixed), z_mixed=z_mixed, target=target)
     check_criterion(criterion, z_mixed, target)
     if matches(criterion):
@@ -123,8 +126,8 @@ class LambdaWeightedLoss(nn.Module):
     holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
     encloses or reads from its module, and a method from its class. Not seen are generators,
     files, attributes of imported modules, and what lies deep in objects of other packages. Give
-    it the loss alone: of a function that encloses a whole model, the model's buffers are copied
-    as well.
+    it the loss alone: of a function around a model, the model's buffers are copied as well.
+    torch.compile takes a graph break for state that is no buffer; `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
@@ -140,7 +143,7 @@ class LambdaWeightedLoss(nn.Module):
             SimSiam's ½. Each mixed view has weight one in either case.
 
     Raises:
-        TypeError: If the criterion is not callable, or is a similarity.
+        TypeError: If the criterion is not callable, or is a class or a similarity.
         ValueError: If an option does not fit.
 
     Example:
@@ -165,12 +168,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> None:
         """Store the criterion; if it is a module, its buffers are part of this one's state."""
         super().__init__()
-        if not callable(criterion):
-            raise TypeError(
-                f"criterion must be callable as (z, target), got {type(criterion).__name__}; "
-                "pass for instance losses.InfoNCE(queue)"
-            )
-        check_no_similarity(criterion)
+        check_kind(criterion)
         if isinstance(ignore, str):
             raise TypeError(
                 f"ignore must be a sequence of names, got {ignore!r}; use ({ignore!r},)"
@@ -303,7 +301,7 @@ class LambdaWeightedLoss(nn.Module):
                 "terms cannot be taken one by one; call it with z, target, z_mixed, mixed"
             )
         clean = as_directions(images, target, "images")
-        records = as_list(mixed)
+        records = as_records(mixed)
         for one, its_target in clean:
             for record in records:
                 check_sizes(len(record), images=one, target=its_target)

@@ -252,6 +252,45 @@ def test_the_call_of_a_subclass_or_a_proxy_is_what_counts(criterion: Any) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "criterion, message",
+    [
+        (InfoNCE, r"must be an instance, got the class InfoNCE; pass InfoNCE\(\.\.\.\)"),
+        (nn.MSELoss, r"must be an instance, got the class MSELoss; pass MSELoss\(\.\.\.\)"),
+        (torch.ones(()), "got Tensor; pass the criterion itself, not the loss that it returned"),
+        (0.5, r"must be callable as \(z, target\), got float; pass for instance losses.InfoNCE"),
+    ],
+)
+def test_what_is_no_criterion_is_named(criterion: Any, message: str) -> None:
+    z, mixed = torch.rand(N, C), _mixed(torch.randperm(N), torch.tensor(0.5))
+    with pytest.raises(TypeError, match=message):
+        lambda_weighted_loss(criterion, z, z, mixed)
+    with pytest.raises(TypeError, match=message):
+        LambdaWeightedLoss(criterion)
+
+
+@pytest.mark.parametrize("kind", ["images", "tuple", "list"])
+def test_what_was_mixed_is_passed_as_a_whole(kind: str) -> None:
+    images = torch.rand(N, 3, 8, 8)
+    mixed: Any = {
+        "images": images,
+        "tuple": (images, torch.tensor(0.5)),
+        "list": [_mixed(torch.randperm(N), torch.tensor(0.5)), images],
+    }[kind]
+    z = torch.rand(N, C)
+    whole, message = (
+        LambdaWeightedLoss(_squares),
+        "mixed must be a MixedBatch, got .*not its images",
+    )
+    z_mixed = [z] * len(mixed) if kind != "images" else z
+    with pytest.raises(TypeError, match=message):
+        lambda_weighted_loss(_squares, z, z, mixed)
+    with pytest.raises(TypeError, match=message):
+        whole(z, z, z_mixed, mixed)
+    with pytest.raises(TypeError, match=message):
+        next(whole.terms(lambda x: x.flatten(1), images, z, mixed))
+
+
 def test_a_subclass_may_inherit_both_or_replace_the_shared_terms_alone() -> None:
     class Counting(_Renamed):
         def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
@@ -580,7 +619,7 @@ def test_what_a_criterion_returns_is_checked_in_every_term(
 
 
 def test_bad_options_of_the_module_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"must be callable as \(z, target\), got Tensor; pass for"):
+    with pytest.raises(TypeError, match=r"must be callable as \(z, target\), got Tensor; pass the"):
         LambdaWeightedLoss(SCALAR)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"a sequence of names, got 'calls'; use \('calls',\)"):
         LambdaWeightedLoss(F.mse_loss, ignore="calls")
