@@ -158,14 +158,11 @@ class Loan(ExitStack):
             store(stand_in)
 
     def _drop_new(self, owner: Any, name: str, known: Collection[str]) -> None:
-        buffers = owner._buffers if isinstance(owner, nn.Module) else {}
         for key in list_attributes(owner).keys() - set(known):
-            if self._ignores(f"{name}.{key}"):
-                continue
-            if key in buffers:
-                del buffers[key]
-            else:
-                object.__delattr__(owner, key)
+            if not self._ignores(f"{name}.{key}"):
+                spaces = [getattr(owner, space, {}) for space in ("__dict__", "_buffers")]
+                space = next((space for space in spaces if key in space), None)
+                object.__delattr__(owner, key) if space is None else space.pop(key)
 
     def _ignores(self, name: str) -> bool:
         return any(f".{path}." in f"{name}." for path in self.ignore)
@@ -192,6 +189,15 @@ def _has_changed(tensor: Tensor, version: int, _: Tensor, kept: Tensor | None) -
         return tensor._version != version
     # What is written through .data has no new version. NaN stays what it is.
     return now.shape != kept.shape or bool(((now != kept) & (now == now)).any())
+
+
+def _set_attribute(owner: Any, key: str, value: Any) -> None:
+    # Past __setattr__, which a module, a proxy or a frozen object may have of its own.
+    space = getattr(owner, "__dict__", {})
+    if key in space or not hasattr(type(owner), key):
+        space[key] = value
+    else:
+        object.__setattr__(owner, key, value)
 
 
 def _set_member(kind: type, key: str, value: Any) -> None:
@@ -240,7 +246,6 @@ def list_attributes(owner: Any) -> dict[str, Any]:
 
 def list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     """Yield the name and value of each part of an object, and what puts another in its place."""
-    # Past a module's own __setattr__, which would register what the user keeps hidden.
     is_module = isinstance(owner, nn.Module)
     registries: list[Any] = [owner._buffers, owner._parameters] if is_module else []
     for registry in registries:
@@ -248,7 +253,7 @@ def list_slots(owner: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
             yield name, part, partial(registry.__setitem__, name)
     for name, part in list_attributes(owner).items():
         if not any(name in registry for registry in registries):
-            yield name, part, partial(object.__setattr__, owner, name)
+            yield name, part, partial(_set_attribute, owner, name)
     if not isinstance(owner, FunctionType) or is_stateless(owner):
         return
     for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):

@@ -5,6 +5,7 @@ import enum
 import functools
 import pickle
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1065,3 +1066,13 @@ def test_what_holds_no_state_or_only_buffers_is_one_graph(make: Callable[[], Any
     torch._dynamo.reset()
     whole = torch.compile(LambdaWeightedLoss(criterion), backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(z, target, z_mixed, SHARED), expected)
+
+
+def test_a_trainer_that_is_held_through_a_weak_proxy_is_lent() -> None:
+    """As Lightning's trainer is by its parts."""
+    module = Plain(_count, calls=0)
+    proxy = weakref.proxy(module)
+    whole = LambdaWeightedLoss(lambda z, target: proxy(z, target))
+    z, target, z_mixed = _rows(3)
+    whole(z, target, z_mixed, MIXED)
+    assert module.calls == 1
