@@ -7,11 +7,12 @@ seed gives the same masks on every device and the device is never waited for.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask._blocks import LARGEST_GRID, draw_blocks, draw_cell_counts, keep_smallest
 from mixmask._checks import (
@@ -267,15 +268,28 @@ def fit_masks(
     check_generator(generator)
     if isinstance(masks, Tensor):
         masks = move(masks, images.device)
-    elif callable(masks):
+    elif _is_generator(masks):
         masks = masks(device=images.device, generator=generator)
     else:
-        raise TypeError(
-            f"masks must be a generator or a bool tensor, got {type(masks).__name__}; "
-            "use for instance BlockMaskGenerator(grid_size=8)"
-        )
+        raise TypeError(f"masks must be a generator or a bool tensor, got {_describe_kind(masks)}")
     _check_masks(masks, images, by_channel=by_channel)
     return cells_to_pixels(masks, *images.shape[-2:])
+
+
+def _is_generator(masks: Any) -> bool:
+    if isinstance(masks, nn.Module):
+        return "device" in inspect.signature(masks.forward).parameters
+    return callable(masks) and not isinstance(masks, type)
+
+
+def _describe_kind(masks: Any) -> str:
+    """Name what was passed for masks, and what to pass instead."""
+    if isinstance(masks, type):
+        return f"the class {masks.__name__}; pass an instance, as {masks.__name__}(...)"
+    fix = "use for instance BlockMaskGenerator(grid_size=8)"
+    if isinstance(masks, nn.Module):
+        fix = "let MixMask mix by itself, as mix(images), or pass its generator, mix.masks"
+    return f"{type(masks).__name__}; {fix}"
 
 
 def _check_masks(masks: Tensor, images: Tensor, *, by_channel: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mixmask
 from mixmask import (
@@ -715,3 +715,32 @@ def test_a_record_shows_in_one_line(kind: str, lam: str, mask: str) -> None:
     expected = rf"images=\(6, 3, 16, 16\) float32, lam={lam}, partner=\(6,\), mask={mask}"
     assert re.fullmatch(rf"MixedBatch\({expected}\)", text)
     assert "meta" in repr(_records()[kind].to("meta"))
+
+
+class _Generating(nn.Module):
+    """A module that draws masks, as a generator does."""
+
+    def forward(
+        self, n: int | None = None, *, device: Any = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return BlockMaskGenerator(2)(n, device=device, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "masks, message",
+    [
+        (BlockMaskGenerator, r"got the class BlockMaskGenerator; pass an instance, as Block"),
+        (MixMask, r"got the class MixMask; pass an instance"),
+        (MixMask(2), r"got MixMask; let MixMask mix by itself, as mix\(images\), or .* mix\.masks"),
+        (nn.Identity(), r"got Identity; "),
+    ],
+)
+def test_classes_and_modules_are_no_masks(masks: Any, message: str) -> None:
+    images = torch.rand(4, 3, 8, 8)
+    for mix in (mix_batch, erase_batch):
+        with pytest.raises(TypeError, match=f"must be a generator or a bool tensor, {message}"):
+            mix(images, masks)
+
+
+def test_a_module_may_be_a_mask_generator() -> None:
+    assert mix_batch(torch.rand(4, 3, 8, 8), _Generating()).lam == 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -23,7 +23,11 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class SharingCriterion(Protocol):
-    """A criterion that evaluates both weighted terms at once, because they share work."""
+    """A criterion that evaluates both weighted terms at once, because they share work.
+
+    `weighted` is used where it keeps the names of these parameters, and where no subclass of the
+    class that defines it has a call of its own.
+    """
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the plain criterion, () or (N,)."""
@@ -37,7 +41,10 @@ class SharingCriterion(Protocol):
 
 @runtime_checkable
 class MatchingCriterion(Protocol):
-    """A criterion whose mixed term is matched to what it finds between the clean views."""
+    """A criterion whose mixed term is matched to what it finds between the clean views.
+
+    `matched` is used as `weighted` of a `SharingCriterion` is.
+    """
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the plain criterion, ()."""
@@ -48,6 +55,32 @@ class MatchingCriterion(Protocol):
         """Return the whole mixed term, (); `z` and `other` are of the images and partners."""
 
 
+def shares(criterion: Any) -> TypeGuard[SharingCriterion]:
+    """Tell whether both terms may be asked for at once, and are those of the criterion's call."""
+    return _follows(criterion, "weighted")
+
+
+def matches(criterion: Any) -> TypeGuard[MatchingCriterion]:
+    """Tell whether the mixed term is a matter of `matched`."""
+    return _follows(criterion, "matched")
+
+
+def _follows(criterion: Any, name: str) -> bool:
+    # A proxy's attributes are those of what it wraps, its call is not: only the type tells.
+    if isinstance(criterion, partial):
+        return False
+    for kind in type(criterion).__mro__:
+        own = kind.__dict__
+        if name in own:
+            code = getattr(own[name], "__code__", None)
+            return code is not None and {"other", "lam"} <= set(
+                code.co_varnames[: code.co_argcount]
+            )
+        if "__call__" in own or "forward" in own:
+            return False
+    return False
+
+
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
     """Refuse what would train on something else than it seems to, as far as it can be told.
 
@@ -56,7 +89,7 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
         z: What it is given first.
         target: What it is given second.
     """
-    check_no_similarity(criterion)
+    check_kind(criterion)
     base = _unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
         raise TypeError(
@@ -72,8 +105,23 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
             _looked_at.add(base)
 
 
-def check_no_similarity(criterion: Callable[..., Any]) -> None:
-    """Refuse a cosine similarity: a loss gets smaller where it gets larger."""
+def check_kind(criterion: Any) -> None:
+    """Require an instance that can be called, and no cosine similarity.
+
+    A loss gets smaller where the similarity gets larger.
+    """
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion must be an instance, got the class {criterion.__name__}; "
+            f"pass {criterion.__name__}(...)"
+        )
+    if not callable(criterion):
+        fix = "pass for instance losses.InfoNCE(queue)"
+        if isinstance(criterion, Tensor):
+            fix = "pass the criterion itself, not the loss that it returned"
+        raise TypeError(
+            f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
+        )
     base = _unwrap(criterion)
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(

@@ -62,7 +62,7 @@ def as_pairs(z_mixed: Embeddings | None, mixed: Records | None) -> list[tuple[Te
             "z_mixed and mixed belong together, got only one of them; pass the embeddings of "
             "mixed.images and mixed itself"
         )
-    embeddings, records = as_list(z_mixed), as_list(mixed)
+    embeddings, records = as_list(z_mixed), as_records(mixed)
     if isinstance(mixed, MixedBatch) and len(embeddings) > 1:
         raise ValueError(
             "z_mixed and mixed must be as many, at least one, got "
@@ -75,6 +75,24 @@ def as_pairs(z_mixed: Embeddings | None, mixed: Records | None) -> list[tuple[Te
             f"{len(records)}; pass one embedding for each mixed view, in the same order"
         )
     return list(zip(embeddings, records, strict=True))
+
+
+def as_records(mixed: Records) -> list[MixedBatch]:
+    """Return what was mixed as a list."""
+    records = as_list(mixed)
+    for record in records:
+        check_mixed(record)
+    return records
+
+
+def check_mixed(mixed: Any) -> None:
+    """Require what mix_batch returned, as a whole."""
+    if isinstance(mixed, MixedBatch):
+        return
+    raise TypeError(
+        f"mixed must be a MixedBatch, got {type(mixed).__name__}; pass what mix_batch returned "
+        "itself, not its images"
+    )
 
 
 def check_sizes(n: int, **tensors: Tensor) -> None:

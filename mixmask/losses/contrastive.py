@@ -38,8 +38,8 @@ def info_nce(
     Args:
         z: (N, C) queries, floating; normalise them first, they are used as they are.
         target: (N, C) keys, row i belonging to query i.
-        negatives: (K, C) queue, in any order, or a function () -> (K, C) that is asked at every
-            call; None takes the batch's other targets.
+        negatives: (K, C) queue of normalised, detached rows, in any order, or a function
+            () -> (K, C) that is asked at every call; None takes the batch's other targets.
         temperature: τ.
         gather_distributed: Take the targets of all processes as negatives, not only the batch's.
         reduction: "mean" or "none".
@@ -48,8 +48,8 @@ def info_nce(
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit, or if the processes hold different
-            numbers of rows.
+        ValueError: If shapes, devices or options do not fit, if the negatives carry a graph, or
+            if the processes hold different numbers of rows.
         TypeError: If z is not floating, or if the negatives are not a tensor.
 
     Source:
@@ -76,9 +76,10 @@ def info_nce(
 class InfoNCE:
     """`info_nce` with its options stored, as a criterion (z, target).
 
-    A queue that the loop writes in place, as MoCo's buffer, can be given once. One that the loop
-    rebinds, as in `queue = torch.cat([queue, keys])[n:]`, would be held at its first value: give
-    it as `InfoNCE(lambda: queue)`, or build the criterion where it is used.
+    The queue's rows must be normalised, as queries and keys are, and detached; they are used as
+    they are. A queue that the loop writes in place, as MoCo's buffer, can be given once. One that
+    the loop rebinds, as in `queue = torch.cat([queue, keys])[n:]`, would be held at its first
+    value: give it as `InfoNCE(lambda: queue)`, or build the criterion where it is used.
 
     `lambda_weighted_loss` finds its `weighted` method, which takes the negatives' sum once for
     both terms.
@@ -169,13 +170,18 @@ def _check_options(
 def _check_queue(queue: Tensor) -> None:
     if not isinstance(queue, Tensor):
         raise TypeError(
-            f"negatives must be a tensor (K, C), got {type(queue).__name__}; "
+            f"negatives must be a tensor (K, C) of normalised rows, got {type(queue).__name__}; "
             "stack the keys with torch.stack, or pass a function that returns the tensor"
         )
     if queue.ndim != 2 or 0 in queue.shape:
         raise ValueError(
             f"negatives must be (K, C), got {tuple(queue.shape)}; a queue that is "
             "stored as (C, K) is passed as queue.T"
+        )
+    if queue.requires_grad and not queue.is_leaf:
+        raise ValueError(
+            "negatives must carry no graph, got a queue computed from what is trained; detach the "
+            "keys before they are enqueued, as in keys.detach()"
         )
 
 

@@ -13,10 +13,10 @@ from mixmask._checks import check_choice
 from mixmask._devices import move
 from mixmask.losses._criteria import (
     Criterion,
-    MatchingCriterion,
-    SharingCriterion,
     check_criterion,
-    check_no_similarity,
+    check_kind,
+    matches,
+    shares,
 )
 from mixmask.losses._inputs import (
     Embeddings,
@@ -24,12 +24,15 @@ from mixmask.losses._inputs import (
     as_directions,
     as_list,
     as_pairs,
+    as_records,
     check_loss,
+    check_mixed,
     check_sizes,
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import lend_buffers, lend_state
+from mixmask.losses._state import lend_state
+from mixmask.losses._tracing import is_traceable, lend_buffers
 from mixmask.mixing import MixedBatch
 
 
@@ -44,8 +47,8 @@ def lambda_weighted_loss(
     r"""Weigh the loss towards an image and towards its partner by their shares (eq. 4).
 
     $\frac{1}{N} \sum_i \lambda_i \ell(z_i, t_i) + (1 - \lambda_i) \ell(z_i, t_{\pi(i)})$. Add it
-    to the loss of the clean images, with weight one. A criterion that has a `weighted` method
-    (see `SharingCriterion`), such as `losses.InfoNCE`, is asked for both terms at once.
+    to the loss of the clean images, with weight one. A `SharingCriterion`, such as
+    `losses.InfoNCE`, is asked for both terms at once.
 
     What not to pass, of which only some can be told and is refused:
 
@@ -85,9 +88,10 @@ def lambda_weighted_loss(
         >>> lambda_weighted_loss(mixmask.losses.InfoNCE(), z, z, mixed).shape
         torch.Size([])
     """
+    check_mixed(mixed)
     check_sizes(len(mixed), z_mixed=z_mixed, target=target)
     check_criterion(criterion, z_mixed, target)
-    if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
+    if matches(criterion):
         raise TypeError(
             f"{type(criterion).__name__} compares with the clean embeddings, which "
             "lambda_weighted_loss does not have; use LambdaWeightedLoss(criterion)"
@@ -103,7 +107,7 @@ def _weigh(
     lam = move(mixed.lam, z_mixed.device)  # () or (N,)
     # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
     other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
-    if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
+    if shares(criterion):
         return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
     own = check_loss(criterion(z_mixed, target), n, lam)
     if other is None:
@@ -120,9 +124,10 @@ class LambdaWeightedLoss(nn.Module):
     last, on the state itself: after the step it is as one clean call would have left it, and
     every mixed term has seen the state from before the step. State is whatever the criterion
     holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
-    encloses or reads from its module. Not seen are generators, files, and what lies deeper than
-    a list in an object of the criterion. Give it the loss alone: of a function that encloses a
-    whole model, the model's buffers are copied as well.
+    encloses or reads from its module, and a method from its class. Not seen are generators,
+    files, attributes of imported modules, and what lies deep in objects of other packages. Give
+    it the loss alone: of a function around a model, the model's buffers are copied as well.
+    torch.compile takes a graph break for state that is no buffer; `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
@@ -138,7 +143,7 @@ class LambdaWeightedLoss(nn.Module):
             SimSiam's ½. Each mixed view has weight one in either case.
 
     Raises:
-        TypeError: If the criterion is not callable, or is a similarity.
+        TypeError: If the criterion is not callable, or is a class or a similarity.
         ValueError: If an option does not fit.
 
     Example:
@@ -163,12 +168,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> None:
         """Store the criterion; if it is a module, its buffers are part of this one's state."""
         super().__init__()
-        if not callable(criterion):
-            raise TypeError(
-                f"criterion must be callable as (z, target), got {type(criterion).__name__}; "
-                "pass for instance losses.InfoNCE(queue)"
-            )
-        check_no_similarity(criterion)
+        check_kind(criterion)
         if isinstance(ignore, str):
             raise TypeError(
                 f"ignore must be a sequence of names, got {ignore!r}; use ({ignore!r},)"
@@ -295,13 +295,13 @@ class LambdaWeightedLoss(nn.Module):
             >>> for term in criterion.terms(encode, x, target, mixed):
             ...     term.backward()
         """
-        if isinstance(self.criterion, MatchingCriterion):
+        if matches(self.criterion):
             raise TypeError(
                 f"{type(self.criterion).__name__} compares mixed with clean embeddings, so its "
                 "terms cannot be taken one by one; call it with z, target, z_mixed, mixed"
             )
         clean = as_directions(images, target, "images")
-        records = as_list(mixed)
+        records = as_records(mixed)
         for one, its_target in clean:
             for record in records:
                 check_sizes(len(record), images=one, target=its_target)
@@ -347,12 +347,15 @@ class LambdaWeightedLoss(nn.Module):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
+        if torch.compiler.is_compiling() and not is_traceable(self):
+            term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
+            return term
         criterion, switch = self.criterion, self.switch
         check_sizes(len(mixed), z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
-        if isinstance(criterion, MatchingCriterion) and callable(criterion.matched):
+        if matches(criterion):
             return self._match(z_mixed, target, mixed, z)
-        if isinstance(criterion, SharingCriterion) and callable(criterion.weighted):
+        if shares(criterion):
             with self._lend() as lent:
                 return _weigh(lent, z_mixed, target, mixed, switch=switch)
 
@@ -363,6 +366,10 @@ class LambdaWeightedLoss(nn.Module):
                 return loss
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
+        return self._mixed_term(*inputs)
 
     def _match(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None

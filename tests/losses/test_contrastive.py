@@ -368,7 +368,7 @@ def test_mixed_terms_of_one_call_read_the_queue_once() -> None:
 @pytest.mark.parametrize(
     "queue, error, text",
     [
-        (None, TypeError, r"negatives must be a tensor \(K, C\), got NoneType; .* a function"),
+        (None, TypeError, r"negatives must be a tensor \(K, C\) .*, got NoneType; .* a function"),
         (torch.zeros(C), ValueError, r"negatives must be \(K, C\), got \(16,\)"),
         (torch.zeros(C, K), ValueError, r"negatives must be \(K, 16\), got .* queue\.T"),
     ],
@@ -382,3 +382,18 @@ def test_what_the_function_returns_is_checked_at_the_call(
         criterion(z, target)
     with pytest.raises(error, match=text):
         criterion.weighted(z, target, target, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_a_queue_of_keys_that_were_not_detached_is_refused(stale: bool) -> None:
+    z = F.normalize(torch.randn(4, 3), dim=1)
+    encoder = torch.nn.Linear(3, 3)
+    queue = torch.cat([torch.randn(8, 3), encoder(z)])
+    with pytest.raises(ValueError, match=r"must carry no graph.*keys\.detach\(\)"):
+        InfoNCE(queue) if stale else InfoNCE(lambda: queue)(z, z)
+    with pytest.raises(ValueError, match=r"must carry no graph"):
+        info_nce(z, z, queue)
+    # What is trained itself, and is no key, stays possible.
+    learned = torch.randn(8, 3, requires_grad=True)
+    InfoNCE(learned)(z, z).backward()
+    assert learned.grad is not None

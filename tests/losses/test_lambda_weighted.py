@@ -180,6 +180,133 @@ def test_criteria_that_share_are_asked_once() -> None:
     assert criterion.asked[2] is None
 
 
+class _Scaled(InfoNCE):
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * super().__call__(z, target)
+
+
+class _Renamed(InfoNCE):
+    """Nothing of its own."""
+
+
+class _ScaledModule(nn.Module):
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return _squares(z, target)
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        raise AssertionError(z, target, other, lam)
+
+
+class _OwnForward(_ScaledModule):
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(z, target)
+
+
+class _Proxy:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["inner"], name)
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = 0.5 * self.inner(z, target)
+        return loss
+
+
+class _Unrelated(nn.Module):
+    """A method of that name with a meaning of its own, and one with another number of inputs."""
+
+    def weighted(self, z: Tensor, target: Tensor, w: Any = None, eps: float = 1e-3) -> Tensor:
+        raise AssertionError(z, target, w, eps)
+
+    def matched(self, z: Tensor) -> Tensor:
+        raise AssertionError(z)
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return _squares(z, target)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        _Scaled(reduction="none"),
+        _OwnForward(),
+        _Proxy(InfoNCE(reduction="none")),
+        _Proxy(MatchedBarlowTwins()),
+        _Unrelated(),
+    ],
+    ids=lambda criterion: type(criterion).__name__,
+)
+def test_the_call_of_a_subclass_or_a_proxy_is_what_counts(criterion: Any) -> None:
+    z, target = F.normalize(torch.randn(2, N, C), dim=2)
+    partner, lam = torch.randperm(N), torch.tensor(0.3)
+    expected = lam * criterion(z, target) + (1 - lam) * criterion(z, target[partner])
+    mixed = _mixed(partner, lam)
+    torch.testing.assert_close(
+        lambda_weighted_loss(criterion, z, target, mixed), expected.mean(), rtol=1e-5, atol=1e-6
+    )
+    whole = LambdaWeightedLoss(criterion)
+    torch.testing.assert_close(
+        whole.mixed_loss(z, target, mixed), expected.mean(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "criterion, message",
+    [
+        (InfoNCE, r"must be an instance, got the class InfoNCE; pass InfoNCE\(\.\.\.\)"),
+        (nn.MSELoss, r"must be an instance, got the class MSELoss; pass MSELoss\(\.\.\.\)"),
+        (torch.ones(()), "got Tensor; pass the criterion itself, not the loss that it returned"),
+        (0.5, r"must be callable as \(z, target\), got float; pass for instance losses.InfoNCE"),
+    ],
+)
+def test_what_is_no_criterion_is_named(criterion: Any, message: str) -> None:
+    z, mixed = torch.rand(N, C), _mixed(torch.randperm(N), torch.tensor(0.5))
+    with pytest.raises(TypeError, match=message):
+        lambda_weighted_loss(criterion, z, z, mixed)
+    with pytest.raises(TypeError, match=message):
+        LambdaWeightedLoss(criterion)
+
+
+@pytest.mark.parametrize("kind", ["images", "tuple", "list"])
+def test_what_was_mixed_is_passed_as_a_whole(kind: str) -> None:
+    images = torch.rand(N, 3, 8, 8)
+    mixed: Any = {
+        "images": images,
+        "tuple": (images, torch.tensor(0.5)),
+        "list": [_mixed(torch.randperm(N), torch.tensor(0.5)), images],
+    }[kind]
+    z = torch.rand(N, C)
+    whole, message = (
+        LambdaWeightedLoss(_squares),
+        "mixed must be a MixedBatch, got .*not its images",
+    )
+    z_mixed = [z] * len(mixed) if kind != "images" else z
+    with pytest.raises(TypeError, match=message):
+        lambda_weighted_loss(_squares, z, z, mixed)
+    with pytest.raises(TypeError, match=message):
+        whole(z, z, z_mixed, mixed)
+    with pytest.raises(TypeError, match=message):
+        next(whole.terms(lambda x: x.flatten(1), images, z, mixed))
+
+
+def test_a_subclass_may_inherit_both_or_replace_the_shared_terms_alone() -> None:
+    class Counting(_Renamed):
+        def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+            calls.append(lam)
+            return super().weighted(z, target, other, lam)
+
+    calls: list[Tensor] = []
+    z, target = F.normalize(torch.randn(2, N, C), dim=2)
+    mixed = _mixed(torch.randperm(N), torch.rand(N))
+    # A scalar per sample's λ: only the shared terms can give it.
+    for criterion in (InfoNCE(), _Renamed(), Counting()):
+        loss = lambda_weighted_loss(criterion, z, target, mixed)
+        assert torch.equal(loss, lambda_weighted_loss(InfoNCE(), z, target, mixed))
+    assert len(calls) == 1
+
+
 def test_erased_images_ask_for_themselves() -> None:
     mixed = erase_batch(torch.rand(N, 3, 8, 8), BlockMaskGenerator(4, (0.1, 0.9))(N))
     z, target = torch.rand(N, C), torch.rand(N, C)
@@ -492,7 +619,7 @@ def test_what_a_criterion_returns_is_checked_in_every_term(
 
 
 def test_bad_options_of_the_module_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"must be callable as \(z, target\), got Tensor; pass for"):
+    with pytest.raises(TypeError, match=r"must be callable as \(z, target\), got Tensor; pass the"):
         LambdaWeightedLoss(SCALAR)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"a sequence of names, got 'calls'; use \('calls',\)"):
         LambdaWeightedLoss(F.mse_loss, ignore="calls")

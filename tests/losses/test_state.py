@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import pickle
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -431,6 +433,21 @@ class Frozen:
         return loss
 
 
+class Private:
+    __slots__ = ("__bank",)
+
+    def __init__(self) -> None:
+        self.__bank = torch.zeros(K, C)
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        self.__bank = self.__bank + 1
+        return _banked(self.__bank, z, target)
+
+
+class Rows(NamedTuple):
+    rows: Tensor
+
+
 class Helper:
     def __init__(self) -> None:
         self.queue: list[Tensor] = []
@@ -522,6 +539,74 @@ def _reset_globals() -> Callable[..., Tensor]:
     return _with_globals
 
 
+class _Method:
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.contrast(z, target)
+
+    def contrast(self, z: Tensor, target: Tensor) -> Tensor:
+        global GLOBAL_COUNT
+        GLOBAL_COUNT += 1
+        return GLOBAL_COUNT * _banked(GLOBAL_BANK, z, target)
+
+
+class _Forward(nn.Module):
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.loss + _Method.contrast(self, z, target)  # type: ignore[arg-type]
+
+    @property
+    def loss(self) -> Tensor:
+        global GLOBAL_COUNT
+        GLOBAL_COUNT += 1
+        return torch.ones(N) * GLOBAL_COUNT
+
+
+def _with_nested(z: Tensor, target: Tensor) -> Tensor:
+    def contrast() -> Tensor:
+        global GLOBAL_COUNT
+        GLOBAL_COUNT += 1
+        return GLOBAL_COUNT * _banked(GLOBAL_BANK, z, target)
+
+    return contrast()
+
+
+def _using_globals(make: Callable[[], Any]) -> Callable[[], Any]:
+    def build() -> Any:
+        _reset_globals()
+        return make()
+
+    return build
+
+
+class Mode(enum.Enum):
+    """A class that refuses to be written to."""
+
+    ON = "on"
+
+
+def _with_class_attributes(base: type, *, rebinds: bool) -> Callable[[], Any]:
+    def build() -> Any:
+        class Classwide(base):  # type: ignore[misc]
+            bank, calls = torch.zeros(K, C), 0
+
+            def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+                kind = type(self)
+                if rebinds and Mode.ON is Mode("on"):
+                    kind.bank, kind.calls = kind.bank + 1, kind.calls + 1
+                return _banked(self.bank, z, target) * (1 + self.calls)
+
+        return Classwide()
+
+    return build
+
+
+def _nest(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        helper: Any = Helper()
+        helper.inner = value
+        value = helper
+    return value
+
+
 def _reset_default() -> Callable[..., Tensor]:
     _with_default.__defaults__ = ([],)
     return _with_default
@@ -564,6 +649,7 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "tensor in a dict": _made(Plain, lambda m: _in_place(m.banks["a"]), banks={"a": TENSOR}),
     "tensor in a tuple": _made(Plain, lambda m: _in_place(m.banks[0]), banks=(TENSOR,)),
     "dict": _made(Plain, lambda m: m.seen.update({len(m.seen): 2}), seen={"a": 1}),
+    "dict at first empty": _made(Plain, lambda m: m.seen.update({len(m.seen): 2}), seen={}),
     "set": _made(Plain, lambda m: m.seen.add(len(m.seen)), seen={0}),
     "array": _made(Plain, lambda m: m.bank.__iadd__(1), bank=np.zeros(3)),
     "object": _made(
@@ -582,6 +668,21 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "partial of a method": lambda: functools.partial(Memory().forward),
     "bound method": lambda: Memory().forward,
     "globals": _reset_globals,
+    "globals of a method": _using_globals(_Method),
+    "globals of a bound method": _using_globals(lambda: _Method().contrast),
+    "globals of forward and a property": _using_globals(_Forward),
+    "globals of a nested function": _using_globals(lambda: _with_nested),
+    "attribute of a class": _with_class_attributes(object, rebinds=False),
+    "attribute of a class, rebound": _with_class_attributes(object, rebinds=True),
+    "attribute of a module's class": _with_class_attributes(nn.Module, rebinds=True),
+    "objects in objects": _made(
+        Plain, lambda m: _enqueue(m.a.inner.inner.inner.inner), a=_nest(Helper(), 4)
+    ),
+    "containers in containers": _made(
+        Plain, lambda m: m.a["b"]["c"][0]["d"].append(1), a={"b": {"c": [{"d": []}]}}
+    ),
+    "named tuple": _made(Plain, lambda m: _in_place(m.bank.rows), bank=Rows(TENSOR)),
+    "private slot": Private,
     "default": _reset_default,
     "keyword's default": _reset_keyword,
     "function's attribute": _with_attribute,
@@ -820,6 +921,60 @@ def test_parameters_may_be_trained_between_calls_but_not_within() -> None:
     assert all(torch.equal(before[name], value) for name, value in training.state_dict().items())
 
 
+@pytest.mark.parametrize("rebinds", [True, False])
+def test_what_is_trained_must_not_be_written_through_data_either(rebinds: bool) -> None:
+    class Queue(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queue = nn.Parameter(torch.tensor([[1.0] * C, [torch.nan] * C]))
+
+        def forward(self, z: Tensor, target: Tensor) -> Tensor:
+            if active:
+                new = target[:1].detach()
+                if rebinds:
+                    self.queue.data = torch.cat([self.queue.data, new])
+                else:
+                    self.queue.data[:1] = new
+            return _loss(z, target) * self.queue[0].sum()
+
+    active = False
+    z, target, z_mixed = _rows(3)
+    LambdaWeightedLoss(Queue())(z, target, z_mixed, MIXED)
+    active, criterion = True, Queue()
+    before, place = criterion.queue.detach().clone(), criterion.queue.data_ptr()
+    with pytest.raises(ValueError, match=r"'queue' changed during a call"):
+        LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    torch.testing.assert_close(criterion.queue.detach(), before, equal_nan=True)
+    assert criterion.queue.data_ptr() == place
+
+
+@pytest.mark.parametrize("hide", ["dict", "setattr"])
+@pytest.mark.parametrize(
+    "kept", [nn.Linear(C, C), nn.Parameter(torch.ones(C)), Memory()], ids=["layer", "weight", "own"]
+)
+def test_what_a_module_keeps_out_of_its_children_stays_there(kept: Any, hide: str) -> None:
+    class Teaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = nn.Linear(C, C)
+            if hide == "dict":
+                self.__dict__["teacher"] = kept
+            else:
+                object.__setattr__(self, "teacher", kept)
+
+        def forward(self, z: Tensor, target: Tensor) -> Tensor:
+            return _loss(self.student(z), target)
+
+    criterion = Teaching()
+    whole = LambdaWeightedLoss(criterion)
+    names, held = list(whole.state_dict()), dict(vars(criterion))
+    z, target, z_mixed = _rows(3)
+    whole(z, target, z_mixed, MIXED)
+    assert list(whole.state_dict()) == names
+    assert list(vars(criterion)) == list(held)
+    assert all(vars(criterion)[name] is value for name, value in held.items())
+
+
 def test_a_frozen_teacher_inside_the_criterion_is_lent() -> None:
     class Distilling(nn.Module):
         def __init__(self) -> None:
@@ -839,3 +994,85 @@ def test_a_frozen_teacher_inside_the_criterion_is_lent() -> None:
     torch.testing.assert_close(loss, once(z, target).mean() + mixed.mean())
     assert all(map(torch.equal, criterion.parameters(), once.parameters()))
     assert all(isinstance(p, nn.Parameter) for p in criterion.parameters())
+
+
+COMPILED = (
+    "list",
+    "tensor in a tuple",
+    "tensor in a dict",
+    "list of an object",
+    "plain object's tensor",
+    "nonlocal",
+    "closure around a module",
+    "bound method",
+    "globals",
+    "globals of forward and a property",
+    "attribute of a class",
+    "function's attribute",
+    "partial of a tensor",
+)
+
+
+class FrozenQueue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = nn.Parameter(torch.zeros(K, C), requires_grad=False)
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        return _banked(self.queue.data, z, target)
+
+
+@pytest.mark.parametrize("name", [*COMPILED, "frozen parameter"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_state_that_cannot_be_traced_is_lent_all_the_same(name: str) -> None:
+    make = HIDDEN.get(name, FrozenQueue)
+    z, target, z_mixed = _rows(3)
+    ours = LambdaWeightedLoss(make())
+    expected = [ours(z, target, z_mixed, MIXED).detach() for _ in range(3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(LambdaWeightedLoss(make()), backend="eager")
+    for wanted in expected:
+        torch.testing.assert_close(compiled(z, target, z_mixed, MIXED).detach(), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["list", "dict at first empty", "nonlocal", "globals", "partial of a tensor"]
+)
+def test_a_single_graph_is_refused_where_state_cannot_be_traced(name: str) -> None:
+    torch._dynamo.reset()
+    whole = torch.compile(LambdaWeightedLoss(HIDDEN[name]()), backend="eager", fullgraph=True)
+    z, target, z_mixed = _rows(3)
+    with pytest.raises(Exception, match="_lend_state_beyond_buffers"):
+        whole(z, target, z_mixed, MIXED)
+
+
+TEMPERATURE = 0.5
+IN_ONE_GRAPH: dict[str, Callable[[], Any]] = {
+    "function": lambda: _loss,
+    "constant of a module": lambda: lambda z, target: _loss(z, target) * TEMPERATURE,
+    "constant in a closure": lambda: (lambda scale: lambda z, t: _loss(z, t) * scale)(0.25),
+    "partial": lambda: functools.partial(F.smooth_l1_loss, beta=0.5),
+    "InfoNCE": lambda: InfoNCE(torch.randn(K, C), reduction="none"),
+    "module of torch": nn.PairwiseDistance,
+    "buffers and a temperature": Center,
+}
+
+
+@pytest.mark.parametrize("make", IN_ONE_GRAPH.values(), ids=IN_ONE_GRAPH)
+def test_what_holds_no_state_or_only_buffers_is_one_graph(make: Callable[[], Any]) -> None:
+    criterion = make()
+    z, target, z_mixed = _rows(3)
+    expected = LambdaWeightedLoss(copy.deepcopy(criterion))(z, target, z_mixed, SHARED)
+    torch._dynamo.reset()
+    whole = torch.compile(LambdaWeightedLoss(criterion), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(z, target, z_mixed, SHARED), expected)
+
+
+def test_a_trainer_that_is_held_through_a_weak_proxy_is_lent() -> None:
+    """As Lightning's trainer is by its parts."""
+    module = Plain(_count, calls=0)
+    proxy = weakref.proxy(module)
+    whole = LambdaWeightedLoss(lambda z, target: proxy(z, target))
+    z, target, z_mixed = _rows(3)
+    whole(z, target, z_mixed, MIXED)
+    assert module.calls == 1
