@@ -220,7 +220,7 @@ class Wide(Predicting):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder_q, self.predictor = Encoder()[:-1], nn.Linear(36, C)
+        self.encoder_q, self.predictor = nn.Sequential(*list(Encoder())[:-1]), nn.Linear(36, C)
 
     def _follow(self) -> None:
         """Leave the keys' encoder as it is."""
