@@ -265,7 +265,7 @@ class Renamed(Builder):
     @torch.no_grad()
     def update_queue(self, keys: Tensor) -> None:
         start = int(self.queue_ptr)
-        self.memory[start : start + len(keys)] = keys  # type: ignore[index, operator]
+        self.memory[start : start + len(keys)] = keys  # type: ignore[operator]
         self.queue_ptr[0] = (start + len(keys)) % K
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Any:

@@ -377,6 +377,36 @@ def test_other_names_and_keys_as_rows() -> None:
     _same(model.memory, plain.queue.T)
 
 
+class Manual(Builder):
+    """Has the recipe's lines before the queue is updated, around a function that makes logits."""
+
+    term: Tensor
+
+    def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = F.normalize(q, dim=1)
+        near = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        return near / self.T, torch.zeros(len(q), dtype=torch.long)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q = self.encoder_q(im_q)
+        self._follow()
+        k = self._keys(im_k)
+        logits, labels = self.logits(q, k)
+        mixed = draw(im_q, seeded(), {})
+        self.term = mixmask.lambda_weighted_loss(
+            lambda z, k: F.cross_entropy(*self.logits(z, k)), self.encoder_q(mixed.images), k, mixed
+        )
+        self._dequeue_and_enqueue(k)
+        return logits, labels
+
+
+def test_the_recipe_for_other_builders_gives_the_term_of_a_wrapped_one() -> None:
+    plain, model = wrap(build(), MASKS, generator=seeded()), build(Manual)
+    ((x_q, x_k),) = views()[0]
+    _same(model(x_q, x_k), plain(x_q, x_k))
+    _same(model.term, mixed_loss(plain))
+
+
 def test_keys_as_rows_are_told_from_the_keys() -> None:
     model: Any = build(Renamed)
     before = model.memory.clone()
