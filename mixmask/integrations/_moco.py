@@ -22,7 +22,7 @@ class FirstStep:
         encoder = builder.encoder_q
         self.builder = builder
         self.seen: list[tuple[Tensor, Any]] = []
-        self.positives: list[Tensor] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
         self.buffers = {
             name: (buffer, buffer.clone())
             for name, buffer in builder._buffers.items()
@@ -62,27 +62,34 @@ class FirstStep:
                         f"{tuple(its_keys.shape)}; where more follows it, pass encode=..., a "
                         "function of the model and images"
                     )
-                self.positives.append((q.float() * its_keys.float()).sum(dim=1))  # (N,)
+                self.pairs.append((q.float(), its_keys.float()))
 
-    def check_output(self, output: Any, negatives: int, temperatures: Sequence[Any]) -> None:
-        """Compare the logits with the cosines of queries and keys, if there are any."""
-        n = len(self.positives[0]) if self.positives else 0
-        logits = [one for one in _tensors(output) if one.shape == (n, 1 + negatives)]
+    def check_output(self, output: Any, rows: Tensor | None, temperatures: Sequence[Any]) -> None:
+        """Compare the logits, if there are any, with cosines; `rows` is the old queue, (K, C)."""
+        rows = torch.empty(0) if rows is None else rows.float()
+        shapes = [(len(q), 1 + len(rows)) for q, _ in self.pairs]
+        logits = [one for one in _tensors(output) if one.shape in shapes]
         if not logits:
-            return self._check_weights()
-        if not any(
-            _close(one[:, 0] * scale, positive)
-            for one in logits
-            for positive in self.positives
-            for scale in (*temperatures, 1.0)
-        ):
+            self._check_weights()
+            return
+        # (N, 1 + K): the key first, as in MoCo's algorithm 1.
+        expected = [
+            torch.cat([(q * keys).sum(dim=1, keepdim=True), q @ rows.T], dim=1)
+            for q, keys in self.pairs
+        ]
+        scales = *temperatures, 1.0
+        if not any(_close(x * scale, y) for x in logits for y in expected for scale in scales):
             raise ValueError(
-                "logits[:, 0] must be the cosines of encoder_q's output and the enqueued keys, "
-                "over the temperature, got others: a predictor or another transform follows "
-                "encoder_q, or keys are enqueued in another order than the queries'; pass encode="
-                f"..., a function of the model and images, or {IN_FORWARD}"
+                "logits must be the cosines of encoder_q's output with the enqueued keys, then "
+                "with the queue as it was before, over the temperature, got others: a predictor or "
+                "another transform follows encoder_q, keys are enqueued in another order than the "
+                "queries', the queue is filled first, or it is normalised when it is read; pass "
+                f"encode=..., a function of the model and images, or {IN_FORWARD}"
             )
-        return None
+
+    def queue(self, name: str) -> Tensor | None:
+        """Return the queue as it was, if it is a buffer."""
+        return self.buffers[name][1] if name in self.buffers else None
 
     def _check_weights(self) -> None:
         encoders = [self.builder.encoder_q, self.builder.encoder_k]
@@ -114,9 +121,9 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _close(logits: Tensor, positive: Tensor) -> bool:
+def _close(logits: Tensor, cosines: Tensor) -> bool:
     rough = torch.finfo(logits.dtype).bits < 32 or torch.is_autocast_enabled(logits.device.type)
-    difference = (logits.float() - positive).abs().max()
+    difference = (logits.float() - cosines).abs().max()
     return bool(difference < (_TOLERANCE_OF_HALF if rough else _TOLERANCE))
 
 

@@ -60,9 +60,9 @@ def wrap(
     without gradients it does nothing. Take the term with `mixed_loss(model)`, once per step.
 
     The first step is checked: `encoder_q` must get the images that are mixed, the keys must be
-    of length one, and logits (N, 1 + K) must begin with the cosines of both. Of a builder that
-    returns no logits, `encoder_q` must be all that is trained. Where a check fails, nothing stays
-    enqueued.
+    of length one, and logits (N, 1 + K) must be the cosines with keys and old queue. Of a builder
+    that returns no logits, `encoder_q` must be all that is trained. Where a check fails, nothing
+    stays enqueued.
 
     Args:
         model: A builder with `encoder_q`, `encoder_k`, a queue and a method that enqueues, which
@@ -230,8 +230,9 @@ class _Mixture:
             return
         try:
             if self.encode is None:
-                negatives = getattr(self.model, self.queue).shape[self.layout.index("K")]
-                first.check_output(output, negatives, self._temperatures())
+                queue = first.queue(self.queue)
+                rows = queue.T if queue is not None and self.layout == "CK" else queue
+                first.check_output(output, rows, self._temperatures())
         except ValueError:
             self.term = None
             first.restore()

@@ -254,6 +254,31 @@ class Unordered(Builder):
         return logits / self.T, torch.zeros(len(q), dtype=torch.long)
 
 
+class Early(Builder):
+    """Fills its queue before it reads it."""
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        self._dequeue_and_enqueue(k)
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
+class Reading(Builder):
+    """Normalises its queue where it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue.mul_(2)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        queue = F.normalize(self.queue.clone(), dim=0)
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue], dim=1)
+        self._dequeue_and_enqueue(k)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
 class Renamed(Builder):
     """Other names, and keys as rows of the queue."""
 
