@@ -11,8 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion
-from mixmask.losses._criteria import check_no_similarity
+from mixmask.losses import Criterion, LambdaWeightedLoss
 from mixmask.losses._state import _Loan, lend_state
 
 T = TypeVar("T")
@@ -98,7 +97,7 @@ class Snapshot(_Loan):
     def callback(self, callback: Any, /, *args: Any, **options: Any) -> Any:
         """Note each part beside what restores it."""
         if callback == self._drop_new:
-            self.known.append(args)  # type: ignore[arg-type]
+            self.known.append(args)
         else:
             self.parts.append((callback, args[0]))
         return super().callback(callback, *args, **options)
@@ -203,14 +202,15 @@ def split_arguments(
     for name in list(given):
         if names[name] is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name)
-    z, target = list(given)[:2] if len(given) > 1 else (None, None)
+    names_of_two = list(given)[:2]
     fixed = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL
-    if z is None or any(names.get(name) in fixed for name in list(given)[2:]):
+    if len(names_of_two) < 2 or any(names.get(name) in fixed for name in list(given)[2:]):
         raise TypeError(
             f"the criterion must take z, target and further arguments by name, got {len(args)} by "
             f"position and {list(options)}; name those after the first two in forward"
         )
-    return given.pop(z), given.pop(target), given
+    z, target = (given.pop(name) for name in names_of_two)
+    return z, target, given
 
 
 def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
@@ -223,7 +223,7 @@ def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
             )
     used = criterion if mixed_criterion is None else mixed_criterion
     try:
-        check_no_similarity(used)
+        LambdaWeightedLoss(used)
     except TypeError as error:
         raise TypeError(f"{error}; pass mixed_criterion=losses.NegativeCosine()") from error
     if getattr(type(used), "forward", None) is nn.CrossEntropyLoss.forward:
