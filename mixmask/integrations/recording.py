@@ -7,54 +7,60 @@
 
 MoCo v3, SimSiam and SimCLR re-implementations, and byol-pytorch have an inner loss of two
 arguments, whose place `RecordingCriterion` takes. Barlow Twins and VICReg compute theirs in line:
-`record_embeddings` listens to their projector. What augments inside `forward` is met by
-`RecordingView`.
+`record_embeddings` listens to their projector. `RecordingView` is for views made in `forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixmask.integrations._steps import Kept, SameState, as_it_is, call_a_copy
-from mixmask.losses import (
-    Criterion,
-    LambdaWeightedLoss,
-    MatchingCriterion,
-    SharingCriterion,
-    lambda_weighted_loss,
+from mixmask.integrations._steps import (
+    Kept,
+    SameState,
+    Snapshot,
+    check_recordable,
+    comes_from,
+    list_unused,
+    split_arguments,
 )
+from mixmask.losses import Criterion, LambdaWeightedLoss
 from mixmask.mixing import MixedBatch
 
 Encode = Callable[[Tensor], Tensor]
+# The criterion as it was, z and target.
+Call = tuple[Snapshot, Tensor, Tensor]
 
 
 class RecordingCriterion:
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
     It is called as the criterion is and returns what that returns; of calls with gradients it
-    keeps the two arguments until `mixed_loss` takes them. Around a module it is a module of the
-    same parameters, buffers and `state_dict`; attributes of the criterion are reachable. A module
-    that holds state is copied before each call, so that the mixed term sees the state that the
-    clean one saw.
+    keeps the arguments until `mixed_loss` takes them. Around a module it is a module of the same
+    parameters, buffers and `state_dict`; attributes of the criterion are reachable. What the
+    criterion remembers, as far as `LambdaWeightedLoss` sees it, is copied before each call: the
+    mixed term sees the state that the clean one saw, also where `forward` fills a bank afterwards,
+    and leaves the state as it is.
 
     Args:
         criterion: (z, target) -> () or (N,): a function, a module, or a method of the model.
+            Further arguments, such as a temperature, are passed through, and again to the mixed
+            term.
         calls: How often `forward` calls it per step: 2 in symmetric methods.
         mixed_criterion: (z, target) -> () or (N,) for the mixed term, where the criterion is no
-            loss (SimSiam's `CosineSimilarity`, whose sign `forward` turns) or returns () and each
-            sample has a λ of its own. Default: the criterion.
+            loss (SimSiam's `CosineSimilarity`, whose sign `forward` turns; MoCo's logits) or
+            returns () and each sample has a λ of its own. Default: the criterion. A queue is read
+            at the clean call: `InfoNCE(lambda: model.queue)`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Raises:
         TypeError: If the criterion is not callable, or is `CosineSimilarity` or
             `CrossEntropyLoss` and there is no `mixed_criterion`.
-        ValueError: If it is a method of a model with a queue, which is filled before the mixed
-            term would read it; or if `calls` is not positive.
+        ValueError: If `calls` is not positive.
 
     Source:
         MixMask, section 3.2 and eq. 4.
@@ -96,11 +102,17 @@ class RecordingCriterion:
         switch: bool = True,
     ) -> None:
         """Refuse what is not a loss of embeddings now rather than at the first step."""
-        _check_criterion(criterion, mixed_criterion)
+        check_recordable(criterion, mixed_criterion)
         # Not by assignment, which would make it a child and rename its state.
         vars(self).update(criterion=criterion, mixed_criterion=mixed_criterion)
         self.switch = switch
-        self._calls: Kept[tuple[Criterion, Tensor, Tensor]] = Kept(calls, "criterion")
+        self._recorded: Kept[Call] = Kept(calls, "criterion")
+        # What is recorded is no state of the criterion, though its model holds it.
+        self._ignored = "_recorded", *list_unused(self._used)
+
+    @property
+    def _used(self) -> Any:
+        return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
     def __getattr__(self, name: str) -> Any:
         if "criterion" not in vars(self):
@@ -109,21 +121,38 @@ class RecordingCriterion:
 
     def __repr__(self) -> str:
         return (
-            f"RecordingCriterion({self.criterion!r}, calls={self._calls.calls}, "
+            f"RecordingCriterion({self.criterion!r}, calls={self._recorded.calls}, "
             f"switch={self.switch})"
         )
 
-    def __call__(self, z: Tensor, target: Tensor) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
-        if not (torch.is_grad_enabled() and z.requires_grad):
-            return self.criterion(z, target)
+        if torch.is_grad_enabled():
+            keep = self._keep
+            if torch.compiler.is_compiling():
+                keep = torch.compiler.disable(keep)
+            keep(args, options)
+        return self.criterion(*args, **options)
+
+    def _keep(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+        z, target, more = split_arguments(self.criterion, args, options)
+        if not isinstance(z, Tensor) or not isinstance(target, Tensor):
+            raise TypeError(
+                "the criterion must take two tensors first, z and target, got "
+                f"{type(z).__name__} and {type(target).__name__}; record a function that does, one "
+                "call per pair"
+            )
+        if not z.requires_grad:
+            return
         if not target.is_floating_point():
             raise TypeError(
                 f"the criterion must take embeddings and targets, got targets of {target.dtype}; "
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
-        self._calls.add((as_it_is(self.criterion), z, target))
-        return self.criterion(z, target)
+        used = self._used
+        if more and self.mixed_criterion is None:
+            used = partial(used, **more)
+        self._recorded.add((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
         self,
@@ -158,12 +187,12 @@ class RecordingCriterion:
                 f"z_mixed, mixed and call must be as many, at least one, got {len(views)}, "
                 f"{len(records)} and {len(order)}; pass one of each per mixed view"
             )
-        if not all(0 <= index < self._calls.calls for index in order):
+        if not all(0 <= index < self._recorded.calls for index in order):
             raise ValueError(
-                f"call must name the calls 0 ... {self._calls.calls - 1}, got {order}; pass calls= "
-                "as many as forward makes"
+                f"call must name the calls 0 ... {self._recorded.calls - 1}, got {order}; pass "
+                "calls= as many as forward makes"
             )
-        calls = self._taken(len(records))
+        calls = self._taken(views)
         total = None
         for index, view, record in zip(order, views, records, strict=True):
             embedding = view if isinstance(view, Tensor) else view(record.images)
@@ -175,28 +204,17 @@ class RecordingCriterion:
 
     def reset(self) -> None:
         """Forget what was recorded, where the loss of a step is not used."""
-        self._calls.items = []
+        self._recorded.items = []
 
-    def _taken(self, views: int) -> list[tuple[Criterion, Tensor, Tensor]]:
+    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
         del views
-        return self._calls.take()
+        return self._recorded.take()
 
-    def _term(
-        self, call: tuple[Criterion, Tensor, Tensor], z_mixed: Tensor, mixed: MixedBatch
-    ) -> Tensor:
-        kept, z, target = call
-        if self.mixed_criterion is not None:
-            kept = self.mixed_criterion
-        if isinstance(kept, MatchingCriterion):
-            whole = LambdaWeightedLoss(as_it_is(kept), switch=self.switch)
+    def _term(self, call: Call, z_mixed: Tensor, mixed: MixedBatch) -> Tensor:
+        snapshot, z, target = call
+        with snapshot.installed() as criterion:
+            whole = LambdaWeightedLoss(criterion, switch=self.switch, ignore=self._ignored)
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
-        criterion = kept
-        if isinstance(kept, SharingCriterion):
-            criterion = as_it_is(kept)
-        elif isinstance(kept, nn.Module):
-            # The term of the partners must not see what that of the images left.
-            criterion = partial(call_a_copy, kept)
-        return lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=self.switch)
 
 
 class _RecordingModule(RecordingCriterion, SameState):
@@ -337,6 +355,7 @@ class _RecordedEmbeddings(RecordingCriterion):
     def __init__(self, criterion: Criterion, **options: Any) -> None:
         super().__init__(criterion, **options)
         self._outputs: list[Tensor] = []
+        self._state: Snapshot | None = None
         self._more = 0
 
     def keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -345,26 +364,33 @@ class _RecordedEmbeddings(RecordingCriterion):
             return
         if len(self._outputs) == 2:
             self._more += 1
-        else:
-            self._outputs.append(output)
+            return
+        self._outputs.append(output)
+        self._state = Snapshot(self.criterion, self._ignored)
 
     def reset(self) -> None:
         """Forget what was recorded."""
-        self._outputs, self._more = [], 0
+        self._outputs, self._state, self._more = [], None, 0
         super().reset()
 
-    def _taken(self, views: int) -> list[tuple[Criterion, Tensor, Tensor]]:
-        outputs, more = self._outputs, self._more
+    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
+        outputs, state, more = self._outputs, self._state, self._more
         self.reset()
-        if len(outputs) < 2 or more not in (0, views):
+        if len(outputs) < 2 or state is None or more not in (0, len(views)):
             raise ValueError(
                 "the module must have been called for both clean views and the mixed ones since "
                 f"the last mixed_loss, got {len(outputs) + more} calls; take mixed_loss in every "
-                "step (or call reset() where one is skipped), and run what is not trained under "
-                "torch.no_grad()"
+                "step (or call reset() where one is skipped), run what is not trained under "
+                "torch.no_grad(), and give views that are embedded in one call of 2N to "
+                "lambda_weighted_loss in forward"
+            )
+        if any(comes_from(view, outputs) for view in views if isinstance(view, Tensor)):
+            raise ValueError(
+                "the module's first two outputs must be those of the clean views, got a mixed view "
+                "among them; call the model before the mixed images are embedded"
             )
         first, second = outputs
-        return [(self.criterion, first, second), (self.criterion, second, first)]
+        return [(state, first, second), (state, second, first)]
 
 
 def _order(call: int | Sequence[int] | None, n: int, *, single: bool) -> list[int]:
@@ -372,29 +398,3 @@ def _order(call: int | Sequence[int] | None, n: int, *, single: bool) -> list[in
     if call is None:
         return [0] if single else list(range(n))
     return [call] if isinstance(call, int) else list(call)
-
-
-def _check_criterion(criterion: Any, mixed_criterion: Any) -> None:
-    for one in (criterion, mixed_criterion):
-        if not callable(one) and not (one is None and one is mixed_criterion):
-            raise TypeError(
-                f"the criterion must be callable as (z, target), got {type(one).__name__}; pass "
-                "for instance model.contrastive_loss"
-            )
-    used = criterion if mixed_criterion is None else mixed_criterion
-    if isinstance(used, nn.CosineSimilarity):
-        raise TypeError(
-            "the mixed term must be a loss, got CosineSimilarity, which is large where the loss is "
-            "small; pass mixed_criterion=losses.NegativeCosine()"
-        )
-    if isinstance(used, nn.CrossEntropyLoss):
-        raise TypeError(
-            "the criterion must take embeddings and targets, got CrossEntropyLoss, which takes "
-            "logits; wrap the function that makes them, or pass for instance "
-            "mixed_criterion=losses.NTXent()"
-        )
-    if mixed_criterion is None and hasattr(getattr(criterion, "__self__", None), "queue"):
-        raise ValueError(
-            "the criterion must not read a queue of its model, which is filled before the mixed "
-            "term, got a method of a model with one; use mixmask.integrations.moco"
-        )

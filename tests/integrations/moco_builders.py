@@ -197,6 +197,111 @@ class Long(Builder):
         return 3 * super()._keys(im_k)
 
 
+class Predicting(Builder):
+    """A predictor follows the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictor = nn.Linear(C, C)
+
+    def query(self, images: Tensor) -> Tensor:
+        return F.normalize(self.predictor(self.encoder_q(images)), dim=1)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = self.query(im_q), self._keys(im_k)
+        self._follow()
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        self._dequeue_and_enqueue(k)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
+class Wide(Predicting):
+    """The projector is no part of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder_q, self.predictor = nn.Sequential(*list(Encoder())[:-1]), nn.Linear(36, C)
+
+    def _follow(self) -> None:
+        """Leave the keys' encoder as it is."""
+
+
+class PredictingLoss(Predicting):
+    """Returns its loss alone."""
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        return F.cross_entropy(*super().forward(im_q, im_k))
+
+
+class Centring(Predicting):
+    """Something follows the encoder that has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.predictor
+
+    def query(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder_q(images) - 0.3, dim=1)
+
+
+class Unordered(Builder):
+    """Enqueues keys in another order, which is the same for its own loss."""
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        self._dequeue_and_enqueue(k.roll(1, 0))
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
+class Early(Builder):
+    """Fills its queue before it reads it."""
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        self._dequeue_and_enqueue(k)
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
+class Reading(Builder):
+    """Normalises its queue where it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue.mul_(2)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        queue = F.normalize(self.queue.clone(), dim=0)
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue], dim=1)
+        self._dequeue_and_enqueue(k)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
+class Renamed(Builder):
+    """Other names, and keys as rows of the queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", self.queue.T.clone())
+        del self.queue
+
+    @torch.no_grad()
+    def update_queue(self, keys: Tensor) -> None:
+        start = int(self.queue_ptr)
+        self.memory[start : start + len(keys)] = keys  # type: ignore[operator]
+        self.queue_ptr[0] = (start + len(keys)) % K
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        self._follow()
+        k, rows = self._keys(im_k), self.memory.clone()  # type: ignore[operator]
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ rows.T], dim=1)
+        self.update_queue(k)
+        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+
+
 class Half(Builder):
     """Embeds both views as queries but enqueues the keys of one."""
 

@@ -22,18 +22,26 @@ from moco_builders import (
     Augmenting,
     Builder,
     C,
+    Centring,
+    Early,
     Half,
     K,
     Lists,
     Long,
     N,
     Named,
+    Predicting,
+    PredictingLoss,
+    Reading,
+    Renamed,
     Slow,
     Stacked,
     Swapped,
     Symmetric,
     Twice,
+    Unordered,
     View,
+    Wide,
     build,
     draw,
     seeded,
@@ -268,7 +276,7 @@ def test_nothing_of_a_step_is_kept() -> None:
     mixed_loss(model)
     mixture = vars(model)["_mixmask"]
     assert not mixture.views
-    assert mixture.term is mixture.probe is None
+    assert mixture.term is mixture.first is None
 
 
 def test_lists_of_views_and_a_temperature_in_the_head() -> None:
@@ -316,6 +324,13 @@ REFUSED: dict[str, tuple[type[Builder], dict[str, Any], str]] = {
     "one view's keys": (Builder, {"symmetric": True}, r"keys must be \(2N, C\) with N = 4"),
     "both views, half of the keys": (Half, {}, "the builder is symmetric"),
     "keys of other lengths": (Long, {}, "keys must be of length one"),
+    "a predictor": (Predicting, {}, r"logits must be the cosines"),
+    "a projector of its own": (Wide, {}, "encoder_q must return rows as long as the keys"),
+    "a predictor in a loss": (PredictingLoss, {}, "got predictor.weight, predictor.bias as well"),
+    "a transform without weights": (Centring, {}, r"logits must be the cosines"),
+    "a queue that is filled first": (Early, {}, "the queue is filled first"),
+    "a queue normalised when read": (Reading, {}, "normalised when it is read"),
+    "keys in another order": (Unordered, {}, "enqueued in another order than the queries'"),
 }
 
 
@@ -323,12 +338,106 @@ REFUSED: dict[str, tuple[type[Builder], dict[str, Any], str]] = {
 def test_other_builders_are_refused_before_anything_is_enqueued(
     kind: type[Builder], options: dict[str, Any], text: str
 ) -> None:
-    model = wrap(build(kind), MASKS, **options)
+    model: Any = wrap(build(kind), MASKS, **options)
     ((x_q, x_k),) = views()[0]
-    before = model.queue.clone()  # type: ignore[operator]
-    with pytest.raises(ValueError, match=text):
-        model(torch.stack([x_q, x_k])) if kind is Stacked else model(x_q, x_k)
-    assert torch.equal(model.queue, before)  # type: ignore[arg-type]
+    before = model.queue.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=text):
+            model(torch.stack([x_q, x_k])) if kind is Stacked else model(x_q, x_k)
+        assert torch.equal(model.queue, before)
+        assert int(model.queue_ptr) == 0
+        with pytest.raises(ValueError, match="got none yet"):
+            mixed_loss(model)
+
+
+@pytest.mark.parametrize("kind", [Predicting, PredictingLoss, Wide])
+def test_a_predictor_is_part_of_an_encoder_of_ones_own(kind: type[Predicting]) -> None:
+    model: Any = wrap(build(kind), MASKS, generator=seeded(), encode=kind.query)
+    ((x_q, x_k),) = views()[0]
+    old = model.queue.clone()
+    model(x_q, x_k)
+    mixed = draw(x_q, seeded(), {})
+    criterion = mixmask.losses.InfoNCE(old.T, TAU)
+    k = model.queue[:, :N].T
+    _same(
+        mixed_loss(model),
+        mixmask.lambda_weighted_loss(criterion, model.query(mixed.images), k, mixed),
+    )
+
+
+def test_other_names_and_keys_as_rows() -> None:
+    plain, model = build(), build(Renamed)
+    wrap(plain, MASKS, generator=seeded())
+    wrap(
+        model,
+        MASKS,
+        generator=seeded(),
+        enqueue="update_queue",
+        queue="memory",
+        layout="KC",
+    )
+    steps = [step[0] for step in views()]
+    _same(train(model, steps), train(plain, steps))
+    _same(model.memory, plain.queue.T)
+
+
+class Manual(Builder):
+    """Has the recipe's lines before the queue is updated, around a function that makes logits."""
+
+    term: Tensor
+
+    def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = F.normalize(q, dim=1)
+        near = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        return near / self.T, torch.zeros(len(q), dtype=torch.long)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
+        q = self.encoder_q(im_q)
+        self._follow()
+        k = self._keys(im_k)
+        logits, labels = self.logits(q, k)
+        mixed = draw(im_q, seeded(), {})
+        self.term = mixmask.lambda_weighted_loss(
+            lambda z, k: F.cross_entropy(*self.logits(z, k)), self.encoder_q(mixed.images), k, mixed
+        )
+        self._dequeue_and_enqueue(k)
+        return logits, labels
+
+
+def test_the_recipe_for_other_builders_gives_the_term_of_a_wrapped_one() -> None:
+    plain, model = wrap(build(), MASKS, generator=seeded()), build(Manual)
+    ((x_q, x_k),) = views()[0]
+    _same(model(x_q, x_k), plain(x_q, x_k))
+    _same(model.term, mixed_loss(plain))
+
+
+def test_keys_as_rows_are_told_from_the_keys() -> None:
+    model: Any = build(Renamed)
+    before = model.memory.clone()
+    wrap(model, MASKS, enqueue="update_queue", queue="memory")
+    with pytest.raises(
+        ValueError, match=r"stored as \(K, C\): pass wrap\(model, masks, layout='KC'"
+    ):
+        model(*views()[0][0])
+    assert torch.equal(model.memory, before)
+
+
+def test_a_replica_is_refused() -> None:
+    model: Any = wrap(build(), MASKS)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(TypeError, match=r"as nn\.DataParallel makes; use DistributedDataParallel"):
+        replica(*views()[0][0])
+
+
+def test_raw_logits_and_a_temperature_of_ones_own_are_accepted() -> None:
+    """A loop may divide by the temperature itself."""
+    raw, model = build(), build()
+    wrap(model, MASKS, generator=seeded())
+    wrap(raw, MASKS, generator=seeded(), temperature=TAU)
+    raw.T = 1.0
+    for one in (raw, model):
+        one(*views()[0][0])
+    _same(mixed_loss(raw), mixed_loss(model))
 
 
 def test_a_second_call_of_enqueue_is_refused() -> None:
@@ -382,6 +491,22 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: wrap(_with(queue=torch.rand(2, C, K)), MASKS),
         ValueError,
         r"queue must be \(C, K\), got \(2, 6, 24\)",
+    ),
+    "a square queue": (
+        lambda: wrap(_with(queue=torch.rand(C, C)), MASKS),
+        ValueError,
+        "pass layout='CK' if keys are its columns",
+    ),
+    "another layout": (lambda: wrap(build(), MASKS, layout="NC"), ValueError, "'CK' or 'KC'"),
+    "another name of enqueue": (
+        lambda: wrap(build(), MASKS, enqueue="update_queue"),
+        ValueError,
+        "without update_queue; name them, as in",
+    ),
+    "enqueue by an attribute": (
+        lambda: wrap(_with(_dequeue_and_enqueue=print), MASKS),
+        ValueError,
+        "is an attribute of the model; pass the name that forward uses",
     ),
     "wrapped twice": (lambda: wrap(wrap(build(), MASKS), MASKS), ValueError, "call wrap once"),
     "copies per device": (
