@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 # Left out by -m "not slow": whole commands and scripts, several processes, compilation.
 _SLOW_FILES = (
     "test_benchmarks", "test_evidence", "test_examples", "test_own_loops", "test_processes",

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from mixmask.losses import Criterion, LambdaWeightedLoss
-from mixmask.losses._state import _Loan, lend_state
+from mixmask.losses._state import Loan, lend_state
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class SameState(nn.Module):
         self.training = inner.training
 
 
-class Snapshot(_Loan):
+class Snapshot(Loan):
     """What a criterion remembers at one time, for a call at a later one.
 
     Seen is what `lend_state` sees, and what functions in our losses return, as the queue of
@@ -92,7 +92,7 @@ class Snapshot(_Loan):
         self.known: list[tuple[Any, str, Collection[str]]] = []
         self.parts: list[tuple[Callable[[Any], None], Any]] = []
         with self:
-            self.criterion: Criterion = self.lend(criterion)
+            self.criterion: Criterion = self.lend_all(criterion)
 
     def callback(self, callback: Any, /, *args: Any, **options: Any) -> Any:
         """Note each part beside what restores it."""
