@@ -9,7 +9,6 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mixmask.losses._state import (
@@ -45,12 +44,20 @@ def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
                 setattr(owner, name, value)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_traceable(whole: Any) -> bool:
     """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
     with _Probe(whole.criterion) as probe:
         probe.lend_all(whole.criterion)
     return not (probe.scattered or probe.plain & probe.stored)
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_ours(criterion: object) -> bool:
+    """Tell whether a criterion is one of this package's own, which hold no state."""
+    return type(criterion).__module__.startswith("mixmask.losses.")
 
 
 class _Probe(Loan):

@@ -338,7 +338,7 @@ LAM = torch.ones(())
         (
             lambda: InfoNCE([[0.0]]),  # type: ignore[arg-type]
             TypeError,
-            r"negatives must be a tensor \(K, C\), got list",
+            r"negatives must be a tensor \(K, C\) of normalised rows, got list",
         ),
     ],
 )
