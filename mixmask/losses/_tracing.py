@@ -9,6 +9,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.losses._state import (
@@ -55,8 +56,24 @@ def is_traceable(whole: Any) -> bool:
 is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_ours(criterion: object) -> bool:
-    """Tell whether a criterion is one of this package's own, which hold no state."""
+_FUNCTIONS: tuple[Any, ...] = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.mse_loss,
+    F.smooth_l1_loss,
+)
+
+
+def is_library(criterion: object) -> bool:
+    """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
+    # Spelt out, since Dynamo knows torch's functions by identity alone.
+    for function in _FUNCTIONS:
+        if criterion is function:
+            return True
     return type(criterion).__module__.startswith("mixmask.losses.")
 
 

@@ -32,7 +32,7 @@ from mixmask.losses._inputs import (
     match_directions,
 )
 from mixmask.losses._state import lend_state
-from mixmask.losses._tracing import is_ours, is_traceable, lend_buffers
+from mixmask.losses._tracing import is_library, is_traceable, lend_buffers
 from mixmask.mixing import MixedBatch
 
 
@@ -347,7 +347,7 @@ class LambdaWeightedLoss(nn.Module):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
-        known = not torch.compiler.is_compiling() or is_ours(self.criterion)
+        known = not torch.compiler.is_compiling() or is_library(self.criterion)
         if not known and not is_traceable(self):
             term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
             return term
@@ -368,7 +368,7 @@ class LambdaWeightedLoss(nn.Module):
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
 
-    @torch._disable_dynamo  # It imports the compiler where it is needed, not with the package.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # It imports the compiler where it is needed, not with the package.
     def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
         return self._mixed_term(*inputs)
 
