@@ -347,8 +347,7 @@ class LambdaWeightedLoss(nn.Module):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
-        known = not torch.compiler.is_compiling() or is_library(self.criterion)
-        if not known and not is_traceable(self):
+        if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
             term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
             return term
         criterion, switch = self.criterion, self.switch
