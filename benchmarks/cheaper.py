@@ -1,4 +1,4 @@
-"""Cheaper mixed views: what they cost a step, and what they reach for equal compute.
+"""Cheaper mixed views: what they cost per step, and what they reach for equal compute.
 
 The cost is that of two steps of MoCo v2 with a ResNet-50 at 224 px, of which one may go without
 mixed views. Accuracies are those of the default run's data and network, where each option gets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -13,7 +12,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 
 import mixmask
+from mixmask.runs import folder
 
 Side = Callable[[], object]
 
 ROOT = Path(__file__).resolve().parent
 # A sample of one side lasts at least this long, so that the clock and one launch do not count.
 _SAMPLE_SECONDS = 0.02
-_UNITS = {"time": "s", "peak memory": "bytes", "synchronisations": "a step"}
+_UNITS = {"time": "s", "peak memory": "bytes", "synchronisations": "per step"}
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Case:
         quantity: "time", "peak memory" or "synchronisations".
         unit: Of `ours` and `theirs`.
         sizes: Everything that the figure depends on.
-        n: Samples a side.
+        n: Samples per side.
         calls: Calls within one sample; times are for one call.
         ours: Samples of this package.
         theirs: Samples of the counterpart.
         ratio: Ours by theirs, sample by sample; None where the counterpart's is zero.
         bound: What the ratio (or, for synchronisations, the difference) must not exceed.
         reached: Whether the median keeps the bound; None where there is no bound.
-        images: Images in one call, from which images a second follow; None where it has none.
+        images: Images in one call, for a rate in images per second; None where there are none.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Figure:
         unit: "s", "share", "FLOP/s", "B/s" or a word.
         bound: What it must not exceed; None where there is no bound.
         reached: Whether it keeps the bound; None where there is no bound.
+        spread: The samples whose median it is; None where it is one number.
     """
 
     name: str
@@ -103,18 +104,27 @@ class Figure:
     unit: str
     bound: float | None = None
     reached: bool | None = None
+    spread: Spread | None = None
 
     @classmethod
     def bounded(cls, name: str, value: float, unit: str, bound: float | None) -> Figure:
         """Judge a number by its bound, if it has one."""
         return cls(name, value, unit, bound, None if bound is None else value <= bound)
 
+    @classmethod
+    def median(
+        cls, name: str, samples: Sequence[float], unit: str, bound: float | None = None
+    ) -> Figure:
+        """Judge the median of samples by a bound, if there is one."""
+        spread = Spread.of(samples)
+        return replace(cls.bounded(name, spread.median, unit, bound), spread=spread)
+
 
 def arguments(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """Return a parser with the options that all scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--repeats", type=int, default=repeats, help="samples a side")
+    parser.add_argument("--repeats", type=int, default=repeats, help="samples per side")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--out", type=Path, help="JSON to write; default: under results/")
     return parser
@@ -132,7 +142,7 @@ def interleave(
     """Time the sides in turn, A B A B, so that what disturbs one disturbs the other.
 
     Returns:
-        Seconds a call for each side, in the order of the rounds, and the calls a sample.
+        Seconds per call of each side, in the order of the rounds, and the calls per sample.
     """
     first = min(_seconds(side, warmup, device) for side in sides.values())
     calls = math.ceil(_SAMPLE_SECONDS / max(first, 1e-9)) if first < _SAMPLE_SECONDS else 1
@@ -268,10 +278,7 @@ def report(
 def write_json(out: Path, record: Mapping[str, Any]) -> None:
     """Write a record whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    folder.write_json(out, dict(record))
 
 
 def line(case: dict[str, Any]) -> str:
@@ -297,11 +304,14 @@ def figure_line(figure: Mapping[str, Any]) -> str:
     if figure["bound"] is not None:
         bound = amount(figure["bound"], figure["unit"])
         text += f", bound {bound} {'reached' if figure['reached'] else 'MISSED'}"
+    if figure.get("spread"):
+        low, high = (amount(figure["spread"][name], figure["unit"]) for name in ("q1", "q3"))
+        text += f" ({low} ... {high})"
     return text
 
 
 def throughput(case: Mapping[str, Any], side: str) -> str:
-    """Return the images a second of a side, "ours" or "theirs", at its median time."""
+    """Return the images per second of a side, "ours" or "theirs", at its median time."""
     return f"{case['images'] / case[side]['median']:,.4g} images/s"
 
 

@@ -103,7 +103,7 @@ def main() -> None:
     """Measure whole epochs, all sides interleaved."""
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--recipe", default="clothing64", choices=("clothing64", "cifar10"))
-    parser.add_argument("--images", type=int, help="images an epoch; default: clothing64's 3,409")
+    parser.add_argument("--images", type=int, help="images per epoch; default: clothing64's 3,409")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--compile", action="store_true", help="compile the backbone")

@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib as mpl
 from common import ROOT
 
+from mixmask.runs.folder import atomic_write
+
 _REACHED, _MISSED, _BOUND = "#1f6f8b", "#c2452d", "#555555"
 
 
@@ -36,7 +38,7 @@ def bounded(cases: Sequence[Named]) -> list[Named]:
 
 
 def draw(cases: Sequence[Named], out: Path) -> None:
-    """Draw a row a figure: median, quartiles and bound on one logarithmic axis.
+    """Draw one row per figure: median, quartiles and bound on one logarithmic axis.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -79,10 +81,9 @@ def draw(cases: Sequence[Named], out: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    figure.savefig(temporary, dpi=130, format="png")
+    with atomic_write(out) as (temporary,):
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(out)
 
 
 def main() -> None:

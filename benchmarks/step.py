@@ -157,7 +157,7 @@ _PAIRS = (
     Pair("trainer plain", "lightly", "trainer's step without mixing", "lightly's step"),
     Pair("trainer symmetric", "solo", "trainer's symmetric step", "solo-learn's step"),
 )
-# What a GPU with bf16 is to reach: twice the authors' images a second, 1.3 times lightly's.
+# What a GPU with bf16 is to reach: twice the authors' images per second, 1.3 times lightly's.
 _ON_GPU = {("trainer", "reference"): 1 / 2, ("trainer plain", "lightly"): 1 / 1.3}
 _SMALL = {"arch": "resnet18", "size": 32, "K": 512, "batch_size": 4}
 

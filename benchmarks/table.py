@@ -25,7 +25,7 @@ _HEAD = (
 
 
 def section(record: dict[str, Any]) -> str:
-    """Return one run: its circumstances and a row a figure."""
+    """Return one run: its circumstances and one row per figure."""
     hardware, versions = record["hardware"], record["versions"]
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     title = f"### `{record['script']}.py` on {'GPU' if hardware['gpu'] else 'CPU'}"
@@ -38,6 +38,9 @@ def section(record: dict[str, Any]) -> str:
     if "curve" in record:
         rows = (f"- {line(point)}" for point in record["curve"])
         return "\n".join([title, "", circumstances, "", outcome(record) + ".", "", *rows])
+    figures = [f"- {figure_line(figure)}" for figure in record.get("figures", ())]
+    if not record["cases"]:
+        return "\n".join([title, "", circumstances, "", *figures])
     sizes = []
     for case in record["cases"]:
         text = ", ".join(f"{name} {value}" for name, value in case["sizes"].items())
@@ -46,7 +49,6 @@ def section(record: dict[str, Any]) -> str:
     listed = f"Sizes: {'; '.join(sizes)}."
     rows = (row(case) for case in record["cases"])
     lines = [title, "", circumstances, listed, "", *_HEAD, *rows]
-    figures = [f"- {figure_line(figure)}" for figure in record.get("figures", ())]
     return "\n".join([*lines, "", *figures] if figures else lines)
 
 
@@ -74,7 +76,7 @@ def row(case: dict[str, Any]) -> str:
 
 
 def cell(case: dict[str, Any], side: str) -> str:
-    """Return the median of a side, and the images a second that follow from it."""
+    """Return the median of a side, and the images per second that follow from it."""
     text = amount(case[side]["median"], case["unit"])
     if case.get("images") and case["unit"] == "s":
         text += f" ({throughput(case, side)})"

@@ -54,11 +54,12 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
     ("script", "bounds"),
     [
         ("masks", [0.10, None, None, None, None, None]),
-        ("mixing", [0.55, 0.55]),
+        ("mixing", [0.55, 0.55, *[None] * 6]),
         ("loss", [0.30, 1 / 6, 0.85, None]),
         ("knn", [0.5, 0.1, None, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
         ("loader", [None, None]),
+        ("start", []),
     ],
 )
 def test_script_writes_a_whole_record(
