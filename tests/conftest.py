@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+# The same examples in each run; `--hypothesis-profile=thorough` tries more, and others each time.
+settings.register_profile("quick", max_examples=200, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None)
+settings.load_profile("quick")
 
 # Left out by -m "not slow": whole commands and scripts, several processes, compilation.
 _SLOW_FILES = (
