@@ -421,7 +421,7 @@ def test_learning_rate_rises_and_drops(backbone: nn.Module, tmp_path: Path) -> N
 
     data = load_detection(write_voc(tmp_path / "data", train=8))
     config = dataclasses.replace(TINY, epochs=30, batch_size=2)  # 120 steps, 12 of them to rise.
-    run = Run.build(config, data, backbone, tmp_path, {})
+    run = Run(config, data, backbone, tmp_path, {})
     peak = 0.02 * 2 / 16
     for step, expected in ((0, peak / 13), (12, peak), (89, peak), (90, peak / 10),
                            (110, peak / 100)):  # fmt: skip
