@@ -24,7 +24,7 @@ from mixmask.detection.data import DetectionData, Target
 from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
 from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
-from mixmask.figures.style import save_figure
+from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, write_json
 from mixmask.runs.schedules import step_decay
 
@@ -122,15 +122,14 @@ class Run:
 
     def results(self) -> Results:
         """Return the content of `results.json`."""
-        row = next((row for row in reversed(self.rows) if "ap" in row), Row())
+        tested = next((row for row in reversed(self.rows) if "ap" in row), Row())
         names = Precisions.__annotations__
-        tested = {name: value for name, value in row.items() if name in names}
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        libraries = {name: version(name) for name in _LIBRARIES}
+        precisions = {name: value for name, value in tested.items() if name in names}
         splits = {"train": self.data.train, "test": self.data.test}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "finished": self.step == self.steps * self.config.epochs,
-            **cast("Precisions", tested),
+            **cast("Precisions", precisions),
             "classes": list(self.data.classes),
             "backbone": self.source,
             "config": dataclasses.asdict(self.config),
@@ -141,7 +140,9 @@ class Run:
             "hardware": {
                 "machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(),
             },
-            "versions": {"python": platform.python_version(), **libraries},
+            "versions": {
+                "python": platform.python_version(), **{name: version(name) for name in _LIBRARIES},
+            },
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "epochs": self.rows,
         }  # fmt: skip
@@ -201,11 +202,12 @@ def load_source(
         backbone = build_backbone(config.arch, small_stem=config.small_stem)
         return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
     loaded = load_backbone(Path(run), arch=config.arch or None, small_stem=small_stem)
-    stages = {"arch": loaded.arch, "small_stem": loaded.small_stem}
-    tensors = {"taken": len(loaded.taken), "left": len(loaded.left)}
-    more = {"layout": loaded.layout, **tensors, "pretraining": loaded.config}
+    source: Source = {
+        "run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, "layout": loaded.layout,
+        "taken": len(loaded.taken), "left": len(loaded.left), "pretraining": loaded.config,
+    }  # fmt: skip
     config = dataclasses.replace(config, arch=loaded.arch, small_stem=loaded.small_stem)
-    return loaded.backbone, config, {"run": run, **stages, **more}
+    return loaded.backbone, config, source
 
 
 def train_detector(
@@ -365,8 +367,12 @@ def _measure_statistics(run: Run) -> None:
 
 def _draw(run: Run, *, count: int = 4) -> None:
     """Draw the first test images with what is annotated and what is detected."""
-    test = run.data.test
+    test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
     predictions = predict(run.detector, images, run.device)
-    figure = figure_detections(images, targets, predictions, run.data.classes)
+    title = (
+        f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
+        f"{len(test):,} images of {test.name}, the first {len(images)} shown"
+    )
+    figure = figure_detections(images, targets, predictions, run.data.classes, title=title)
     save_figure(figure, run.out / "detections.png")
