@@ -48,11 +48,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Read an image and its target.
-
-        Raises:
-            ValueError: If the file is not an image, or not of the size that was annotated.
-        """
+        """Read an image, which must have the size that was annotated, and its target."""
         file = self.files[index]
         with self.tree.open_image(file) as opened:
             image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
@@ -69,11 +65,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         return image, target
 
     def with_masks(self) -> DetectionSplit:
-        """Return the split with masks in its targets.
-
-        Raises:
-            ValueError: If an object has no segmentation, or one that cannot be drawn.
-        """
+        """Return the split with masks in its targets; every object needs a segmentation."""
         without = 0
         for i, (width, height) in enumerate(self.sizes.tolist()):
             segmentations = self.segmentations[self._objects(i)]

@@ -47,13 +47,7 @@ class Source(NamedTuple):
 
 
 def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[Source]]:
-    """Read the training and the test split, and say in which layout they are.
-
-    Args:
-        tree: The data, or a folder within which they lie.
-        train: Name of the training split, or "" for the usual one.
-        test: Name of the test split, or "" for the usual one.
-    """
+    """Read the training and the test split, "" for the usual ones, and name their layout."""
     for layout, (folder, suffix, usual) in _LAYOUTS.items():
         base, files = tree.find(folder, suffix)
         if layout == "coco":

@@ -14,16 +14,9 @@ from torch import Tensor
 def check_segmentation(segmentation: object, height: int, width: int, file: str) -> None:
     """Require what can be drawn; on the rest pycocotools may take down the process.
 
-    Args:
-        segmentation: A list of polygons, each a list x, y, x, y, ... in pixels; or
-            `{"size": [height, width], "counts": ...}` with run lengths, as numbers or COCO's text.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        file: What errors name.
-
-    Raises:
-        ValueError: If a polygon has fewer than three points or leads far outside of the image, or
-            run lengths do not fill it.
+    That is a list of polygons, each x, y, x, y, ... in pixels, of three points or more, not far
+    outside of the image; or `{"size": [height, width], "counts": ...}` with run lengths that fill
+    the image, as numbers or in COCO's text. Errors name the file.
     """
     valid = False
     if isinstance(segmentation, list):

@@ -185,12 +185,7 @@ class Run:
 def load_source(
     run: str, config: DetectionConfig, *, small_stem: bool | None = None
 ) -> tuple[nn.Module, DetectionConfig, Source]:
-    """Load the backbone of a run, or build an untrained one.
-
-    Args:
-        run: A run folder, a checkpoint file, or "random".
-        config: The options; `arch` and, with "random", `small_stem` count here.
-        small_stem: Whether the stem is the one for small images. Default: as in the run.
+    """Load the backbone of a run, or build an untrained one where `run` is "random".
 
     Returns:
         The backbone, the options with its architecture, and what results say of it.

@@ -25,17 +25,10 @@ def explain(problem: str) -> Iterator[None]:
 
 
 class Tree:
-    """A read-only folder, or a zip file of one, which is read in place: nothing is extracted.
-
-    Args:
-        root: A folder or a zip file.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """A read-only folder, or a zip file of one, which is read in place: nothing is extracted."""
 
     def __init__(self, root: Path) -> None:
-        """List the members of a zip file."""
+        """List the members of a zip file; what is neither a folder nor a zip file is refused."""
         self.root = root
         self._zips: dict[int, zipfile.ZipFile] = {}
         self._members: frozenset[str] | None = None

@@ -109,15 +109,13 @@ def figure_neighbours(
 def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = "") -> Figure:
     """Draw how often images of one class were classified as another, as shares of the class.
 
-    For up to 20 classes the cells hold the shares in per cent; up to 120 classes are named.
+    For up to 20 classes the cells hold the shares in per cent; up to 120 classes are named. Rows
+    of classes that do not occur stay white.
 
     Args:
         confusion: (C, C) counts: rows are the true classes, columns the predicted ones.
         classes: Their C names.
         title: What was measured.
-
-    Returns:
-        A matplotlib figure; rows of classes that do not occur stay white.
 
     Raises:
         ValueError: If shapes and names do not fit.

@@ -29,16 +29,13 @@ def figure_masks(
     ratio: Ratio = 0.5,
     generator: torch.Generator | None = None,
 ) -> Figure:
-    """Draw the paper's figure 1: masks of both patterns at several grids, and the two mixes.
+    """Draw the paper's figure 1: rows of masks, of mixes and of switch images for each pair.
 
     Args:
         images: (N, 3, H, W) uint8, mixed in pairs; an odd last one meets the first.
         grid_sizes: Cells per side; each has a column per pattern.
         ratio: Share of an image's own pixels, or a range (low, high).
         generator: A CPU generator for the masks. Default: torch's global one.
-
-    Returns:
-        A matplotlib figure, three rows per pair: masks, mixes, switch images.
     """
     pairs = [
         torch.stack([images[i], images[(i + 1) % len(images)]]) for i in range(0, len(images), 2)
