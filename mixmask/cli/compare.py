@@ -18,7 +18,7 @@ _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 def compare(runs: list[Path], out: Path, band: str) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
     from mixmask.figures.runs import figure_comparison
-    from mixmask.figures.style import save_figure
+    from mixmask.figures.style import save_figure, short_path
     from mixmask.runs.records import common_options, describe_option, group_seeds, read_record
     from mixmask.trainers.methods import option_defaults
 
@@ -31,7 +31,9 @@ def compare(runs: list[Path], out: Path, band: str) -> None:
     common = common_options(groups)
     named = ("method", "mix", "data", "arch", "image_size", "epochs")
     title = ", ".join(
-        str(common[name]) if name in ("data", "arch") else describe_option(name, common[name])
+        short_path(common[name])
+        if name in ("data", "arch")
+        else describe_option(name, common[name])
         for name in named
         if name in common
     )

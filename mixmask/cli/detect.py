@@ -17,7 +17,7 @@ from mixmask.runs.folder import new_folder
 from mixmask.runs.options import flag
 
 if TYPE_CHECKING:
-    from mixmask.detection.train import Results, Row
+    from mixmask.detection.train import Row
 
 # What `pip install '.[detection]'` adds to the trainers' libraries.
 _LIBRARIES = ("pycocotools", "torchmetrics")
@@ -37,10 +37,9 @@ def detect(run: str | None, out: Path | None, resume: Path | None, **given: Any)
 
 
 def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[str, Any]) -> None:
-    from mixmask.backbones import build_backbone
     from mixmask.detection.config import DetectionConfig, load_config
     from mixmask.detection.data import load_detection
-    from mixmask.detection.train import Source, load_source, train_detector
+    from mixmask.detection.train import load_source, train_detector
 
     if resume is not None:
         more = {"RUN": run, "--out": out}
@@ -52,10 +51,9 @@ def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[
         config = DetectionConfig(**given)
         folder = new_folder(out, f"detect-{Path(config.data).stem}-{Path(run).stem}")
     data = load_detection(Path(config.data), train=config.train_split, test=config.test_split)
-    if run is None:  # The checkpoint of the run that is resumed holds the weights.
-        backbone, source = build_backbone(config.arch, small_stem=config.small_stem), Source()
-    else:
-        backbone, config, source = load_source(run, config, small_stem=given.get("small_stem"))
+    # The checkpoint of the run that is resumed holds the weights.
+    small_stem = given.get("small_stem")
+    backbone, config, source = load_source(run or "random", config, small_stem=small_stem)
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     say(
         f"{config.model}, {config.neck} on {config.data}: {len(data.train):,} images to train "
@@ -67,7 +65,9 @@ def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[
     _, results = train_detector(
         config, data, backbone, folder, source=source, resume=resume is not None, on_row=_say_row
     )
-    _say_results(results)
+    for prefix, what in (("", "boxes"), ("mask_", "masks")):
+        if prefix + "ap" in results:
+            _say_table({**results}, prefix, what)
     minutes = (time.perf_counter() - start) / 60
     say(f"\ndone in {minutes:.1f} minutes; see {folder / 'detections.png'}")
 
@@ -79,16 +79,12 @@ def _say_row(row: Row) -> None:
     say(text)
 
 
-def _say_results(results: Results) -> None:
-    figures: dict[str, Any] = {**results}
-    for prefix, what in (("", "boxes"), ("mask_", "masks")):
-        if prefix + "ap" not in figures:
-            continue
-        say(f"\n{what:<22}{'AP':>8}{'AP50':>8}{'AP75':>8}")
-        rows = {"all classes": {name: figures[prefix + name] for name in ("ap", "ap50", "ap75")}}
-        for name, row in {**rows, **figures[prefix + "per_class"]}.items():
-            values = ["–"] * 3 if row is None else [f"{value:.1%}" for value in row.values()]
-            say(f"{name:<22}" + "".join(f"{value:>8}" for value in values))
+def _say_table(results: dict[str, Any], prefix: str, what: str) -> None:
+    say(f"\n{what:<22}{'AP':>8}{'AP50':>8}{'AP75':>8}")
+    overall = {name: results[prefix + name] for name in ("ap", "ap50", "ap75")}
+    for name, row in {"all classes": overall, **results[f"{prefix}per_class"]}.items():
+        values = ["–"] * 3 if row is None else [f"{value:.1%}" for value in row.values()]
+        say(f"{name:<22}" + "".join(f"{value:>8}" for value in values))
 
 
 def add_detect(commands: Any) -> None:

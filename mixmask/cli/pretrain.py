@@ -33,7 +33,7 @@ def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
     from mixmask.evaluation.monitor import accuracy_monitor
     from mixmask.figures.masks import figure_views
     from mixmask.figures.runs import figure_curves
-    from mixmask.figures.style import save_figure
+    from mixmask.figures.style import save_figure, short_path
     from mixmask.runs.folder import new_folder
     from mixmask.trainers.loop import first_views, pretrain
     from mixmask.trainers.methods import load_config, make_config
@@ -56,7 +56,8 @@ def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
     def start() -> None:
         _say_start(config, data, folder)
         views = first_views(config, data.train.images)
-        save_figure(figure_views(views.query, views.mixed, views.key), folder / "views.png")
+        figure = figure_views(views.images, views.query, views.mixed, views.key)
+        save_figure(figure, folder / "views.png")
 
     began = time.perf_counter()
     _, rows = pretrain(
@@ -68,7 +69,7 @@ def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
         resume=resume is not None,
     )
     if state.is_main_process:
-        save_figure(figure_curves(rows), folder / "curves.png")
+        save_figure(figure_curves(rows, title=short_path(folder.resolve())), folder / "curves.png")
         _say_end(rows, folder, time.perf_counter() - began)
     state.destroy_process_group()
 

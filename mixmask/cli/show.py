@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, seed: int) -> None:
-    """Draw block and discrete masks at several grids, and the two mixes of each pair."""
+    """Draw block and discrete masks at several grids, and both mixes of each pair."""
     from mixmask.data.sets import load_data, read_square
     from mixmask.figures.masks import figure_masks
     from mixmask.figures.style import save_figure
@@ -44,7 +44,8 @@ def add_show(commands: Any) -> None:
     parser = commands.add_parser(
         "show",
         help="draw masks and mixes of images",
-        description="Draw block and discrete masks at several grids, and the two mixes.",
+        description="Draw block and discrete masks at several grids, the mixed images and the "
+        "switch images. White keeps an image's own pixels, black takes its partner's.",
     )
     parser.set_defaults(command=show)
     parser.add_argument(

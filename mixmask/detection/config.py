@@ -47,11 +47,7 @@ class DetectionConfig:
 
 
 def load_config(folder: Path) -> DetectionConfig:
-    """Read the options of a run folder.
-
-    Raises:
-        ValueError: If it is not the folder of a detection run.
-    """
+    """Read the options of a detection run's folder."""
     try:
         content = read_config(folder)
         if "monitor" in content:  # The name in older runs.

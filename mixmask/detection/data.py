@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
-from mixmask.detection.layouts import Source, number, read_layout
+from mixmask.detection.layouts import Row, Source, number, read_layout
 from mixmask.detection.segments import check_segmentation, draw_masks
 from mixmask.detection.tree import Tree
 
@@ -28,42 +29,26 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
     """Images (3, H, W) uint8 with targets for torchvision's detectors, read one by one.
 
     A target has `boxes` (n, 4), `labels` (n,), `iscrowd` (n,) and, where masks are asked for,
-    `masks` (n, H, W) uint8. The objects of all images, A of them, lie one after the other.
-
-    Attributes:
-        tree: Where the images are.
-        name: The split's name.
-        files: Paths of the N images within the tree.
-        sizes: (N, 2) int64, width and height as annotated.
-        starts: (N + 1,) int64, the place of each image's first object.
-        boxes: (A, 4) float32, left, top, right, bottom in pixels.
-        labels: (A,) int64, 1 for the first class: 0 is the background.
-        iscrowd: (A,) int64, 1 for objects that count neither as hit nor as missed: COCO's crowds
-            and VOC's difficult objects.
-        segmentations: COCO's polygons or run lengths of each object, None where there are none.
-        masks: Whether targets have masks.
+    `masks` (n, H, W) uint8. The objects of all N images, A of them, lie one after the other.
     """
 
     tree: Tree
-    name: str
-    files: tuple[str, ...]
-    sizes: Tensor
-    starts: Tensor
-    boxes: Tensor
-    labels: Tensor
+    name: str  # The split's.
+    files: tuple[str, ...]  # Paths of the N images within the tree.
+    sizes: Tensor  # (N, 2) int64, width and height as annotated.
+    starts: Tensor  # (N + 1,) int64, the place of each image's first object.
+    boxes: Tensor  # (A, 4) float32, left, top, right, bottom in pixels.
+    labels: Tensor  # (A,) int64, 1 for the first class: 0 is the background.
+    # (A,) int64, 1 for what counts neither as hit nor as missed: COCO's crowds, VOC's difficult.
     iscrowd: Tensor
-    segmentations: tuple[Any, ...]
-    masks: bool = False
+    segmentations: tuple[Any, ...]  # COCO's polygons or run lengths, or None; per object.
+    masks: bool = False  # Whether targets have masks.
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Read an image and its target.
-
-        Raises:
-            ValueError: If the file is not an image, or not of the size that was annotated.
-        """
+        """Read an image, which must have the size that was annotated, and its target."""
         file = self.files[index]
         with self.tree.open_image(file) as opened:
             image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
@@ -74,21 +59,13 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
                 f"{annotated[0]}x{annotated[1]}; correct the size or the image"
             )
         objects = self._objects(index)
-        target = {
-            "boxes": self.boxes[objects],
-            "labels": self.labels[objects],
-            "iscrowd": self.iscrowd[objects],
-        }
+        target = {name: getattr(self, name)[objects] for name in ("boxes", "labels", "iscrowd")}
         if self.masks:
             target["masks"] = draw_masks(self.segmentations[objects], height, width)
         return image, target
 
     def with_masks(self) -> DetectionSplit:
-        """Return the split with masks in its targets.
-
-        Raises:
-            ValueError: If an object has no segmentation, or one that cannot be drawn.
-        """
+        """Return the split with masks in its targets; every object needs a segmentation."""
         without = 0
         for i, (width, height) in enumerate(self.sizes.tolist()):
             segmentations = self.segmentations[self._objects(i)]
@@ -136,95 +113,38 @@ def load_detection(path: Path, *, train: str = "", test: str = "") -> DetectionD
             a split has no object.
     """
     tree = Tree(path)
-    layout, sources = read_layout(tree, train, test)
-    names = [_names(source) for source in sources]
-    objects = [
-        _objects(source, names[i], learn=source is sources[0]) for i, source in enumerate(sources)
-    ]
-    classes = tuple(names[0][key] for key in sorted(names[0]))
-    unknown = sorted(set(names[1].values()) - set(classes))
+    layout, (first, second) = read_layout(tree, train, test)
+    classes = tuple(first.names[key] for key in sorted(first.names))
+    unknown = sorted(set(second.names.values()) - set(classes))
     if unknown:
         raise ValueError(
-            f"the split {sources[1].split} has classes that {sources[0].split} lacks: "
+            f"the split {second.split} has classes that {first.split} lacks: "
             f"{', '.join(unknown)}; correct the names, or move such images"
         )
-    splits = [_build_split(tree, *parts, classes) for parts in zip(sources, objects, strict=True)]
-    return DetectionData(splits[0], splits[1], classes, layout)
+    # A crowd is a heap of objects in one box, so there is nothing to learn from it.
+    learnt = [row for row in first.annotations if not _is_crowd(row) or row.get("difficult")]
+    training = _build_split(tree, first._replace(annotations=learnt), classes)
+    return DetectionData(training, _build_split(tree, second, classes), classes, layout)
 
 
-def _names(source: Source) -> dict[Any, str]:
-    """Return the classes of a split by their numbers."""
-    rows = source.rows("categories")
-    names = {source.key(row, "id"): source.value(row, "name", str) for row in rows}
-    if len(set(names.values())) < len(rows) or len({isinstance(key, str) for key in names}) > 1:
-        raise ValueError(f"{source.file} lists a category twice, or by text and number; correct it")
-    if not all(name.isprintable() for name in names.values()):
-        raise ValueError(f"{source.file} has a category whose name cannot be printed; rename it")
-    return names
+def _is_crowd(row: Row) -> bool:
+    return number(row.get("iscrowd")) == 1
 
 
-class _Object(NamedTuple):
-    """A row of COCO's annotations; `image` is the place of its image among the images."""
-
-    image: int
-    name: str
-    bbox: list[float]
-    crowd: bool
-    segmentation: Any
-
-
-def _objects(source: Source, names: dict[Any, str], *, learn: bool) -> list[_Object]:
-    """Check the annotations of a split, row by row, and order them by image."""
-    places = {source.key(row, "id"): i for i, row in enumerate(source.rows("images"))}
-    if len(places) < len(source.rows("images")):
-        raise ValueError(f"{source.file} has two images with the same id; correct it")
-    objects, strangers = [], 0
-    for row in source.rows("annotations"):
-        category, place = source.key(row, "category_id"), places.get(source.key(row, "image_id"))
-        crowd = number(row.get("iscrowd")) == 1
-        if category not in names:
-            raise ValueError(
-                f"{source.file} has an object of the unknown category {category!r}; list it"
-            )
-        if place is None:
-            strangers += 1
-        # A crowd is a heap of objects in one box, so there is nothing to learn from it.
-        elif not (learn and crowd and not row.get("difficult")):
-            bbox = row.get("bbox")
-            sides = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None] * 4
-            numbers, segmentation = [number(side) for side in sides], row.get("segmentation")
-            objects.append(_Object(place, names[category], numbers, crowd, segmentation or None))
-    if strangers:
-        _warn(f"{strangers} objects of {source.split} belong to no image of it, and were left out")
-    return sorted(objects, key=lambda item: item.image)
-
-
-def _sizes(source: Source) -> Tensor:
-    """Return the sizes of a split's images, (N, 2) int64, width and height."""
-    rows = source.rows("images")
-    sides = [[number(row.get(side)) for side in ("width", "height")] for row in rows]
-    sizes = torch.tensor(sides, dtype=torch.float64).reshape(-1, 2)
-    valid = ((sizes >= 1) & (sizes <= _LONGEST_SIDE)).all(dim=1)  # NaN is not.
-    if not valid.all():
-        row = rows[valid.tolist().index(False)]
-        raise ValueError(
-            f"{source.file} gives {row.get('file_name')!r} the size {row.get('width')!r} x "
-            f"{row.get('height')!r}; expected two numbers from 1 to {_LONGEST_SIDE:,}"
-        )
-    return sizes.long()
-
-
-def _build_split(
-    tree: Tree, source: Source, objects: list[_Object], classes: tuple[str, ...]
-) -> DetectionSplit:
+def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> DetectionSplit:
     """Turn a split into tensors, counting what is left out."""
-    sizes = _sizes(source)
-    files = [source.value(row, "file_name", str) for row in source.rows("images")]
-    image = torch.tensor([item.image for item in objects], dtype=torch.int64)  # (A,)
-    boxes = torch.tensor([item.bbox for item in objects], dtype=torch.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]  # Left, top, width, height -> left, top, right, bottom.
-    clipped = boxes.clamp(min=0).minimum(sizes[image].repeat(1, 2))  # (A, 4)
+    files, sizes = [row["file_name"] for row in source.images], _sizes(source)
+    names = [source.names[row["category_id"]] for row in source.annotations]
+    places = {row["id"]: i for i, row in enumerate(source.images)}
+    image = torch.tensor([places.get(row["image_id"], -1) for row in source.annotations]).long()
+    rows = [_numbers(row.get("bbox")) for row in source.annotations]
+    # Left, top, width, height -> left, top, right, bottom.
+    boxes = box_convert(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
+    # An object of no image, -1, has the last row's size, which is nobody's.
+    limits = torch.cat([sizes, sizes.new_zeros(1, 2)])[image].repeat(1, 2)  # (A, 4)
+    clipped = boxes.clamp(min=0).minimum(limits)
     problems = {
+        "belong to no image of it, and were left out": image < 0,
         "have no box, and were left out": ~boxes.isfinite().all(dim=1),
         "have an empty box, and were left out": _empty(boxes),
         "lie outside of their image, and were left out": _empty(clipped),
@@ -232,30 +152,52 @@ def _build_split(
         "reach out of their image, and were clipped": ((clipped - boxes).abs() > 0.5).any(dim=1),
     }
     kept = torch.ones(len(boxes), dtype=torch.bool)
-    for problem, rows in problems.items():
-        affected = (rows & kept).nonzero().flatten().tolist()
-        if affected:
-            first = objects[affected[0]]
-            place = f"the first: {first.name} in {files[first.image]}"
-            _warn(f"{len(affected)} objects of {source.split} {problem} ({place})")
+    for problem, affected in problems.items():
+        found = (affected & kept).nonzero().flatten().tolist()
+        if found:
+            place = f"the first: {names[found[0]]} in {[*files, 'no image'][image[found[0]]]}"
+            text = f"{len(found)} objects of {source.split} {problem} ({place})"
+            warnings.warn(text, stacklevel=3)
         if problem.endswith("left out"):
-            kept &= ~rows
+            kept &= ~affected
     if not kept.any():
         raise ValueError(
             f"{tree.root} has no object with a box in its split {source.split}; annotate some"
         )
-    left = [item for item, keep in zip(objects, kept.tolist(), strict=True) if keep]
+    left = kept.nonzero().flatten()
+    left = left[image[left].argsort(stable=True)]  # (A,), the objects image by image.
+    annotations = [source.annotations[i] for i in left.tolist()]
     return DetectionSplit(
         tree,
         source.split,
         _find_images(tree, source, files),
         sizes,
-        torch.searchsorted(image[kept], torch.arange(len(files) + 1)),
-        clipped[kept].float(),
-        torch.tensor([classes.index(item.name) + 1 for item in left]),
-        torch.tensor([int(item.crowd) for item in left]),
-        tuple(item.segmentation for item in left),
+        torch.searchsorted(image[left], torch.arange(len(files) + 1)),
+        clipped[left].float(),
+        torch.tensor([classes.index(names[i]) + 1 for i in left.tolist()]),
+        torch.tensor([int(_is_crowd(row)) for row in annotations]),
+        tuple(row.get("segmentation") or None for row in annotations),
     )
+
+
+def _numbers(bbox: object) -> list[float]:
+    """Return the four numbers of a box, NaN for what is none."""
+    sides = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None] * 4
+    return [number(side) for side in sides]
+
+
+def _sizes(source: Source) -> Tensor:
+    """Return the sizes of a split's images, (N, 2) int64, width and height."""
+    sides = [[number(row.get(side)) for side in ("width", "height")] for row in source.images]
+    sizes = torch.tensor(sides, dtype=torch.float64).reshape(-1, 2)
+    valid = ((sizes >= 1) & (sizes <= _LONGEST_SIDE)).all(dim=1)  # NaN is not.
+    for row, fits in zip(source.images, valid.tolist(), strict=True):
+        if not fits:
+            raise ValueError(
+                f"{source.file} gives {row['file_name']!r} the size {row.get('width')!r} x "
+                f"{row.get('height')!r}; expected two numbers from 1 to {_LONGEST_SIDE:,}"
+            )
+    return sizes.long()
 
 
 def _empty(boxes: Tensor) -> Tensor:
@@ -278,7 +220,3 @@ def _find_images(tree: Tree, source: Source, files: Sequence[str]) -> tuple[str,
             f"the first is {missing[0]}; add them, or remove them from the JSON file"
         )
     return tuple(folder + file for file in files)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)

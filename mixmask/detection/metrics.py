@@ -13,13 +13,8 @@ from torch.utils.data import DataLoader, Subset
 from mixmask.detection.data import DetectionSplit, Target
 from mixmask.figures.style import import_matplotlib
 
-
-class Precision(TypedDict):
-    """Average precision, 0 ... 1: over ten overlaps, and at one of 0.50 and of 0.75."""
-
-    ap: float
-    ap50: float
-    ap75: float
+# Average precision, 0 ... 1: "ap" over ten overlaps, "ap50" and "ap75" at one of 0.50 and of 0.75.
+Precision = dict[str, float]
 
 
 class Precisions(TypedDict, total=False):
@@ -81,24 +76,25 @@ def average_precision(
     summary: dict[str, object] = {}
     for kind in kinds:
         theirs, ours = f"{kind}_" if masks else "", "mask_" if kind == "segm" else ""
-        for name, key in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
-            summary[ours + name] = float(result[theirs + key])
-        # Overlaps, recalls, classes, areas (all, small, ...), most detections (1, 10, 100).
+        # (overlaps, recalls, classes, areas, most detections) -> (10, 101, classes): objects of
+        # all areas, 100 detections.
         curves = result[f"{theirs}precision"][:, :, :, 0, -1]
+        overall = _summarise(curves) or dict.fromkeys(("ap", "ap50", "ap75"), -1.0)
+        summary |= {ours + name: value for name, value in overall.items()}
         summary[f"{ours}per_class"] = {
-            name: _class_precision(curves[:, :, labels.index(label)]) if label in labels else None
+            name: _summarise(curves[:, :, [labels.index(label)]]) if label in labels else None
             for label, name in enumerate(classes, start=1)
         }
     return cast("Precisions", summary)
 
 
-def _class_precision(curve: Tensor) -> Precision | None:
-    """Summarise a class's precision (10 overlaps, 101 recalls), -1 where there is no object."""
-    if (curve < 0).all():
+def _summarise(curves: Tensor) -> Precision | None:
+    """Average the precision (10, 101, classes) over those classes that have objects (not -1)."""
+    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]
+    if curves.numel() == 0:
         return None
-    return {
-        "ap": float(curve.mean()), "ap50": float(curve[0].mean()), "ap75": float(curve[5].mean())
-    }  # fmt: skip
+    parts = {"ap": curves, "ap50": curves[0], "ap75": curves[5]}
+    return {name: float(part.float().mean()) for name, part in parts.items()}
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from mixmask.detection.config import DetectionConfig
 _PUBLISHED_SIZE, _PUBLISHED_LONGEST = 800, 1333
 _ANCHORS = (32, 64, 128, 256, 512)
 _RATIOS = (0.5, 1.0, 2.0)
+# What becomes of a backbone: the body of a detector, and the heads of boxes and of masks.
+_Parts = tuple[Any, nn.Module, nn.Module]
 
 
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
@@ -47,11 +49,11 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
     Args:
         backbone: A timm model without a classifier; C4 needs a ResNet.
         classes: Number of classes without the background.
-        config: The options; `model`, `neck`, `batch_norm`, `size`, `min_scale`, `rois` and
-            `proposals` count here. The longer side of an image is at most 5/3 of `size`.
+        config: The options. The longer side of an image is at most 5/3 of `size`.
 
     Returns:
-        torchvision's detector: images in a list, (3, H, W) within 0 ... 1, and targets.
+        torchvision's detector in training mode: images in a list, (3, H, W) within 0 ... 1, and
+        targets.
 
     Raises:
         ValueError: If the backbone lacks the stages.
@@ -68,12 +70,31 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
         ['boxes', 'labels', 'scores']
     """
     channels, strides = _measure_stages(backbone)
-    build_parts = _c4_parts if config.neck == "c4" else _fpn_parts
+    c4, size = config.neck == "c4", config.size
+    body, box_head, mask_head = (_c4_parts if c4 else _fpn_parts)(backbone, channels, config)
+    # Channels behind the heads of boxes and masks.
+    box_width, mask_width = (
+        (channels[-1],) * 2 if c4 else (4 * body.out_channels, body.out_channels)
+    )
+    levels = strides[-2:-1] if c4 else strides
     # All of C4's boxes come from one stage, so it ranks more of them than a level of a pyramid.
-    ranked = (6 if config.neck == "c4" else 1) * config.proposals
+    ranked = (6 if c4 else 1) * config.proposals
+    parts: dict[str, Any] = {
+        "backbone": body,
+        "rpn_anchor_generator": _anchors(size, levels=1 if c4 else len(_ANCHORS)),
+        "box_roi_pool": _pool(levels, size, 14 if c4 else 7),
+        "box_head": box_head,
+        "box_predictor": FastRCNNPredictor(box_width, classes + 1),
+    }
+    if config.model == "mask-rcnn":
+        parts["mask_roi_pool"] = _pool(levels, size, 14)
+        parts["mask_head"] = mask_head
+        parts["mask_predictor"] = MaskRCNNPredictor(mask_width, min(256, mask_width), classes + 1)
+    # A step draws one of eleven shorter sides; a test takes the last, which is the whole size.
+    shares = [config.min_scale + (1 - config.min_scale) * i / 10 for i in range(11)]
     detector: nn.Module = (MaskRCNN if config.model == "mask-rcnn" else FasterRCNN)(
-        min_size=_train_sizes(config.size, config.min_scale),
-        max_size=round(config.size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
+        min_size=tuple(round(size * share) for share in shares),
+        max_size=round(size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
         image_mean=list(MEAN),
         image_std=list(STD),
         size_divisible=max(strides),
@@ -82,11 +103,12 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
         rpn_post_nms_top_n_train=2 * config.proposals,
         rpn_post_nms_top_n_test=config.proposals,
         box_batch_size_per_image=config.rois,
-        **build_parts(backbone, channels, strides, classes, config),
+        **parts,
     )
     if config.batch_norm == "frozen":
         for norm in batch_norms(detector):
             norm.requires_grad_(False)
+    train_mode(detector)
     return detector
 
 
@@ -103,11 +125,6 @@ def train_mode(detector: nn.Module) -> None:
             norm.eval()
 
 
-def _train_sizes(size: int, min_scale: float) -> tuple[int, ...]:
-    """Return eleven shorter sides, of which a step draws one; a test takes the last."""
-    return tuple(round(size * (min_scale + (1 - min_scale) * i / 10)) for i in range(11))
-
-
 @torch.no_grad()
 def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
     """Measure the channels and strides of the last four stages on a blank image.
@@ -115,17 +132,13 @@ def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
     What timm declares is of no use here: a stem without pooling halves the strides.
     """
     side = 64
-    was_training = backbone.training
-    backbone.eval()
     try:
-        maps = _intermediates(backbone, torch.zeros(1, 3, side, side))
+        maps = _intermediates(backbone.eval(), torch.zeros(1, 3, side, side))
     except (AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"detection needs a backbone with four stages, such as a ResNet, got "
             f"{type(backbone).__name__} ({error})"
         ) from None
-    finally:
-        backbone.train(was_training)
     strides = [side // features.shape[-1] for features in maps]
     if len(maps) != 4 or any(2 * low != high for low, high in pairwise(strides)):
         raise ValueError(
@@ -140,10 +153,11 @@ def _intermediates(backbone: Any, images: Tensor) -> list[Tensor]:
     return maps
 
 
-def _anchors(sizes: list[tuple[int, ...]], size: int) -> AnchorGenerator:
-    share = size / _PUBLISHED_SIZE
-    scaled = tuple(tuple(max(1, round(share * anchor)) for anchor in level) for level in sizes)
-    return AnchorGenerator(scaled, (_RATIOS,) * len(scaled))
+def _anchors(size: int, *, levels: int) -> AnchorGenerator:
+    """Build anchors of all sizes on one level, or of one size on each level."""
+    sides = [max(1, round(anchor * size / _PUBLISHED_SIZE)) for anchor in _ANCHORS]
+    sizes = (tuple(sides),) if levels == 1 else tuple((side,) for side in sides)
+    return AnchorGenerator(sizes, (_RATIOS,) * levels)
 
 
 def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign:
@@ -180,32 +194,17 @@ class _Res5(nn.Module):
         return features
 
 
-def _c4_parts(
-    backbone: Any, channels: list[int], strides: list[int], classes: int, config: DetectionConfig
-) -> dict[str, Any]:
-    """Return what torchvision's detectors are made of: one stage, and the last one as a head."""
+def _c4_parts(backbone: Any, channels: list[int], config: DetectionConfig) -> _Parts:
+    """Make a body of three stages and a head of the last one, which boxes and masks share."""
     names = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     if not all(hasattr(backbone, name) for name in names):
         raise ValueError(f"--neck c4 needs a ResNet, got {type(backbone).__name__}; use --neck fpn")
-    inner, outer = channels[-2:]
-    stride, size = strides[-2], config.size
-    res5 = _Res5(backbone.layer4, outer, norm=config.batch_norm == "train")
+    res5 = _Res5(backbone.layer4, channels[-1], norm=config.batch_norm == "train")
     stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool)
     stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
     body: Any = nn.Sequential(OrderedDict(stem=stem, stages=stages))
-    body.out_channels = inner
-    parts: dict[str, Any] = {
-        "backbone": body,
-        "rpn_anchor_generator": _anchors([_ANCHORS], size),
-        "box_roi_pool": _pool([stride], size, 14),
-        "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        "box_predictor": FastRCNNPredictor(outer, classes + 1),
-    }
-    if config.model == "mask-rcnn":
-        parts["mask_roi_pool"] = _pool([stride], size, 14)
-        parts["mask_head"] = res5
-        parts["mask_predictor"] = MaskRCNNPredictor(outer, min(256, outer), classes + 1)
-    return parts
+    body.out_channels = channels[-2]
+    return body, nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()), res5
 
 
 class _Pyramid(nn.Module):
@@ -230,25 +229,8 @@ class _Pyramid(nn.Module):
         return levels
 
 
-def _fpn_parts(
-    backbone: nn.Module,
-    channels: list[int],
-    strides: list[int],
-    classes: int,
-    config: DetectionConfig,
-) -> dict[str, Any]:
-    """Return what torchvision's detectors are made of: a pyramid, and heads of their own."""
+def _fpn_parts(backbone: nn.Module, channels: list[int], config: DetectionConfig) -> _Parts:
+    """Make a pyramid, and heads of their own for boxes and masks."""
     width = min(256, channels[-1])
-    hidden, size = 4 * width, config.size
-    parts: dict[str, Any] = {
-        "backbone": _Pyramid(backbone, channels, width, norm=config.batch_norm == "train"),
-        "rpn_anchor_generator": _anchors([(anchor,) for anchor in _ANCHORS], size),
-        "box_roi_pool": _pool(strides, size, 7),
-        "box_head": TwoMLPHead(width * 7**2, hidden),
-        "box_predictor": FastRCNNPredictor(hidden, classes + 1),
-    }
-    if config.model == "mask-rcnn":
-        parts["mask_roi_pool"] = _pool(strides, size, 14)
-        parts["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
-        parts["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
-    return parts
+    body = _Pyramid(backbone, channels, width, norm=config.batch_norm == "train")
+    return body, TwoMLPHead(width * 7**2, 4 * width), MaskRCNNHeads(width, (width,) * 4, dilation=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +11,19 @@ import torch
 from torch import Tensor
 
 
-def check_segmentation(segmentation: Any, height: int, width: int, file: str) -> None:
+def check_segmentation(segmentation: object, height: int, width: int, file: str) -> None:
     """Require what can be drawn; on the rest pycocotools may take down the process.
 
-    Args:
-        segmentation: A list of polygons, each a list x, y, x, y, ... in pixels; or
-            `{"size": [height, width], "counts": ...}` with run lengths, as numbers or COCO's text.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        file: What errors name.
-
-    Raises:
-        ValueError: If a polygon has fewer than three points or leads far outside of the image, or
-            run lengths do not fill it.
+    That is a list of polygons, each x, y, x, y, ... in pixels, of three points or more, not far
+    outside of the image; or `{"size": [height, width], "counts": ...}` with run lengths that fill
+    the image, as numbers or in COCO's text. Errors name the file.
     """
+    valid = False
     if isinstance(segmentation, list):
         valid = all(_is_polygon(polygon, max(height, width)) for polygon in segmentation)
-    else:
-        runs = _runs(segmentation.get("counts")) if isinstance(segmentation, dict) else [-1]
-        fills = min(runs, default=0) >= 0 and sum(runs) == height * width
-        valid = fills and segmentation.get("size") == [height, width]
+    elif isinstance(segmentation, dict) and segmentation.get("size") == [height, width]:
+        runs = _runs(segmentation.get("counts"))
+        valid = min(runs, default=0) >= 0 and sum(runs) == height * width
     if not valid:
         raise ValueError(
             f"{file} has a broken segmentation, {repr(segmentation)[:60]}; expected polygons of "
@@ -45,21 +37,18 @@ def draw_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
 
     masks = torch.zeros(len(segmentations), height, width, dtype=torch.uint8)
     for mask, segmentation in zip(masks, segmentations, strict=True):
-        if isinstance(segmentation, dict):
+        if isinstance(segmentation, list):
+            polygons = coco_mask.frPyObjects(segmentation, height, width)
+            runs = _runs(coco_mask.merge(polygons)["counts"].decode())
+        else:
             runs = _runs(segmentation["counts"])
-            values = np.arange(len(runs), dtype=np.uint8) % 2  # Zeros first, then ones, ...
-            columns = np.repeat(values, runs).reshape(width, height)  # COCO goes down each column.
-            mask.copy_(torch.from_numpy(columns.T))
-            continue
-        merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        with warnings.catch_warnings():
-            # pycocotools 2.0.11 asks NumPy 2 for a copy in the old way.
-            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-            mask.copy_(torch.from_numpy(coco_mask.decode(merged)))
+        values = np.arange(len(runs), dtype=np.uint8) % 2  # Zeros first, then ones, ...
+        columns = np.repeat(values, runs).reshape(width, height)  # COCO goes down each column.
+        mask.copy_(torch.from_numpy(columns.T))  # (H, W)
     return masks
 
 
-def _is_polygon(polygon: Any, side: int) -> bool:
+def _is_polygon(polygon: object, side: int) -> bool:
     if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
         return False
     # pycocotools walks along each edge, so that a far corner would take all memory.
@@ -67,7 +56,7 @@ def _is_polygon(polygon: Any, side: int) -> bool:
     return near and len(polygon) % 2 == 0 and not math.isnan(sum(polygon))
 
 
-def _runs(counts: Any) -> list[int]:
+def _runs(counts: object) -> list[int]:
     """Return run lengths, reading COCO's text of them; [-1] where they are neither.
 
     Each character holds five bits of a number, low ones first, and one that says whether more

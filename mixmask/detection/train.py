@@ -6,17 +6,14 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
-from torchvision.tv_tensors import BoundingBoxFormat
 from tqdm import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
@@ -27,7 +24,7 @@ from mixmask.detection.data import DetectionData, Target
 from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
 from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
-from mixmask.figures.style import save_figure
+from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, write_json
 from mixmask.runs.schedules import step_decay
 
@@ -43,15 +40,13 @@ _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mi
 
 
 class Row(Precisions, total=False):
-    """What an epoch has measured: mean losses, and in some epochs the average precision."""
+    """What an epoch has measured: the mean loss and, in some epochs, the average precision.
+
+    The parts of the loss stand beside it under torchvision's names.
+    """
 
     epoch: int
     loss: float
-    loss_classifier: float
-    loss_box_reg: float
-    loss_objectness: float
-    loss_rpn_box_reg: float
-    loss_mask: float
     lr: float
     seconds: float
     test_seconds: float
@@ -71,48 +66,47 @@ class Results(Precisions):
     epochs: list[Row]
 
 
-@dataclass
 class Run:
     """All that a run is made of, where it stands, and its files."""
 
-    config: DetectionConfig
-    data: DetectionData
-    detector: nn.Module
-    optimizer: torch.optim.SGD
-    device: torch.device
-    steps: int
-    out: Path
-    source: Source
-    rows: list[Row] = field(default_factory=list)
-    step: int = 0
-    # Sums of losses over the part of an epoch that a checkpoint holds, and its seconds.
-    sums: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         config: DetectionConfig,
         data: DetectionData,
         backbone: nn.Module,
         out: Path,
         source: Source,
-    ) -> Run:
+    ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
             train, test = data.train.with_masks(), data.test.with_masks()
             data = dataclasses.replace(data, train=train, test=test)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.data, self.out, self.source = config, data, out, source
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(fold_seed(config.seed, "weights"))
-        detector = build_detector(backbone, len(data.classes), config).to(device)
-        optimizer = torch.optim.SGD(
-            [p for p in detector.parameters() if p.requires_grad],
+        self.detector = build_detector(backbone, len(data.classes), config).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.detector.parameters() if p.requires_grad],
             lr=0.0,
             momentum=0.9,
             weight_decay=config.weight_decay,
         )
-        steps = max(1, len(data.train) // config.batch_size)
-        return cls(config, data, detector, optimizer, device, steps, out, source)
+        self.steps = max(1, len(data.train) // config.batch_size)  # Per epoch.
+        self.step = 0
+        self.rows: list[Row] = []
+        # Sums of losses, and seconds, of the epoch that is under way.
+        self.sums: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def read_batches(
+        self, first: int, last: int, draw: str, *epoch: int
+    ) -> Iterator[list[tuple[Tensor, Target]]]:
+        """Read training batches from `first` to before `last` of a random order."""
+        generator = step_generator(self.config.seed, draw, *epoch)
+        order = torch.randperm(len(self.data.train), generator=generator)
+        size = self.config.batch_size
+        index = order[first * size : last * size].tolist()
+        return read_batches(self.data.train, index, size, self.config.workers)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step.
@@ -128,15 +122,14 @@ class Run:
 
     def results(self) -> Results:
         """Return the content of `results.json`."""
-        row = next((row for row in reversed(self.rows) if "ap" in row), Row())
+        tested = next((row for row in reversed(self.rows) if "ap" in row), Row())
         names = Precisions.__annotations__
-        tested = {name: value for name, value in row.items() if name in names}
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        libraries = {name: version(name) for name in _LIBRARIES}
+        precisions = {name: value for name, value in tested.items() if name in names}
         splits = {"train": self.data.train, "test": self.data.test}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "finished": self.step == self.steps * self.config.epochs,
-            **cast("Precisions", tested),
+            **cast("Precisions", precisions),
             "classes": list(self.data.classes),
             "backbone": self.source,
             "config": dataclasses.asdict(self.config),
@@ -147,7 +140,9 @@ class Run:
             "hardware": {
                 "machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(),
             },
-            "versions": {"python": platform.python_version(), **libraries},
+            "versions": {
+                "python": platform.python_version(), **{name: version(name) for name in _LIBRARIES},
+            },
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "epochs": self.rows,
         }  # fmt: skip
@@ -190,12 +185,7 @@ class Run:
 def load_source(
     run: str, config: DetectionConfig, *, small_stem: bool | None = None
 ) -> tuple[nn.Module, DetectionConfig, Source]:
-    """Load the backbone of a run, or build an untrained one.
-
-    Args:
-        run: A run folder, a checkpoint file, or "random".
-        config: The options; `arch` and, with "random", `small_stem` count here.
-        small_stem: Whether the stem is the one for small images. Default: as in the run.
+    """Load the backbone of a run, or build an untrained one where `run` is "random".
 
     Returns:
         The backbone, the options with its architecture, and what results say of it.
@@ -208,14 +198,9 @@ def load_source(
         return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
     loaded = load_backbone(Path(run), arch=config.arch or None, small_stem=small_stem)
     source: Source = {
-        "run": run,
-        "arch": loaded.arch,
-        "small_stem": loaded.small_stem,
-        "layout": loaded.layout,
-        "taken": len(loaded.taken),
-        "left": len(loaded.left),
-        "pretraining": loaded.config,
-    }
+        "run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, "layout": loaded.layout,
+        "taken": len(loaded.taken), "left": len(loaded.left), "pretraining": loaded.config,
+    }  # fmt: skip
     config = dataclasses.replace(config, arch=loaded.arch, small_stem=loaded.small_stem)
     return loaded.backbone, config, source
 
@@ -254,7 +239,7 @@ def train_detector(
         ValueError: If the backbone does not suit, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    run = Run.build(config, data, backbone, out, source or {})
+    run = Run(config, data, backbone, out, source or {})
     if resume:
         run.load()
     else:
@@ -275,45 +260,37 @@ def train_detector(
     return run.detector, run.results()
 
 
-def _train_epoch(run: Run, epoch: int, bar: Any) -> Row:
+def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:
     """Train one epoch, or what a resumed run has left of it."""
-    config, start = run.config, time.perf_counter()
-    saved = start
     train_mode(run.detector)
-    steps_before = run.step % run.steps
-    # What a checkpoint within the epoch holds, so that its means are whole.
-    sums, seconds = dict(run.sums), run.seconds
-    order = torch.randperm(
-        len(run.data.train), generator=step_generator(config.seed, "order", epoch)
-    )
-    index = order[: run.steps * config.batch_size].tolist()[steps_before * config.batch_size :]
-    for batch in read_batches(run.data.train, index, config.batch_size, config.workers):
+    start, saved = time.perf_counter() - run.seconds, run.seconds
+    for batch in run.read_batches(run.step % run.steps, run.steps, "order", epoch):
         losses = _train_step(run, batch)
         total = sum(losses.values())
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss became {total} in epoch {epoch}; lower --lr")
         run.step += 1
+        run.sums = {name: run.sums.get(name, 0.0) + loss for name, loss in losses.items()}
+        run.seconds = time.perf_counter() - start
         bar.update()
         bar.set_postfix_str(f"loss {total:.3f}")
-        if time.perf_counter() - saved > _SAVE_EVERY and run.step % run.steps:
-            saved = time.perf_counter()
-            run.sums, run.seconds = sums, seconds + saved - start
+        if run.seconds - saved > _SAVE_EVERY and run.step % run.steps:
+            saved = run.seconds
             run.save()
-    run.sums, run.seconds = {}, 0.0
-    means = {name: total / run.steps for name, total in sums.items()}
-    return {
-        **cast("Row", means),  # Under torchvision's names.
+    means = {name: total / run.steps for name, total in run.sums.items()}
+    row: Row = {
+        **cast("Row", means),
         "epoch": epoch,
         "loss": sum(means.values()),
         "lr": run.optimizer.param_groups[0]["lr"],
-        "seconds": seconds + time.perf_counter() - start,
+        "seconds": run.seconds,
     }
+    run.sums, run.seconds = {}, 0.0
+    return row
 
 
 def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float]:
-    """Take one step on a batch and return the losses."""
+    """Take one step on a batch and return the parts of the loss."""
     generator = step_generator(run.config.seed, "flips", run.step)
     images, targets = _flip_half(batch, generator, run.device)
     # torchvision draws sizes, anchors and regions from the global generator.
@@ -336,15 +313,14 @@ def _flip_half(
     flips = torch.rand(len(batch), generator=generator) < 0.5
     for flip, (image, annotated) in zip(flips.tolist(), batch, strict=True):
         target = {name: value.to(device) for name, value in annotated.items()}
-        pixels = image.to(device).float() / 255
         if flip:
-            pixels = transforms.horizontal_flip(pixels)
-            target["boxes"] = transforms.horizontal_flip_bounding_boxes(
-                target["boxes"], BoundingBoxFormat.XYXY, canvas_size=pixels.shape[-2:]
-            )
+            image = image.flip(-1)
+            left, top, right, bottom = target["boxes"].unbind(1)  # (n, 4) -> 4 times (n,)
+            width = image.shape[-1]
+            target["boxes"] = torch.stack([width - right, top, width - left, bottom], dim=1)
             if "masks" in target:
-                target["masks"] = transforms.horizontal_flip_mask(target["masks"])
-        images.append(pixels)
+                target["masks"] = target["masks"].flip(-1)
+        images.append(image.to(device).float() / 255)
         targets.append(target)
     return images, targets
 
@@ -353,10 +329,10 @@ def _test(run: Run, row: Row) -> None:
     """Add the average precision on the test split to a row."""
     _measure_statistics(run)
     start, config = time.perf_counter(), run.config
-    data, size = run.data, config.batch_size
     precisions = evaluate_detector(
-        run.detector, data.test, data.classes, batch_size=size, workers=config.workers
-    )
+        run.detector, run.data.test, run.data.classes,
+        batch_size=config.batch_size, workers=config.workers,
+    )  # fmt: skip
     row.update(cast("Row", precisions))
     row["test_seconds"] = time.perf_counter() - start
 
@@ -371,26 +347,27 @@ def _measure_statistics(run: Run) -> None:
     tuned = [norm for norm in batch_norms(run.detector) if norm.weight.requires_grad]
     if not tuned:
         return
-    config = run.config
     train_mode(run.detector)
     momenta = [norm.momentum for norm in tuned]
     for norm in tuned:
         norm.reset_running_stats()
         norm.momentum = None  # A plain mean over all batches.
-    draw = step_generator(config.seed, "statistics")
-    order = torch.randperm(len(run.data.train), generator=draw)
-    index = order[: min(_STATISTICS, run.steps) * config.batch_size].tolist()
-    torch.manual_seed(fold_seed(config.seed, "statistics"))
-    for batch in read_batches(run.data.train, index, config.batch_size, config.workers):
-        run.detector(*_flip_half(batch, step_generator(config.seed, "statistics"), run.device))
+    torch.manual_seed(fold_seed(run.config.seed, "statistics"))
+    for batch in run.read_batches(0, min(_STATISTICS, run.steps), "statistics"):
+        generator = step_generator(run.config.seed, "statistics")
+        run.detector(*_flip_half(batch, generator, run.device))
     for norm, momentum in zip(tuned, momenta, strict=True):
         norm.momentum = momentum
 
 
 def _draw(run: Run, *, count: int = 4) -> None:
     """Draw the first test images with what is annotated and what is detected."""
-    test = run.data.test
+    test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
     predictions = predict(run.detector, images, run.device)
-    figure = figure_detections(images, targets, predictions, run.data.classes)
+    title = (
+        f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
+        f"{len(test):,} images of {test.name}, the first {len(images)} shown"
+    )
+    figure = figure_detections(images, targets, predictions, run.data.classes, title=title)
     save_figure(figure, run.out / "detections.png")

@@ -25,17 +25,10 @@ def explain(problem: str) -> Iterator[None]:
 
 
 class Tree:
-    """A read-only folder, or a zip file of one, which is read in place: nothing is extracted.
-
-    Args:
-        root: A folder or a zip file.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """A read-only folder, or a zip file of one, which is read in place: nothing is extracted."""
 
     def __init__(self, root: Path) -> None:
-        """List the members of a zip file."""
+        """List the members of a zip file; what is neither a folder nor a zip file is refused."""
         self.root = root
         self._zips: dict[int, zipfile.ZipFile] = {}
         self._members: frozenset[str] | None = None
@@ -52,17 +45,15 @@ class Tree:
     def has(self, name: str) -> bool:
         """Tell whether there is such a file; names that lead out of the tree are refused."""
         inside = _inside(name)
-        if self._members is not None:
-            return inside in self._members
-        return (self.root / inside).is_file()
+        return (self.root / inside).is_file() if self._members is None else inside in self._members
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes, or refuse one that is damaged, encrypted or of unknown codec."""
         inside = _inside(name)
         with explain(f"{name} in {self.root} cannot be read"):
-            if self._members is not None:
-                return self._zip().read(inside)
-            return (self.root / inside).read_bytes()
+            if self._members is None:
+                return (self.root / inside).read_bytes()
+            return self._zip().read(inside)
 
     @contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
@@ -72,27 +63,23 @@ class Tree:
         with explain(problem), Image.open(io.BytesIO(content)) as image:
             yield image
 
-    def find_parent(self, folder: str) -> str | None:
-        """Return the path of what holds a folder, "" or ending in "/"; the outermost one."""
-        if self._members is None:
-            paths = (
-                path.relative_to(self.root).as_posix().removesuffix(folder)
-                for depth in ("", "*/", "*/*/")
-                for path in self.root.glob(depth + folder)
-                if path.is_dir()
-            )
-        else:
-            matches = (re.match(rf"((?:.*?/)?){folder}/", name) for name in self._members)
-            paths = (match[1] for match in matches if match)
-        return min(paths, key=lambda path: (path.count("/"), path), default=None)
+    def find(self, folder: str, suffix: str) -> tuple[str, dict[str, str]]:
+        """Find the files in a folder that end in a suffix, however deep the folder lies.
 
-    def names(self, folder: str, suffix: str) -> list[str]:
-        """Return the names of the files directly in a folder that end in a suffix, sorted."""
-        if self._members is None:
-            paths = (self.root / folder).glob(f"*{suffix}")
-            return sorted(path.name for path in paths if path.is_file())
-        matches = (re.fullmatch(rf"{re.escape(folder)}/([^/]*)", name) for name in self._members)
-        return sorted(match[1] for match in matches if match and match[1].endswith(suffix))
+        Returns:
+            What holds the folder, "" or ending in "/", the outermost one; and the paths of the
+            files by their names without the suffix, sorted.
+        """
+        paths = self._members
+        if paths is None:  # A search of all depths would walk through every image folder.
+            globs = (self.root.glob(f"{top}{folder}/*{suffix}") for top in ("", "*/", "*/*/"))
+            files = (path for found in globs for path in found if path.is_file())
+            paths = frozenset(path.relative_to(self.root).as_posix() for path in files)
+        pattern = re.compile(rf"((?:.*/)?){re.escape(folder)}/([^/]*){re.escape(suffix)}")
+        matches = [match for path in sorted(paths) if (match := pattern.fullmatch(path))]
+        parents = {match[1] for match in matches}
+        base = min(parents, key=lambda parent: (parent.count("/"), parent), default="")
+        return base, {match[2]: match[0] for match in matches if match[1] == base}
 
     def _zip(self) -> zipfile.ZipFile:
         # Forked workers must not share one open file: it has one position for all of them.

@@ -18,6 +18,7 @@ from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.neighbours import nearest_neighbours
 from mixmask.evaluation.tasks import load_sources
 from mixmask.figures.features import figure_map, figure_neighbours
+from mixmask.figures.style import short_path
 from mixmask.runs.options import check_range
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def load_gallery(
     loaded, name, size = load_sources(
         runs, data=data, image_size=image_size, arch=arch, small_stem=small_stem, device=device
     )
-    # A run is named by the end of its path.
-    names = ["/".join(run.resolve().parts[-2:]) for run in runs]
+    names = [short_path(run.resolve()) for run in runs]
     backbones = [(name, each.backbone) for name, each in zip(names, loaded, strict=True)]
     images = load_data(name, size)
     train, test, labels, bank_labels = images.train, images.test, None, None
@@ -139,7 +139,8 @@ def draw_map(
     for name, backbone in gallery.backbones:
         features = extract_features(backbone, gallery.shown[index])  # (n, D)
         maps.append((name, *project(features, method=projection, seed=seed)))
-    title = f"{gallery.data}, {len(index):,} of {len(gallery.shown):,} {gallery.split} images"
+    data, images = short_path(gallery.data), f"{len(gallery.shown):,} {gallery.split} images"
+    title = f"{data}, {len(index):,} of {images}"
     labels = None if gallery.labels is None else gallery.labels[index]
     return Drawing(figure_map(maps, labels, gallery.classes, title=title), title)
 
@@ -162,7 +163,7 @@ def draw_neighbours(gallery: Gallery, *, queries: int = 8, k: int = 8, seed: int
     bank = extract_features(backbone, gallery.bank)
     asked = extract_features(backbone, gallery.shown[chosen])
     similarity, index = (part.cpu() for part in nearest_neighbours(asked, bank, k, own=own))
-    title, names = f"{run}: {gallery.data}", None
+    title, names = f"{run}: {short_path(gallery.data)}", None
     if gallery.labels is not None and gallery.bank_labels is not None:
         labels, others = gallery.labels[chosen], gallery.bank_labels[index]  # (M,), (M, k)
         names = [

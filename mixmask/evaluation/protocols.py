@@ -28,7 +28,7 @@ from mixmask.evaluation.linear import linear_scores
 from mixmask.evaluation.metrics import Accuracy, measure_accuracy, top1_accuracy
 from mixmask.evaluation.tasks import Source, Task
 from mixmask.figures.features import figure_confusion
-from mixmask.figures.style import write_figure
+from mixmask.figures.style import short_path, write_figure
 from mixmask.runs.folder import atomic_write
 from mixmask.runs.options import check_options, check_range, option
 
@@ -232,6 +232,14 @@ class Result:
             **self.accuracy.to_json(self.classes),
         }
 
+    def _title(self) -> str:
+        """Say in the figure whose accuracy it is, on what."""
+        source, images = self.source, len(self.outcome.scores)
+        return (
+            f"{short_path(source.checkpoint)}, {self.outcome.used.name} on "
+            f"{short_path(source.data)}\ntop-1 {self.accuracy.top1:.1%}, n = {images:,} test images"
+        )
+
     def write(self, folder: Path) -> Path:
         """Write `evaluate-PROTOCOL.json`, and the confusion matrix as PNG beside it."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +247,8 @@ class Result:
         with atomic_write(path, path.with_suffix(".png")) as (text, picture):
             content = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
             text.write_text(content + "\n", encoding="utf-8")
-            write_figure(figure_confusion(self.accuracy.confusion, self.classes), picture)
+            figure = figure_confusion(self.accuracy.confusion, self.classes, title=self._title())
+            write_figure(figure, picture)
         return path
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mixmask.figures.style import CLASS_COLOURS, new_figure, show_image
+from mixmask.figures.style import CLASS_COLOURS, add_caption, new_figure, show_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ def figure_detections(
     classes: Sequence[str],
     *,
     threshold: float = 0.5,
+    title: str = "",
 ) -> Figure:
     """Draw what was annotated beside what was detected, one row per image.
 
@@ -30,48 +31,47 @@ def figure_detections(
         predictions: Per image the same and `scores` (n,).
         classes: Names; label 1 is the first.
         threshold: Smallest score of a detection that is drawn.
+        title: Whose detections they are, and how precise.
     """
-    height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 0.6
+    height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 1
     figure = new_figure(8.6, height)
     axes = figure.subplots(len(images), 2, squeeze=False)
-    colours = [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(classes))]
     for (left, right), image, target, prediction in zip(
         axes, images, targets, predictions, strict=True
     ):
         sure = prediction["scores"] >= threshold
         shown = {name: values[sure] for name, values in prediction.items()}
-        show_image(left, image, f"annotated: {len(target['boxes'])}")
         count = int(sure.sum())
+        show_image(left, image, f"annotated: {len(target['boxes'])}")
         show_image(right, image, f"detected: {count} with a score of {threshold:g} or more")
         for axis, boxes in ((left, target), (right, shown)):
-            _draw_boxes(axis, boxes, colours)
-    handles = [_patch((0, 0), 1, 1, color=colour) for colour in colours]
-    figure.legend(
-        handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False
-    )
+            _draw_boxes(axis, boxes)
+    for i, name in enumerate(classes):
+        axes[0, 0].plot([], [], "s", color=_colour(i + 1), label=name)
+    figure.legend(loc="outside lower center", ncols=min(len(classes), 6), frameon=False)
+    add_caption(figure, title)
     return figure
 
 
-def _draw_boxes(axis: Axes, boxes: dict[str, Tensor], colours: Sequence[str]) -> None:
+def _colour(label: int) -> str:
+    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
+
+
+def _draw_boxes(axis: Axes, boxes: dict[str, Tensor]) -> None:
     """Draw boxes in their classes' colours, with scores and masks where there are any."""
-    scores = boxes.get("scores")
+    from matplotlib.patches import Rectangle
+
     for i, (corners, label) in enumerate(zip(boxes["boxes"], boxes["labels"], strict=True)):
         # A picture's first pixel is drawn around 0; its left edge is at -0.5.
         left, top, right, bottom = (corners - 0.5).tolist()
-        colour = colours[int(label) - 1]
-        box = _patch((left, top), right - left, bottom - top, fill=False, color=colour)
-        axis.add_patch(box)
-        if scores is not None:
+        colour = _colour(int(label))
+        size = right - left, bottom - top
+        axis.add_patch(Rectangle((left, top), *size, fill=False, color=colour, linewidth=1.8))
+        if "scores" in boxes:
             axis.text(
-                left, top, f"{float(scores[i]):.2f}", color="white", fontsize=6, va="top",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
+                left, top, f"{float(boxes['scores'][i]):.2f}", fontsize=7, va="top",
+                bbox={"facecolor": "white", "edgecolor": colour, "pad": 0.8},
             )  # fmt: skip
         if "masks" in boxes:
             mask = boxes["masks"][i].float().numpy()
-            axis.contour(mask, [0.5], colors=[colour], linewidths=0.8)
-
-
-def _patch(corner: tuple[float, float], width: float, height: float, **options: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, linewidth=1, **options)
+            axis.contour(mask, [0.5], colors=[colour], linewidths=1.2)

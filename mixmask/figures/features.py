@@ -24,7 +24,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
 _MOST_IN_LEGEND = 20
 _QUERY, _WRONG = COLOURS[:2]  # Blue and orange, as the legend says.
 # More classes than these would be unreadable in a confusion matrix.
-_NUMBERED_CLASSES, _NAMED_CLASSES = 20, 40
+_NUMBERED_CLASSES, _NAMED_CLASSES = 20, 120
 
 
 def class_style(label: int, classes: int) -> tuple[str, str]:
@@ -106,17 +106,16 @@ def figure_neighbours(
     return figure
 
 
-def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
+def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = "") -> Figure:
     """Draw how often images of one class were classified as another, as shares of the class.
 
-    For up to 20 classes the cells hold the shares in per cent; up to 40 classes are named.
+    For up to 20 classes the cells hold the shares in per cent; up to 120 classes are named. Rows
+    of classes that do not occur stay white.
 
     Args:
-        confusion: (C, C) counts: rows are the right classes, columns the predicted ones.
+        confusion: (C, C) counts: rows are the true classes, columns the predicted ones.
         classes: Their C names.
-
-    Returns:
-        A matplotlib figure; rows of classes that do not occur stay white.
+        title: What was measured.
 
     Raises:
         ValueError: If shapes and names do not fit.
@@ -129,22 +128,25 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
         )
     totals = confusion.sum(dim=1, keepdim=True)  # (C, 1)
     shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()
-    side = min(max(0.5 * count + 2.5, 4.0), 12.0)
+    side = min(max(0.5 * count + 2.5, 5.0), 13.0)
     figure = new_figure(side + 0.8, side)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="% of the class")
-    axis.set(xlabel="predicted", ylabel="right class")
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="% of the true class")
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.set_title(title, fontsize=10, wrap=True)
     if count <= _NAMED_CLASSES:
-        axis.set_xticks(range(count), classes, rotation=90, fontsize=8)
-        axis.set_yticks(range(count), classes, fontsize=8)
+        size = min(8, 560 / count)  # A row is 5.6 points high where there are a hundred.
+        names = [shorten(name, 24) for name in classes]
+        axis.set_xticks(range(count), names, rotation=90, fontsize=size)
+        axis.set_yticks(range(count), names, fontsize=size)
     if count <= _NUMBERED_CLASSES:
         for row, column in confusion.nonzero().tolist():
             share = shares[row, column]
-            colour = "white" if share > 50 else "black"
             axis.text(
-                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour
-            )
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8,
+                color="white" if share > 50 else "black",
+            )  # fmt: skip
     # The layout makes room for labels only after they were drawn once.
     figure.canvas.draw()
     return figure
@@ -152,13 +154,9 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 def _scatter(axis: Axes, points: Tensor, labels: Tensor | None, classes: int) -> None:
     size = 22 if len(points) <= 1000 else 8
-    if labels is None:
-        x, y = points.T.numpy()
-        axis.scatter(x, y, s=size, color="grey", linewidths=0, alpha=0.7)
-        return
-    for label in labels.unique().tolist():
-        colour, mark = class_style(label, classes)
-        x, y = points[labels == label].T.numpy()
+    for label in [None] if labels is None else labels.unique().tolist():
+        colour, mark = ("grey", "o") if label is None else class_style(label, classes)
+        x, y = (points if label is None else points[labels == label]).T.numpy()
         axis.scatter(x, y, s=size, color=colour, marker=mark, linewidths=0, alpha=0.8)
 
 

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mixmask._checks import Ratio
 from mixmask.data.views import denormalize
-from mixmask.figures.style import new_figure, show_image
+from mixmask.figures.style import add_caption, new_figure, show_image
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator
-from mixmask.mixing import mix_batch
+from mixmask.mixing import MixedBatch, mix_batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PATTERNS = {"block": BlockMaskGenerator, "discrete": DiscreteMaskGenerator}
+_LEGEND = "white keeps\none's own pixels,\nblack takes\nthe partner's"
 
 
 def figure_masks(
@@ -27,51 +29,60 @@ def figure_masks(
     ratio: Ratio = 0.5,
     generator: torch.Generator | None = None,
 ) -> Figure:
-    """Draw the paper's figure 1: masks of both patterns at several grids, and the two mixes.
+    """Draw the paper's figure 1: rows of masks, of mixes and of switch images for each pair.
 
     Args:
         images: (N, 3, H, W) uint8, mixed in pairs; an odd last one meets the first.
-        grid_sizes: Cells per side; each has a group of columns.
+        grid_sizes: Cells per side; each has a column per pattern.
         ratio: Share of an image's own pixels, or a range (low, high).
         generator: A CPU generator for the masks. Default: torch's global one.
-
-    Returns:
-        A matplotlib figure, two rows per pair; `style.save_figure` writes it.
     """
     pairs = [
         torch.stack([images[i], images[(i + 1) % len(images)]]) for i in range(0, len(images), 2)
     ]
-    rows, columns = 2 * len(pairs), 1 + 3 * len(grid_sizes)
-    figure = new_figure(1.3 * columns, 1.5 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for pair, pair_axes in zip(pairs, axes.reshape(len(pairs), 2, columns), strict=True):
-        show_image(pair_axes[0, 0], pair[0], "image")
-        show_image(pair_axes[1, 0], pair[1], "partner")
-        for axis_row, (pattern, build) in zip(pair_axes, _PATTERNS.items(), strict=True):
-            for i, grid_size in enumerate(grid_sizes):
-                masks: MaskGenerator = build(grid_size, ratio)
-                mixed = mix_batch(pair, masks, generator=generator)
-                assert mixed.mask is not None
-                mask_axis, mix_axis, switch_axis = axis_row[1 + 3 * i : 4 + 3 * i]
-                show_image(mask_axis, mixed.mask, f"{pattern}, grid {grid_size}")
-                show_image(mix_axis, mixed.images[0], f"mix, λ = {float(mixed.lam):.2f}")
-                show_image(switch_axis, mixed.images[1], "switch image")
+    settings = [(pattern, grid) for pattern in _PATTERNS for grid in grid_sizes]
+    figure = new_figure(1.25 * (1 + len(settings)), 4.15 * len(pairs))
+    axes = figure.subplots(3 * len(pairs), 1 + len(settings), squeeze=False)
+    for pair, rows in zip(pairs, rearrange(axes, "(p r) c -> p r c", r=3), strict=True):
+        rows[0, 0].axis("off")
+        rows[0, 0].text(0.5, 0.5, _LEGEND, ha="center", va="center", fontsize=9)
+        show_image(rows[1, 0], pair[0], "image", size=9)
+        show_image(rows[2, 0], pair[1], "partner", size=9)
+        for column, (pattern, grid) in zip(rows[:, 1:].T, settings, strict=True):
+            masks: MaskGenerator = _PATTERNS[pattern](grid, ratio)
+            mixed = mix_batch(pair, masks, generator=generator)
+            assert mixed.mask is not None
+            show_image(column[0], mixed.mask, f"{pattern}, grid {grid}", size=9)
+            show_image(column[1], mixed.images[0], f"mix, λ = {float(mixed.lam):.2f}", size=9)
+            show_image(column[2], mixed.images[1], "switch image", size=9)
     return figure
 
 
-def figure_views(query: Tensor, mixed: Sequence[Tensor], key: Tensor) -> Figure:
-    """Draw what a network saw: rows of query views, of each mixed view, and of key views.
+def figure_views(images: Tensor, query: Tensor, mixed: Sequence[MixedBatch], key: Tensor) -> Figure:
+    """Draw what a network saw: rows of images, query views, masks, mixed views and key views.
 
     Args:
+        images: (n, 3, H, W) uint8, the originals.
         query: (n, 3, S, S) normalised views.
-        mixed: Of the same shape, one for each mixture; may be empty.
+        mixed: What became of the query views, a record per mixture; may be empty.
         key: Of the same shape.
     """
-    names = ["view", *["mixed view"] * len(mixed), "key view"]
-    figure = new_figure(1.1 * len(query) + 0.6, 1.15 * len(names))
-    axes = figure.subplots(len(names), len(query), squeeze=False)
-    for axis_row, name, batch in zip(axes, names, [query, *mixed, key], strict=True):
-        for axis, image in zip(axis_row, denormalize(batch), strict=True):
-            show_image(axis, image)
+    rows: list[tuple[str, Tensor, Tensor | None]] = [
+        ("image", images, None),
+        ("query view", denormalize(query), None),
+    ]
+    for batch in mixed:
+        if batch.mask is not None:
+            # Of a mask per channel the first is shown.
+            mask = batch.mask[:, 0] if batch.mask.ndim == 4 else batch.mask
+            rows.append(("mask", mask.expand(len(query), *mask.shape[-2:]), None))  # (n, H, W)
+        rows.append(("mixed view", denormalize(batch.images), batch.lam.expand(len(query))))
+    rows.append(("key view", denormalize(key), None))
+    figure = new_figure(1.15 * len(query) + 0.5, 1.25 * len(rows) + 0.3)
+    axes = figure.subplots(len(rows), len(query), squeeze=False)
+    for axis_row, (name, pictures, lam) in zip(axes, rows, strict=True):
+        for i, (axis, picture) in enumerate(zip(axis_row, pictures, strict=True)):
+            show_image(axis, picture, "" if lam is None else f"λ = {float(lam[i]):.2f}")
         axis_row[0].set_ylabel(name, fontsize=9)
+    add_caption(figure, "", f"mask: {_LEGEND}".replace("\n", " ") if mixed else "")
     return figure

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,26 +68,36 @@ def band(values: Tensor, kind: str = "se") -> tuple[Tensor, Tensor, Tensor]:
     return mean, mean - half, mean + half
 
 
-def figure_curves(rows: Sequence[dict[str, float]]) -> Figure:
-    """Draw a run's loss and, where they were measured, its accuracies over the epochs.
+def figure_curves(rows: Sequence[dict[str, float]], *, title: str = "") -> Figure:
+    """Draw a run's losses and, where they were measured, its accuracies over the epochs.
+
+    Each term of the loss has a panel, since their scales may differ.
 
     Args:
-        rows: The rows of `metrics.csv`.
+        rows: The rows of `metrics.csv`; epoch 0 is before training.
+        title: The run's name.
     """
-    figure = new_figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
-    _draw_losses(left, [row for row in rows if "loss" in row])
-    right.set(xlabel="epoch", ylabel="accuracy on the test split, %", title="representation")
-    for name, label in reversed(MEASURES.items()):
-        measured = [row for row in rows if row.get(name) is not None]
-        if measured:
-            epochs = [row["epoch"] for row in measured]
-            right.plot(epochs, [100 * row[name] for row in measured], marker="o", label=label)
-            right.axhline(100 * measured[0][name], color="grey", linewidth=0.8, linestyle=":")
-    if right.lines:
-        right.legend(frameon=False, title="dotted: untrained")
-    for axis in (left, right):
+    columns = {
+        name: {int(row["epoch"]): [row[name]] for row in rows if row.get(name) is not None}
+        for name in _PANELS
+    }
+    losses = [name for name in _PANELS if name not in MEASURES and _is_drawn(columns[name])]
+    count = len(losses) + any(columns[name] for name in MEASURES)
+    figure = new_figure(max(3.8 * count, 5), 3.8)
+    axes = figure.subplots(1, max(count, 1), squeeze=False)[0]
+    for axis, name in zip(axes, losses, strict=False):
+        _draw(axis, columns[name], 0, "", "se", 1)
+        axis.set(xlabel="epoch", ylabel="loss", title=_PANELS[name])
+    for i, (name, label) in enumerate(MEASURES.items()):
+        if columns[name]:
+            _draw(axes[-1], columns[name], i, label, "se", 100)
+            axes[-1].set(xlabel="epoch", ylabel="accuracy, %", title="accuracy on the test split")
+        if 0 in columns[name]:
+            _draw_untrained(axes[-1], columns[name][0][0], f"{label}, untrained", i)
+    for axis in axes:
         finish_curves(axis)
+    add_legend(figure, axes)
+    add_caption(figure, title)
     return figure
 
 
@@ -94,24 +106,32 @@ def figure_comparison(
 ) -> Figure:
     """Draw the losses and accuracies of several runs: a colour per setting, a band over seeds.
 
+    Losses of different scale, as different methods have them, are drawn in panels of their own.
+
     Args:
         curves: Name of a setting -> column of `metrics.csv` -> epoch -> one value per seed.
         title: What the settings have in common.
         kind: What the band is, see `band`.
     """
-    figure = new_figure(9, 6.8)
-    axes = figure.subplots(2, 2)
-    for axis, (column, heading) in zip(axes.flat, _PANELS.items(), strict=True):
+    panels = []
+    for column, heading in _PANELS.items():
+        points = {name: columns.get(column, {}) for name, columns in curves.items()}
+        names = [name for name in points if _is_drawn(points[name])]
+        scales = [names] if column in MEASURES else _group_scales({n: points[n] for n in names})
+        panels += [(column, heading, names) for names in scales]
+    figure = new_figure(9, 3.4 * ((len(panels) + 1) // 2))
+    axes = figure.subplots((len(panels) + 1) // 2, 2).flatten()
+    axes[-1].axis("on" if len(panels) % 2 == 0 else "off")
+    for axis, (column, heading, names) in zip(axes, panels, strict=False):
         accuracy = column in MEASURES
         axis.set(xlabel="epoch", title=heading, ylabel="accuracy, %" if accuracy else "loss")
         for i, (name, columns) in enumerate(curves.items()):
-            points = columns.get(column, {})
-            if any(any(values) for values in points.values()):  # No mixed term is no curve of 0.
-                _draw(axis, points, i, _with_seeds(name, columns), kind, 100 if accuracy else 1)
+            if name in names:
+                label = _with_seeds(name, columns)
+                _draw(axis, columns[column], i, label, kind, 100 if accuracy else 1)
         finish_curves(axis)
-    add_legend(figure, axes.flat)
-    drawn = [points for columns in curves.values() for points in columns.values()]
-    _caption(figure, title, drawn, kind)
+    add_legend(figure, axes)
+    _add_caption(figure, title, kind)
     return figure
 
 
@@ -138,10 +158,7 @@ def figure_factors(
             for x, accuracies in enumerate(values.values()):
                 _mark(axis, x + 0.2 * (i - 0.5), accuracies.get(measure, ()), i, label)
             if measure in untrained:
-                axis.axhline(
-                    100 * untrained[measure], color=COLOURS[i], linewidth=0.8, linestyle=":",
-                    label=f"{label}, untrained",
-                )  # fmt: skip
+                _draw_untrained(axis, untrained[measure], f"{label}, untrained", i)
         axis.set(title=factor, xlim=(-0.6, len(values) - 0.4))
         axis.set_xticks(range(len(values)), list(values))
         axis.spines[["top", "right"]].set_visible(False)
@@ -152,12 +169,17 @@ def figure_factors(
 
 
 def figure_budgets(
-    panels: Mapping[str, Mapping[str, Mapping[str, Points]]], *, title: str = "", kind: str = "sd"
+    panels: Mapping[str, Mapping[str, Mapping[str, Points]]],
+    *,
+    untrained: Mapping[str, float] = MappingProxyType({}),
+    title: str = "",
+    kind: str = "sd",
 ) -> Figure:
     """Draw accuracy over training budgets: one column per method, one row per measure.
 
     Args:
         panels: Method -> measure -> name of a setting -> epochs -> one accuracy per seed, 0 ... 1.
+        untrained: Measure -> accuracy before training.
         title: What holds in all panels.
         kind: What the band is, see `band`.
     """
@@ -170,19 +192,39 @@ def figure_budgets(
                 measured = {epochs: values for epochs, values in points.items() if values}
                 if measured:
                     _draw(axis, measured, i, name, kind, 100)
+            if axis.lines and measure in untrained:
+                _draw_untrained(axis, untrained[measure], "untrained")
             if axis in axes[:, 0]:
                 axis.set_ylabel(f"{label}, %")
             finish_curves(axis)
         column[-1].set_xlabel("epochs of the whole run")
     add_legend(figure, axes.flat)
-    drawn = [
-        points
-        for measures in panels.values()
-        for settings in measures.values()
-        for points in settings.values()
-    ]
-    _caption(figure, title, drawn, kind)
+    _add_caption(figure, title, kind)
     return figure
+
+
+def _is_drawn(points: Points) -> bool:
+    """Tell whether there is a curve: a run without mixing has a mixed term of zeros."""
+    return any(any(values) for values in points.values())
+
+
+def _group_scales(curves: Mapping[str, Points]) -> list[list[str]]:
+    """Part settings whose losses differ in sign or by more than a factor of two throughout."""
+    bounds = {name: sorted(v for each in curves[name].values() for v in each) for name in curves}
+    groups: list[list[str]] = [[]]
+    top = math.inf
+    for name in sorted(bounds, key=lambda name: bounds[name]):
+        if bounds[name][0] > top + abs(top):
+            groups.append([])
+        top = max(bounds[name][-1], top if groups[-1] else -math.inf)
+        groups[-1].append(name)
+    order = list(curves)
+    return sorted(groups, key=lambda names: min(map(order.index, names), default=0))
+
+
+def _draw_untrained(axis: Axes, accuracy: float, label: str, i: int | None = None) -> None:
+    colour = "grey" if i is None else COLOURS[i]
+    axis.axhline(100 * accuracy, color=colour, linewidth=1, linestyle=":", label=label)
 
 
 def _draw(axis: Axes, points: Points, i: int, name: str, kind: str, scale: float) -> None:
@@ -219,17 +261,8 @@ def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
     return f"{name} ({count} seed{'s' * (count != 1)})"
 
 
-def _caption(figure: Figure, title: str, drawn: Sequence[Points], kind: str) -> None:
+def _add_caption(figure: Figure, title: str, kind: str) -> None:
     """Say above the panels what they share, and what the band is, where there is one."""
-    banded = any(len(values) > 1 for points in drawn for values in points.values())
+    banded = any(axis.collections for axis in figure.axes)
     caption = f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"
     add_caption(figure, title, caption)
-
-
-def _draw_losses(axis: Axes, rows: Sequence[dict[str, float]]) -> None:
-    epochs = [row["epoch"] for row in rows]
-    axis.plot(epochs, [row["loss_clean"] for row in rows], label="clean term", marker=".")
-    if any(row["loss_mixed"] for row in rows):
-        axis.plot(epochs, [row["loss_mixed"] for row in rows], label="mixed term", marker=".")
-    axis.set(xlabel="epoch", ylabel="loss", title="training")
-    axis.legend(frameon=False)

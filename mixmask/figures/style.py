@@ -107,7 +107,7 @@ def show_image(
 def finish_curves(axis: Axes) -> None:
     """Count epochs in whole numbers, or say that nothing was measured."""
     if axis.lines:
-        axis.locator_params(axis="x", integer=True)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
     else:
         axis.text(
             0.5, 0.5, "not measured", ha="center", va="center", color="grey",
@@ -117,9 +117,10 @@ def finish_curves(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def add_caption(figure: Figure, title: str, caption: str) -> None:
-    """Write a title, where there is one, and a caption under it above all panels."""
-    figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=10)
+def add_caption(figure: Figure, title: str, caption: str = "") -> None:
+    """Write a title and a caption under it above all panels, where there are any."""
+    if title or caption:
+        figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=10)
 
 
 def add_legend(figure: Figure, axes: Iterable[Axes]) -> None:
@@ -133,6 +134,17 @@ def add_legend(figure: Figure, axes: Iterable[Axes]) -> None:
             list(handles.values()), list(handles), loc="outside lower center", frameon=False,
             ncols=min(len(handles), 2), fontsize=9,
         )  # fmt: skip
+
+
+def short_path(path: str | Path) -> str:
+    """Name a folder or a data set in a title by the last two parts of its path.
+
+    Example:
+        >>> short_path("/home/me/runs/first"), short_path("clothing64")
+        ('runs/first', 'clothing64')
+    """
+    path = Path(path)
+    return "/".join([part for part in path.parts if part != path.anchor][-2:])
 
 
 def shorten(name: str, most: int) -> str:

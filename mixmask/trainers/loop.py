@@ -21,6 +21,7 @@ from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images
 from mixmask.data.stream import Batches, Draw, read_batches
+from mixmask.mixing import MixedBatch
 from mixmask.runs.folder import LAST, Row, write_config, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
@@ -41,10 +42,11 @@ Monitor = Callable[[nn.Module, bool], Row]
 
 @dataclass
 class FirstViews:
-    """Views of a few images as the network sees them: (n, 3, S, S) normalised, on the CPU."""
+    """A few images, and their views (n, 3, S, S) as the network sees them, on the CPU."""
 
+    images: Tensor  # (n, 3, H, W) uint8.
     query: Tensor
-    mixed: list[Tensor]
+    mixed: list[MixedBatch]
     key: Tensor
 
 
@@ -252,8 +254,9 @@ def first_views(config: RunConfig, images: Images, count: int = 8) -> FirstViews
     seed = fold_seed(config.seed, "picture")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     index = order[:count]
+    shown: Tensor = images[index].cpu()
     if isinstance(images, Tensor):
-        images, index = images[index].cpu(), torch.arange(len(index))
+        images, index = shown, torch.arange(len(index))
     reading = read_batches(
         images,
         [Draw(index, 2, seed)],
@@ -266,8 +269,8 @@ def first_views(config: RunConfig, images: Images, count: int = 8) -> FirstViews
         batch = next(reading)
     generator = torch.Generator().manual_seed(seed)
     x_q, x_k = random_view(config, images)(batch, generator=generator).chunk(2)
-    mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
-    return FirstViews(x_q, mixed, x_k)
+    mixed = [mix(x_q, generator) for mix in build_mixtures(config)]
+    return FirstViews(shown, x_q, mixed, x_k)
 
 
 def learning_rate(config: RunConfig, done: float) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmask.figures.runs import figure_budgets, figure_factors
-from mixmask.figures.style import save_figure
+from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import write_text
 from mixmask.runs.records import describe_option, mean_sd, percent
 from mixmask.trainers.studies import MEASURES, Cell, Outcome, Plan
@@ -52,9 +52,10 @@ class Report:
         """What all cells share."""
         config = self.cells[0].config
         arch = f"{config.arch} at {config.image_size} px"
+        data = short_path(config.data)
         if self.study == "budgets":
-            return f"{config.data}, {arch}"
-        return f"{config.method} + mixmask on {config.data}, {arch}, {config.epochs} epochs"
+            return f"{data}, {arch}"
+        return f"{config.method} + mixmask on {data}, {arch}, {config.epochs} epochs"
 
     def markdown(self, outcomes: Mapping[Plan, Outcome]) -> str:
         """Return the table of what has been measured so far."""
@@ -71,6 +72,12 @@ class Report:
 
     def _figure(self, lines: Sequence[Line], outcomes: Mapping[Plan, Outcome]) -> Figure:
         panels: dict[str, Any] = {}
+        firsts = [outcome.rows[0] for outcome in outcomes.values() if outcome.rows]
+        untrained = {
+            name: statistics.fmean(row[name] for row in firsts if name in row)
+            for name in MEASURES
+            if any(name in row for row in firsts)
+        }
         if self.study == "budgets":
             for line in lines:
                 config = line.cell.config
@@ -78,15 +85,9 @@ class Report:
                     curves = panels.setdefault(config.method, {}).setdefault(name, {})
                     curve = curves.setdefault(describe_option("mix", config.mix), {})
                     curve[config.epochs] = values
-            return figure_budgets(panels, title=self.title)
+            return figure_budgets(panels, untrained=untrained, title=self.title)
         for line in lines:
             panels.setdefault(line.cell.factor, {})[line.cell.value] = line.accuracies
-        firsts = [outcome.rows[0] for outcome in outcomes.values() if outcome.rows]
-        untrained = {
-            name: statistics.fmean(row[name] for row in firsts if name in row)
-            for name in MEASURES
-            if any(name in row for row in firsts)
-        }
         return figure_factors(panels, untrained=untrained, title=self.title)
 
 

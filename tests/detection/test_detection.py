@@ -173,11 +173,19 @@ def test_a_run_leaves_its_files(
         assert found["masks"].shape == (len(found["boxes"]), *image.shape[1:])
 
 
-def test_a_detector_learns_rectangles(backbone: nn.Module, tmp_path: Path) -> None:
+def test_a_detector_learns_rectangles(
+    backbone: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        "mixmask.detection.train.save_figure", lambda figure, _: figures.append(figure)
+    )
     data = load_detection(write_voc(tmp_path / "data", train=8, test=2))
     config = dataclasses.replace(TINY, epochs=12, lr=0.1, min_scale=1.0, rois=16)
     _, results = train_detector(config, data, backbone, tmp_path / "run", progress=False)
     assert results["ap50"] > 0.5
+    title = figures[0].get_suptitle()
+    assert title.startswith(f"{tmp_path.name}/run: AP {results['ap']:.1%}, AP50 ")
     assert results["epochs"][-1]["loss"] < results["epochs"][0]["loss"]
 
 
@@ -421,7 +429,7 @@ def test_learning_rate_rises_and_drops(backbone: nn.Module, tmp_path: Path) -> N
 
     data = load_detection(write_voc(tmp_path / "data", train=8))
     config = dataclasses.replace(TINY, epochs=30, batch_size=2)  # 120 steps, 12 of them to rise.
-    run = Run.build(config, data, backbone, tmp_path, {})
+    run = Run(config, data, backbone, tmp_path, {})
     peak = 0.02 * 2 / 16
     for step, expected in ((0, peak / 13), (12, peak), (89, peak), (90, peak / 10),
                            (110, peak / 100)):  # fmt: skip

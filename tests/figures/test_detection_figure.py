@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from mixmask.figures.detection import figure_detections
+from mixmask.figures.style import CLASS_COLOURS
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -18,8 +20,12 @@ def test_detections_beside_what_was_annotated(masks: bool) -> None:
     target = {"boxes": boxes, "labels": labels, **more}
     found = {**target, "scores": torch.tensor([0.9, 0.2])}
     nothing = {name: values[:0] for name, values in found.items()}
-    figure = figure_detections(images, [target, target], [found, nothing], ["cell", "nut"])
+    figure = figure_detections(
+        images, [target, target], [found, nothing], ["cell", "nut"], title="AP 34%"
+    )
     left, right, _, empty = figure.axes
+    assert figure.get_suptitle() == "AP 34%"
+    assert [to_hex(patch.get_edgecolor()) for patch in left.patches] == [*CLASS_COLOURS[1::-1]]
     assert [axis.get_title() for axis in (left, right)] == [
         "annotated: 2", "detected: 1 with a score of 0.5 or more",
     ]  # fmt: skip

@@ -75,12 +75,15 @@ def test_sheet_without_labels_frames_the_queries_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "count, numbered, named", [(3, True, True), (30, False, True), (90, False, False)]
+    "count, numbered, named", [(3, True, True), (100, False, True), (200, False, False)]
 )
 def test_confusion_as_shares_of_classes(count: int, numbered: bool, named: bool) -> None:
     confusion = torch.zeros(count, count, dtype=torch.int64)
     confusion[0, :2] = torch.tensor([1, 3])
-    axis = figure_confusion(confusion, [f"class {i}" for i in range(count)]).axes[0]
+    names = [f"class {i}" for i in range(count)]
+    axis = figure_confusion(confusion, names, title="runs/first, knn").axes[0]
+    assert axis.get_title() == "runs/first, knn"
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
     shares = axis.get_images()[0].get_array()
     assert shares is not None
     assert shares[0, :3].tolist() == [25, 75, 0]

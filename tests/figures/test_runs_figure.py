@@ -111,6 +111,21 @@ def test_factors_mark_mean_deviation_and_every_seed() -> None:
     assert [heights(line)[0] for line in dotted] == [10.0]
 
 
+def test_losses_of_different_scale_have_axes_of_their_own() -> None:
+    runs = {"moco": 7.0, "slower moco": 8.5, "simsiam": -0.9, "barlow": 40.0, "byol": -0.1}
+    curves = {
+        name: {"loss_clean": {1: [loss + 0.8], 2: [loss]}, "knn": {2: [0.5]}}
+        for name, loss in runs.items()
+    }
+    *losses, mixed, knn, linear = [axis for axis in figure_comparison(curves).axes if axis.axison]
+    assert [[heights(line)[1] for line in axis.lines] for axis in losses] == [
+        [7, 8.5], [-0.9, -0.1], [40],
+    ]  # fmt: skip
+    assert [axis.get_title() for axis in losses] == ["clean term of the loss"] * 3
+    assert len(knn.lines) == 5
+    assert mixed.texts[0].get_text() == linear.texts[0].get_text() == "not measured"
+
+
 def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> None:
     curves = {"no mixing": {2: [0.3, 0.5], 4: [0.6]}, "mixmask": {2: [0.2], 4: []}}
     panels: dict[str, Any] = {
@@ -125,6 +140,11 @@ def test_budgets_have_a_column_a_method_and_a_line_a_mixture(tmp_path: Path) -> 
     assert np.asarray(baseline.get_xydata()).round(9).tolist() == [[2, 40], [4, 60]]
     assert np.asarray(mixmask.get_xydata()).round(9).tolist() == [[2, 20]]
     assert moco_linear.texts[0].get_text() == byol.texts[0].get_text() == "not measured"
+    figure_with_start = figure_budgets(panels, untrained={"knn": 0.1})
+    *_, dotted = figure_with_start.axes[0].lines
+    assert (dotted.get_label(), dotted.get_linestyle()) == ("untrained", ":")
+    assert heights(dotted)[0] == 10
+    assert not figure_with_start.axes[1].lines  # Nothing was measured there.
     (tmp_path / "budgets.png").write_bytes(b"the one before")
     save_figure(figure, tmp_path / "budgets.png")
     assert [path.name for path in tmp_path.iterdir()] == ["budgets.png"]
@@ -138,10 +158,26 @@ def test_curves_with_and_without_accuracies() -> None:
         {"epoch": 1.0, "step": 5.0, "loss": 3.0, "loss_clean": 2.0, "loss_mixed": 1.0},
         {"epoch": 2.0, "step": 9.0, "loss": 2.0, "loss_clean": 1.0, "loss_mixed": 1.0, "knn": 0.4},
     ]
-    left, right = figure_curves(rows).axes
-    assert left.lines[0].get_ydata().tolist() == [2.0, 1.0]  # type: ignore[union-attr]
-    assert [line.get_label() for line in right.lines if len(line.get_xdata()) == 2][-2] == (  # type: ignore[arg-type]
-        "nearest neighbours"
-    )
-    left, right = figure_curves(rows[1:2]).axes
-    assert right.texts[0].get_text() == "not measured"
+    figure = figure_curves(rows, title="runs/first")
+    assert figure.get_suptitle() == "runs/first"
+    clean, mixed, accuracy = figure.axes
+    assert heights(clean.lines[0]).tolist() == [2.0, 1.0]
+    assert heights(mixed.lines[0]).tolist() == [1.0, 1.0]
+    lines = {str(line.get_label()): line for line in accuracy.lines}
+    assert heights(lines["nearest neighbours"]).tolist() == [20, 40]
+    for name, start in (("nearest neighbours", 20), ("linear probe", 30)):
+        untrained = lines[f"{name}, untrained"]
+        assert heights(untrained)[0] == start
+        assert untrained.get_color() == lines[name].get_color()
+    assert len({line.get_color() for line in lines.values()}) == 2
+
+
+def test_curves_of_one_epoch_without_labels_or_mixing() -> None:
+    row = {"epoch": 1.0, "step": 5.0, "loss": 2.0, "loss_clean": 2.0, "loss_mixed": 0.0}
+    figure = figure_curves([row])
+    [axis] = figure.axes
+    [line] = axis.lines
+    assert (heights(line).tolist(), line.get_marker()) == ([2.0], "o")
+    figure.canvas.draw()
+    assert {label.get_text() for label in axis.get_xticklabels()} <= {"0", "1", "2"}
+    assert not figure.legends

@@ -1,0 +1,50 @@
+"""Titles say what a figure shows, and never where it lies on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixmask.evaluation import protocols
+from mixmask.evaluation.gallery import Gallery, draw_map
+from mixmask.evaluation.metrics import Accuracy
+from mixmask.evaluation.tasks import Source
+from mixmask.figures.style import write_figure
+from mixmask.trainers.methods import make_config
+from mixmask.trainers.report import Report
+from mixmask.trainers.studies import Cell
+
+
+def test_confusion_names_run_protocol_accuracy_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> None:
+        figures.append(figure)
+        write_figure(figure, path)
+
+    monkeypatch.setattr(protocols, "write_figure", keep)
+    source = Source(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, "/data/pets", 32)
+    used = protocols.KNN()
+    outcome = protocols.Outcome(torch.zeros(1200, 2), used, 4000, 64)
+    accuracy = Accuracy(0.625, None, 0.6, torch.ones(2), torch.eye(2, dtype=torch.int64))
+    result = protocols.Result(source, outcome, accuracy, ("cat", "dog"), 1.0, "cpu", "today")
+    result.write(tmp_path)
+    title = figures[0].axes[0].get_title()
+    assert title == "runs/a, knn on data/pets\ntop-1 62.5%, n = 1,200 test images"
+
+
+def test_maps_and_studies_name_the_end_of_a_path(tmp_path: Path) -> None:
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    data = str(tmp_path / "sets" / "pets")
+    backbone = torch.nn.Sequential(
+        torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(48, 4)
+    )
+    gallery = Gallery([("runs/a", backbone)], data, "test", images, None, images, None, ())
+    assert draw_map(gallery).figure.get_suptitle() == "sets/pets, 6 of 6 test images"
+    cell = Cell("a", "grid size", "2", make_config(data=data))
+    assert "on sets/pets, resnet50 at" in Report("masks", tmp_path, 6, [cell]).title
