@@ -1,4 +1,4 @@
-"""lightly's criteria over lists of crops, with mixed views, and what all wrapped criteria share."""
+"""lightly's criteria over lists of crops, and what all wrapped criteria share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even
-from mixmask.losses._inputs import as_pairs
+from mixmask.integrations._terms import SplitCriterion
+from mixmask.losses._inputs import Embeddings, Records, as_pairs
 from mixmask.mixing import MixedBatch
-
-Mixed = MixedBatch | Sequence[MixedBatch] | None
-Embeddings = Tensor | Sequence[Tensor] | None
 
 
 class LikeIts(nn.Module):
-    """To its user, the criterion that it holds: attributes, class and pickling."""
+    """A wrapper that looks like the criterion it holds: attributes, class and pickling."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,7 +38,6 @@ class LikeIts(nn.Module):
             nn.Module.__delattr__(self, name)
 
     def _is_its(self, name: str) -> bool:
-        """Tell whether an attribute is the criterion's, and not one of the wrapper's own."""
         criterion = self.__dict__.get("_modules", {}).get("criterion")
         own = name == "criterion" or name in self.__dict__ or hasattr(type(self), name)
         return not own and hasattr(criterion, name)
@@ -72,7 +69,7 @@ class _Crops(LikeIts):
         self.criterion = criterion
         self.switch = switch
 
-    def _terms(
+    def _mixed_terms(
         self,
         criterion: losses.Criterion,
         targets: Sequence[Tensor],
@@ -82,22 +79,22 @@ class _Crops(LikeIts):
         """Return the sum over mixed views of the mean over the targets of other crops."""
         total = targets[0].new_zeros(())
         for (z, record), view in zip(pairs, views, strict=True):
-            others = [target for index, target in enumerate(targets) if index != view]
-            if not others:
+            terms = [
+                losses.lambda_weighted_loss(criterion, z, target, record, switch=self.switch)
+                for index, target in enumerate(targets)
+                if index != view
+            ]
+            if not terms:
                 raise ValueError(
                     "a mixed crop is compared with the other large crops, got none; pass at "
                     "least two"
                 )
-            terms = [
-                losses.lambda_weighted_loss(criterion, z, target, record, switch=self.switch)
-                for target in others
-            ]
             total = total + torch.stack(terms).mean()
         return total
 
 
 class WrappedSwaV(_Crops):
-    """`SwaVLoss`, with mixed views: scores of a mixed crop meet the mixture of two clean codes."""
+    """`SwaVLoss`, with mixed views, whose target is the mixture of two clean codes."""
 
     def forward(
         self,
@@ -105,8 +102,8 @@ class WrappedSwaV(_Crops):
         low_resolution_outputs: list[Tensor],
         queue_outputs: list[Tensor] | None = None,
         *,
-        z_mixed: Embeddings = None,
-        mixed: Mixed = None,
+        z_mixed: Embeddings | None = None,
+        mixed: Records | None = None,
         view: int | Sequence[int] = 0,
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms.
@@ -118,7 +115,7 @@ class WrappedSwaV(_Crops):
             z_mixed: (N, K) prototype scores of a mixed crop, or a list of them.
             mixed: What was mixed, or a list in the same order.
             view: Which crop was mixed, counting the large ones first; a list for lists. Its
-                mixture is compared with the codes of the other large crops.
+                targets are those of the other large crops.
 
         Returns:
             The criterion's loss, (1,) as lightly has it.
@@ -136,7 +133,7 @@ class WrappedSwaV(_Crops):
             return loss
         queued = queue_outputs or [crop[:0] for crop in large]
         codes = [self._codes(*scores) for scores in zip(large, queued, strict=True)]
-        return loss + self._terms(losses.SwAV(self.temperature), codes, pairs, views)
+        return loss + self._mixed_terms(losses.SwAV(self.temperature), codes, pairs, views)
 
     def _codes(self, scores: Tensor, queued: Tensor) -> Tensor:
         codes: Tensor = sinkhorn(
@@ -149,7 +146,7 @@ class WrappedSwaV(_Crops):
 
 
 class WrappedDINO(_Crops):
-    """`DINOLoss`, with mixed views: a mixed crop meets the mixture of two clean targets."""
+    """`DINOLoss`, with mixed views, whose target is the mixture of two of the teacher's."""
 
     def forward(
         self,
@@ -158,8 +155,8 @@ class WrappedDINO(_Crops):
         teacher_temp: float | None = None,
         epoch: int | None = None,
         *,
-        z_mixed: Embeddings = None,
-        mixed: Mixed = None,
+        z_mixed: Embeddings | None = None,
+        mixed: Records | None = None,
         view: int | Sequence[int] = 0,
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms; the center moves once, by clean crops.
@@ -170,9 +167,8 @@ class WrappedDINO(_Crops):
             teacher_temp: As in lightly.
             epoch: As in lightly.
             z_mixed: (N, K) logits of the student for a mixed crop, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-            view: Which crop was mixed; a list for lists. Its mixture is compared with the
-                teacher's other crops.
+            mixed: As for `WrappedSwaV`.
+            view: As for `WrappedSwaV`.
 
         Returns:
             () scalar.
@@ -183,27 +179,26 @@ class WrappedDINO(_Crops):
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(student_out))
         if pairs:
-            temperature = self._temperature(epoch) if teacher_temp is None else teacher_temp
-            sharpened = losses.DINO(self.center.flatten(), self.student_temp, float(temperature))
-            term = self._terms(sharpened, teacher_out, pairs, views)
+            temperature = self._teacher_temperature(teacher_temp, epoch)
+            sharpened = losses.DINO(self.center.flatten(), self.student_temp, temperature)
+            term = self._mixed_terms(sharpened, teacher_out, pairs, views)
         loss: Tensor = self.criterion(teacher_out, student_out, teacher_temp, epoch)
         return loss + term if pairs else loss
 
-    def _temperature(self, epoch: int | None) -> float:
-        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+    def _teacher_temperature(self, given: float | None, epoch: int | None) -> float:
+        if given is None and epoch is not None and epoch < self.warmup_teacher_temp_epochs:
             return float(self.teacher_temp_schedule[epoch])
-        return float(self.teacher_temp)
+        # Theirs is a tensor in the default dtype: rounded alike, all terms have one temperature.
+        return float(torch.as_tensor(self.teacher_temp if given is None else given))
 
 
 class WrappedLeJEPA(_Crops):
     r"""`LeJEPALoss`, with mixed views.
 
     LeJEPA is $(1 - w) \|z - \mu\|^2 + w\,\mathrm{SIGReg}$ with $\mu_i$ the mean of the global
-    views of an image. SIGReg does not see $\mu$, so eq. 4 weights the distance alone and counts
-    SIGReg of the mixed view once: $(1 - w) [\lambda \|z^m_i - \mu_i\|^2 + (1 - \lambda) \|z^m_i -
-    \mu_{\pi(i)}\|^2] + w\,\mathrm{SIGReg}(z^m)$. The distances are those to the mixture of the two
-    centers plus $\lambda (1 - \lambda) \|\mu_i - \mu_{\pi(i)}\|^2$, which would draw different
-    images together: no gradient goes to the centers.
+    views of an image. SIGReg does not see $\mu$, so λ weights the distance alone: $(1 - w) [\lambda
+    \|z^m_i - \mu_i\|^2 + (1 - \lambda) \|z^m_i - \mu_{\pi(i)}\|^2] + w\,\mathrm{SIGReg}(z^m)$.
+    No gradient goes to the centers: it would draw different images together.
     """
 
     def forward(
@@ -211,8 +206,8 @@ class WrappedLeJEPA(_Crops):
         *,
         local_proj: Tensor,
         global_proj: Tensor,
-        z_mixed: Embeddings = None,
-        mixed: Mixed = None,
+        z_mixed: Embeddings | None = None,
+        mixed: Records | None = None,
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms.
 
@@ -232,27 +227,13 @@ class WrappedLeJEPA(_Crops):
         loss: Tensor = self.criterion(local_proj=local_proj, global_proj=global_proj)
         if not pairs:
             return loss
-        centers = global_proj.detach().mean(dim=0)  # (N, C)
-        return loss + self._terms(_Sketched(self.criterion), [centers], pairs, [-1] * len(pairs))
-
-
-class _Sketched:
-    """LeJEPA of one view towards given centers."""
-
-    def __init__(self, criterion: nn.Module) -> None:
-        self.weight = float(criterion.lambda_param)  # type: ignore[arg-type]
-        self.sketch: Any = criterion.sigreg
-
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        return self.weighted(z, target, None, z.new_ones(()))
-
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return the λ-weighted distances, and SIGReg of z once; see `SharingCriterion`."""
-        distance = lam * (z - target).square().mean(dim=1)
-        if other is not None:
-            distance = distance + (1 - lam) * (z - other).square().mean(dim=1)
-        sketch: Tensor = self.sketch(z)
-        return (1 - self.weight) * distance.mean() + self.weight * sketch
+        centers = global_proj.detach().mean(dim=0)  # (W, N, C) -> (N, C)
+        weight = float(self.lambda_param)
+        towards = SplitCriterion(
+            lambda z, target: (1 - weight) * (z - target).square().mean(dim=1),  # (N,)
+            lambda z: weight * self.sigreg(z),
+        )
+        return loss + self._mixed_terms(towards, [centers], pairs, [-1] * len(pairs))
 
 
 def _views(view: int | Sequence[int], mixed: int, crops: int) -> list[int]:

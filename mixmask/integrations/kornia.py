@@ -1,7 +1,7 @@
 """MixMask as a kornia mix augmentation, like `RandomMixUpV2` and `RandomCutMixV2`.
 
-kornia's labels carry the partner's share, records of this package the own share. `RandomMixMask`
-is the only place that converts between them.
+kornia's labels hold the partner's share, records of this package the own share; only
+`RandomMixMask` converts between them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kornia.constants import DataKey, DType
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_images
+from mixmask._devices import move
 from mixmask.masks import cells_to_pixels
 from mixmask.mixing import MixedBatch, MixMask, mix_batch
 
@@ -30,10 +31,11 @@ Params = dict[str, Tensor]
 class RandomMixMask(MixAugmentationBaseV2):
     r"""Fill part of each image from another image of the batch, as kornia's augmentations do.
 
-    Images (B, C, H, W) come out as `mixmask.mix_batch` makes them, labels (B,) as the rows
-    (B, 3) of `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$.
-    Images that `p` does not choose stay as they are; their rows are (label, label, 0). Rows are
-    float64 for float64 images, else float32.
+    Images (B, C, H, W) are mixed as by `mixmask.mix_batch`; labels (B,) become the rows (B, 3) of
+    `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$. Images that `p`
+    does not choose stay as they are, with rows (label, label, 0). Rows are float64 for float64
+    images, else float32. Params stay on the CPU; a step sends them to the images' device by
+    pinned copies that nobody waits for.
 
     In an `AugmentationSequential` with labels, use `data_keys=["input", "class"]` and
     `take_labels(container)`: kornia's containers refuse labels to mix augmentations.
@@ -45,11 +47,10 @@ class RandomMixMask(MixAugmentationBaseV2):
         per_sample: One mask per sample instead of one for the batch.
         partner: "reverse" or "random"; see `mixmask.mix_batch`.
         roll: Shift block masks by a random offset, so that no place is favoured.
-        same_on_batch: One draw for the whole batch, of the mask and of whether to mix at all;
-            partners differ as ever. A container that sets it overrules `per_sample`.
-        p: Probability of each image to be mixed; with `same_on_batch`, of the batch, which is
-            what `RandomMixUpV2` and `RandomCutMixV2` mean by it.
-        keepdim: As in kornia. It changes nothing here: a single image has no partner.
+        same_on_batch: One draw for the whole batch, of the mask and of whether to mix at all. A
+            container that sets it overrules `per_sample`.
+        p: Probability of each image to be mixed; with `same_on_batch`, of the batch.
+        keepdim: As in kornia, without effect: a single image has no partner.
         data_keys: What is passed, of "input" (or "image") and "class" (or "label"). Default:
             ["input"].
 
@@ -97,7 +98,7 @@ class RandomMixMask(MixAugmentationBaseV2):
         keys = [DataKey.get(key) for key in data_keys or [DataKey.INPUT]]
         for key in keys:
             if key not in (DataKey.INPUT, DataKey.CLASS):
-                _refuse(key.name.lower())
+                _refuse(repr(key.name.lower()))
         super().__init__(
             p=p, p_batch=1.0, same_on_batch=same_on_batch, keepdim=keepdim, data_keys=[*keys]
         )
@@ -109,20 +110,12 @@ class RandomMixMask(MixAugmentationBaseV2):
         self.flags = {"masks": self.masks, "per_sample": per_sample, "partner": partner}
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
-        """Draw masks and partners for a batch, from torch's global generator, on the CPU.
+        """Draw masks and partners for a batch (B, C, H, W), from torch's global generator.
 
         A seed gives the draws that it gives `mixmask.MixMask`.
 
-        Args:
-            batch_shape: (B, C, H, W).
-
         Returns:
             "cells", (g, g) or (B, g, g) bool, True for own pixels; "partner", (B,) int64.
-
-        Example:
-            >>> params = RandomMixMask(2).generate_parameters((6, 3, 32, 32))
-            >>> params["cells"].shape, params["partner"].tolist()
-            (torch.Size([2, 2]), [5, 4, 3, 2, 1, 0])
         """
         n = batch_shape[0]
         masks = self.masks(n) if self.per_sample and not self.same_on_batch else self.masks
@@ -133,78 +126,64 @@ class RandomMixMask(MixAugmentationBaseV2):
         assert cells is not None
         if 0 < self.p < 1 and not self.same_on_batch and cells.ndim == 2:
             # Some images of the batch may stay whole, so masks differ, whatever is drawn.
-            cells = cells.repeat(n, 1, 1)
+            cells = cells.repeat(n, 1, 1)  # (g, g) -> (B, g, g)
         return {"cells": cells, "partner": drawn.partner}
 
     def forward_parameters(self, batch_shape: Sequence[int]) -> Params:
-        """Draw which images are mixed, then all that `generate_parameters` draws.
-
-        kornia's own method asks, in older versions, only for as many draws as images were
-        chosen; partners come from the whole batch.
-
-        Args:
-            batch_shape: (B, C, H, W).
-
-        Returns:
-            What `generate_parameters` returns, "batch_prob" (B,) and "forward_input_shape" (4,).
-        """
+        """Draw "batch_prob" (B,), which images are mixed, then what `generate_parameters` draws."""
+        # kornia's own method asks, in older versions, only for as many draws as images were
+        # chosen; partners come from the whole batch.
         shape = torch.Size(batch_shape)
         chosen = self.__batch_prob_generator__(shape, self.p, self.p_batch, self.same_on_batch)
         params = self.generate_parameters(shape)
         size = torch.tensor(shape, device="cpu")
         return {**params, "batch_prob": chosen, "forward_input_shape": size}
 
-    def transform_input(self, images: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
-        """Mix a batch along given params, which hold who is left out as well.
+    # kornia's versions disagree on what `apply_transform` returns for a batch of which some
+    # images are left out; here both methods return the whole batch, done.
 
-        kornia's versions disagree on what `apply_transform` returns for a batch of which some
-        images are left out; here it is the whole batch, done.
-        """
+    def transform_input(self, images: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
+        """Mix a batch along given params, which also hold who is left out."""
         return self.apply_transform(self.transform_tensor(images), params, flags)
+
+    def transform_class(self, labels: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
+        """Return the rows of a batch; those of images left out say so themselves."""
+        return self.apply_transform_class(labels, params, flags)
 
     def apply_transform(self, images: Tensor, params: Params, flags: Any = None) -> Tensor:  # noqa: ARG002
         """Mix (B, C, H, W) along given params; images left out come back as they were."""
-        cells, partner = _gated(params)
-        _check_length("images", images, partner)
+        cells, partner = _send("images", images, params)
         return mix_batch(images, cells, partner=partner).images
 
     def apply_transform_class(self, labels: Tensor, params: Params, flags: Any = None) -> Tensor:  # noqa: ARG002
         """Return the rows (B, 3) for labels (B,): label, partner's label, partner's share."""
-        cells, partner = _gated(params)
         if labels.ndim != 1:
             raise ValueError(
                 f"labels must be (B,), got {tuple(labels.shape)}; for one-hot labels, pass "
                 "labels.argmax(dim=1)"
             )
-        _check_length("labels", labels, partner)
+        cells, partner = _send("labels", labels, params)
         height, width = params["forward_input_shape"][-2:].tolist()
-        share = 1 - _own_share(cells_to_pixels(cells.to(labels.device), height, width))
+        share = 1 - _own_share(cells_to_pixels(cells, height, width))  # () or (B,)
         # Halves would round labels above 2048 (bfloat16: 256).
         double = "dtype" in params and DType.get(params["dtype"]) is DType.FLOAT64
-        columns = (labels, labels[partner.to(labels.device)], share.expand(len(labels)))
+        columns = (labels, labels[partner], share.expand(len(labels)))
         dtype = torch.float64 if double else torch.float32
-        return torch.stack([column.to(dtype) for column in columns], dim=1)
-
-    def apply_non_transform_class(
-        self, labels: Tensor, params: Params, flags: Any = None
-    ) -> Tensor:
-        """Return the same rows: those of images left out say so themselves."""
-        return self.apply_transform_class(labels, params, flags)
+        return torch.stack([column.to(dtype) for column in columns], dim=1)  # (B, 3)
 
     def mixed_batch(self, images: Tensor, params: Params | None = None) -> MixedBatch:
-        """Return the record of a mix, with which `mixmask.lambda_weighted_loss` goes on.
+        """Return the record of a mix, for `mixmask.lambda_weighted_loss`.
 
-        An image that was left out has itself as its partner, a λ of one and a mask all True.
+        An image that was left out is its own partner, with a λ of one and a mask all True.
 
         Args:
-            images: (B, C, H, W), what this module returned for the params, or what the container
-                did. Its mask no longer fits if something moved pixels after the mixing.
-            params: Params of the mix. Default: those of this module's last call, which is an
-                earlier one if a container with `random_apply` left the module out.
+            images: (B, C, H, W), what this module or its container returned for the params. The
+                mask no longer fits if something moved pixels after the mixing.
+            params: Params of the mix. Default: those of this module's last call.
 
         Returns:
-            A `MixedBatch`. Its `lam`, the share of own pixels, is () if all images share a mask
-            and `p` is 0 or 1 or `same_on_batch` is set, otherwise (B,).
+            A `MixedBatch`, its `lam` () if all images share a mask and `p` is 0 or 1 or
+            `same_on_batch` is set, otherwise (B,).
 
         Raises:
             ValueError: If nothing was mixed yet, or the images do not belong to the params.
@@ -223,22 +202,15 @@ class RandomMixMask(MixAugmentationBaseV2):
                 "there are no params of a mix yet; call the augmentation first, or pass params"
             )
         check_images(images, partners=True)
-        cells, partner = _gated(params)
-        _check_length("images", images, partner)
-        mask = cells_to_pixels(cells.to(images.device), *images.shape[-2:])
-        return MixedBatch(images, _own_share(mask), partner.to(images.device), mask)
+        cells, partner = _send("images", images, params)
+        mask = cells_to_pixels(cells, *images.shape[-2:])
+        return MixedBatch(images, _own_share(mask), partner, mask)
 
     def transform_mask(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse masks of segmentation."""
-        _refuse("mask")
+        """Refuse what is neither an image nor a label."""
+        _refuse("masks, boxes or keypoints")
 
-    def transform_boxes(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse boxes."""
-        _refuse("bbox")
-
-    def transform_keypoint(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse keypoints."""
-        _refuse("keypoints")
+    transform_boxes = transform_keypoint = transform_mask
 
 
 class _MixedLabels(ClassSequentialOps):
@@ -252,17 +224,14 @@ class _MixedLabels(ClassSequentialOps):
         param: ParamItem,
         extra_args: dict[str, Any] | None = None,
     ) -> Tensor:
-        if not isinstance(module, RandomMixMask):
-            labels: Tensor = super().transform(input, module, param, extra_args)
-            return labels
-        params = cls.get_instance_module_param(param)
-        rows: Tensor = module(input, params=params, data_keys=[DataKey.CLASS])
-        return rows
+        if isinstance(module, RandomMixMask):
+            params = cls.get_instance_module_param(param)
+            return module.transform_class(input, params, module.flags)
+        labels: Tensor = super().transform(input, module, param, extra_args)
+        return labels
 
 
 class _Operations(AugmentationSequentialOps):
-    """A container's operations, with labels of mixes."""
-
     def _get_op(self, data_key: DataKey) -> type[SequentialOpsInterface[Any]]:
         operation: type[SequentialOpsInterface[Any]] = super()._get_op(data_key)
         return _MixedLabels if data_key == DataKey.CLASS else operation
@@ -271,8 +240,8 @@ class _Operations(AugmentationSequentialOps):
 def take_labels(container: AugmentationSequential) -> AugmentationSequential:
     """Let a container pass its labels to `RandomMixMask`.
 
-    kornia's containers refuse labels as soon as they hold a mix augmentation. This changes the
-    one container; kornia's classes and other containers stay as they are.
+    kornia's containers refuse labels as soon as they hold a mix augmentation. This changes one
+    container; kornia's classes and other containers stay as they are.
 
     Args:
         container: An `AugmentationSequential` with "class" (or "label") among its `data_keys`.
@@ -299,6 +268,23 @@ def take_labels(container: AugmentationSequential) -> AugmentationSequential:
     return container
 
 
+def _send(name: str, values: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """Return gated cells and partners on the device of the values, (B, ...), they belong to."""
+    cells, partner = _gated(params)
+    if len(values) != len(partner):
+        raise ValueError(
+            f"{name} must be those of the {len(partner)} images that the params were drawn for, "
+            f"got {len(values)}; draw new params, or pass {name} of that batch"
+        )
+    if values.device.type != "cuda" or cells.device.type != "cpu":
+        return move(cells, values.device), move(partner, values.device)
+    # One copy for both, and pinned: the host would wait for pageable memory.
+    packed = torch.cat([partner.view(torch.uint8), cells.flatten().view(torch.uint8)])
+    packed = move(packed.pin_memory(), values.device)
+    head, rest = packed[: partner.nbytes], packed[partner.nbytes :]
+    return rest.view(torch.bool).view(cells.shape), head.view(partner.dtype)
+
+
 def _gated(params: Params) -> tuple[Tensor, Tensor]:
     """Return cells and partners in which the images left out keep all their pixels."""
     cells, partner = params["cells"], params["partner"].to(params["cells"].device)
@@ -310,11 +296,11 @@ def _gated(params: Params) -> tuple[Tensor, Tensor]:
             f"the {len(partner)} partners in params must be a permutation of the batch, got "
             f"{partner.tolist()}; in a VideoSequential, set same_on_frame=False"
         )
-    chosen = (params["batch_prob"] > 0.5).to(cells.device).expand(len(partner))
+    chosen = (params["batch_prob"] > 0.5).to(cells.device).expand(len(partner))  # (B,)
     partner = torch.where(chosen, partner, own)
     if cells.ndim == 2 and bool(chosen.any()) == bool(chosen.all()):
         return cells | ~chosen[0], partner
-    return cells | ~chosen[:, None, None], partner
+    return cells | ~chosen[:, None, None], partner  # (B, g, g)
 
 
 def _own_share(mask: Tensor) -> Tensor:
@@ -322,15 +308,7 @@ def _own_share(mask: Tensor) -> Tensor:
     return mask.mean(dim=(-2, -1), dtype=torch.float32)
 
 
-def _check_length(name: str, values: Tensor, partner: Tensor) -> None:
-    if len(values) != len(partner):
-        raise ValueError(
-            f"{name} must be those of the {len(partner)} images that the params were drawn for, "
-            f"got {len(values)}; draw new params, or pass {name} of that batch"
-        )
-
-
-def _refuse(key: str) -> NoReturn:
+def _refuse(others: str) -> NoReturn:
     raise NotImplementedError(
-        f"RandomMixMask takes 'input' and 'class', got {key!r}; pass it images and labels alone"
+        f"RandomMixMask takes 'input' and 'class', got {others}; pass it images and labels alone"
     )

@@ -15,7 +15,7 @@ Which criteria are supported, and what the mixed term of each is:
 | `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
 | `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
 
-`_LEFT_OUT` names the others and says why: they are called as ever, and refuse mixed views.
+The others are called as usual and refuse mixed views, with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even, world_size
-from mixmask.losses._inputs import as_pairs, check_sizes
+from mixmask.integrations._terms import SplitCriterion
+from mixmask.losses._inputs import Embeddings, Records, as_list, as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
     "WrappedDINO",
     "WrappedLeJEPA",
     "WrappedNTXent",
-    "WrappedPair",
     "WrappedSwaV",
     "wrap",
 ]
@@ -50,9 +50,7 @@ try:
     from lightly.utils.dist import gather
 
     from mixmask.integrations._lightly_crops import (
-        Embeddings,
         LikeIts,
-        Mixed,
         WrappedDINO,
         WrappedLeJEPA,
         WrappedSwaV,
@@ -63,24 +61,20 @@ except ImportError as error:
         f"imported ({error}); run pip install '.[lightly]' in the checkout of mixmask"
     ) from error
 
-# By the class that defines `forward`: nothing of these is (z, target) for whole images.
+# By the class that defines `forward`: none of these takes (z, target) of whole images.
 _LEFT_OUT = {
-    "CAPILoss": "its targets are those of patches, and a mixture has patches of two images",
-    "DetConBLoss": "its rows are regions, and a mixture has regions of two images",
-    "DetConSLoss": "its rows are regions, and a mixture has regions of two images",
-    "EMPSSLLoss": "all views of an image enter one statistic, without a target",
-    "FroSSLLoss": "all views of a batch enter one statistic, without a target",
-    "IBOTPatchLoss": "its targets are those of patches, and a mixture has patches of two images",
-    "IBOTPlusPlusPatchLoss": "its targets are those of patches, which a mixture has of two images",
-    "MSNLoss": "its anchors are masked already",
-    "PMSNLoss": "its anchors are masked already",
-    "PMSNCustomLoss": "its anchors are masked already",
-    "PatchKernelAlignmentLoss": "it compares places, and a mixture has places of two images",
+    **dict.fromkeys(("MSNLoss", "PMSNLoss", "PMSNCustomLoss"), "its anchors are masked already"),
+    **dict.fromkeys(
+        ("CAPILoss", "DetConBLoss", "DetConSLoss", "IBOTPatchLoss", "IBOTPlusPlusPatchLoss",
+         "PatchKernelAlignmentLoss", "VICRegLLoss"),
+        "it compares patches or places, and a mixture has those of two images",
+    ),
+    **dict.fromkeys(
+        ("EMPSSLLoss", "FroSSLLoss", "VISRegLoss", "WMSELoss"),
+        "all views of an image or a batch enter one statistic, without a target",
+    ),
     "SymNegCosineSimilarityLoss": "it takes pairs; wrap NegativeCosineSimilarity",
-    "VICRegLLoss": "it compares places, and a mixture has places of two images",
-    "VISRegLoss": "its projections enter one statistic over all views",
-    "WMSELoss": "it whitens all views of a batch together",
-}
+}  # fmt: skip
 
 
 def wrap(
@@ -92,23 +86,21 @@ def wrap(
 ) -> nn.Module:
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
-    The result is the criterion to its user: it is called with the same arguments, has the same
-    attributes, to read and to set, and is an instance of the same class. Two more arguments,
-    `z_mixed` and `mixed`, come after its own or by name; without them the call is the
-    criterion's. Banks, queues, centers and covariances move once per step, by the clean call.
+    The result behaves as the criterion: same arguments, same attributes, to read and to set, same
+    class for isinstance. `z_mixed` and `mixed` come after its own arguments, or by name; without
+    them the call is lightly's. Banks, queues, centers and covariances are updated once per step,
+    by the clean call.
 
     Args:
-        criterion: A module of `lightly.loss`. A class derived from one, with a `forward` of its
-            own, and any other module (z, target) gets `losses.LambdaWeightedLoss`.
+        criterion: A module of `lightly.loss`. Any other module (z, target), and a subclass with
+            a `forward` of its own, gets `losses.LambdaWeightedLoss`.
         switch: False keeps the term of λ alone (the paper's ablation).
         ignore: See `losses.LambdaWeightedLoss`.
-        save_bank: Put a memory bank into the `state_dict`, where lightly leaves it out, so that
-            a resumed run continues with the negatives it had. False also reads checkpoints that
-            hold no bank.
+        save_bank: Save a memory bank in the `state_dict`, which lightly does not, so that a
+            resumed run keeps its negatives. False also reads checkpoints without a bank.
 
     Returns:
-        `WrappedNTXent`, `WrappedPair`, `WrappedSwaV`, `WrappedDINO`, `WrappedLeJEPA` or
-        `WrappedCriterion`.
+        `WrappedNTXent`, `WrappedSwaV`, `WrappedDINO`, `WrappedLeJEPA` or `WrappedCriterion`.
 
     Raises:
         TypeError: If the criterion is not a module.
@@ -131,15 +123,17 @@ def wrap(
     forward = type(criterion).forward
     if forward is theirs.NTXentLoss.forward:
         return WrappedNTXent(criterion, switch=switch, save_bank=save_bank)
-    if forward in _PAIRS:
-        return WrappedPair(criterion, switch=switch, ignore=ignore)
     if forward in _CROPS:
         return _CROPS[forward](criterion, switch=switch)
     return WrappedCriterion(criterion, switch=switch, ignore=ignore)
 
 
 class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
-    """Any criterion (z, target, …), with mixed views."""
+    """Any criterion (z, target, ...), with mixed views.
+
+    One λ per sample works with `NegativeCosineSimilarity`, `VICRegLoss`, `TiCoLoss` and others
+    that return a loss per image.
+    """
 
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = ()
@@ -149,15 +143,19 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         self._names = tuple(inspect.signature(criterion.forward).parameters)
 
     def forward(
-        self, *arguments: Any, z_mixed: Embeddings = None, mixed: Mixed = None, **options: Any
+        self,
+        *arguments: Any,
+        z_mixed: Embeddings | None = None,
+        mixed: Records | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms.
 
         Args:
-            arguments: The criterion's own, as it takes them; `z_mixed` and `mixed` may follow
-                them. Its first two are z (N, …), the online branch's embeddings of
-                the clean images, and their targets (N, …).
-            z_mixed: (N, …) embeddings of the mixed images, or a list of them.
+            arguments: The criterion's own, then possibly `z_mixed` and `mixed`. The first two
+                are z (N, ...), the online branch's embeddings of the clean images, and their
+                targets (N, ...).
+            z_mixed: (N, ...) embeddings of the mixed images, or a list of them.
             mixed: What was mixed, or a list in the same order.
             options: The criterion's own arguments by name.
 
@@ -205,48 +203,35 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         loss: Tensor = self.criterion(z, target, **options)
         return loss.mean()
 
-
-class WrappedPair(WrappedCriterion):
-    """A stateless criterion of two views or `TiCoLoss`, with mixed views.
-
-    One λ per sample works with `NegativeCosineSimilarity`, `VICRegLoss` and `TiCoLoss`; the
-    others have no loss per image.
-    """
-
-    def mixed_loss(  # type: ignore[override]  # One direction, as lightly's criteria take it.
-        self,
-        z_mixed: Tensor | Sequence[Tensor],
-        target: Tensor,
-        mixed: MixedBatch | Sequence[MixedBatch],
-        *,
-        z: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mixed terms alone; see `losses.LambdaWeightedLoss`."""
+    def _mixed_terms(
+        self, pairs: list[tuple[Tensor, MixedBatch]], targets: list[Tensor], z: list[Tensor]
+    ) -> list[Tensor]:
         if getattr(self.criterion, "gather_distributed", False):
-            check_even(len(target), target.device)
-        return super().mixed_loss(z_mixed, target, mixed, z=z)
+            check_even(len(targets[0]), targets[0].device)
+        return super()._mixed_terms(pairs, targets, z)
 
     def _mixed_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
-        del z
-        module: Any = self.criterion
-        criterion = _PAIRS[type(module).forward](module)
-        return losses.lambda_weighted_loss(criterion, z_mixed, target, mixed, switch=self.switch)
+        own: Any = self.criterion
+        build = _PAIRS.get(type(own).forward)
+        if build is None:
+            return super()._mixed_term(z_mixed, target, mixed, z)
+        return losses.lambda_weighted_loss(build(own), z_mixed, target, mixed, switch=self.switch)
 
 
-class WrappedNTXent(WrappedPair):
+class WrappedNTXent(WrappedCriterion):
     """`NTXentLoss`, with or without a memory bank, with mixed views.
 
-    With a bank, every term contrasts with the bank as it is before the step, without a copy of it
-    and without an (N, K) matrix; then the keys are enqueued, once.
+    Every term contrasts with the bank as it is before the step, without a copy of it and without
+    an (N, K) matrix; then the keys are enqueued, once.
     """
 
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, save_bank: bool = True
     ) -> None:
         """Store the criterion, and let its bank be saved."""
-        WrappedPair.__init__(self, criterion, switch=switch)
+        WrappedCriterion.__init__(self, criterion, switch=switch)
         bank = self.memory_bank
         if save_bank and bank.size[0] > 0:
             bank.register_buffer("bank", bank.bank, persistent=True)
@@ -288,69 +273,48 @@ class WrappedNTXent(WrappedPair):
 
 
 def _are_records(argument: Any) -> bool:
-    records = argument if isinstance(argument, list | tuple) else [argument]
+    records = as_list(argument)
     return bool(records) and all(isinstance(record, MixedBatch) for record in records)
 
 
-class _VICReg:
-    """`VICRegLoss` whose λ weights the invariance; variance and covariance are those of z, once."""
+def _vicreg(criterion: Any) -> losses.Criterion:
+    def distance(z: Tensor, target: Tensor) -> Tensor:
+        squares = ((z - target) ** 2).flatten(1).mean(dim=1)  # (N,)
+        return squares * float(criterion.lambda_param)
 
-    def __init__(self, criterion: Any) -> None:
-        self.criterion = criterion
-
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = self.criterion(z, target)
-        return loss
-
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return both weighted terms; see `losses.SharingCriterion`."""
-        distance = lam * self.distance(z, target)
-        if other is not None:
-            distance = distance + (1 - lam) * self.distance(z, other)
-        if self.criterion.gather_distributed and world_size() > 1:
-            z = torch.cat(gather(z))
-        return distance.mean() + self.rest(z)
-
-    def distance(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return (N,) weighted distances."""
-        weight: float = self.criterion.lambda_param
-        return weight * ((z - target) ** 2).flatten(1).mean(dim=1)
-
-    def rest(self, z: Tensor) -> Tensor:
-        """Return (), what does not see the targets."""
-        own = self.criterion
-        variance: Tensor = own.mu_param * 0.5 * variance_loss(x=z, eps=own.eps)
-        covariance: Tensor = own.nu_param * covariance_loss(x=z)
+    def rest(z: Tensor) -> Tensor:
+        if criterion.gather_distributed and world_size() > 1:
+            z = torch.cat(gather(z))  # (W * N, C)
+        # Theirs is half of the sum over both views.
+        variance: Tensor = criterion.mu_param * 0.5 * variance_loss(x=z, eps=criterion.eps)
+        covariance: Tensor = criterion.nu_param * covariance_loss(x=z)
         return variance + covariance
 
+    return SplitCriterion(distance, rest)
 
-class _TiCo(_VICReg):
-    r"""`TiCoLoss`, $1 - \cos(z_i, t_i) + \rho\, z_i^T C z_i$, whose λ weights the cosine.
 
-    $C = \beta C_{t-1} + (1 - \beta) z^T z / N$ is made of z alone, without a gradient. So eq. 4
-    weights the cosine and counts the second part once, which is what λ and 1 - λ of two calls add
-    up to. The mixed view meets C from before the step with its own $z^T z$ in it; the clean call
-    moves C.
+def _tico(criterion: Any) -> losses.Criterion:
+    r"""$1 - \cos(z_i, t_i) + \rho\, z_i^T C z_i$, of which λ weights the cosine.
+
+    The mixed view meets $C = \beta C_{t-1} + (1 - \beta) z^T z / N$ with its own $z^T z$ in it,
+    without a gradient; only the clean call moves C.
     """
 
-    def distance(self, z: Tensor, target: Tensor) -> Tensor:
-        """Return (N,) one less the cosines."""
-        return 1 - (F.normalize(z, dim=1) * F.normalize(target, dim=1)).sum(dim=1)
+    def distance(z: Tensor, target: Tensor) -> Tensor:
+        return 1 - (F.normalize(z, dim=1) * F.normalize(target, dim=1)).sum(dim=1)  # (N,)
 
-    def rest(self, z: Tensor) -> Tensor:
-        """Return (), the weighted covariance contrast."""
-        own, z = self.criterion, F.normalize(z, dim=1)
-        covariance = (1 - own.beta) * (z.T @ z).detach() / len(z)  # (C, C)
-        if own.C is not None:
-            covariance = covariance + own.beta * own.C
-        contrast: Tensor = own.rho * ((z @ covariance) * z).sum(dim=1).mean()
+    def rest(z: Tensor) -> Tensor:
+        # The cosine of a view and itself is one: what is left is the second part.
+        contrast: Tensor = criterion(z, z, update_covariance_matrix=False)
         return contrast
+
+    return SplitCriterion(distance, rest)
 
 
 def _cosine(criterion: Any) -> losses.Criterion:
     def rows(z: Tensor, target: Tensor) -> Tensor:
         similarity = F.cosine_similarity(z, target, criterion.dim, criterion.eps)
-        return -similarity.reshape(len(z), -1).mean(dim=1)
+        return -similarity.reshape(len(z), -1).mean(dim=1)  # (N,)
 
     return rows
 
@@ -360,11 +324,12 @@ def _itself(criterion: Any) -> losses.Criterion:
     return own
 
 
-# By `forward`, so that a derived criterion with its own is not taken for lightly's.
+# Without state or with state that `rest` minds, so nothing has to be copied. By `forward`, so that
+# a derived criterion with its own is not taken for lightly's.
 _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
     theirs.NegativeCosineSimilarity.forward: _cosine,
-    theirs.VICRegLoss.forward: _VICReg,
-    theirs.TiCoLoss.forward: _TiCo,
+    theirs.VICRegLoss.forward: _vicreg,
+    theirs.TiCoLoss.forward: _tico,
     theirs.BarlowTwinsLoss.forward: _itself,
     theirs.DCLLoss.forward: _itself,
     theirs.MMCRLoss.forward: _itself,

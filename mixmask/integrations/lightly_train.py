@@ -6,23 +6,19 @@
     patch(mixmask.MixMask(grid_size=4))
     lightly_train.pretrain(out="out", data="images", model="torchvision/resnet18", method="simclr")
 
-works for the methods `simclr` and `dino`; the others are refused with the reason, before training
-starts. With several devices, their processes run the same script and so the same call.
+The methods `simclr` and `dino` are supported; others are refused with the reason, before training
+starts. With several devices, each process runs the script and so the call.
 
-lightly-train has no public interface for this. Private are: the look-up of methods by name
-(`_methods.method_helpers.get_method_cls`), which is replaced, and of the methods themselves
-`training_step_impl`, `TrainingStepResult`, `criterion`, `embedding_model`, `flatten`,
-`projection_head` and `_forward_student`. So versions that were not tested are refused. Their
-classes stay as they are: a run gets classes derived from them.
-
-Their pretraining evaluates nothing online; the embeddings and the exported model are those of the
-network, as ever.
+lightly-train has no public interface for this, so untested versions are refused. `patch` replaces
+the look-up of methods by name (`_methods.method_helpers.get_method_cls`); a run gets subclasses
+that use `training_step_impl`, `TrainingStepResult`, `criterion`, `embedding_model`, `flatten`,
+`projection_head` and `_forward_student`. Their own classes are not changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,10 +26,9 @@ import torch
 from torch import Tensor
 
 from mixmask import losses
-from mixmask.mixing import MixedBatch
+from mixmask.integrations._terms import Mixing, View, check_mixing, mix_views
 
 TESTED = ("0.18.0",)
-Mixing = Callable[[Tensor], MixedBatch]
 _LEFT_OUT = {
     "densecl": "half of its loss matches places, and a mixture has places of two images",
     "dinov2": "it masks patches itself, and its patch and KoLeo losses have no weighted form",
@@ -46,7 +41,7 @@ _LEFT_OUT = {
 
 
 def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Callable[[], None]:
-    r"""Let `lightly_train.pretrain` train with the mixed term; a second call replaces the first.
+    r"""Add the mixed term to `lightly_train.pretrain`; a second call replaces the first.
 
     $L = L_\mathrm{theirs} + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i)
     \ell(z^m_i, t_{\pi(i)})$: the first view is mixed, and t are the projections (SimCLR) or the
@@ -67,11 +62,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
     Source:
         MixMask, eq. 1-4.
     """
-    if not callable(mixing):
-        raise TypeError(
-            f"mixing must be callable with images, got {type(mixing).__name__}; pass for "
-            "instance mixmask.MixMask(grid_size=4)"
-        )
+    check_mixing(mixing)
     helpers = _helpers()
     original = getattr(helpers.get_method_cls, "original", helpers.get_method_cls)
     options = {"mixing": staticmethod(mixing), "switch": switch, "symmetric": symmetric}
@@ -118,6 +109,14 @@ def _helpers() -> Any:
     return method_helpers
 
 
+def _note(
+    calls: list[dict[str, Any]], criterion: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Note what their step passes to the criterion, and DINO's center, which is about to move."""
+    center = getattr(criterion, "center", torch.zeros(0)).flatten().clone()  # (K,)
+    calls.append({"arguments": arguments, "center": center, **options})
+
+
 class _Mixed:
     """A method of theirs with the mixed term; goes before it in the order of classes."""
 
@@ -130,43 +129,24 @@ class _Mixed:
 
     def training_step_impl(self, batch: Any, batch_idx: int) -> Any:
         """Return their loss plus the mixed term."""
-        with self._recorded() as calls:
-            result = super().training_step_impl(batch, batch_idx)  # type: ignore[misc]
-        (call,) = calls
-        terms, shares = [], []
-        for view in range(1 + self.symmetric):
-            mixed = self.mixing(batch["views"][view])
-            criterion, target = self._towards(call, view)
-            z = self._embed(mixed.images)
-            terms.append(
-                losses.lambda_weighted_loss(criterion, z, target, mixed, switch=self.switch)
-            )
-            shares.append(mixed.lam.mean())
-        term = torch.stack(terms).mean()
-        logged = {"mixmask/loss": term.detach(), "mixmask/lambda": torch.stack(shares).mean()}
-        return type(result)(result.loss + term, {**(result.log_dict or {}), **logged})
-
-    @contextmanager
-    def _recorded(self) -> Iterator[list[dict[str, Any]]]:
-        """Note what their step passes to the criterion."""
         calls: list[dict[str, Any]] = []
-
-        def note(criterion: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            calls.append({"arguments": arguments, **options, **self._state(criterion)})
-
-        handle = self.criterion.register_forward_pre_hook(note, with_kwargs=True)
+        handle = self.criterion.register_forward_pre_hook(partial(_note, calls), with_kwargs=True)
         try:
-            yield calls
+            result = super().training_step_impl(batch, batch_idx)  # type: ignore[misc]
         finally:
             handle.remove()
+        (call,) = calls
+        views: list[View] = [
+            # A view's target is that of the other one.
+            (batch["views"][view], self._embed, [self._towards(call, 1 - view)])
+            for view in range(1 + self.symmetric)
+        ]
+        term, share = mix_views(self.mixing, views, switch=self.switch)
+        logged = {"mixmask/loss": term.detach(), "mixmask/lambda": share}
+        return type(result)(result.loss + term, {**(result.log_dict or {}), **logged})
 
-    def _state(self, criterion: Any) -> dict[str, Any]:
-        """Return what the criterion is about to change."""
-        del criterion
-        return {}
-
-    def _towards(self, call: dict[str, Any], view: int) -> tuple[losses.Criterion, Tensor]:
-        """Return the criterion, and the target of one view."""
+    def _towards(self, call: dict[str, Any], other: int) -> tuple[losses.Criterion, Tensor]:
+        """Return the criterion, and the target that another view gives."""
         raise NotImplementedError
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -179,10 +159,10 @@ class _SimCLR(_Mixed):
     flatten: Any
     projection_head: Any
 
-    def _towards(self, call: dict[str, Any], view: int) -> tuple[losses.Criterion, Tensor]:
+    def _towards(self, call: dict[str, Any], other: int) -> tuple[losses.Criterion, Tensor]:
         gather: bool = self.criterion.gather_distributed
         criterion = losses.NTXent(self.criterion.temperature, gather_distributed=gather)
-        return criterion, call["arguments"][1 - view]
+        return criterion, call["arguments"][other]
 
     def _embed(self, images: Tensor) -> Tensor:
         z: Tensor = self.projection_head(self.flatten(self.embedding_model(images)))
@@ -192,12 +172,11 @@ class _SimCLR(_Mixed):
 class _DINO(_Mixed):
     _forward_student: Callable[[Tensor], Tensor]
 
-    def _state(self, criterion: Any) -> dict[str, Any]:
-        return {"center": criterion.center.flatten().clone()}
-
-    def _towards(self, call: dict[str, Any], view: int) -> tuple[losses.Criterion, Tensor]:
-        student, teacher = self.criterion.student_temp, float(call["teacher_temp"])
-        return losses.DINO(call["center"], student, teacher), call["teacher_out"][1 - view]
+    def _towards(self, call: dict[str, Any], other: int) -> tuple[losses.Criterion, Tensor]:
+        # Their loss makes a tensor of it, in the default dtype.
+        teacher = float(torch.as_tensor(call["teacher_temp"]))
+        criterion = losses.DINO(call["center"], self.criterion.student_temp, teacher)
+        return criterion, call["teacher_out"][other]
 
     def _embed(self, images: Tensor) -> Tensor:
         return self._forward_student(images)

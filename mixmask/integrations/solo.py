@@ -4,19 +4,16 @@
         +mixmask.grid_size=4
 
 runs their script unchanged; call `patch()` in a script of your own. The block, in YAML or on the
-command line, holds the options of `mixmask.MixMask` and
+command line, takes the options of `mixmask.MixMask` and
 
 - `switch`: False keeps the term of λ alone;
-- `symmetric`: False mixes only the first large crop, which costs one extra forward pass instead
-  of two;
+- `symmetric`: False mixes the first large crop only, for one extra forward pass instead of two;
 - `small_crops`: True also mixes the small crops of a multi-crop run;
 - `enabled`: False switches it off, as everywhere in solo-learn.
 
-Without the block nothing changes. The mixed term has the weight of the original loss (for VICReg,
-variance and covariance of the mixed view count once). It is logged as `train_mixmask_loss`, the
-share of own pixels as `train_lambda`. The online classifier and the kNN see clean images only.
-
-Needs solo-learn from its repository (1.0.6 or newer).
+Without the block nothing changes. The mixed term has the weight of the original loss and is logged
+as `train_mixmask_loss`, the share of own pixels as `train_lambda`. Online classifier and kNN see
+clean images only. For VICReg, variance and covariance of the mixed view count once.
 """
 
 from __future__ import annotations
@@ -25,18 +22,21 @@ import inspect
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask import losses
-from mixmask.integrations._solo_recipes import RECIPES, Recipe, Step
+from mixmask._distributed import world_size
+from mixmask.integrations._terms import View, mix_views
 from mixmask.mixing import MixMask
 
 _MODULE = "mixmask.integrations.solo"
+_INSTALL = "install it from its repository, vturrisi/solo-learn on GitHub"
 _OWN_OPTIONS = ("enabled", "small_crops", "switch", "symmetric")
 _LEFT_OUT = {
     "all4one": "its neighbours are combined by a transformer over the clean batch",
@@ -62,25 +62,24 @@ def patch() -> None:
             from a configuration.
 
     Source:
-        MixMask, eq. 1-4, in every method as the table in the README has it.
+        MixMask, eq. 1-4.
     """
     try:
         from solo.methods import METHODS
         from solo.utils.auto_resumer import AutoResumer
     except ImportError as error:
         raise ImportError(
-            f"{_MODULE} needs solo-learn, which could not be imported ({error}); install it from "
-            "its repository, vturrisi/solo-learn on GitHub, and run from there"
+            f"{_MODULE} needs solo-learn, which could not be imported ({error}); {_INSTALL}, and "
+            "run from there"
         ) from error
     parameters = list(inspect.signature(METHODS["base"].__init__).parameters)
     if parameters != ["self", "cfg"] or not hasattr(METHODS["base"], "base_training_step"):
         raise ImportError(
             f"{_MODULE} needs solo-learn 1.0.6 or newer, whose methods are built from a "
-            f"configuration, got methods built from {parameters[1:4]}; install it from its "
-            "repository, vturrisi/solo-learn on GitHub"
+            f"configuration, got methods built from {parameters[1:4]}; {_INSTALL}"
         )
     for name, theirs in METHODS.items():
-        if name != "linear" and not issubclass(theirs, _Block):
+        if name != "linear" and not issubclass(theirs, (_Mixed, _Refusing)):
             ours = _Mixed if name in RECIPES else _Refusing
             more = {"__module__": theirs.__module__, "recipe": RECIPES.get(name)}
             METHODS[name] = type(theirs.__name__, (ours, theirs), more)
@@ -115,73 +114,97 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_processes_patched() -> None:
-    """Make Lightning start the other processes of a run through this module as well.
+    """Make Lightning start the other processes of a run through this module, not without it."""
+    from lightning.pytorch.strategies.launchers import subprocess_script as launcher
 
-    It starts them as `python script …`; they would train without MixMask beside one that has it.
-    """
-    from lightning.pytorch.strategies.launchers import subprocess_script
+    basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
 
     def patched(command: list[str]) -> list[str]:
         return [command[0], "-m", _MODULE, *command[1:]]
-
-    basic = subprocess_script._basic_subprocess_cmd
-    hydra = subprocess_script._hydra_subprocess_cmd
 
     def hydra_command(local_rank: int) -> tuple[list[str], str]:
         command, folder = hydra(local_rank)
         return patched(command), folder
 
-    subprocess_script._basic_subprocess_cmd = lambda: patched(basic())
-    subprocess_script._hydra_subprocess_cmd = hydra_command
+    launcher._basic_subprocess_cmd = lambda: patched(basic())
+    launcher._hydra_subprocess_cmd = hydra_command
 
 
-class _Block:
-    """Reads the `mixmask:` block of a configuration."""
-
-    def _options(self, cfg: Any) -> dict[str, Any] | None:
-        """Return the block's options, or None if MixMask is off."""
-        block = cfg.get("mixmask")
-        if block is None or block is False:
-            return None
-        if not hasattr(block, "items"):
-            raise TypeError(
-                f"mixmask must be a block of options, got {block!r}; write for instance "
-                "mixmask: {grid_size: 4}"
-            )
-        options = {key: tuple(v) if _is_list(v) else v for key, v in block.items()}
-        parameters = inspect.signature(MixMask).parameters
-        known = [*parameters, *_OWN_OPTIONS]
-        unknown = [key for key in options if key not in known]
-        if unknown:
-            raise ValueError(
-                f"mixmask has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}"
-            )
-        switches = {key for key in parameters if isinstance(parameters[key].default, bool)}
-        for key in switches.union(_OWN_OPTIONS).intersection(options):
-            # On hydra's command line `no` and `off` are words, which Python takes for true.
-            if not isinstance(options[key], bool):
-                raise TypeError(
-                    f"mixmask.{key} must be a bool, got {options[key]!r}; write true or false"
-                )
-        return options if options.get("enabled", True) else None
+def _read_options(cfg: Any) -> dict[str, Any] | None:
+    """Return the options of the `mixmask:` block, or None if MixMask is off."""
+    block = cfg.get("mixmask")
+    if block is None or block is False:
+        return None
+    if not hasattr(block, "items"):
+        raise TypeError(
+            f"mixmask must be a block of options, got {block!r}; write for instance "
+            "mixmask: {grid_size: 4}"
+        )
+    # A range is a list in YAML, and a number or a word is none.
+    options = {key: tuple(v) if hasattr(v, "append") else v for key, v in block.items()}
+    parameters = inspect.signature(MixMask).parameters
+    known = [*parameters, *_OWN_OPTIONS]
+    switches = {key for key in parameters if isinstance(parameters[key].default, bool)}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"mixmask has no option {key!r}; it takes {', '.join(sorted(known))}")
+        # On hydra's command line `no` and `off` are words, which Python takes for true.
+        if key in switches.union(_OWN_OPTIONS) and not isinstance(value, bool):
+            raise TypeError(f"mixmask.{key} must be a bool, got {value!r}; write true or false")
+    return options if options.get("enabled", True) else None
 
 
-class _Refusing(_Block):
+@dataclass
+class Step:
+    """What one training step of theirs produced, as far as the mixed term needs it."""
+
+    clean: list[dict[str, Tensor]] = field(default_factory=list)
+    momentum: list[dict[str, Tensor]] = field(default_factory=list)
+    noted: list[Tensor] = field(default_factory=list)
+    after: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the mixed term of one method is made of."""
+
+    output: str  # Which output of the online branch their loss takes.
+    targets: Callable[[Step], list[Tensor]]  # One per large crop.
+    # From the model, the step and the number of the crop that gives the target.
+    criterion: Callable[[Any, Step, int], losses.Criterion]
+    before: Callable[[Any], list[Tensor]] = lambda _: []  # What their step is about to change.
+    # How many terms their loss of so many crops adds up; 1 for a mean.
+    weight: Callable[[Any, int], float] = lambda _, __: 1.0
+    both_directions: bool = True
+
+
+class _Refusing:
     """A method that MixMask does not support."""
 
     def __init__(self, cfg: Any) -> None:
         """Refuse the block, or build the method as it is."""
-        if self._options(cfg) is not None:
-            name = cfg.method
-            reason = _LEFT_OUT.get(name, "it is not known here")
+        if _read_options(cfg) is not None:
+            reason = _LEFT_OUT.get(cfg.method, "it is not known here")
             raise ValueError(
-                f"mixmask does not work with the method {name!r}: {reason}; use one of "
+                f"mixmask does not work with the method {cfg.method!r}: {reason}; use one of "
                 f"{', '.join(sorted(RECIPES))}, or leave the mixmask block out"
             )
         super().__init__(cfg)  # type: ignore[call-arg]
 
 
-class _Mixed(_Block):
+def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
+    """Return their method of this name, whose output is noted during a step."""
+
+    def method(self: _Mixed, *args: Any, **options: Any) -> Any:
+        out = getattr(super(_Mixed, self), name)(*args, **options)
+        if self._step is not None:
+            note(self._step, out)
+        return out
+
+    return method
+
+
+class _Mixed:
     """A method of theirs with the mixed term; goes before it in the order of classes.
 
     Their training step runs as it is. What it computed for the clean crops is noted on the way,
@@ -196,7 +219,7 @@ class _Mixed(_Block):
 
     def __init__(self, cfg: Any) -> None:
         """Check the block before anything is built."""
-        options = self._options(cfg)
+        options = _read_options(cfg)
         if options and options.get("per_sample") and cfg.method == "barlow_twins":
             raise ValueError(
                 "mixmask.per_sample needs a loss of each image, and that of barlow_twins is a "
@@ -226,39 +249,18 @@ class _Mixed(_Block):
         self.log_dict(logged, on_epoch=True, sync_dist=True)
         return loss + mixed_loss
 
-    def base_training_step(self, X: Tensor, targets: Tensor) -> Any:  # noqa: N803
-        """Note what a clean crop gave."""
-        out = super().base_training_step(X, targets)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.clean.append(out)
-        return out
-
-    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> Any:  # noqa: N803
-        """Note what the momentum branch gave for a clean crop."""
-        out = super()._shared_step_momentum(X, targets)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.momentum.append(out)
-        return out
-
-    def get_assignments(self, preds: Any) -> Any:
-        """Note the codes of the clean crops (SwAV)."""
-        codes = super().get_assignments(preds)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.noted = codes
-        return codes
-
-    def find_nn(self, z: Tensor) -> Any:
-        """Note the neighbours of a clean crop (NNCLR)."""
-        index, neighbours = super().find_nn(z)  # type: ignore[misc]
-        if self._step is not None:
-            self._step.noted.append(neighbours)
-        return index, neighbours
+    base_training_step = _noting("base_training_step", lambda step, out: step.clean.append(out))
+    _shared_step_momentum = _noting(
+        "_shared_step_momentum", lambda step, out: step.momentum.append(out)
+    )
+    # The codes of the large crops (SwAV), and the neighbours of a crop (NNCLR).
+    get_assignments = _noting("get_assignments", lambda step, codes: step.noted.extend(codes))
+    find_nn = _noting("find_nn", lambda step, out: step.noted.append(out[1]))
 
     def _dequeue_and_enqueue(self, *keys: Tensor) -> None:
         self._later(super()._dequeue_and_enqueue, *keys)  # type: ignore[misc]
 
     def dequeue_and_enqueue(self, *keys: Tensor) -> None:
-        """Wait for the mixed term."""
         self._later(super().dequeue_and_enqueue, *keys)  # type: ignore[misc]
 
     def _later(self, enqueue: Callable[..., None], *keys: Tensor) -> None:
@@ -271,34 +273,20 @@ class _Mixed(_Block):
     def _mixed_loss(self, step: Step, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mixed term, and the mean share of own pixels."""
         assert self.mixmask is not None
-        targets = self.recipe.targets(step)
-        switch = self._mix_options.get("switch", True)
-        terms, shares = [], []
-        for view in self._mixed_views(len(crops)):
-            mixed = self.mixmask(crops[view])
-            z_mixed = self._embed(mixed.images, small=view >= self.num_large_crops)
-            for other, target in enumerate(targets):
-                if other != view:
-                    criterion = self._criterion(step, other)
-                    terms.append(
-                        losses.lambda_weighted_loss(
-                            criterion, z_mixed, target, mixed, switch=switch
-                        )
-                    )
-            shares.append(mixed.lam.mean())
-        weight = self.recipe.weight(self, len(crops))
-        return weight * torch.stack(terms).mean(), torch.stack(shares).mean()
-
-    def _criterion(self, step: Step, other: int) -> losses.Criterion:
-        """Return the criterion against the targets of one large crop."""
-        return self.recipe.criterion(self, step, other)
-
-    def _mixed_views(self, crops: int) -> list[int]:
-        both = self.recipe.both_directions and self._mix_options.get("symmetric", True)
-        views = list(range(self.num_large_crops if both else 1))
-        if self._mix_options.get("small_crops", False):
-            views += range(self.num_large_crops, crops)
-        return views
+        large, options = self.num_large_crops, self._mix_options
+        pairs = [
+            (self.recipe.criterion(self, step, crop), target)
+            for crop, target in enumerate(self.recipe.targets(step))
+        ]
+        both = self.recipe.both_directions and options.get("symmetric", True)
+        small = range(large, len(crops)) if options.get("small_crops", False) else ()
+        views: list[View] = []
+        for view in (*range(large if both else 1), *small):
+            embed = partial(self._embed, small=view >= large)
+            # Of a large crop, all targets but its own.
+            views.append((crops[view], embed, pairs[:view] + pairs[view + 1 :]))
+        term, share = mix_views(self.mixmask, views, switch=options.get("switch", True))
+        return self.recipe.weight(self, len(crops)) * term, share
 
     def _embed(self, images: Tensor, *, small: bool) -> Tensor:
         out = self.multicrop_forward(images) if small else self(images)  # type: ignore[attr-defined, operator]
@@ -311,8 +299,98 @@ class _Mixed(_Block):
         return embedding
 
 
-def _is_list(value: Any) -> bool:
-    return not isinstance(value, str) and isinstance(value, Sequence)
+def _clean(step: Step) -> list[Tensor]:
+    return [out["z"] for out in step.clean]
+
+
+def _momentum(step: Step) -> list[Tensor]:
+    return [out["z"] for out in step.momentum]
+
+
+def _contrast(z: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """InfoNCE per image (N,), against the other targets of all processes."""
+    criterion = losses.InfoNCE(None, temperature, gather_distributed=True, reduction="none")
+    return criterion(F.normalize(z, dim=1), F.normalize(target, dim=1))
+
+
+def _mocov3(model: Any, _step: Step, _other: int) -> losses.Criterion:
+    return lambda z, target: 2 * model.temperature * _contrast(z, target, model.temperature)
+
+
+def _nnclr(model: Any, _step: Step, _other: int) -> losses.Criterion:
+    # The neighbours contrast the predictions, not the other way round.
+    return lambda z, target: _contrast(target, z, model.temperature)
+
+
+def _barlow_twins(model: Any, _step: Step, _other: int) -> losses.Criterion:
+    criterion = losses.BarlowTwins(model.lamb, gather_distributed=True)
+
+    def scaled(z: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = model.scale_loss * criterion(z, target)
+        # Theirs averages over the processes without their gradients, which leaves a share.
+        return loss.detach() + (loss - loss.detach()) / world_size()
+
+    return scaled
+
+
+def _vicreg(model: Any, _step: Step, _other: int) -> losses.Criterion:
+    # They sum the hinges of both views where the published code takes the mean.
+    weights = model.sim_loss_weight, 2 * model.var_loss_weight, model.cov_loss_weight
+    return losses.VICReg(*weights, gather_distributed=True)
+
+
+def _dino(model: Any, step: Step, _other: int) -> losses.Criterion:
+    theirs = model.dino_loss_func
+    temperature = float(theirs.teacher_temp_schedule[theirs.epoch])
+    return losses.DINO(step.noted[0], theirs.student_temp, temperature)
+
+
+def _ressl(model: Any, step: Step, _other: int) -> losses.Criterion:
+    """The first crop learns the second one's similarities to the queue."""
+    criterion, queue = losses.SwAV(model.temperature_q, reduction="none"), step.noted[0].T  # (C, K)
+    return lambda z, target: criterion(
+        z @ queue, (target @ queue / model.temperature_k).softmax(dim=1)
+    )
+
+
+RECIPES = {
+    "barlow_twins": Recipe("z", _clean, _barlow_twins),
+    # The sum over every crop and each large one's target but its own.
+    "byol": Recipe(
+        "p",
+        _momentum,
+        lambda *_: lambda z, target: 2 + 2 * losses.NegativeCosine(reduction="none")(z, target),
+        weight=lambda model, crops: model.num_large_crops * (crops - 1.0),
+    ),
+    # The center that the clean crops met: their update binds a new tensor.
+    "dino": Recipe("z", _momentum, _dino, before=lambda model: [model.dino_loss_func.center]),
+    # Each direction has a queue of its own.
+    "mocov2plus": Recipe(
+        "z",
+        _momentum,
+        lambda model, _, other: losses.InfoNCE(model.queue[other].T, model.temperature),
+    ),
+    "mocov3": Recipe(
+        "q", lambda step: [out["k"] for out in step.momentum], _mocov3, weight=lambda _, __: 2.0
+    ),
+    "nnclr": Recipe("p", lambda step: step.noted, _nnclr),
+    # What autograd keeps must not change when the keys are enqueued.
+    "ressl": Recipe(
+        "z", _momentum, _ressl, before=lambda model: [model.queue.clone()], both_directions=False
+    ),
+    "simclr": Recipe(
+        "z", _clean, lambda model, _, __: losses.NTXent(model.temperature, gather_distributed=True)
+    ),
+    "simsiam": Recipe(
+        "p",
+        lambda step: [out["z"].detach() for out in step.clean],
+        lambda *_: losses.NegativeCosine(),
+    ),
+    "swav": Recipe(
+        "p", lambda step: step.noted, lambda model, _, __: losses.SwAV(model.temperature)
+    ),
+    "vicreg": Recipe("z", _clean, _vicreg),
+}
 
 
 if __name__ == "__main__":

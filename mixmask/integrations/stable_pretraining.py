@@ -2,13 +2,12 @@
 
     model = wrap(SimCLR("resnet18"), mixmask.MixMask(grid_size=4))
 
-The loss of every training step then holds the mixed term. It works for the method classes
-`SimCLR`, `BYOL`, `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg`, called directly or from a
-`forward` of one's own, and for `Module(forward=...)` with `stable_pretraining.forward.simclr`,
-`byol`, `barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Only
-public parts are used: `backbone`, `projector`, `predictor`, `queue` and the loss modules. Their
-clean outputs are recorded by forward hooks; embeddings and labels, which probes and kNN callbacks
-read, are those of the clean images.
+The loss of every training step then includes the mixed term. Supported are the methods `SimCLR`,
+`BYOL`, `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg`, called directly or from your own `forward`,
+and `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`, `barlow_twins`, `vicreg`
+or a function that calls the same parts by the same names. Only public parts are used: `backbone`,
+`projector`, `predictor`, `queue` and the loss modules, whose clean outputs are recorded by forward
+hooks. Probes and kNN callbacks read embeddings and labels of the clean images.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """
@@ -16,6 +15,7 @@ Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import losses
-from mixmask.mixing import MixedBatch
+from mixmask.integrations._terms import Mixing, SplitCriterion, View, check_mixing, mix_views
 
 try:
     import stable_pretraining as theirs
@@ -35,7 +35,8 @@ except ImportError as error:
         f"imported ({error}); run pip install '.[stable-pretraining]' in the checkout of mixmask"
     ) from error
 
-Mixing = Callable[[Tensor], MixedBatch]
+# What their step compares: (z, target).
+Pair = tuple[Tensor, Tensor]
 
 
 def wrap(
@@ -44,19 +45,19 @@ def wrap(
     r"""Add the mixed term to the loss of every training step of a module.
 
     $L = L_\mathrm{theirs} + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i)
-    \ell(z^m_i, t_{\pi(i)})$, where view 1 is mixed and t are their targets of view 2. ℓ is one
+    \ell(z^m_i, t_{\pi(i)})$, where view 1 is mixed and t are the targets from view 2. ℓ is one
     direction of their loss: NT-Xent, 2 - 2 cos (BYOL), - cos (SimSiam), InfoNCE against the queue
-    that their own logits met, which already holds the keys of this batch (MoCo v2), the
-    cross-correlation (Barlow Twins); for VICReg λ weights the invariance, and variance and
-    covariance are those of the mixed view, once.
+    of their own logits, which already holds the keys of this batch (MoCo v2), or the
+    cross-correlation (Barlow Twins). For VICReg, λ weights the invariance; variance and covariance
+    of the mixed view count once.
 
     Args:
         module: A method, or a `Module` with one of the losses above.
         mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
-            One mask per sample works for all methods but Barlow Twins.
+            One mask per sample is supported by all methods but Barlow Twins.
         switch: False keeps the term of λ alone (the paper's ablation).
         symmetric: Mix view 2 as well, for one more forward pass; the term is the mean of both.
-            Not for MoCo v2, which has one direction.
+            Not supported by MoCo v2, which has one direction.
 
     Returns:
         The module itself, with hooks. In training, dictionaries that its `forward` returns also
@@ -83,11 +84,7 @@ def wrap(
             f"module must be a Module of stable-pretraining, got {type(module).__name__}; wrap "
             "the method or Module itself, before it goes to a Trainer or Manager"
         )
-    if not callable(mixing):
-        raise TypeError(
-            f"mixing must be callable with images, got {type(mixing).__name__}; pass for "
-            "instance mixmask.MixMask(grid_size=4)"
-        )
+    check_mixing(mixing)
     if isinstance(module, methods.MoCov2) and symmetric:
         raise ValueError("symmetric=True is not supported by MoCov2, which has one direction")
     if hasattr(module, "mixmask"):
@@ -106,74 +103,61 @@ class _Step:
         self.symmetric = symmetric
         self.method = method
         self.start(None, None)
-        self.recording = False
 
     def attach(self, module: Any) -> None:
         """Register the hooks: before and after a step, and on the parts that are recorded."""
+        if self.method in ("MoCov2", "SimSiam"):
+            part = module.projector.teacher if self.method == "MoCov2" else module.projector
+        else:
+            part = getattr(module, self.method)
         module.register_forward_pre_hook(self.start)
         _student(module.backbone).register_forward_hook(self.record_images)
-        if self.method == "MoCov2":
-            module.projector.teacher.register_forward_hook(self.record_keys)
-        elif self.method == "SimSiam":
-            module.projector.register_forward_hook(self.record_projections)
-        else:
-            getattr(module, self.method).register_forward_hook(self.record_pair)
+        part.register_forward_hook(self.record_pair)
         module.register_forward_hook(self.finish)
 
-    def start(self, module: nn.Module | None, arguments: Any) -> None:
+    def start(self, module: nn.Module | None, _arguments: Any) -> None:
         """Forget the last step, and record this one if it trains."""
-        del arguments
         self.recording = module is not None and module.training and torch.is_grad_enabled()
         self.images: list[Tensor] = []
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[Pair] = []
 
-    def record_images(self, part: nn.Module, arguments: tuple[Tensor, ...], out: Any) -> None:
+    def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: Any) -> None:
         """Note what the online backbone sees. A teacher that is the student has no gradient."""
-        del part, out
         if self.recording and torch.is_grad_enabled():
             self.images.append(arguments[0])
 
-    def record_pair(self, part: nn.Module, arguments: tuple[Tensor, ...], out: Any) -> None:
+    def record_pair(self, _part: nn.Module, arguments: Any, out: Any) -> None:
         """Note what their loss compares."""
-        del part, out
-        if self.recording:
-            self.pairs.append((arguments[0], arguments[1]))
-
-    def record_projections(self, part: nn.Module, arguments: Any, out: Tensor) -> None:
-        """Note SimSiam's targets: of either view, or of both at once."""
-        del part, arguments
-        if self.recording:
+        if not self.recording:
+            return
+        if self.method == "SimSiam":
+            # Targets of either view, or of both at once.
             self.pairs.append((out.detach(), out.detach()))
-
-    def record_keys(self, part: nn.Module, arguments: Any, out: Tensor) -> None:
-        """Note MoCo's keys."""
-        del part, arguments
-        if self.recording and not torch.is_grad_enabled():
+        elif self.method != "MoCov2":
+            self.pairs.append((arguments[0], arguments[1]))
+        elif not torch.is_grad_enabled():
+            # Where the teacher is the student, queries pass here too, with a gradient.
             keys = F.normalize(out, dim=-1)
             self.pairs.append((keys, keys))
 
-    def finish(self, module: Any, arguments: Any, output: Any) -> Any:
+    def finish(self, module: Any, _arguments: Any, output: Any) -> Any:
         """Add the mixed term to the loss of the output."""
-        del arguments
         images, pairs, recorded = self.images, self.pairs, self.recording
         # Under DistributedDataParallel the module is called around its own call.
         self.start(None, None)
         if not recorded or not images or "loss" not in output:
             return output
         targets = self.targets(pairs)
-        views = self.views(torch.cat(images), len(targets[0]))
-        terms, shares = [], []
-        for view, target in zip(views, targets, strict=False):
-            mixed = self.mixing(view)
-            z = self.embed(module, mixed.images)
-            criterion = self.criterion(module, target)
-            terms.append(
-                losses.lambda_weighted_loss(criterion, z, target, mixed, switch=self.switch)
-            )
-            shares.append(mixed.lam.mean())
-        return _added(module, output, torch.stack(terms).mean(), torch.stack(shares).mean())
+        embed = partial(self.embed, module)
+        both = self.views(torch.cat(images), len(targets[0]))
+        views: list[View] = [
+            (view, embed, [(self.criterion(module, target), target)])
+            for view, target in zip(both, targets, strict=False)
+        ]
+        term, share = mix_views(self.mixing, views, switch=self.switch)
+        return _add(module, output, term, share)
 
-    def targets(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def targets(self, pairs: list[Pair]) -> list[Tensor]:
         """Return the targets of view 1 and, where there are any, of view 2."""
         if not pairs:
             raise ValueError(
@@ -218,41 +202,23 @@ class _Step:
         return own if build is None else build(own)
 
 
-class _VICReg:
-    """λ weights the invariance; variance and covariance are those of the mixed view, once."""
+def _vicreg(criterion: Any) -> losses.Criterion:
+    def distance(z: Tensor, target: Tensor) -> Tensor:
+        weighted: Tensor = criterion.sim_coeff * (z - target).square().mean(dim=1)  # (N,)
+        return weighted
 
-    def __init__(self, criterion: Any) -> None:
-        self.criterion = criterion
-
-    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = self.criterion(z, target)
-        return loss
-
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return both weighted terms; see `losses.SharingCriterion`."""
-        distance = lam * (z - target).square().mean(dim=1)
-        if other is not None:
-            distance = distance + (1 - lam) * (z - other).square().mean(dim=1)
-        spread: Tensor = self.criterion.vcreg_loss(z)
-        weight: float = self.criterion.sim_coeff
-        return weight * distance.mean() + spread
+    return SplitCriterion(distance, criterion.vcreg_loss)
 
 
-def _nt_xent(criterion: Any) -> losses.Criterion:
-    return losses.NTXent(criterion.temperature, gather_distributed=True)
-
-
-def _squared_distance(criterion: Any) -> losses.Criterion:
-    del criterion
-    cosine = losses.NegativeCosine(reduction="none")
-    return lambda z, target: 2 + 2 * cosine(z, target)
+def _squared_distance(z: Tensor, target: Tensor) -> Tensor:
+    return 2 + 2 * losses.NegativeCosine(reduction="none")(z, target)  # (N,)
 
 
 # A loss of another class under one of their names is taken as it is.
 _CRITERIA: dict[type, Callable[[Any], losses.Criterion]] = {
-    NTXEntLoss: _nt_xent,
-    BYOLLoss: _squared_distance,
-    VICRegLoss: _VICReg,
+    NTXEntLoss: lambda own: losses.NTXent(own.temperature, gather_distributed=True),
+    BYOLLoss: lambda _: _squared_distance,
+    VICRegLoss: _vicreg,
 }
 _METHODS = (methods.BarlowTwins, methods.BYOL, methods.SimCLR, methods.VICReg)
 _LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")
@@ -265,11 +231,9 @@ def _method(module: Any) -> str:
             return str(method.__name__)
     names = [name for name in _LOSSES if hasattr(module, name)]
     parts = hasattr(module, "backbone") and hasattr(module, "projector")
-    other = [
-        cls
-        for cls in type(module).__mro__
-        if cls.__module__.startswith("stable_pretraining.methods.") and cls not in _METHODS
-    ]
+    # Others of their methods may hold a loss of the same name, and more terms beside it.
+    modules = (cls.__module__ for cls in type(module).__mro__ if cls not in _METHODS)
+    other = any(name.startswith("stable_pretraining.methods.") for name in modules)
     if len(names) != 1 or not parts or other:
         raise ValueError(
             f"expected SimCLR, BYOL, SimSiam, MoCov2, BarlowTwins, VICReg or a Module with a "
@@ -283,12 +247,12 @@ def _student(part: Any) -> Any:
     return part.student if isinstance(part, theirs.TeacherStudentWrapper) else part
 
 
-def _added(module: Any, output: Any, term: Tensor, share: Tensor) -> Any:
+def _add(module: Any, output: Any, term: Tensor, share: Tensor) -> Any:
     """Return their output with the mixed term in its loss, and log it where a Trainer runs."""
     output["loss"] = output["loss"] + term
     if type(output) is dict:
-        told = {"mixmask_loss": term.detach(), "mixmask_lambda": share}
-        output.update(told)
+        logged = {"mixmask_loss": term.detach(), "mixmask_lambda": share}
+        output.update(logged)
         if getattr(module, "_trainer", None) is not None:
-            module.log_dict(told, on_step=True, on_epoch=True, sync_dist=True)
+            module.log_dict(logged, on_step=True, on_epoch=True, sync_dist=True)
     return output

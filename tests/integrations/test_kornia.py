@@ -1,12 +1,13 @@
+"""RandomMixMask as a kornia augmentation, alone and in containers."""
+
 from __future__ import annotations
 
 import copy
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import kornia
 import kornia.augmentation as K
@@ -18,6 +19,7 @@ from kornia.augmentation.container.ops import ClassSequentialOps
 from torch import Tensor
 
 from mixmask import MixMask, lambda_weighted_loss, mix_batch
+from mixmask.integrations import kornia as integration
 from mixmask.integrations.kornia import RandomMixMask, take_labels
 from mixmask.losses import InfoNCE
 
@@ -225,24 +227,13 @@ def test_a_container_takes_labels() -> None:
     assert torch.equal(again[1], rows)
 
 
-def test_a_container_still_refuses_labels_beside_kornias_own_mixes() -> None:
-    views = take_labels(Sequential(K.RandomMixUpV2(), data_keys=BOTH))
-    with pytest.raises(NotImplementedError, match="class labels"):
-        views(torch.rand(4, 3, 8, 8), torch.arange(4))
-
-
-def test_containers_are_kornias_until_the_named_call() -> None:
+def test_other_containers_and_mixes_stay_as_kornia_has_them() -> None:
     """Neither importing the integration nor a call for one container changes another."""
-    take_labels(Sequential(RandomMixMask(2), data_keys=BOTH))
-    views = Sequential(RandomMixMask(2), data_keys=BOTH)
-    with pytest.raises(NotImplementedError, match="class labels"):
-        views(torch.rand(4, 3, 8, 8), torch.arange(4))
+    own = take_labels(Sequential(K.RandomMixUpV2(), data_keys=BOTH))
+    for views in (own, Sequential(RandomMixMask(2), data_keys=BOTH)):
+        with pytest.raises(NotImplementedError, match="class labels"):
+            views(torch.rand(4, 3, 8, 8), torch.arange(4))
     assert ClassSequentialOps.transform.__module__.startswith("kornia.")
-
-
-def test_only_containers_take_labels() -> None:
-    with pytest.raises(TypeError, match="must be an AugmentationSequential, got RandomMixMask"):
-        take_labels(RandomMixMask(2))  # type: ignore[arg-type]
 
 
 @options
@@ -323,83 +314,6 @@ def test_gradients_go_to_the_pixels_shown() -> None:
     assert torch.equal(images.grad.double(), kept + taken)
 
 
-@pytest.mark.parametrize(
-    "bad, text",
-    [
-        ({"grid_size": 1}, "grid_size must be at least 2, got 1"),
-        ({"ratio": 0.0}, "ratio must lie strictly between 0 and 1, got 0.0"),
-        ({"pattern": "blocks"}, "pattern must be one of 'block', 'discrete', got 'blocks'"),
-        ({"partner": "roll"}, "partner must be one of 'reverse', 'random', got 'roll'"),
-        ({"pattern": "discrete", "roll": True}, "roll=True is for blocks"),
-        ({"per_sample": True, "same_on_batch": True}, "set one of them"),
-        ({"p": 1.5}, r"p must lie within \[0, 1\], got 1.5; use"),
-        ({"p": -0.1}, r"p must lie within \[0, 1\], got -0.1; use"),
-    ],
-)
-def test_bad_options_are_refused_at_once(bad: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        RandomMixMask(**bad)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("mask", torch.zeros(4, 1, 8, 8)),
-        ("bbox", torch.zeros(4, 2, 4, 2)),
-        ("bbox_xyxy", torch.zeros(4, 2, 4)),
-        ("keypoints", torch.zeros(4, 5, 2)),
-    ],
-)
-def test_other_data_keys_are_refused(key: str, value: Tensor) -> None:
-    with pytest.raises(NotImplementedError, match=f"takes 'input' and 'class', got '{key}'"):
-        RandomMixMask(data_keys=["input", key])
-    mix = RandomMixMask(4)
-    with pytest.raises(NotImplementedError):
-        mix(torch.rand(4, 3, 8, 8), value, data_keys=["input", key])
-    if VERSION >= (0, 9):  # Before, containers let them pass any mix augmentation untouched.
-        views = Sequential(mix, data_keys=["input", key])
-        with pytest.raises(NotImplementedError, match="takes 'input' and 'class'"):
-            views(torch.rand(4, 3, 8, 8), value)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 8, 8)])
-def test_a_single_image_is_refused(p: float, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="nobody to mix with"):
-        RandomMixMask(4, p=p)(torch.rand(shape))
-
-
-def test_bad_batches_are_refused() -> None:
-    mix = RandomMixMask(4, data_keys=BOTH)
-    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
-    with pytest.raises(ValueError, match="no params of a mix yet"):
-        mix.mixed_batch(images)
-    with pytest.raises(ValueError, match="does not fit an image of 3 x 8 pixels"):
-        mix(images[:, :, :3], labels)
-    with pytest.raises(ValueError, match=r"labels must be \(B,\), got \(4, 10\)"):
-        mix(images, torch.zeros(4, 10))
-    with pytest.raises(ValueError, match="labels must be those of the 4 images"):
-        mix(images, labels[:3])
-    mix(images, labels)
-    with pytest.raises(ValueError, match="images must be those of the 4 images"):
-        mix(images[:2], labels[:2], params=mix._params)
-    with pytest.raises(ValueError, match="images must be those of the 4 images"):
-        mix.mixed_batch(images[:2])
-
-
-def test_frames_of_a_video_are_mixed_only_by_draws_of_their_own() -> None:
-    videos = torch.rand(3, 4, 3, 8, 8)
-    for same_on_frame in (False, True):
-        views = K.VideoSequential(
-            RandomMixMask(4), data_format="BTCHW", same_on_frame=same_on_frame
-        )
-        if same_on_frame:
-            with pytest.raises(ValueError, match="set same_on_frame=False"):
-                views(videos)
-        else:
-            assert views(videos).shape == videos.shape
-
-
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_draw_the_same(clone: Callable[[RandomMixMask], RandomMixMask]) -> None:
     mix = RandomMixMask(4, 0.3, "discrete", per_sample=True, partner="random", p=0.5)
@@ -410,15 +324,30 @@ def test_copies_draw_the_same(clone: Callable[[RandomMixMask], RandomMixMask]) -
     assert torch.equal(clone(mix)(images), expected)
 
 
+@pytest.mark.parametrize("n, per_sample", [(7, True), (8, False)])
+def test_what_a_step_needs_is_sent_in_one_pinned_copy(
+    n: int, per_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = RandomMixMask(3, per_sample=per_sample).forward_parameters((n, 3, 9, 9))
+    images: Any = MagicMock(device=torch.device("cuda"))
+    images.__len__.return_value = n
+    pinned: list[Tensor] = []
+    sent: list[Tensor] = []
+
+    def note(tensors: list[Tensor], tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: note(pinned, tensor))
+    monkeypatch.setattr(integration, "move", lambda tensor, _: note(sent, tensor))
+    cells, partner = integration._send("images", images, params)
+    assert torch.equal(cells, params["cells"])
+    assert torch.equal(partner, params["partner"])
+    assert len(sent) == len(pinned) == 1
+    assert sent[0] is pinned[0]
+
+
 def test_options_are_printed() -> None:
     shown = repr(RandomMixMask(4, 0.3, partner="random"))
     for option in ("RandomMixMask", "grid_size=4", "ratio=0.3", "partner=random", "p=1.0"):
         assert option in shown
-
-
-def test_importing_mixmask_leaves_kornia_alone() -> None:
-    code = (
-        "import sys, mixmask, mixmask.integrations\n"
-        "assert not any(name.partition('.')[0] == 'kornia' for name in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

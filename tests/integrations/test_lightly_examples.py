@@ -8,51 +8,53 @@ with small batches blow float32's roundings up to 1e-2.
 
 from __future__ import annotations
 
-import copy
+import pytest
+
+pytest.importorskip(
+    "lightly", reason="lightly is not installed; pip install '.[lightly]' for these tests"
+)
+
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from mixmask import BlockMaskGenerator, mix_batch
-from mixmask.data.clothing import clothing64
-
-pytest.importorskip(
-    "lightly", reason="lightly is not installed; pip install '.[lightly]' for these tests"
+from lightly_methods import (
+    BYOL,
+    DINO,
+    GRID,
+    LR,
+    MOMENTUM,
+    PROTOTYPES,
+    QUEUE,
+    RATIO,
+    STEPS,
+    TAU,
+    WIDTH,
+    BarlowTwins,
+    Batch,
+    Method,
+    MoCo,
+    N,
+    SimCLR,
+    SimSiam,
+    SwaV,
+    draw_generator,
 )
-
-import pytorch_lightning as pl
-from lightly.loss import (
-    BarlowTwinsLoss,
-    DINOLoss,
-    NegativeCosineSimilarity,
-    NTXentLoss,
-    SwaVLoss,
-)
-from lightly.models.modules import heads
-from lightly.models.utils import deactivate_requires_grad, update_momentum
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mixmask.integrations.lightly import wrap
+from mixmask import BlockMaskGenerator
+from mixmask.data.clothing import clothing64
 
 # Imported in the usual way it leads mypy, which finds a py.typed here, into all of lightly.
 transforms = pytest.importorskip("lightly.transforms")
 
-STEPS, N = 4, 12
-LR, MOMENTUM, TAU = 0.05, 0.9, 0.2
-GRID, RATIO, LARGE, SMALL = 4, 0.3, 32, 16
-FEATURES, WIDTH, PROTOTYPES = 16, 8, 10
-QUEUE = 3 * N
-
-Batch = list[Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 pytestmark = [
     # A few steps in a process of their own need neither workers nor logs.
@@ -61,6 +63,11 @@ pytestmark = [
     # lightly's head of DINO.
     pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning"),
 ]
+
+
+LARGE = 32
+SMALL = 16
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -75,210 +82,9 @@ def batches() -> list[Batch]:
     return [[column[i * N : (i + 1) * N] for column in columns] for i in range(STEPS)]
 
 
-def _draw(step: int, view: int = 0) -> torch.Generator:
-    """What a step's masks follow from."""
-    return torch.Generator().manual_seed(10 * step + view)
-
-
-# Theirs, with our lines.
-
-
-class Method(pl.LightningModule):
-    """What all of them have: a backbone, an optimizer, and a list of losses for the tests."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, FEATURES, 3, stride=2, padding=1),
-            nn.BatchNorm2d(FEATURES),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.masks = BlockMaskGenerator(GRID, RATIO)
-        self.seen: list[float] = []
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        return torch.optim.SGD(trained, lr=LR)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        del batch, batch_idx
-        self.seen.append(outputs["loss"].item())
-
-
-class MoCo(Method):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = heads.MoCoProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.head_momentum = copy.deepcopy(self.head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.head_momentum)
-        self.criterion: Any = wrap(NTXentLoss(TAU, memory_bank_size=(QUEUE, WIDTH)))
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=MOMENTUM)
-        update_momentum(self.head, self.head_momentum, m=MOMENTUM)
-        x_query, x_key = batch[:2]
-        query = self.head(self.backbone(x_query))
-        with torch.no_grad():
-            key = self.head_momentum(self.backbone_momentum(x_key))
-        mixed = mix_batch(x_query, self.masks, generator=_draw(step))
-        query_mixed = self.head(self.backbone(mixed.images))
-        loss: Tensor = self.criterion(query, key, query_mixed, mixed)
-        return loss
-
-
-class SimCLR(Method):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__()
-        self.both = both
-        self.head = heads.SimCLRProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.criterion: Any = wrap(NTXentLoss(TAU))
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        x0, x1 = batch[:2]
-        z0, z1 = self.head(self.backbone(x0)), self.head(self.backbone(x1))
-        mixed = mix_batch(x0, self.masks, generator=_draw(step))
-        loss: Tensor = self.criterion(z0, z1, self.head(self.backbone(mixed.images)), mixed)
-        if self.both:
-            mixed = mix_batch(x1, self.masks, generator=_draw(step, 1))
-            z_mixed = self.head(self.backbone(mixed.images))
-            loss = loss + self.criterion.mixed_loss(z_mixed, z0, mixed)
-        return loss
-
-
-class BarlowTwins(SimCLR):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__(both=both)
-        self.head = heads.BarlowTwinsProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.criterion: Any = wrap(BarlowTwinsLoss())
-
-
-class BYOL(Method):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__()
-        self.both = both
-        self.head = heads.BYOLProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.predictor = heads.BYOLPredictionHead(WIDTH, FEATURES, WIDTH)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.head_momentum = copy.deepcopy(self.head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.head_momentum)
-        self.criterion: Any = wrap(NegativeCosineSimilarity())
-
-    def predict(self, x: Tensor) -> Tensor:
-        prediction: Tensor = self.predictor(self.head(self.backbone(x)))
-        return prediction
-
-    @torch.no_grad()
-    def project_by_teacher(self, x: Tensor) -> Tensor:
-        projection: Tensor = self.head_momentum(self.backbone_momentum(x))
-        return projection
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=MOMENTUM)
-        update_momentum(self.head, self.head_momentum, m=MOMENTUM)
-        x0, x1 = batch[:2]
-        p0, p1 = self.predict(x0), self.predict(x1)
-        z0, z1 = self.project_by_teacher(x0), self.project_by_teacher(x1)
-        mixed0 = mix_batch(x0, self.masks, generator=_draw(step))
-        loss: Tensor = self.criterion(p0, z1, self.predict(mixed0.images), mixed0)
-        if self.both:
-            mixed1 = mix_batch(x1, self.masks, generator=_draw(step, 1))
-            loss = loss + self.criterion(p1, z0, self.predict(mixed1.images), mixed1)
-        else:
-            loss = loss + self.criterion(p1, z0)
-        return loss
-
-
-class SimSiam(Method):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__()
-        self.both = both
-        self.head = heads.SimSiamProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.predictor = heads.SimSiamPredictionHead(WIDTH, FEATURES, WIDTH)
-        self.criterion: Any = wrap(NegativeCosineSimilarity())
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.head(self.backbone(x))
-        return z.detach(), self.predictor(z)
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        x0, x1 = batch[:2]
-        (z0, p0), (z1, p1) = self(x0), self(x1)
-        loss: Tensor = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
-        mixed = mix_batch(x0, self.masks, generator=_draw(step))
-        loss = loss + self.criterion.mixed_loss(self(mixed.images)[1], z1, mixed)
-        if self.both:
-            mixed = mix_batch(x1, self.masks, generator=_draw(step, 1))
-            loss = loss + self.criterion.mixed_loss(self(mixed.images)[1], z0, mixed)
-        return loss
-
-
-class SwaV(Method):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__()
-        self.both = both
-        self.head = heads.SwaVProjectionHead(FEATURES, FEATURES, WIDTH)
-        self.prototypes = heads.SwaVPrototypes(WIDTH, PROTOTYPES)
-        self.criterion: Any = wrap(SwaVLoss())
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.prototypes(F.normalize(self.head(self.backbone(x)), dim=1))
-        return scores
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        self.prototypes.normalize()
-        scores = [self(crop) for crop in batch]
-        # The first large crop, or the second and a small one.
-        views = [1, 2] if self.both else [0]
-        mixed = [mix_batch(batch[v], self.masks, generator=_draw(step, v)) for v in views]
-        z_mixed = [self(one.images) for one in mixed]
-        loss: Tensor = self.criterion(
-            scores[:2], scores[2:], z_mixed=z_mixed, mixed=mixed, view=views
-        )
-        return loss.squeeze()
-
-
-class DINO(Method):
-    def __init__(self, *, both: bool = False) -> None:
-        super().__init__()
-        self.both = both
-        self.head = heads.DINOProjectionHead(FEATURES, FEATURES, WIDTH, PROTOTYPES)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.head_momentum = heads.DINOProjectionHead(FEATURES, FEATURES, WIDTH, PROTOTYPES)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.head_momentum)
-        self.criterion: Any = wrap(DINOLoss(PROTOTYPES, teacher_temp=0.07))
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(x))
-        return logits
-
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=MOMENTUM)
-        update_momentum(self.head, self.head_momentum, m=MOMENTUM)
-        with torch.no_grad():
-            teacher = [self.head_momentum(self.backbone_momentum(crop)) for crop in batch[:2]]
-        student = [self(crop) for crop in batch]
-        views = [1, 2] if self.both else [0]
-        mixed = [mix_batch(batch[v], self.masks, generator=_draw(step, v)) for v in views]
-        z_mixed = [self(one.images) for one in mixed]
-        loss: Tensor = self.criterion(teacher, student, z_mixed=z_mixed, mixed=mixed, view=views)
-        return loss
-
-
-# The same, written out.
-
-
 def _mixed_slowly(x: Tensor, step: int, view: int = 0) -> tuple[Tensor, float]:
     """Images and their partners from the other end of the batch, pixel by pixel."""
-    cells = BlockMaskGenerator(GRID, RATIO)(generator=_draw(step, view))
+    cells = BlockMaskGenerator(GRID, RATIO)(generator=draw_generator(step, view))
     size = x.shape[-1]
     mixed, kept = x.clone(), 0
     for row in range(size):
@@ -443,12 +249,12 @@ def slow_dino(method: Any, batches: list[Batch]) -> Slow:
             for crop in batch[:2]
         ]
         student = [method(crop) for crop in batch]
-        targets = [((logits - center) / 0.07).softmax(dim=1) for logits in teacher]
+        # lightly rounds this one number to float32, and so does the oracle.
+        temperature = float(torch.tensor(0.07))
+        targets = [((logits - center) / temperature).softmax(dim=1) for logits in teacher]
         yield _slow_crops(method, batch, step, targets, student)
         center = 0.9 * center + 0.1 * torch.cat(teacher).mean(dim=0)
 
-
-# Running them.
 
 EXAMPLES: dict[str, tuple[Callable[[], Method], Callable[[Any, list[Batch]], Slow]]] = {
     "moco": (MoCo, slow_moco),
@@ -530,11 +336,11 @@ def _run_by_lightning(name: str, batches: list[Batch], folder: Path) -> Method:
 def _agree(ours: Method, slow: Method) -> None:
     """Each step's loss, and then the weights, of the teacher too, and what batch norm saw."""
     assert len(ours.seen) == STEPS
-    np.testing.assert_allclose(ours.seen, slow.seen, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours.seen, slow.seen, rtol=1e-9, atol=1e-9)
     others = dict(slow.named_buffers()) | dict(slow.named_parameters())
     for key, value in (*ours.named_buffers(), *ours.named_parameters()):
         if not key.startswith("criterion."):
-            torch.testing.assert_close(value, others[key], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(value, others[key], rtol=1e-9, atol=1e-9)
 
 
 @every
