@@ -90,13 +90,9 @@ _PROTOCOLS: dict[str, dict[str, object]] = {
 
 
 def configs(resnet: ResNet, weights: str) -> dict[str, str]:
-    """Return the configurations by the names of their files, as YAML.
+    """Return the configurations for a file of weights by their own files' names, as YAML.
 
     There are none for ResNets without bottlenecks, from which Detectron2 builds res5 of a C4 head.
-
-    Args:
-        resnet: The backbone.
-        weights: Name of the file with its weights.
 
     Example:
         >>> from mixmask.checkpoints.resnets import RESNETS
@@ -140,23 +136,16 @@ def detectron2_name(name: str) -> str:
 
 def pickle_state(state: Mapping[str, Tensor]) -> bytes:
     """Return a ResNet's state dict as the pickle that MoCo's converter writes for Detectron2."""
+    import numpy as np
+
+    def reduce(array: Any) -> tuple[Any, tuple[Any, ...]]:
+        return np.ndarray, (array.shape, array.dtype.str, bytearray(array.tobytes()))
+
     model = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
     buffer = io.BytesIO()
-    content = {"model": model, "__author__": "mixmask", "matching_heuristics": True}
-    _PublicPickler(buffer, protocol=4).dump(content)
+    pickler = pickle.Pickler(buffer, protocol=4)
+    # By NumPy's public names: its own way names an inner module, which moved in NumPy 2, and
+    # Detectron2 often runs on an older one.
+    pickler.dispatch_table = {np.ndarray: reduce}
+    pickler.dump({"model": model, "__author__": "mixmask", "matching_heuristics": True})
     return buffer.getvalue()
-
-
-class _PublicPickler(pickle.Pickler):
-    """Pickles arrays by NumPy's public names, which all its versions can read.
-
-    NumPy's own way names the module of its inner workings, which moved in NumPy 2; Detectron2
-    often runs on an older one.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        import numpy as np
-
-        if isinstance(value, np.ndarray):
-            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
-        return NotImplemented

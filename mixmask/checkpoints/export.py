@@ -21,15 +21,10 @@ FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
 
 class Exported(NamedTuple):
-    """What an export wrote.
+    """What an export wrote."""
 
-    Attributes:
-        files: The files, the weights first.
-        notes: What their reader has to know, a line each.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    files: tuple[Path, ...]  # The weights first.
+    notes: tuple[str, ...]  # What their reader has to know, one line each.
 
 
 def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) -> Exported:
@@ -46,9 +41,6 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
         to: One of `FORMATS`.
         out: The file to write.
         force: Whether to overwrite files.
-
-    Returns:
-        The files, and notes for their reader.
 
     Raises:
         ValueError: If the format has no such backbone, the file's name does not suit the format,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,17 +31,11 @@ class Content(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A row of the table of formats.
+    """A row of the table of formats."""
 
-    Attributes:
-        name: Whose format it is.
-        matches: Tells it from those below it.
-        small_stem_padding: Padding of the stem for small images, which no key tells.
-    """
-
-    name: str
-    matches: Callable[[Content], bool]
-    small_stem_padding: int = 1
+    name: str  # Whose format it is.
+    matches: Callable[[Content], bool]  # Tells it from those below it.
+    small_stem_padding: int = 1  # Of the stem for small images, which no key tells.
 
 
 def _is_solo_learn(file: Content) -> bool:
@@ -67,33 +60,19 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True)
-class Match:
-    """The part of a checkpoint that is the backbone, with a classifier's layers where it had one.
+class Match(NamedTuple):
+    """The part of a checkpoint that is the backbone, with its classifier where it has one."""
 
-    Attributes:
-        layout: Whose checkpoint it is.
-        state: Tensors under torchvision's and timm's names.
-        keys: The checkpoint's own key of each.
-        arch: What the keys say, or the file does; None where neither does.
-        stem_padding: Of a 3x3 stem.
-        stem_relu: Whether an activation follows the stem's batch norm.
-    """
-
-    layout: str
-    state: dict[str, Tensor]
-    keys: dict[str, str]
-    arch: str | None
-    stem_padding: int
-    stem_relu: bool
+    layout: str  # Whose checkpoint it is.
+    state: dict[str, Tensor]  # Under torchvision's and timm's names.
+    keys: dict[str, str]  # The checkpoint's own key of each.
+    arch: str | None  # What the keys say, or the file does.
+    stem_padding: int  # Of a 3x3 stem.
+    stem_relu: bool  # Whether an activation follows the stem's batch norm.
 
 
 def weights_in(path: Path, content: object) -> Mapping[str, object]:
-    """Return the mapping from keys to tensors inside of a checkpoint.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the mapping from keys to tensors inside of a checkpoint; a ValueError without one."""
     entries = content if isinstance(content, Mapping) else {}
     for candidate in (*(entries.get(key) for key in _NESTS), content):
         if (
@@ -130,17 +109,11 @@ def find_backbone(
     metadata: Mapping[str, str],
     expected: Sequence[str],
 ) -> Match:
-    """Find the backbone in what a checkpoint file held.
+    """Find the backbone in what a checkpoint held: `tensors` are what `weights_in` found there.
 
     Tensors of our runs, and those that have all expected names already, keep their names: what
-    other formats call a wrapper or a shortcut is part of some architectures' own names.
-
-    Args:
-        path: The file, for messages.
-        content: What `read_checkpoint` returned.
-        tensors: What `weights_in` found in it.
-        metadata: The file's own, as exports write it.
-        expected: Names of the tensors of the backbone that was asked for; empty if none was.
+    other formats call a wrapper or a shortcut is part of some architectures' own names. `expected`
+    is empty where no backbone was asked for.
 
     Raises:
         ValueError: If no layout is recognised, or several encoders are in question.

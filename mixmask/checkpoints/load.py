@@ -111,7 +111,8 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         backbone.conv1.padding = (match.stem_padding,) * 2  # type: ignore[union-attr]
     if not match.stem_relu:
         backbone.act1 = nn.Identity()
-    left = tuple(key for key in tensors if key not in set(taken))
+    used = set(taken)
+    left = tuple(key for key in tensors if key not in used)
     return Loaded(backbone.eval(), arch, small_stem, match.layout, taken, left, config, file)
 
 
@@ -131,14 +132,14 @@ def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str
     """Load the tensors and return their keys, or refuse them with what does not fit."""
     wanted = backbone.state_dict()
     state: dict[str, Tensor] = {}
-    keys = []
+    keys = {}
     for name, tensor in match.state.items():
         # A norm that splits the batch lies, with its activation, in a sequence of its own.
         merged = re.sub(r"\.0(\.\w+)$", r"\1", name)
         inner = merged if name not in wanted and merged in wanted else name
         if inner in wanted or not inner.startswith(_HEADS):
             state[inner] = _merge_parts(inner, tensor, wanted.get(inner, tensor))
-            keys.append(match.keys[name])
+            keys[inner] = match.keys[name]
     misfits = {
         "missing": [name for name in wanted if name not in state and not name.endswith(_COUNTER)],
         "unexpected": [name for name in state if name not in wanted],
@@ -164,7 +165,7 @@ def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str
             )
         )
     backbone.load_state_dict(state, strict=False)
-    return tuple(keys)
+    return tuple(keys.values())
 
 
 def _merge_parts(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:

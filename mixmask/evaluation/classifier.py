@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,8 +26,11 @@ from mixmask.runs.schedules import cosine_decay, step_decay
 _BATCH, _LEAST_BATCH, _STEPS = 256, 16, 10
 # Smallest share of an image's area in a crop, as in torchvision's reference for ImageNet.
 _MIN_SCALE = 0.08
-# To a tenth after 60 and after 80 of MoCo's 100 epochs.
-moco_decay = partial(step_decay, milestones=(0.6, 0.8))
+
+
+def moco_decay(done: float) -> float:
+    """Fall to a tenth after 60 and after 80 of MoCo's 100 epochs."""
+    return step_decay(done, (0.6, 0.8))
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,7 @@ def classifier_scores(
     if len(images) < 2:
         raise ValueError(f"training needs at least two images, got {len(images)}; use more")
     check_range("image_size", image_size, 1)
-    tune = isinstance(protocol, FineTuning)
-    backbone = deepcopy(backbone).requires_grad_(tune)
+    backbone = deepcopy(backbone).requires_grad_(isinstance(protocol, FineTuning))
     head = nn.utils.skip_init(nn.Linear, int(backbone.num_features), classes)  # type: ignore[arg-type]
     # As MoCo draws its weights.
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(protocol.seed))
@@ -185,24 +186,21 @@ def _train(
     progress: bool,
 ) -> None:
     """Train the head by cross-entropy, and the backbone with it to fine-tune."""
-    tune, device = isinstance(protocol, FineTuning), head.weight.device
+    rates: dict[nn.Module, float] = {head: protocol.lr}
+    size, decay = protocol.batch_size, moco_decay
     if isinstance(protocol, FineTuning):
+        rates = {head: protocol.head_lr, backbone: protocol.lr}
         size, decay = protocol.batch_of(len(images)), cosine_decay
-        groups = [
-            {"params": head.parameters(), "lr": protocol.head_lr},
-            {"params": backbone.parameters(), "lr": protocol.lr},
-        ]
-    else:
-        size, decay = protocol.batch_size, moco_decay
-        groups = [{"params": head.parameters(), "lr": protocol.lr}]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=tune)
+    groups = [{"params": module.parameters(), "lr": rate} for module, rate in rates.items()]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=backbone in rates)
     size = min(size, len(images))
     steps = len(images) // size
     total = steps * protocol.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / total))
     view = RandomView(image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, blur=0)
     generator = torch.Generator().manual_seed(protocol.seed)
-    backbone.train(tune)
+    backbone.train(backbone in rates)
+    device = head.weight.device
     cuda = [device] if device.type == "cuda" else []
     bar = tqdm(total=total, unit="step", disable=not progress)
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -122,7 +123,7 @@ def _choose_classes(task: Task, names: Sequence[str] | None) -> Tensor:
 
 
 def choose_queries(
-    labels: Tensor | None, images: int, count: int, generator: torch.Generator
+    labels: Tensor | None, images: int, wanted: int, generator: torch.Generator
 ) -> Tensor:
     """Choose images at random, one of each class before a second of any.
 
@@ -134,13 +135,11 @@ def choose_queries(
     """
     order = torch.randperm(images, generator=generator)
     if labels is None:
-        return order[:count]
-    seen: Counter[int] = Counter()
-    rounds = []
-    for label in labels[order].tolist():
-        seen[label] += 1
-        rounds.append(seen[label])
-    return order[torch.tensor(rounds).sort(stable=True).indices[:count]]
+        return order[:wanted]
+    # How many of its class come before each image.
+    seen: defaultdict[int, count[int]] = defaultdict(count)
+    rounds = [next(seen[label]) for label in labels[order].tolist()]
+    return order[torch.tensor(rounds).sort(stable=True).indices[:wanted]]
 
 
 class Projection(NamedTuple):

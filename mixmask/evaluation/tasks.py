@@ -86,10 +86,9 @@ class Task:
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Compute the features (N, D) and (M, D) of both splits by the first backbone."""
-        backbone = self.backbones[0]
-        return extract_features(backbone, self.train.images), extract_features(
-            backbone, self.test.images
-        )
+        splits = (self.train, self.test)
+        x, x_test = (extract_features(self.backbones[0], split.images) for split in splits)
+        return x, x_test
 
 
 def load_task(
