@@ -124,7 +124,7 @@ def find_backbone(
     keys = {key: key for key in weights}
     children: tuple[str, ...] = ()
     places = {"backbone."} if run else _exact_places(keys, expected)
-    if places:
+    if places:  # By their own names: nothing is renamed.
         prefix = _trained(path, places)
         keys = _keys_under(prefix, keys)
     else:

@@ -164,6 +164,7 @@ def classifier_scores(
     if len(images) < 2:
         raise ValueError(f"training needs at least two images, got {len(images)}; use more")
     check_range("image_size", image_size, 1)
+    # Without gradients the forward pass of a frozen backbone keeps nothing for a backward one.
     backbone = deepcopy(backbone).requires_grad_(isinstance(protocol, FineTuning))
     head = nn.utils.skip_init(nn.Linear, int(backbone.num_features), classes)  # type: ignore[arg-type]
     # As MoCo draws its weights.
@@ -172,7 +173,7 @@ def classifier_scores(
     head.to(next(backbone.parameters()).device)
     _train(backbone, head, images, labels, protocol, image_size, progress)
     with torch.no_grad():
-        scores: Tensor = head(extract_features(backbone, test, size=image_size))
+        scores: Tensor = head(extract_features(backbone, test, size=image_size))  # (M, C)
     return scores
 
 

@@ -126,7 +126,8 @@ def _choose(
     start = None
     for penalty in sorted(penalties, reverse=True):
         start = _fit(x, y, classes, penalty, _CHOOSING, start)
-        right = int(((x_held @ start[0].T + start[1]).argmax(dim=1) == y_held).sum())
+        logits = x_held @ start[0].T + start[1]  # (H, C)
+        right = int((logits.argmax(dim=1) == y_held).sum())
         waited += 1
         if right > most:
             best, most, waited = penalty, right, 0
@@ -159,6 +160,7 @@ def _fit(
         optimizer.zero_grad()
         loss = penalty / 2 * weight.square().sum()
         loss.backward()
+        # The gradient of each part is added before the next one's logits are made.
         for rows, right in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
             part = F.cross_entropy(rows @ weight.T + bias, right, reduction="sum") / len(x)
             part.backward()

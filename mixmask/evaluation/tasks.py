@@ -126,7 +126,7 @@ def load_task(
     check_range("image_size", image_size, 1)
     images = load_data(data, image_size)
     train = images.train
-    if images.labelled:
+    if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
         (known, labels), _ = images.labelled_splits()
         train = dataclasses.replace(train, images=known, labels=labels)
     task = Task(
