@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask.backbones import SLIM
-from mixmask.checkpoints.detectron2 import configs
+from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.runs.folder import atomic_write
@@ -23,15 +21,10 @@ FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
 
 class Exported(NamedTuple):
-    """What an export wrote.
+    """What an export wrote."""
 
-    Attributes:
-        files: The files, the weights first.
-        notes: What their reader has to know, a line each.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    files: tuple[Path, ...]  # The weights first.
+    notes: tuple[str, ...]  # What their reader has to know, one line each.
 
 
 def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) -> Exported:
@@ -49,9 +42,6 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
         out: The file to write.
         force: Whether to overwrite files.
 
-    Returns:
-        The files, and notes for their reader.
-
     Raises:
         ValueError: If the format has no such backbone, the file's name does not suit the format,
             or there is such a file already.
@@ -64,59 +54,23 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
             f"--to {to} needs a file named *{suffix}, by which its readers know it, got {out}; "
             f"use --out {out.with_suffix(suffix)}"
         )
+    # Each tensor contiguous and by itself, as safetensors wants it.
+    state = OrderedDict(
+        (key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
+        for key, value in loaded.backbone.state_dict().items()
+    )
     if to == "detectron2":
-        contents = {out: _pickle(detectron2_state(loaded.backbone))}
-        contents |= {
-            out.with_name(f"{out.stem}-{name}.yaml"): text.encode()
-            for name, text in configs(RESNETS[loaded.arch], out.name).items()
-        }
+        contents = {out: pickle_state(state)}
+        for name, text in configs(RESNETS[loaded.arch], out.name).items():
+            contents[out.with_name(name)] = text.encode()
     elif out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        state, metadata = backbone_state(loaded.backbone), _metadata(loaded)
-        contents = {out: save(state, {"format": "pt", **metadata})}
+        contents = {out: save(state, {"format": "pt", **_metadata(loaded)})}
     else:
-        contents = {out: _torch_save(backbone_state(loaded.backbone), _metadata(loaded))}
+        contents = {out: _torch_save(state, _metadata(loaded))}
     write_files(contents, force=force)
-    return Exported(tuple(contents), tuple(_notes(loaded, to)))
-
-
-def backbone_state(backbone: nn.Module) -> OrderedDict[str, Tensor]:
-    """Return a backbone's state dict on the CPU, each tensor contiguous and by itself."""
-    state = backbone.state_dict()
-    return OrderedDict(
-        (key, value.detach().cpu().clone(memory_format=torch.contiguous_format))
-        for key, value in state.items()
-    )
-
-
-def detectron2_name(name: str) -> str:
-    """Return Detectron2's name of a ResNet's tensor.
-
-    Detectron2 calls the first convolution the stem, counts the stages from 2, and keeps a norm
-    inside of the convolution before it.
-
-    Example:
-        >>> detectron2_name("bn1.weight"), detectron2_name("layer2.0.downsample.0.weight")
-        ('stem.conv1.norm.weight', 'res3.0.shortcut.weight')
-    """
-    match = re.fullmatch(
-        r"(?:layer(?P<stage>\d)\.(?P<block>\d+)\.)?"
-        r"(?P<kind>conv|bn|downsample\.)(?P<number>\d)\.(?P<value>\w+)",
-        name,
-    )
-    if match is None:
-        raise ValueError(f"Detectron2 has no name for {name}; only plain ResNets can be converted")
-    place = "stem" if match["stage"] is None else f"res{int(match['stage']) + 1}.{match['block']}"
-    norm = match["kind"] == "bn" or (match["kind"], match["number"]) == ("downsample.", "1")
-    layer = "shortcut" if match["kind"] == "downsample." else f"conv{match['number']}"
-    return f"{place}.{layer}.{'norm.' if norm else ''}{match['value']}"
-
-
-def detectron2_state(backbone: nn.Module) -> dict[str, Any]:
-    """Return a ResNet's tensors as arrays under Detectron2's names."""
-    state = backbone_state(backbone)
-    return {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    return Exported(tuple(contents), _notes(loaded, to))
 
 
 def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
@@ -179,38 +133,13 @@ def _torch_save(state: OrderedDict[str, Tensor], metadata: dict[str, str]) -> by
     return buffer.getvalue()
 
 
-class _PublicPickler(pickle.Pickler):
-    """Pickles arrays by NumPy's public names, which all its versions can read.
-
-    NumPy's own way names the module of its inner workings, which moved in NumPy 2; Detectron2
-    often runs on an older one.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        import numpy as np
-
-        if isinstance(value, np.ndarray):
-            return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
-        return NotImplemented
-
-
-def _pickle(model: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    content = {"model": model, "__author__": "mixmask", "matching_heuristics": True}
-    _PublicPickler(buffer, protocol=4).dump(content)
-    return buffer.getvalue()
-
-
-def _notes(loaded: Loaded, to: str) -> list[str]:
+def _notes(loaded: Loaded, to: str) -> tuple[str, ...]:
     """Return what the reader of an export has to know."""
     if to == "detectron2":
-        if RESNETS[loaded.arch].bottleneck:
-            return []
-        return [
-            f"no configurations: Detectron2's C4 heads have bottlenecks, {loaded.arch} has none"
-        ]
+        none = f"no configurations: Detectron2's C4 heads have bottlenecks, {loaded.arch} has none"
+        return () if RESNETS[loaded.arch].bottleneck else (none,)
     if not loaded.small_stem or to == "safetensors" or loaded.arch in SLIM:
-        return []
+        return ()
     padding, relu = _stem(loaded.backbone)
     first: Any = loaded.backbone.conv1
     lines = [
@@ -219,4 +148,4 @@ def _notes(loaded: Loaded, to: str) -> list[str]:
     ]
     if not relu:
         lines.append(f"model.{'relu' if to == 'torchvision' else 'act1'} = torch.nn.Identity()")
-    return [f"its stem is for small images; before loading it: {'; '.join(lines)}"]
+    return (f"its stem is for small images; before loading it: {'; '.join(lines)}",)

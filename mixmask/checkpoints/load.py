@@ -24,6 +24,7 @@ from mixmask.runs.reading import read_checkpoint
 
 # Layers of a classifier inside of a backbone.
 _HEADS = ("classifier.", "fc.", "head.", "linear.")
+_COUNTER = "num_batches_tracked"  # Which old files do not have.
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,9 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         backbone.conv1.padding = (match.stem_padding,) * 2  # type: ignore[union-attr]
     if not match.stem_relu:
         backbone.act1 = nn.Identity()
-    taken_keys = set(taken)
-    return Loaded(
-        backbone.eval(),
-        arch,
-        small_stem,
-        match.layout,
-        taken,
-        tuple(key for key in tensors if key not in taken_keys),
-        config,
-        file,
-    )
+    used = set(taken)
+    left = tuple(key for key in tensors if key not in used)
+    return Loaded(backbone.eval(), arch, small_stem, match.layout, taken, left, config, file)
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
@@ -144,43 +137,35 @@ def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str
         # A norm that splits the batch lies, with its activation, in a sequence of its own.
         merged = re.sub(r"\.0(\.\w+)$", r"\1", name)
         inner = merged if name not in wanted and merged in wanted else name
-        if inner in wanted:
-            tensor = _merge_parts(inner, tensor, wanted[inner])
-        elif inner.startswith(_HEADS):
-            continue
-        state[inner], keys[inner] = tensor, match.keys[name]
-    problems = _misfits(state, wanted)
-    if problems:
+        if inner in wanted or not inner.startswith(_HEADS):
+            state[inner] = _merge_parts(inner, tensor, wanted.get(inner, tensor))
+            keys[inner] = match.keys[name]
+    misfits = {
+        "missing": [name for name in wanted if name not in state and not name.endswith(_COUNTER)],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(misfits.values()):
         inferred = infer_arch(match.state)
         raise ValueError(
-            f"{file} does not fit {arch}: {', '.join(problems)}; "
+            f"{file} does not fit {arch}: "
+            + ", ".join(
+                f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for what, names in misfits.items()
+                if names
+            )
             + (
-                "name its backbone with --arch and its stem with --small-stem or --no-small-stem"
+                "; name its backbone with --arch and its stem with --small-stem or --no-small-stem"
                 if inferred in (None, arch)
-                else f"its keys are those of {inferred}, as which it is read without --arch"
+                else f"; its keys are those of {inferred}, as which it is read without --arch"
             )
         )
-    backbone.load_state_dict(state, strict=False)  # Old files have no counters of batches.
+    backbone.load_state_dict(state, strict=False)
     return tuple(keys.values())
-
-
-def _misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """Describe what is missing, unexpected, or of another shape."""
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in state and name not in counters]
-    unexpected = [name for name in state if name not in wanted]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    return [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in (
-            (missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"),
-        )
-        if names
-    ]  # fmt: skip
 
 
 def _merge_parts(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,19 +12,12 @@ from mixmask.backbones import SLIM
 
 
 class ResNet(NamedTuple):
-    """A ResNet by its numbers.
+    """A ResNet by its numbers."""
 
-    Attributes:
-        blocks: Blocks of each stage.
-        bottleneck: Whether a block has three convolutions, not two.
-        groups: Groups of a block's 3x3 convolution.
-        width: Channels of each group in the first stage.
-    """
-
-    blocks: tuple[int, ...]
-    bottleneck: bool = True
-    groups: int = 1
-    width: int = 64
+    blocks: tuple[int, ...]  # Of each stage.
+    bottleneck: bool = True  # Whether a block has three convolutions, not two.
+    groups: int = 1  # Of a block's 3x3 convolution.
+    width: int = 64  # Channels of each group in the first stage.
 
     @property
     def depth(self) -> int:
@@ -57,10 +51,8 @@ def infer_arch(state: Mapping[str, Tensor]) -> str | None:
     second = state.get("layer1.0.conv2.weight")  # (groups * width, width, 3, 3)
     if second is None:
         return None
-    blocks = tuple(
-        len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
+    found = {match.groups() for name in state if (match := re.match(r"layer(\d)\.(\d+)\.", name))}
+    blocks = tuple(sum(stage == number for stage, _ in found) for number in "1234")
     width = second.shape[1]
     numbers = ResNet(blocks, "layer1.0.conv3.weight" in state, len(second) // max(width, 1), width)
     # Variants with a stem of several convolutions share these numbers; ours are among them.

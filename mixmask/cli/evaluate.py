@@ -38,8 +38,9 @@ def evaluate(
     protocol = choose(**given)
     task = load_task(run, device=choose_device(device), **source)
     say(
-        f"{task.source.arch} of {run} on {task.source.data}: {len(task.train):,} images to train, "
-        f"{len(task.test):,} to test, {len(task.classes)} classes, {task.device}"
+        f"{task.sources[0].arch} of {run} on {task.sources[0].data}: "
+        f"{len(task.train.images):,} images to train, {len(task.test.images):,} to test, "
+        f"{len(task.classes)} classes, {task.device}"
     )
     if isinstance(protocol, FineTuning):
         _say_subset(protocol, task)
@@ -59,7 +60,7 @@ def _say_subset(protocol: FineTuning, task: Task) -> None:
 
 
 def _say_result(result: Result) -> None:
-    accuracy, frozen = result.accuracy, result.outcome.frozen_top1
+    accuracy, frozen = result.accuracy, result.details.get("frozen_top1")
     if frozen is not None:
         say(f"{'frozen, linear probe':<22}{frozen:>7.1%}  of the test images right")
     say(f"{'top-1':<22}{accuracy.top1:>7.1%}  of the test images right")

@@ -9,7 +9,7 @@ from mixmask.cli._console import check_out, say
 from mixmask.cli.options import add_shared, choose_device
 
 if TYPE_CHECKING:
-    from mixmask.evaluation.gallery import Gallery
+    from mixmask.evaluation import Task
 
 _SOURCE = ("--data", "--image-size", "--arch", "--small-stem", "--device", "--threads")
 
@@ -27,8 +27,8 @@ def draw_map(
     from mixmask.figures.style import save_figure
 
     check_out(out)
-    images = _load(runs, **source)
-    drawn = gallery.draw_map(images, projection=projection, classes=classes, seed=seed)
+    task = _load(runs, **source)
+    drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
 
@@ -39,16 +39,16 @@ def draw_neighbours(run: Path, out: Path, queries: int, k: int, seed: int, **sou
     from mixmask.figures.style import save_figure
 
     check_out(out)
-    images = _load([run], **source)
-    drawn = gallery.draw_neighbours(images, queries=queries, k=k, seed=seed)
+    task = _load([run], **source)
+    drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}\ndrew {out}")
 
 
-def _load(runs: list[Path], device: str | None, **source: Any) -> Gallery:
-    from mixmask.evaluation.gallery import load_gallery
+def _load(runs: list[Path], device: str | None, **source: Any) -> Task:
+    from mixmask.evaluation import load_task
 
-    return load_gallery(runs, device=choose_device(device), **source)
+    return load_task(*runs, device=choose_device(device), labelled=False, **source)
 
 
 def add_map(commands: Any) -> None:

@@ -1,11 +1,11 @@
-"""A classifier of images: a backbone and a linear head, trained on random crops."""
+"""A linear head on a backbone, trained by SGD: alone, or both fine-tuned."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import NoReturn
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,161 +13,216 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixmask.data.sets import Images
-from mixmask.data.views import RandomView, normalize
-from mixmask.evaluation.metrics import count_classes
-from mixmask.runs.options import check_range
+from mixmask.data.views import RandomView
+from mixmask.evaluation.features import extract_features
+from mixmask.evaluation.linear import linear_scores
+from mixmask.evaluation.metrics import count_classes, top1_accuracy
+from mixmask.evaluation.subsets import balanced_subset, listed_subset
+from mixmask.evaluation.tasks import Details, Options, Task
+from mixmask.runs.options import check_range, option
+from mixmask.runs.schedules import cosine_decay, step_decay
 
-# Of images that are larger than a view, the usual part is tested: 224 px of 256.
-_CENTRE = 7 / 8
+# A batch of a small subset is a tenth of it, so that an epoch has enough steps.
+_BATCH, _LEAST_BATCH, _STEPS = 256, 16, 10
 # Smallest share of an image's area in a crop, as in torchvision's reference for ImageNet.
 _MIN_SCALE = 0.08
 
-Schedule = Callable[[float], float]
+
+def moco_decay(done: float) -> float:
+    """Fall to a tenth after 60 and after 80 of MoCo's 100 epochs."""
+    return step_decay(done, (0.6, 0.8))
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a classifier is trained.
+class LinearSGD(Options):
+    """A linear head on a frozen backbone, trained as in MoCo's paper, see `classifier_scores`.
 
-    Attributes:
-        epochs: Passes over the images.
-        batch_size: Images per step, or all where there are fewer.
-        image_size: Height and width of the views, in pixels.
-        momentum: Of SGD, without weight decay.
-        nesterov: Whether it is Nesterov's.
-        seed: From which the head, the order and the views follow.
-        progress: Show a progress bar.
+    The learning rate falls to a tenth after 60 % and 80 % of the epochs.
     """
 
-    epochs: int
-    batch_size: int
-    image_size: int
-    momentum: float = 0.9
-    nesterov: bool = False
-    seed: int = 0
-    progress: bool = False
+    epochs: int = option(100, "passes over the images", low=1)
+    batch_size: int = option(_BATCH, "images per step", low=2)
+    lr: float = option(30.0, "learning rate at the start", positive=True)
+    seed: int = option(0, "seed of all random draws", low=0)
+    name: ClassVar[str] = "linear-sgd"
+
+    def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
+        """Return scores (M, C) of the test images."""
+        scores = classifier_scores(
+            task.backbones[0], task.train.images, task.labels[0], task.test.images, self,
+            image_size=task.sources[0].image_size, classes=len(task.classes), progress=progress,
+        )  # fmt: skip
+        schedule = "a tenth after 60 % and 80 % of the epochs"
+        return scores, {"n_train": len(task.train.images), "schedule": schedule}
+
+
+@dataclass(frozen=True)
+class FineTuning(Options):
+    """Backbone and head trained on all labels or on some, see `classifier_scores`.
+
+    Both learning rates fall to 0 along a cosine. The defaults are those of SwAV's evaluation with
+    10 % of ImageNet's labels.
+    """
+
+    percent: float = option(100.0, "share of the labels in %, equally many per class")
+    subset_list: str = option("", "file with one name of a training image per line")
+    epochs: int = option(20, "passes over the images", low=1)
+    batch_size: int = option(
+        0, "images per step; 0: 256, or a tenth of the images where they are few, at least 16"
+    )
+    lr: float = option(0.01, "learning rate of the backbone at the start", positive=True)
+    head_lr: float = option(0.2, "learning rate of the head at the start", positive=True)
+    seed: int = option(0, "seed of all random draws", low=0)
 
     def __post_init__(self) -> None:
-        """Check the limits of the values."""
-        for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 1), ("seed", 0)):
-            check_range(name, getattr(self, name), least)
+        """Check the options."""
+        super().__post_init__()
+        if self.batch_size != 0:
+            check_range("batch_size", self.batch_size, 2)
+        if self.subset_list and self.percent != 100:
+            raise ValueError("--percent and --subset-list exclude each other; use one of them")
+
+    @property
+    def name(self) -> str:
+        """The protocol with its subset, as in the names of files."""
+        return f"finetune-{'list' if self.subset_list else f'{self.percent:g}'}"
+
+    def subset(self, task: Task) -> tuple[Tensor, str]:
+        """Return the indices (n,) of the images to fine-tune on, and how they are chosen."""
+        if not self.subset_list:
+            index = balanced_subset(
+                task.labels[0], self.percent, seed=self.seed, classes=task.classes
+            )
+            return index, f"{self.percent:g} %"
+        files = task.train.files
+        if len(files) != len(task.train.images):
+            raise ValueError(
+                f"--subset-list needs a folder of images, got {task.sources[0].data}, whose images "
+                "have no file names; use --percent"
+            )
+        lines = map(str.strip, Path(self.subset_list).read_text(encoding="utf-8").splitlines())
+        return listed_subset(files, list(filter(None, lines))), f"listed in {self.subset_list}"
+
+    def batch_of(self, images: int) -> int:
+        """Return the number of images per step for this number of images."""
+        return self.batch_size or min(_BATCH, max(_LEAST_BATCH, images // _STEPS))
+
+    def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
+        """Return scores (M, C) of the test images."""
+        index, subset = self.subset(task)
+        images, backbone, classes = task.train.images, task.backbones[0], len(task.classes)
+        images = images[index] if isinstance(images, Tensor) else images.subset(index)
+        labels, test_labels = task.labels[0][index], task.labels[1]
+        scores = classifier_scores(
+            backbone, images, labels, task.test.images, self,
+            image_size=task.sources[0].image_size, classes=classes, progress=progress,
+        )  # fmt: skip
+        x, x_test = (extract_features(backbone, part) for part in (images, task.test.images))
+        frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
+        return scores, {
+            "n_train": len(index), "batch_size": self.batch_of(len(index)), "subset": subset,
+            "frozen_top1": top1_accuracy(frozen, test_labels),
+        }  # fmt: skip
 
 
-def build_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Linear:
-    """Build a linear head on a backbone's features, its weights drawn as MoCo draws them."""
-    with torch.random.fork_rng(devices=[]):  # torch's own initial weights are thrown away.
-        head = nn.Linear(int(backbone.num_features), classes)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(head.weight, std=0.01, generator=generator)
+def classifier_scores(
+    backbone: nn.Module,
+    images: Images,
+    labels: Tensor,
+    test: Images,
+    protocol: LinearSGD | FineTuning,
+    *,
+    image_size: int,
+    classes: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Train a linear head on a copy of a backbone, or both, and classify test images.
+
+    SGD with a momentum of 0.9 (Nesterov's to fine-tune), no weight decay, on random resized crops
+    and flips. A frozen backbone is used in evaluation mode; one that is fine-tuned has its batch
+    norm in training mode. Test images are seen once, see `resize`. On a CPU the same seed gives
+    the same scores; torch's global generator is left as it was.
+
+    Args:
+        backbone: (n, 3, S, S) -> (n, D); left as it is. `num_features` is its D.
+        images: (N, 3, H, W) uint8; batches are moved to the backbone's device.
+        labels: (N,) int64, from 0.
+        test: (M, 3, H, W) uint8.
+        protocol: Epochs, batch size, learning rates, seed.
+        image_size: Height and width of the views, in pixels.
+        classes: Number of classes. Default: one more than the largest label.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        (M, classes) float32 logits.
+
+    Raises:
+        ValueError: If there are fewer than two images, or labels beyond the classes.
+        FloatingPointError: If the loss is no longer finite.
+    """
+    classes = count_classes(labels, classes)
+    if len(images) < 2:
+        raise ValueError(f"training needs at least two images, got {len(images)}; use more")
+    check_range("image_size", image_size, 1)
+    # Without gradients the forward pass of a frozen backbone keeps nothing for a backward one.
+    backbone = deepcopy(backbone).requires_grad_(isinstance(protocol, FineTuning))
+    head = nn.utils.skip_init(nn.Linear, int(backbone.num_features), classes)  # type: ignore[arg-type]
+    # As MoCo draws its weights.
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(protocol.seed))
     nn.init.zeros_(head.bias)
-    return head.to(next(backbone.parameters()).device)
+    head.to(next(backbone.parameters()).device)
+    _train(backbone, head, images, labels, protocol, image_size, progress)
+    with torch.no_grad():
+        scores: Tensor = head(extract_features(backbone, test, size=image_size))  # (M, C)
+    return scores
 
 
-def train_classifier(
+def _train(
     backbone: nn.Module,
     head: nn.Linear,
     images: Images,
     labels: Tensor,
-    rates: Sequence[float],
-    schedule: Schedule,
-    training: Training,
+    protocol: LinearSGD | FineTuning,
+    image_size: int,
+    progress: bool,
 ) -> None:
-    """Train a head, and its backbone with it, on random resized crops and flips, by SGD.
-
-    A frozen backbone is used in evaluation mode, and nothing of it changes. On a CPU the same
-    seed gives the same weights; torch's global generator is left as it was.
-
-    Args:
-        backbone: (n, 3, S, S) -> (n, D).
-        head: (n, D) -> (n, C).
-        images: (N, 3, H, W) uint8; batches are moved to the backbone's device.
-        labels: (N,) int64 below C.
-        rates: Learning rates of the head and of the backbone; the head's alone freezes it.
-        schedule: The factor of both, from the share of the steps that are done.
-        training: The rest.
-
-    Raises:
-        ValueError: If there are fewer than two images, or labels beyond the head's.
-        FloatingPointError: If the loss is no longer finite.
-    """
-    count_classes(labels, head.out_features)
-    if len(images) < 2:
-        raise ValueError(f"training needs at least two images, got {len(images)}; use more")
-    frozen, device = len(rates) == 1, head.weight.device
-    modules = [head] if frozen else [head, backbone]
-    optimizer = torch.optim.SGD(
-        [
-            {"params": list(module.parameters()), "lr": rate, "rate": rate}
-            for module, rate in zip(modules, rates, strict=True)
-        ],
-        momentum=training.momentum,
-        nesterov=training.nesterov,
-    )
-    view = RandomView(training.image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, blur=0)
-    generator = torch.Generator().manual_seed(training.seed)
-    size = min(training.batch_size, len(images))
+    """Train the head by cross-entropy, and the backbone with it to fine-tune."""
+    rates: dict[nn.Module, float] = {head: protocol.lr}
+    size, decay = protocol.batch_size, moco_decay
+    if isinstance(protocol, FineTuning):
+        rates = {head: protocol.head_lr, backbone: protocol.lr}
+        size, decay = protocol.batch_of(len(images)), cosine_decay
+    groups = [{"params": module.parameters(), "lr": rate} for module, rate in rates.items()]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=backbone in rates)
+    size = min(size, len(images))
     steps = len(images) // size
-    total = steps * training.epochs
-    backbone.train(not frozen)
+    total = steps * protocol.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / total))
+    view = RandomView(image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, blur=0)
+    generator = torch.Generator().manual_seed(protocol.seed)
+    backbone.train(backbone in rates)
+    device = head.weight.device
     cuda = [device] if device.type == "cuda" else []
-    bar = tqdm(total=total, unit="step", disable=not training.progress)
+    bar = tqdm(total=total, unit="step", disable=not progress)
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with bar, torch.random.fork_rng(cuda), exact:
-        torch.manual_seed(training.seed)  # For the network alone, which may have dropout.
+        torch.manual_seed(protocol.seed)  # For the network alone, which may have dropout.
         for step in range(total):
             if step % steps == 0:
                 order = torch.randperm(len(images), generator=generator)
             index = order[step % steps * size :][:size]
             x = view(images[index].to(device), generator=generator)  # (n, 3, S, S)
-            with torch.set_grad_enabled(not frozen):
-                features = backbone(x)  # (n, D)
-            loss = F.cross_entropy(head(features.float()), labels[index].to(device))
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * schedule(step / total)
+            logits = head(backbone(x).float())  # (n, C)
+            loss = F.cross_entropy(logits, labels[index].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             bar.update()
-            if (step + 1) % steps == 0:
-                _check_loss(float(loss.detach()), bar)
-    backbone.eval()
-
-
-@torch.no_grad()
-def classifier_scores(
-    backbone: nn.Module, head: nn.Linear, images: Images, image_size: int, batch_size: int = 256
-) -> Tensor:
-    """Return logits (M, C) of images (M, 3, H, W), each seen once, in evaluation mode.
-
-    Images larger than `image_size` are seen without their outer eighth, smaller ones whole; both
-    are resized to it.
-    """
-    backbone.eval()
-    device = head.weight.device
-    parts = []
-    for start in range(0, len(images), batch_size):
-        x = normalize(_centre(images[start : start + batch_size].to(device), image_size))
-        parts.append(head(backbone(x.contiguous(memory_format=torch.channels_last)).float()))
-    return torch.cat(parts)
-
-
-def _centre(images: Tensor, size: int) -> Tensor:
-    height, width = images.shape[-2:]
-    if min(height, width) > size:
-        side = max(size, round(_CENTRE * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
-        images = images[..., top : top + side, left : left + side]
-    if images.shape[-2:] == (size, size):
-        return images
-    resized = F.interpolate(
-        images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    return resized.round().clamp(0, 255)
-
-
-def _check_loss(loss: float, bar: tqdm[NoReturn]) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss} while the classifier was trained; lower the learning rate"
-        )
-    bar.set_postfix_str(f"loss {loss:.3f}")
+            if (step + 1) % steps == 0:  # Once per epoch: to look at the loss waits for a GPU.
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"the loss became {loss.item()} while the classifier was trained; lower "
+                        "the learning rate"
+                    )

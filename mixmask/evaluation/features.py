@@ -1,4 +1,4 @@
-"""Features of a frozen backbone."""
+"""From stored images to features of a frozen backbone: the one path of all evaluations."""
 
 from __future__ import annotations
 
@@ -6,43 +6,66 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.data.sets import Images
 from mixmask.data.views import normalize
 
+# Of images that are larger than a view, the usual part is tested: 224 px of 256.
+_CENTRE = 7 / 8
+
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Images, *, batch_size: int = 256, device: str | None = None
+    backbone: nn.Module, images: Images, *, size: int | None = None, batch_size: int = 256
 ) -> Tensor:
-    """Compute pooled features of whole images, in evaluation mode, leaving the mode as it was.
+    """Compute pooled features of images, in evaluation mode, leaving the mode as it was.
 
     Args:
-        backbone: (N, 3, H, W) -> (N, D).
+        backbone: (n, 3, H, W) -> (n, D).
         images: (N, 3, H, W) uint8, a tensor or sliced like one; while a batch is computed, the
             next one is read.
+        size: Height and width that the backbone sees, in pixels; see `resize`. Default: those of
+            the images.
         batch_size: Images at a time.
-        device: Where to compute. Default: where the backbone's parameters are.
 
     Returns:
-        (N, D) float32 on that device.
+        (N, D) float32 on the backbone's device.
+
+    Example:
+        >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        >>> extract_features(nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), images).shape
+        torch.Size([2, 5])
     """
-    where = device or next(backbone.parameters()).device
-    was_training = backbone.training
+    device, was_training = next(backbone.parameters()).device, backbone.training
     backbone.eval()
+    parts = []
     try:
-        # Beside what `Module.compile` has set up: that would compile once more for these sizes,
-        # and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
-        parts = [
-            backbone._call_impl(
-                normalize(batch.to(where)).contiguous(memory_format=torch.channels_last)
-            )
-            for batch in _batches(images, batch_size)
-        ]
+        for batch in _batches(images, batch_size):
+            x = batch.to(device)
+            x = normalize(x if size is None else resize(x, size))  # (n, 3, S, S) float32
+            # Beside what `Module.compile` has set up: that would compile once more for these
+            # sizes, and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
+            parts.append(backbone._call_impl(x.contiguous(memory_format=torch.channels_last)))
     finally:
         backbone.train(was_training)
     return torch.cat(parts).float()
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize images (N, 3, H, W) to squares, larger ones without their outer eighth."""
+    height, width = images.shape[-2:]
+    if min(height, width) > size:
+        side = max(size, round(_CENTRE * min(height, width)))
+        top, left = (height - side) // 2, (width - side) // 2
+        images = images[..., top : top + side, left : left + side]
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(
+        images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized.round().clamp(0, 255)  # As if stored at that size.
 
 
 def _batches(images: Images, size: int) -> Iterator[Tensor]:

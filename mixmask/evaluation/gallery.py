@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.data.sets import Images, load_data
 from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.neighbours import nearest_neighbours
-from mixmask.evaluation.tasks import load_sources
+from mixmask.evaluation.tasks import Task
 from mixmask.figures.features import figure_map, figure_neighbours
 from mixmask.figures.style import short_path
 from mixmask.runs.options import check_range
@@ -32,83 +31,6 @@ _DIRECTIONS, _ROUNDS = 50, 8
 _NAMED_CLASSES = 20
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Backbones, images to show, and a bank of images that are searched for neighbours.
-
-    Attributes:
-        backbones: Name of the run and backbone, (n, 3, H, W) -> (n, D), each.
-        data: Name of the data set, or the folder.
-        split: Which images are shown: "test" or "training".
-        shown: (M, 3, H, W) uint8.
-        labels: (M,) int64; None where they are not known.
-        bank: (N, 3, H, W) uint8, the training images; `shown` itself where there are no others.
-        bank_labels: (N,) int64; None where they are not known.
-        classes: Names of the classes.
-    """
-
-    backbones: Sequence[tuple[str, nn.Module]]
-    data: str
-    split: str
-    shown: Images
-    labels: Tensor | None
-    bank: Images
-    bank_labels: Tensor | None
-    classes: tuple[str, ...]
-
-    def choose_classes(self, names: Sequence[str] | None) -> Tensor:
-        """Return the indices of the shown images of some classes, or of all.
-
-        Raises:
-            ValueError: If there are no labels, or no such class.
-        """
-        if names is None:
-            return torch.arange(len(self.shown))
-        if self.labels is None:
-            raise ValueError(f"--classes needs labels, and {self.data} has none; leave it out")
-        for name in names:
-            if name not in self.classes:
-                known = ", ".join(self.classes[:_NAMED_CLASSES])
-                more = ", …" if len(self.classes) > _NAMED_CLASSES else ""
-                raise ValueError(f"--classes must be among {known}{more}; got {name}")
-        wanted = torch.tensor([self.classes.index(name) for name in names])
-        return torch.isin(self.labels, wanted).nonzero()[:, 0]
-
-
-def load_gallery(
-    runs: Sequence[Path],
-    *,
-    data: str | None = None,
-    image_size: int | None = None,
-    arch: str | None = None,
-    small_stem: bool | None = None,
-    device: torch.device | str = "cpu",
-) -> Gallery:
-    """Load backbones and the images that they share; the arguments are those of `load_task`.
-
-    The test split is shown where there is one, and labels are not needed.
-
-    Raises:
-        ValueError: If a checkpoint or the data cannot be loaded, or the runs used different data.
-    """
-    loaded, name, size = load_sources(
-        runs, data=data, image_size=image_size, arch=arch, small_stem=small_stem, device=device
-    )
-    names = [short_path(run.resolve()) for run in runs]
-    backbones = [(name, each.backbone) for name, each in zip(names, loaded, strict=True)]
-    images = load_data(name, size)
-    train, test, labels, bank_labels = images.train, images.test, None, None
-    bank = train.images
-    if images.labelled:
-        (bank, bank_labels), (shown, labels) = images.labelled_splits()
-    elif test is not None:
-        shown = test.images
-    else:
-        shown, labels, bank_labels = bank, train.labels, train.labels
-    split = "training" if test is None else "test"
-    return Gallery(backbones, name, split, shown, labels, bank, bank_labels, images.classes)
-
-
 class Drawing(NamedTuple):
     """A figure, and in one line what it shows."""
 
@@ -117,69 +39,93 @@ class Drawing(NamedTuple):
 
 
 def draw_map(
-    gallery: Gallery,
+    task: Task,
     *,
     projection: str = "pca",
     classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Drawing:
-    """Draw the features of the shown images in two dimensions, one panel per backbone.
+    """Draw the features of the test images in two dimensions, one panel per backbone.
 
     Args:
-        gallery: Backbones and images, see `load_gallery`.
+        task: Backbones and images, see `load_task`.
         projection: "pca" or "tsne", see `project`.
         classes: Names of those to draw. Default: all.
         seed: Of t-SNE, and of which images are drawn where there are more than 5,000.
+
+    Raises:
+        ValueError: If classes are named and there are no labels, or no such class.
     """
-    index = gallery.choose_classes(classes)
+    index, labels = _choose_classes(task, classes), task.test.labels
     if len(index) > _MOST_POINTS:
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
         index = index[order[:_MOST_POINTS].sort().values]
     maps = []
-    for name, backbone in gallery.backbones:
-        features = extract_features(backbone, gallery.shown[index])  # (n, D)
+    for name, backbone in zip(_run_names(task), task.backbones, strict=True):
+        features = extract_features(backbone, task.test.images[index])  # (n, D)
         maps.append((name, *project(features, method=projection, seed=seed)))
-    data, images = short_path(gallery.data), f"{len(gallery.shown):,} {gallery.split} images"
-    title = f"{data}, {len(index):,} of {images}"
-    labels = None if gallery.labels is None else gallery.labels[index]
-    return Drawing(figure_map(maps, labels, gallery.classes, title=title), title)
+    split = "training" if task.test is task.train else "test"
+    images = f"{len(task.test.images):,} {split} images"
+    title = f"{short_path(task.sources[0].data)}, {len(index):,} of {images}"
+    labels = None if labels is None else labels[index]
+    return Drawing(figure_map(maps, labels, task.classes, title=title), title)
 
 
-def draw_neighbours(gallery: Gallery, *, queries: int = 8, k: int = 8, seed: int = 0) -> Drawing:
-    """Draw shown images, each with the images of the bank that the first backbone finds nearest.
+def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) -> Drawing:
+    """Draw test images, each with the training images that the first backbone finds nearest.
 
     Args:
-        gallery: Backbone and images, see `load_gallery`.
-        queries: Number of shown images to ask for, see `choose_queries`.
+        task: Backbone and images, see `load_task`.
+        queries: Number of test images to ask for, see `choose_queries`.
         k: Number of neighbours of each; an image is not its own neighbour.
         seed: Of which images are asked for.
     """
-    check_range("queries", queries, 1, len(gallery.shown))
+    bank, shown = task.train.images, task.test.images
+    check_range("queries", queries, 1, len(shown))
     generator = torch.Generator().manual_seed(seed)
-    chosen = choose_queries(gallery.labels, len(gallery.shown), queries, generator)
-    own = chosen if gallery.shown is gallery.bank else None
-    check_range("k", k, 1, len(gallery.bank) - (own is not None))
-    run, backbone = gallery.backbones[0]
-    bank = extract_features(backbone, gallery.bank)
-    asked = extract_features(backbone, gallery.shown[chosen])
-    similarity, index = (part.cpu() for part in nearest_neighbours(asked, bank, k, own=own))
-    title, names = f"{run}: {short_path(gallery.data)}", None
-    if gallery.labels is not None and gallery.bank_labels is not None:
-        labels, others = gallery.labels[chosen], gallery.bank_labels[index]  # (M,), (M, k)
+    chosen = choose_queries(task.test.labels, len(shown), queries, generator)
+    own = chosen if task.test is task.train else None
+    check_range("k", k, 1, len(bank) - (own is not None))
+    x_bank = extract_features(task.backbones[0], bank)  # (N, D)
+    x = extract_features(task.backbones[0], shown[chosen])  # (M, D)
+    similarity, index = (part.cpu() for part in nearest_neighbours(x, x_bank, k, own=own))
+    title, names = f"{_run_names(task)[0]}: {short_path(task.sources[0].data)}", None
+    if task.test.labels is not None and task.train.labels is not None:
+        labels, others = task.test.labels[chosen], task.train.labels[index]  # (M,), (M, k)
         names = [
-            (gallery.classes[label], [gallery.classes[other] for other in row])
+            (task.classes[label], [task.classes[other] for other in row])
             for label, row in zip(labels.tolist(), others.tolist(), strict=True)
         ]
         same = int((others == labels[:, None]).sum())
         title += f", {same} of {index.numel()} neighbours are of the query's class"
-    figure = figure_neighbours(
-        gallery.shown[chosen], gallery.bank[index], similarity, names=names, title=title
-    )
+    figure = figure_neighbours(shown[chosen], bank[index], similarity, names=names, title=title)
     return Drawing(figure, title)
 
 
+def _run_names(task: Task) -> list[str]:
+    """Name each run by the end of its path."""
+    return [short_path(Path(source.checkpoint).resolve()) for source in task.sources]
+
+
+def _choose_classes(task: Task, names: Sequence[str] | None) -> Tensor:
+    """Return the indices (n,) of the test images of some classes, or of all."""
+    labels = task.test.labels
+    if names is None:
+        return torch.arange(len(task.test.images))
+    if labels is None:
+        data = task.sources[0].data
+        raise ValueError(f"--classes needs labels, and {data} has none; leave it out")
+    for name in names:
+        if name not in task.classes:
+            known = ", ".join(task.classes[:_NAMED_CLASSES])
+            more = ", …" if len(task.classes) > _NAMED_CLASSES else ""
+            raise ValueError(f"--classes must be among {known}{more}; got {name}")
+    wanted = torch.tensor([task.classes.index(name) for name in names])
+    return torch.isin(labels, wanted).nonzero()[:, 0]
+
+
 def choose_queries(
-    labels: Tensor | None, images: int, count: int, generator: torch.Generator
+    labels: Tensor | None, images: int, wanted: int, generator: torch.Generator
 ) -> Tensor:
     """Choose images at random, one of each class before a second of any.
 
@@ -191,13 +137,11 @@ def choose_queries(
     """
     order = torch.randperm(images, generator=generator)
     if labels is None:
-        return order[:count]
-    seen: Counter[int] = Counter()
-    rounds = []
-    for label in labels[order].tolist():
-        seen[label] += 1
-        rounds.append(seen[label])
-    return order[torch.tensor(rounds).sort(stable=True).indices[:count]]
+        return order[:wanted]
+    # How many of its class come before each image.
+    seen: defaultdict[int, count[int]] = defaultdict(count)
+    rounds = [next(seen[label]) for label in labels[order].tolist()]
+    return order[torch.tensor(rounds).sort(stable=True).indices[:wanted]]
 
 
 class Projection(NamedTuple):

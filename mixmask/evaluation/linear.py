@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
+from mixmask.evaluation.tasks import Details, Options, Task
+from mixmask.runs.options import option
 
 # From strong to weak; at 1e-6 features of usual widths are fitted almost freely.
 PENALTIES = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
 # Weaker penalties are not tried once so many in a row have done no better.
 _PATIENCE = 3
+# Share of the training features that chooses the penalty, drawn at random.
+_HELD_OUT = 0.2
 # Where a fit stops: the gradient's largest entry, and iterations. Choosing needs less than testing.
 _CHOOSING, _TESTING = (1e-4, 100), (1e-6, 1000)
 # Rows whose logits are alive at once.
 _ROWS = 2**16
+
+
+@dataclass(frozen=True)
+class Linear(Options):
+    """Logistic regression on frozen features of whole images, see `linear_scores`."""
+
+    seed: int = option(0, "seed of all random draws", low=0)
+    name: ClassVar[str] = "linear"
+
+    def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
+        """Return scores (M, C) of the test images."""
+        del progress
+        (x, x_test), labels = task.features(), task.labels[0]
+        scores, penalty = linear_scores(
+            x, labels, x_test, classes=len(task.classes), seed=self.seed
+        )
+        return scores, {"n_train": len(x), "dim": x.shape[1], "penalty": penalty}
 
 
 def linear_accuracy(
@@ -27,18 +50,11 @@ def linear_accuracy(
     test_labels: Tensor,
     *,
     penalties: Sequence[float] = PENALTIES,
-    held_out: float = 0.2,
     seed: int = 0,
 ) -> float:
-    """Return the top-1 accuracy of the probe that `linear_scores` fits.
+    """Return the top-1 accuracy, 0 ... 1, of the probe that `linear_scores` fits.
 
-    Takes the arguments of `linear_scores`, and the test labels (M,) int64.
-
-    Returns:
-        Top-1 accuracy, 0 ... 1.
-
-    Raises:
-        ValueError: If a split is empty or unlabelled, or an option is out of its range.
+    Takes the arguments of `linear_scores`, and the test labels (M,) int64; raises the same errors.
 
     Example:
         >>> x, y = torch.randn(60, 4), torch.arange(60) % 3
@@ -47,9 +63,7 @@ def linear_accuracy(
         1.0
     """
     check_features("test", test, test_labels)
-    scores, _ = linear_scores(
-        train, train_labels, test, penalties=penalties, held_out=held_out, seed=seed
-    )
+    scores, _ = linear_scores(train, train_labels, test, penalties=penalties, seed=seed)
     return top1_accuracy(scores, test_labels)
 
 
@@ -61,7 +75,6 @@ def linear_scores(
     *,
     classes: int | None = None,
     penalties: Sequence[float] = PENALTIES,
-    held_out: float = 0.2,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
     """Fit multinomial logistic regression on standardised features.
@@ -76,8 +89,7 @@ def linear_scores(
         test: (M, D) floating features.
         classes: Number of classes. Default: one more than the largest label.
         penalties: Weights of half the squared norm, beside the mean cross-entropy.
-        held_out: Share of the training features that chooses the penalty, drawn at random.
-        seed: Of that choice.
+        seed: Of the choice of the held-out part, a fifth.
 
     Returns:
         (M, classes) float32 logits on the device of `train`, and the penalty.
@@ -89,8 +101,6 @@ def linear_scores(
     check_features("test", test)
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties must be positive numbers, got {penalties}; use for instance 1")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must lie between 0 and 1, got {held_out}; use for instance 0.2")
     classes, device = count_classes(train_labels, classes), train.device
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(device)
     # Deviations of constant features are 0, and a single row has none.
@@ -99,7 +109,7 @@ def linear_scores(
         raise ValueError("features must be finite, got NaN or infinity; the run may have diverged")
     std.clamp_min_(1e-6)
     x, y = (train[order].float() - mean) / std, train_labels.to(device)[order]
-    held = round(held_out * len(x))
+    held = round(_HELD_OUT * len(x))
     if len(penalties) == 1 or held in (0, len(x)):
         best = penalties[0]
     else:
@@ -116,7 +126,8 @@ def _choose(
     start = None
     for penalty in sorted(penalties, reverse=True):
         start = _fit(x, y, classes, penalty, _CHOOSING, start)
-        right = int(((x_held @ start[0].T + start[1]).argmax(dim=1) == y_held).sum())
+        logits = x_held @ start[0].T + start[1]  # (H, C)
+        right = int((logits.argmax(dim=1) == y_held).sum())
         waited += 1
         if right > most:
             best, most, waited = penalty, right, 0
@@ -149,6 +160,7 @@ def _fit(
         optimizer.zero_grad()
         loss = penalty / 2 * weight.square().sum()
         loss.backward()
+        # The gradient of each part is added before the next one's logits are made.
         for rows, right in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
             part = F.cross_entropy(rows @ weight.T + bias, right, reduction="sum") / len(x)
             part.backward()

@@ -35,20 +35,16 @@ class Accuracy:
     confusion: Tensor
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
-        """Return all that JSON can hold, under the names of the classes.
-
-        Args:
-            classes: Their names; a matrix of more than 100 classes is left out.
-        """
+        """Return all that JSON can hold; a matrix of more than 100 classes is left out."""
         shares = [None if math.isnan(share) else share for share in self.per_class.tolist()]
-        results: dict[str, object] = {"top1": self.top1}
-        if self.top5 is not None:
-            results["top5"] = self.top5
-        results["mean_class"] = self.mean_class
-        results["per_class"] = dict(zip(classes, shares, strict=True))
-        if len(classes) <= _MATRIX_CLASSES:
-            results["confusion"] = self.confusion.tolist()
-        return results
+        results: dict[str, object] = {
+            "top1": self.top1,
+            "top5": self.top5,
+            "mean_class": self.mean_class,
+            "per_class": dict(zip(classes, shares, strict=True)),
+            "confusion": self.confusion.tolist() if len(classes) <= _MATRIX_CLASSES else None,
+        }
+        return {name: value for name, value in results.items() if value is not None}
 
 
 def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
@@ -75,8 +71,8 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
         raise ValueError("scores must be finite, got NaN or infinity; the training has diverged")
     classes = count_classes(labels, scores.shape[1])
     labels = labels.to(scores.device)
-    own = scores.gather(1, labels[:, None])
-    before = torch.arange(classes, device=scores.device) < labels[:, None]
+    own = scores.gather(1, labels[:, None])  # (M, 1)
+    before = torch.arange(classes, device=scores.device) < labels[:, None]  # (M, C)
     # Counting what comes before the right class needs no sorting.
     rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
     best = (scores == scores.amax(dim=1, keepdim=True)).int().argmax(dim=1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mixmask.data.sets import ImageData, Images
 from mixmask.evaluation.features import extract_features
-from mixmask.evaluation.knn import knn_accuracy
 from mixmask.evaluation.linear import linear_accuracy
+from mixmask.evaluation.neighbours import knn_accuracy
 from mixmask.runs.folder import Row
 
 # Of a folder on disk, at most this many images per split are used: to read all of ImageNet takes

@@ -1,17 +1,19 @@
-"""What is evaluated: a backbone from a checkpoint, and labelled images."""
+"""What is evaluated: backbones from checkpoints, and the images that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from mixmask.checkpoints.load import Loaded, load_backbone
-from mixmask.data.sets import Images, load_data
-from mixmask.runs.options import check_range
+from mixmask.checkpoints.load import load_backbone
+from mixmask.data.sets import Split, load_data
+from mixmask.evaluation.features import extract_features
+from mixmask.runs.options import check_options, check_range
 
 
 @dataclass(frozen=True)
@@ -27,98 +29,116 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What all protocols share: options as fields, checked when they are set."""
+
+    def __post_init__(self) -> None:
+        """Check the limits of the options."""
+        check_options(self)
+
+
+class Details(TypedDict, total=False):
+    """What a protocol reports beside its scores; the last ones only where it has them."""
+
+    n_train: int
+    k: int  # Neighbours that voted.
+    batch_size: int  # That was used.
+    dim: int  # Width of the features.
+    penalty: float  # L2 penalty that was chosen.
+    schedule: str  # Of the learning rate.
+    subset: str  # How the training images were chosen.
+    frozen_top1: float  # Accuracy of a linear probe before fine-tuning, on the same images.
+
+
+@dataclass(frozen=True)
 class Task:
-    """A backbone and the labelled images that measure it.
+    """Backbones, and the images that measure them or are shown.
 
     Attributes:
-        backbone: (n, 3, S, S) -> (n, D), on the device that computes.
-        source: Where backbone and images come from.
-        train: (N, 3, H, W) uint8.
-        train_labels: (N,) int64.
-        test: (M, 3, H, W) uint8.
-        test_labels: (M,) int64.
+        backbones: (n, 3, H, W) -> (n, D) each, on the device that computes.
+        sources: Where each of them and the images come from.
+        train: (N, 3, H, W) uint8, labels (N,) where they are known, file names.
+        test: (M, 3, H, W) uint8 likewise; `train` itself where there is no other split.
         classes: Names of the classes.
-        files: Names of the training images; empty for images without files.
     """
 
-    backbone: nn.Module
-    source: Source
-    train: Images
-    train_labels: Tensor
-    test: Images
-    test_labels: Tensor
+    backbones: tuple[nn.Module, ...]
+    sources: tuple[Source, ...]
+    train: Split
+    test: Split
     classes: tuple[str, ...]
-    files: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone computes."""
-        return next(self.backbone.parameters()).device
+        """Where the backbones compute."""
+        return next(self.backbones[0].parameters()).device
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Labels (N,) and (M,) int64 of both splits; a ValueError where they are missing."""
+        data = self.sources[0].data
+        fix = "pass a folder with train and test (or val), each with one folder per class"
+        if self.test is self.train:
+            raise ValueError(f"--data {data} has no test split; {fix}")
+        if self.train.labels is None or self.test.labels is None:
+            raise ValueError(f"--data {data} has no labels; {fix}")
+        return self.train.labels, self.test.labels
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Compute the features (N, D) and (M, D) of both splits by the first backbone."""
+        splits = (self.train, self.test)
+        x, x_test = (extract_features(self.backbones[0], split.images) for split in splits)
+        return x, x_test
 
 
 def load_task(
-    run: Path,
-    *,
+    *runs: Path,
     data: str | None = None,
     image_size: int | None = None,
     arch: str | None = None,
     small_stem: bool | None = None,
     device: torch.device | str = "cpu",
+    labelled: bool = True,
 ) -> Task:
-    """Load a backbone and labelled images.
+    """Load backbones, and the images that they share.
 
     Args:
-        run: A run folder or a checkpoint file.
-        data: Name of a data set, or a folder. Default: the run's own.
-        image_size: Height and width of the views, in pixels. Default: the run's own, or 224.
+        *runs: Run folders or checkpoint files.
+        data: Name of a data set, or a folder. Default: the runs' own.
+        image_size: Height and width of the views, in pixels. Default: the runs' own, or 224.
         arch: As in `load_backbone`.
         small_stem: As in `load_backbone`.
         device: Where to compute.
+        labelled: Whether labels on both splits are needed, as they are to measure.
 
     Raises:
-        ValueError: If the checkpoint or the data cannot be loaded, or labels are missing.
+        ValueError: If a checkpoint or the data cannot be loaded, the runs used different data, or
+            labels are missing.
     """
-    (loaded,), data, size = load_sources(
-        [run], data=data, image_size=image_size, arch=arch, small_stem=small_stem, device=device
-    )
-    images = load_data(data, size)
-    fix = "pass a folder with train and test (or val), each with one folder per class"
-    if images.test is None:
-        raise ValueError(f"--data {data} has no test split; {fix}")
-    if not images.labelled:
-        raise ValueError(f"--data {data} has no labels; {fix}")
-    (train, train_labels), (test, test_labels) = images.labelled_splits()
-    return Task(
-        loaded.backbone,
-        Source(str(run), loaded.layout, loaded.arch, loaded.small_stem, data, size),
-        train,
-        train_labels,
-        test,
-        test_labels,
-        images.classes,
-        images.train.files,
-    )
-
-
-def load_sources(
-    runs: Sequence[Path],
-    *,
-    data: str | None,
-    image_size: int | None,
-    arch: str | None,
-    small_stem: bool | None,
-    device: torch.device | str,
-) -> tuple[list[Loaded], str, int]:
-    """Load backbones onto a device, and choose the data and the image size that they share."""
     loaded = [load_backbone(run, arch=arch, small_stem=small_stem) for run in runs]
-    recorded = [each.config for each in loaded]
-    names = {str(config["data"]) for config in recorded if config.get("data")}
+    names = {str(each.config["data"]) for each in loaded if each.config.get("data")}
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
+    data = data or names.pop()
     if image_size is None:
-        image_size = max(int(config.get("image_size", 0)) for config in recorded) or 224
+        image_size = max(int(each.config.get("image_size", 0)) for each in loaded) or 224
     check_range("image_size", image_size, 1)
-    for each in loaded:
-        each.backbone.to(device).to(memory_format=torch.channels_last)
-    return loaded, names.pop() if data is None else data, image_size
+    images = load_data(data, image_size)
+    train = images.train
+    if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
+        (known, labels), _ = images.labelled_splits()
+        train = dataclasses.replace(train, images=known, labels=labels)
+    task = Task(
+        tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
+        tuple(
+            Source(str(run), each.layout, each.arch, each.small_stem, data, image_size)
+            for run, each in zip(runs, loaded, strict=True)
+        ),
+        train,
+        images.test or train,
+        images.classes,
+    )
+    if labelled:
+        _ = task.labels
+    return task

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from torch import nn
 
 from mixmask import cli
-from mixmask.checkpoints.export import detectron2_name, export_backbone, write_files
+from mixmask.checkpoints.detectron2 import detectron2_name
+from mixmask.checkpoints.export import export_backbone, write_files
 from mixmask.checkpoints.load import Loaded, load_backbone
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy

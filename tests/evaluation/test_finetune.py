@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,20 +12,20 @@ from torch import Tensor, nn
 from mixmask.backbones import build_backbone
 from mixmask.data.sets import load_data
 from mixmask.evaluation import (
-    Training,
+    FineTuning,
+    LinearSGD,
     balanced_subset,
+    classifier_scores,
     extract_features,
-    finetune_scores,
     linear_scores,
-    linear_sgd_scores,
     listed_subset,
     measure_accuracy,
 )
-from mixmask.evaluation.classifier import _centre
-from mixmask.evaluation.finetune import moco_decay
+from mixmask.evaluation.classifier import moco_decay
+from mixmask.evaluation.features import resize
 from mixmask.runs.schedules import cosine_decay
 
-SHORT = Training(epochs=2, batch_size=8, image_size=16)
+TUNING, PROBE = FineTuning(epochs=2, batch_size=8), LinearSGD(epochs=2, batch_size=8)
 
 
 def coloured(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -97,8 +96,9 @@ def test_fine_tuning_on_a_tenth_beats_the_frozen_backbone() -> None:
     images, labels = data.train.images[index], data.train.labels[index]
     x, x_test = (extract_features(backbone, part) for part in (images, data.test.images))
     start = measure_accuracy(linear_scores(x, labels, x_test)[0], data.test.labels)
-    training = Training(epochs=10, batch_size=32, image_size=32, nesterov=True)
-    scores = finetune_scores(backbone, images, labels, data.test.images, training, lr=0.05)
+    protocol = FineTuning(epochs=10, batch_size=32, lr=0.05)
+    test = data.test.images
+    scores = classifier_scores(backbone, images, labels, test, protocol, image_size=32)
     assert measure_accuracy(scores, data.test.labels).top1 > start.top1 + 0.02
 
 
@@ -107,66 +107,82 @@ def test_probe_by_sgd_learns_what_is_linear() -> None:
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.num_features = 3  # type: ignore[assignment]
     backbone.register_parameter("unused", nn.Parameter(torch.zeros(1)))
-    training = Training(epochs=6, batch_size=16, image_size=16)
-    scores = linear_sgd_scores(backbone, images, labels, test, training, lr=3.0)
+    protocol = LinearSGD(epochs=6, batch_size=16, lr=3.0)
+    scores = classifier_scores(backbone, images, labels, test, protocol, image_size=16)
     assert measure_accuracy(scores, test_labels).top1 > 0.9
 
 
-Scores = Callable[..., Tensor]
-
-
-@pytest.mark.parametrize("function", [finetune_scores, linear_sgd_scores])
-def test_seed_decides_and_nothing_else_changes(function: Scores) -> None:
+@pytest.mark.parametrize("protocol", [TUNING, PROBE])
+def test_seed_decides_and_nothing_else_changes(protocol: FineTuning | LinearSGD) -> None:
     (images, labels), (test, _) = coloured(20, 0), coloured(6, 1)
     backbone = build_backbone("narrow").train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     drawn = torch.get_rng_state()
-    scores = function(backbone, images, labels, test, SHORT, classes=4)
+
+    def scores_of(protocol: FineTuning | LinearSGD) -> Tensor:
+        return classifier_scores(backbone, images, labels, test, protocol, image_size=16, classes=4)
+
+    scores = scores_of(protocol)
     assert scores.shape == (6, 4)
     assert torch.equal(drawn, torch.get_rng_state())
     assert backbone.training
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
     torch.manual_seed(7)
-    assert torch.equal(scores, function(backbone, images, labels, test, SHORT, classes=4))
-    other = dataclasses.replace(SHORT, seed=1)
-    assert not torch.equal(scores, function(backbone, images, labels, test, other, classes=4))
+    assert torch.equal(scores, scores_of(protocol))
+    assert not torch.equal(scores, scores_of(dataclasses.replace(protocol, seed=1)))
 
 
-@pytest.mark.parametrize("function", [finetune_scores, linear_sgd_scores])
+@pytest.mark.parametrize("protocol", [TUNING, PROBE])
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"lr": 0.0}, "--lr must be positive"),
-        ({"lr": float("nan")}, "--lr must be positive"),
+        ({"image_size": 0}, "--image-size must be at least 1"),
         ({"labels": torch.tensor([0, 1, 9])}, "below the number of classes, 3, got 9"),
         ({"images": torch.zeros(1, 3, 9, 9), "labels": torch.tensor([0])}, "at least two images"),
     ],
 )
-def test_training_refuses(function: Scores, changes: dict[str, Any], message: str) -> None:
+def test_training_refuses(
+    protocol: FineTuning | LinearSGD, changes: dict[str, Any], message: str
+) -> None:
     images, labels = coloured(3, 0)
-    given: dict[str, Any] = {"images": images, "labels": labels, "test": images}
+    given: dict[str, Any] = {"images": images, "labels": labels, "test": images, "image_size": 16}
     with pytest.raises(ValueError, match=message):
-        function(build_backbone("narrow"), **{**given, **changes}, training=SHORT, classes=3)
+        classifier_scores(
+            build_backbone("narrow"), **{**given, **changes}, protocol=protocol, classes=3
+        )
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"batch_size": 1}, {"seed": -1}])
-def test_training_options_out_of_range(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be at least"):
-        dataclasses.replace(SHORT, **changes)
+@pytest.mark.parametrize("protocol", [TUNING, PROBE])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"lr": 0.0}, "--lr must be positive"),
+        ({"lr": float("nan")}, "--lr must be positive"),
+    ],
+)
+def test_training_options_out_of_range(
+    protocol: FineTuning | LinearSGD, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(protocol, **changes)
 
 
 def test_diverging_training_says_so() -> None:
     images, labels = coloured(32, 0)
+    protocol = dataclasses.replace(TUNING, lr=1e30)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        finetune_scores(build_backbone("narrow"), images, labels, images, SHORT, lr=1e30)
+        classifier_scores(build_backbone("narrow"), images, labels, images, protocol, image_size=16)
 
 
-def test_schedules_and_centre() -> None:
+def test_schedules_andresize() -> None:
     assert [cosine_decay(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
     shares = (0.0, 0.59, 0.6, 0.79, 0.8)
     assert [moco_decay(share) for share in shares] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     images = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16).to(torch.uint8)
-    assert torch.equal(_centre(images, 14), images[..., 1:15, 1:15])
-    assert torch.equal(_centre(images, 16), images)
-    assert _centre(images, 7).shape == _centre(images[..., :7, :7], 7).shape == (1, 3, 7, 7)
-    assert _centre(images, 20).shape == (1, 3, 20, 20)
+    assert torch.equal(resize(images, 14), images[..., 1:15, 1:15])
+    assert torch.equal(resize(images, 16), images)
+    assert resize(images, 7).shape == resize(images[..., :7, :7], 7).shape == (1, 3, 7, 7)
+    assert resize(images, 20).shape == (1, 3, 20, 20)

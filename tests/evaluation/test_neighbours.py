@@ -12,14 +12,25 @@ import torch.nn.functional as F
 from mixmask.backbones import build_backbone
 from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features
+from mixmask.evaluation import neighbours as search_module
 from mixmask.evaluation.gallery import project
 from mixmask.evaluation.neighbours import nearest_neighbours
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
-def test_neighbours_equal_a_brute_force(chunk: int) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch, columns: int, rows: int) -> None:
+    """Let a search see so many features of the bank, and so many queries, at a time."""
+    monkeypatch.setattr(search_module, "_FEATURES", 0)
+    monkeypatch.setattr(search_module, "_LEAST_COLUMNS", columns)
+    monkeypatch.setattr(search_module, "_SIMILARITIES", columns * rows)
+
+
+@pytest.mark.parametrize("columns, rows", [(1, 1), (4, 3), (1024, 100)])
+def test_neighbours_equal_a_brute_force(
+    columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, columns, rows)
     queries, bank = torch.randn(7, 5), torch.randn(11, 5)
-    similarity, index = nearest_neighbours(queries, bank, 3, chunk=chunk)
+    similarity, index = nearest_neighbours(queries, bank, 3)
     for i, query in enumerate(queries.double().numpy()):
         cosines = [
             query @ other / np.linalg.norm(query) / np.linalg.norm(other)
@@ -30,12 +41,13 @@ def test_neighbours_equal_a_brute_force(chunk: int) -> None:
         assert similarity[i].tolist() == pytest.approx([cosines[j] for j in best], abs=1e-6)
 
 
-def test_an_image_is_no_neighbour_of_its_own() -> None:
+def test_an_image_is_no_neighbour_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = torch.randn(11, 5)
     own = torch.tensor([3, 0, 10])
     _, all_found = nearest_neighbours(bank[own], bank, 11)
     assert all_found[:, 0].tolist() == own.tolist()
-    _, found = nearest_neighbours(bank[own], bank, 10, own=own, chunk=2)
+    small_chunks(monkeypatch, 2, 2)
+    _, found = nearest_neighbours(bank[own], bank, 10, own=own)
     assert torch.equal(found, all_found[:, 1:])
 
 
@@ -99,9 +111,12 @@ def test_pca_of_features_of_photographs_equals_all_singular_vectors() -> None:
     torch.testing.assert_close(points.double(), expected * signs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_features_that_are_not_finite_are_refused(chunk: int | None) -> None:
+@pytest.mark.parametrize("columns", [1024, 3])
+def test_features_that_are_not_finite_are_refused(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, columns, 4)
     bank = torch.randn(9, 5)
     bank[7, 2] = torch.nan
     with pytest.raises(ValueError, match="features must be finite, got NaN or infinity"):
-        nearest_neighbours(torch.randn(4, 5), bank, 2, chunk=chunk)
+        nearest_neighbours(torch.randn(4, 5), bank, 2)

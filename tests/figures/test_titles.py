@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from mixmask.data.sets import Split
 from mixmask.evaluation import protocols
-from mixmask.evaluation.gallery import Gallery, draw_map
+from mixmask.evaluation.gallery import draw_map
 from mixmask.evaluation.metrics import Accuracy
-from mixmask.evaluation.tasks import Source
+from mixmask.evaluation.neighbours import KNN
+from mixmask.evaluation.tasks import Details, Source, Task
 from mixmask.figures.style import write_figure
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.report import Report
@@ -29,10 +31,11 @@ def test_confusion_names_run_protocol_accuracy_and_images(
 
     monkeypatch.setattr(protocols, "write_figure", keep)
     source = Source(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, "/data/pets", 32)
-    used = protocols.KNN()
-    outcome = protocols.Outcome(torch.zeros(1200, 2), used, 4000, 64)
-    accuracy = Accuracy(0.625, None, 0.6, torch.ones(2), torch.eye(2, dtype=torch.int64))
-    result = protocols.Result(source, outcome, accuracy, ("cat", "dog"), 1.0, "cpu", "today")
+    confusion = torch.tensor([[400, 200], [250, 350]])
+    accuracy = Accuracy(0.625, None, 0.6, torch.ones(2), confusion)
+    details = Details(n_train=4000, dim=64)
+    classes = ("cat", "dog")
+    result = protocols.Result(KNN(), source, details, accuracy, classes, 1.0, "cpu", "today")
     result.write(tmp_path)
     title = figures[0].axes[0].get_title()
     assert title == "runs/a, knn on data/pets\ntop-1 62.5%, n = 1,200 test images"
@@ -44,7 +47,8 @@ def test_maps_and_studies_name_the_end_of_a_path(tmp_path: Path) -> None:
     backbone = torch.nn.Sequential(
         torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(48, 4)
     )
-    gallery = Gallery([("runs/a", backbone)], data, "test", images, None, images, None, ())
-    assert draw_map(gallery).figure.get_suptitle() == "sets/pets, 6 of 6 test images"
+    source = Source(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, data, 8)
+    task = Task((backbone,), (source,), Split(images), Split(images), ())
+    assert draw_map(task).figure.get_suptitle() == "sets/pets, 6 of 6 test images"
     cell = Cell("a", "grid size", "2", make_config(data=data))
     assert "on sets/pets, resnet50 at" in Report("masks", tmp_path, 6, [cell]).title
