@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
-from types import CodeType, FunctionType, MethodType
-from typing import Any, Generic, TypeVar
+from types import FunctionType, MethodType
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion, LambdaWeightedLoss
-from mixmask.losses._state import Loan, lend_state
+from mixmask.losses import Criterion
+from mixmask.losses._criteria import check_kind
+from mixmask.losses._state import Loan, lend_state, list_codes
 
 T = TypeVar("T")
 
@@ -52,29 +53,57 @@ class Kept(Generic[T]):
     def take(self) -> list[T]:
         """Return what the calls of the step left, and forget it."""
         items, self.items = self.items, []
-        if len(items) != self.calls:
-            fix = "pass calls= as many as forward makes"
-            if not items:
-                fix = (
-                    "if it was never called, replace the name in the module that calls it, which "
-                    "may have imported it, and let its first argument carry the gradient"
-                )
-            raise ValueError(
-                f"the {self.what} must have been called {self.calls} times since it was last read, "
-                f"got {len(items)} calls; read it once after each forward pass with gradients, and "
-                f"{fix}; {_REPLICAS}"
+        if len(items) == self.calls:
+            return items
+        fix = "pass calls= as many as forward makes"
+        if not items:
+            fix = (
+                "if it was never called, replace the name in the module that calls it, which may "
+                "have imported it, and let its first argument carry the gradient"
             )
-        return items
+        raise ValueError(
+            f"the {self.what} must have been called {self.calls} times since it was last read, got "
+            f"{len(items)} calls; read it once after each forward pass with gradients, and {fix}; "
+            + _REPLICAS
+        )
 
 
-class SameState(nn.Module):
-    """A module with the parameters, buffers and names of another, in place of which it stands."""
+class StandIn:
+    """Stands in place of a callable; around a module it is a module of the same state."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            vars(self)[registry] = vars(inner)[registry]
-        self.training = inner.training
+    replaces: ClassVar[str]
+    as_module: ClassVar[type]
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Make a module of a module, for a model takes nothing else in its place."""
+        replaced = args[0] if args else options.get(cls.replaces)
+        other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
+        return super().__new__(cls.as_module if other else cls)
+
+    def __init__(self, replaced: Any) -> None:
+        if isinstance(self, nn.Module):
+            nn.Module.__init__(self)
+            for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+                vars(self)[registry] = vars(replaced)[registry]
+            self.training = replaced.training
+        # Not by assignment, which would make it a child and rename its state.
+        vars(self)[self.replaces] = replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if self.replaces not in vars(self) or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(vars(self)[self.replaces], name)
+
+
+class StandInModule(nn.Module):
+    """The part of a stand-in that is a module."""
+
+    replaces: ClassVar[str]
+
+    def train(self, mode: bool = True) -> Any:
+        vars(self)[self.replaces].train(mode)
+        self.training = mode
+        return self
 
 
 class Snapshot(Loan):
@@ -160,16 +189,16 @@ def list_unused(criterion: Any) -> tuple[str, ...]:
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()
     mentioned: set[str] = set()
-    codes: list[Any] = [getattr(criterion.__func__, "__code__", None)]
-    while codes:
-        code = codes.pop()
-        if not isinstance(code, CodeType):
+    todo: list[Any] = [criterion.__func__]
+    while todo:
+        method = todo.pop()
+        # A decorator encloses what it decorates.
+        if not isinstance(method, FunctionType) or method.__closure__:
             return ()
-        new = set(code.co_names) - mentioned
-        mentioned |= new
-        methods = (getattr(type(model), name, None) for name in new)
-        codes += [one.__code__ for one in methods if isinstance(one, FunctionType)]
-        codes += [one for one in code.co_consts if isinstance(one, CodeType)]
+        named = {name for code in list_codes(method.__code__) for name in code.co_names}
+        found = [getattr(type(model), name, None) for name in named - mentioned]
+        todo += [one for one in found if isinstance(one, (FunctionType, MethodType, property))]
+        mentioned |= named
     if mentioned & _DYNAMIC:
         return ()
     return tuple(f"__self__.{name}" for name, _ in model.named_children() if name not in mentioned)
@@ -196,34 +225,32 @@ def split_arguments(
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
-    # What can be given by name alone, or not at all, is taken apart.
-    names = {name: one.kind for name, one in bound.signature.parameters.items()}
-    given = dict(bound.arguments)
-    for name in list(given):
-        if names[name] is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name)
-    names_of_two = list(given)[:2]
-    fixed = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL
-    if len(names_of_two) < 2 or any(names.get(name) in fixed for name in list(given)[2:]):
+    given: dict[str, Any] = {}
+    fixed = []
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            fixed.append(name)
+    first, *more = given
+    if not more or {*more[1:]} & {*fixed}:
         raise TypeError(
             f"the criterion must take z, target and further arguments by name, got {len(args)} by "
             f"position and {list(options)}; name those after the first two in forward"
         )
-    z, target = (given.pop(name) for name in names_of_two)
-    return z, target, given
+    return given[first], given[more[0]], {name: given[name] for name in more[1:]}
 
 
 def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
     """Require a loss of embeddings for the mixed term."""
-    for one in (criterion, mixed_criterion):
-        if not callable(one) and not (one is None and one is mixed_criterion):
-            raise TypeError(
-                f"the criterion must be callable as (z, target), got {type(one).__name__}; pass "
-                "for instance model.contrastive_loss"
-            )
     used = criterion if mixed_criterion is None else mixed_criterion
+    if not callable(criterion):
+        raise TypeError(
+            f"the criterion must be callable as (z, target), got {type(criterion).__name__}; pass "
+            "for instance model.contrastive_loss"
+        )
     try:
-        LambdaWeightedLoss(used)
+        check_kind(used)
     except TypeError as error:
         raise TypeError(f"{error}; pass mixed_criterion=losses.NegativeCosine()") from error
     if getattr(type(used), "forward", None) is nn.CrossEntropyLoss.forward:

@@ -13,7 +13,8 @@ arguments, whose place `RecordingCriterion` takes. Barlow Twins and VICReg compu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from mixmask.integrations._steps import (
     Kept,
-    SameState,
     Snapshot,
+    StandIn,
+    StandInModule,
     check_recordable,
     comes_from,
     list_unused,
@@ -36,7 +38,7 @@ Encode = Callable[[Tensor], Tensor]
 Call = tuple[Snapshot, Tensor, Tensor]
 
 
-class RecordingCriterion:
+class RecordingCriterion(StandIn):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
     It is called as the criterion is and returns what that returns; of calls with gradients it
@@ -86,12 +88,9 @@ class RecordingCriterion:
         >>> (loss + model.criterion.mixed_loss(z_mixed, mixed)).backward()
     """
 
+    replaces = "criterion"
     criterion: Any
-
-    def __new__(cls, criterion: Any = None, **_: Any) -> RecordingCriterion:
-        """Make a module of a module, for a model takes nothing else in its place."""
-        plain = cls is not RecordingCriterion or not isinstance(criterion, nn.Module)
-        return super().__new__(cls if plain else _RecordingModule)
+    mixed_criterion: Any
 
     def __init__(
         self,
@@ -103,8 +102,9 @@ class RecordingCriterion:
     ) -> None:
         """Refuse what is not a loss of embeddings now rather than at the first step."""
         check_recordable(criterion, mixed_criterion)
-        # Not by assignment, which would make it a child and rename its state.
-        vars(self).update(criterion=criterion, mixed_criterion=mixed_criterion)
+        super().__init__(criterion)
+        # Not by assignment, as the criterion.
+        vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
         self._recorded: Kept[Call] = Kept(calls, "criterion")
         # What is recorded is no state of the criterion, though its model holds it.
@@ -114,16 +114,9 @@ class RecordingCriterion:
     def _used(self) -> Any:
         return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
-    def __getattr__(self, name: str) -> Any:
-        if "criterion" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["criterion"], name)
-
     def __repr__(self) -> str:
-        return (
-            f"RecordingCriterion({self.criterion!r}, calls={self._recorded.calls}, "
-            f"switch={self.switch})"
-        )
+        calls = self._recorded.calls
+        return f"RecordingCriterion({self.criterion!r}, calls={calls}, switch={self.switch})"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
@@ -149,9 +142,8 @@ class RecordingCriterion:
                 f"the criterion must take embeddings and targets, got targets of {target.dtype}; "
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
-        used = self._used
-        if more and self.mixed_criterion is None:
-            used = partial(used, **more)
+        again = more and self.mixed_criterion is None
+        used = partial(self._used, **more) if again else self._used
         self._recorded.add((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
@@ -181,7 +173,7 @@ class RecordingCriterion:
         """
         views = [z_mixed] if isinstance(z_mixed, Tensor) or callable(z_mixed) else list(z_mixed)
         records = [mixed] if isinstance(mixed, MixedBatch) else list(mixed)
-        order = _order(call, len(records), single=isinstance(mixed, MixedBatch))
+        order = range(len(records)) if call is None else [call] if isinstance(call, int) else call
         if not len(views) == len(records) == len(order) or not records:
             raise ValueError(
                 f"z_mixed, mixed and call must be as many, at least one, got {len(views)}, "
@@ -189,25 +181,23 @@ class RecordingCriterion:
             )
         if not all(0 <= index < self._recorded.calls for index in order):
             raise ValueError(
-                f"call must name the calls 0 ... {self._recorded.calls - 1}, got {order}; pass "
-                "calls= as many as forward makes"
+                f"call must name the calls 0 ... {self._recorded.calls - 1}, got {list(order)}; "
+                "pass calls= as many as forward makes"
             )
-        calls = self._taken(views)
-        total = None
+        calls = self._take([view for view in views if isinstance(view, Tensor)])
+        terms = []
         for index, view, record in zip(order, views, records, strict=True):
-            embedding = view if isinstance(view, Tensor) else view(record.images)
-            term = self._term(calls[index], embedding, record)
-            total = term if total is None else total + term
-        assert total is not None
+            embedding = view if isinstance(view, Tensor) else view(record.images)  # (N, ...)
+            terms.append(self._term(calls[index], embedding, record))
+        # A branch that was called above may have been recorded as well.
         self.reset()
-        return total
+        return reduce(add, terms)
 
     def reset(self) -> None:
         """Forget what was recorded, where the loss of a step is not used."""
         self._recorded.items = []
 
-    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
-        del views
+    def _take(self, embedded: Sequence[Tensor]) -> list[Call]:  # noqa: ARG002 - A subclass does.
         return self._recorded.take()
 
     def _term(self, call: Call, z_mixed: Tensor, mixed: MixedBatch) -> Tensor:
@@ -217,20 +207,14 @@ class RecordingCriterion:
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
 
 
-class _RecordingModule(RecordingCriterion, SameState):
+class _RecordingModule(RecordingCriterion, StandInModule):
     """`RecordingCriterion` around a module."""
 
-    def __init__(self, criterion: Any, **options: Any) -> None:
-        SameState.__init__(self, criterion)
-        super().__init__(criterion, **options)
 
-    def train(self, mode: bool = True) -> _RecordingModule:
-        self.criterion.train(mode)
-        self.training = mode
-        return self
+RecordingCriterion.as_module = _RecordingModule
 
 
-class RecordingView:
+class RecordingView(StandIn):
     """Stand in place of an augmentation that runs inside `forward`, and keep the view it made.
 
     Around a module it is a module of the same `state_dict`. Calls under `torch.no_grad()` are not
@@ -251,12 +235,8 @@ class RecordingView:
         >>> mixed = mixmask.mix_batch(view.take(), mixmask.BlockMaskGenerator(2))
     """
 
+    replaces = "augment"
     augment: Any
-
-    def __new__(cls, augment: Any = None, **_: Any) -> RecordingView:
-        """Make a module of a module, for a model takes nothing else in its place."""
-        plain = cls is not RecordingView or not isinstance(augment, nn.Module)
-        return super().__new__(cls if plain else _ViewModule)
 
     def __init__(self, augment: Callable[[Tensor], Tensor], *, calls: int = 1) -> None:
         """Store the augmentation."""
@@ -265,7 +245,7 @@ class RecordingView:
                 f"augment must be callable with images, got {type(augment).__name__}; pass for "
                 "instance the model's augment_fn"
             )
-        vars(self)["augment"] = augment
+        super().__init__(augment)
         self._views: Kept[Tensor] = Kept(calls, "augmentation")
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -294,17 +274,11 @@ class RecordingView:
         self._views.items = []
 
 
-class _ViewModule(RecordingView, SameState):
+class _ViewModule(RecordingView, StandInModule):
     """`RecordingView` around a module."""
 
-    def __init__(self, augment: Any, **options: Any) -> None:
-        SameState.__init__(self, augment)
-        super().__init__(augment, **options)
 
-    def train(self, mode: bool = True) -> _ViewModule:
-        self.augment.train(mode)
-        self.training = mode
-        return self
+RecordingView.as_module = _ViewModule
 
 
 def record_embeddings(
@@ -354,9 +328,14 @@ class _RecordedEmbeddings(RecordingCriterion):
 
     def __init__(self, criterion: Criterion, **options: Any) -> None:
         super().__init__(criterion, **options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was recorded."""
+        super().reset()
         self._outputs: list[Tensor] = []
-        self._state: Snapshot | None = None
         self._more = 0
+        self._state: Snapshot | None = None
 
     def keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Keep an output with a gradient: the first two, and the number of the rest."""
@@ -368,15 +347,10 @@ class _RecordedEmbeddings(RecordingCriterion):
         self._outputs.append(output)
         self._state = Snapshot(self.criterion, self._ignored)
 
-    def reset(self) -> None:
-        """Forget what was recorded."""
-        self._outputs, self._state, self._more = [], None, 0
-        super().reset()
-
-    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
+    def _take(self, embedded: Sequence[Tensor]) -> list[Call]:
         outputs, state, more = self._outputs, self._state, self._more
         self.reset()
-        if len(outputs) < 2 or state is None or more not in (0, len(views)):
+        if len(outputs) < 2 or state is None or more not in (0, len(embedded)):
             raise ValueError(
                 "the module must have been called for both clean views and the mixed ones since "
                 f"the last mixed_loss, got {len(outputs) + more} calls; take mixed_loss in every "
@@ -384,17 +358,10 @@ class _RecordedEmbeddings(RecordingCriterion):
                 "torch.no_grad(), and give views that are embedded in one call of 2N to "
                 "lambda_weighted_loss in forward"
             )
-        if any(comes_from(view, outputs) for view in views if isinstance(view, Tensor)):
+        if any(comes_from(z, outputs) for z in embedded):
             raise ValueError(
                 "the module's first two outputs must be those of the clean views, got a mixed view "
                 "among them; call the model before the mixed images are embedded"
             )
         first, second = outputs
         return [(state, first, second), (state, second, first)]
-
-
-def _order(call: int | Sequence[int] | None, n: int, *, single: bool) -> list[int]:
-    """Return the index of the call of each of n mixed views."""
-    if call is None:
-        return [0] if single else list(range(n))
-    return [call] if isinstance(call, int) else list(call)
