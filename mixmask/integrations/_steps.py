@@ -22,56 +22,19 @@ _REPLICAS = (
     "mixmask.lambda_weighted_loss into forward"
 )
 
-
-class Kept(Generic[T]):
-    """What the calls of one step left, to be taken once."""
-
-    def __init__(self, calls: int, what: str) -> None:
-        if isinstance(calls, bool) or not isinstance(calls, int):
-            raise TypeError(f"calls must be an integer, got {calls!r}; use 2 for symmetric methods")
-        if calls < 1:
-            raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
-        self.calls, self.what = calls, what
-        self.items: list[T] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the step that is under way behind."""
-        return {**vars(self), "items": []}
-
-    def add(self, item: T) -> None:
-        """Keep what a call left; refuse it where the last step's was not taken."""
-        if len(self.items) == self.calls:
-            self.items = []
-            raise ValueError(
-                f"the {self.what} must be called {self.calls} times per step, got one more before "
-                "the last ones were taken; take them in every step (or call reset() where one is "
-                "skipped), run what is not trained under torch.no_grad(), and pass calls= as many "
-                f"as forward makes; {_REPLICAS}"
-            )
-        self.items.append(item)
-
-    def take(self) -> list[T]:
-        """Return what the calls of the step left, and forget it."""
-        items, self.items = self.items, []
-        if len(items) == self.calls:
-            return items
-        fix = "pass calls= as many as forward makes"
-        if not items:
-            fix = (
-                "if it was never called, replace the name in the module that calls it, which may "
-                "have imported it, and let its first argument carry the gradient"
-            )
-        raise ValueError(
-            f"the {self.what} must have been called {self.calls} times since it was last read, got "
-            f"{len(items)} calls; read it once after each forward pass with gradients, and {fix}; "
-            + _REPLICAS
-        )
+_SHARED_STATE = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training",
+)  # fmt: skip
 
 
-class StandIn:
-    """Stands in place of a callable; around a module it is a module of the same state."""
+class StandIn(Generic[T]):
+    """Stands in place of a callable, and keeps what the calls of one step left, to be taken once.
 
-    replaces: ClassVar[str]
+    Around a module it is a module of the same parameters, buffers and names.
+    """
+
+    replaces: ClassVar[str]  # The attribute that holds what is replaced.
+    kind: ClassVar[str]
     as_module: ClassVar[type]
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -80,19 +43,62 @@ class StandIn:
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
 
-    def __init__(self, replaced: Any) -> None:
+    def __init__(self, replaced: Any, calls: int) -> None:
+        if isinstance(calls, bool) or not isinstance(calls, int):
+            raise TypeError(f"calls must be an integer, got {calls!r}; use 2 for symmetric methods")
+        if calls < 1:
+            raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
-            for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-                vars(self)[registry] = vars(replaced)[registry]
-            self.training = replaced.training
+            for name in _SHARED_STATE:
+                vars(self)[name] = vars(replaced)[name]
         # Not by assignment, which would make it a child and rename its state.
         vars(self)[self.replaces] = replaced
+        self._calls = calls
+        self._kept: list[T] = []
 
     def __getattr__(self, name: str) -> Any:
         if self.replaces not in vars(self) or name.startswith("__"):
             raise AttributeError(name)
         return getattr(vars(self)[self.replaces], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the step that is under way behind."""
+        return {**vars(self), "_kept": []}
+
+    def reset(self) -> None:
+        """Forget what was kept, where the loss of a step is not used."""
+        self._kept = []
+
+    def _keep(self, item: T) -> None:
+        """Keep what a call left; refuse it where the last step's was not taken."""
+        if len(self._kept) == self._calls:
+            self.reset()
+            raise ValueError(
+                f"the {self.kind} must be called {self._calls} times per step, got one more before "
+                "the last ones were taken; take them in every step (or call reset() where one is "
+                "skipped), run what is not trained under torch.no_grad(), and pass calls= as many "
+                f"as forward makes; {_REPLICAS}"
+            )
+        self._kept.append(item)
+
+    def _take(self) -> list[T]:
+        """Return what the calls of the step left, and forget it."""
+        kept = self._kept
+        self.reset()
+        if len(kept) == self._calls:
+            return kept
+        fix = "pass calls= as many as forward makes"
+        if not kept:
+            fix = (
+                "if it was never called, replace the name in the module that calls it, which may "
+                "have imported it, and let its first argument carry the gradient"
+            )
+        raise ValueError(
+            f"the {self.kind} must have been called {self._calls} times since it was last read, "
+            f"got {len(kept)} calls; read it once after each forward pass with gradients, and "
+            f"{fix}; {_REPLICAS}"
+        )
 
 
 class StandInModule(nn.Module):

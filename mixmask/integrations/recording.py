@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.integrations._steps import (
-    Kept,
     Snapshot,
     StandIn,
     StandInModule,
@@ -38,7 +37,7 @@ Encode = Callable[[Tensor], Tensor]
 Call = tuple[Snapshot, Tensor, Tensor]
 
 
-class RecordingCriterion(StandIn):
+class RecordingCriterion(StandIn[Call]):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
     It is called as the criterion is and returns what that returns; of calls with gradients it
@@ -88,7 +87,7 @@ class RecordingCriterion(StandIn):
         >>> (loss + model.criterion.mixed_loss(z_mixed, mixed)).backward()
     """
 
-    replaces = "criterion"
+    replaces = kind = "criterion"
     criterion: Any
     mixed_criterion: Any
 
@@ -102,32 +101,28 @@ class RecordingCriterion(StandIn):
     ) -> None:
         """Refuse what is not a loss of embeddings now rather than at the first step."""
         check_recordable(criterion, mixed_criterion)
-        super().__init__(criterion)
+        super().__init__(criterion, calls)
         # Not by assignment, as the criterion.
         vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
-        self._recorded: Kept[Call] = Kept(calls, "criterion")
-        # What is recorded is no state of the criterion, though its model holds it.
-        self._ignored = "_recorded", *list_unused(self._used)
+        # What is kept is no state of the criterion, though its model holds it.
+        self._ignored = "_kept", *list_unused(self._used)
 
     @property
     def _used(self) -> Any:
         return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
     def __repr__(self) -> str:
-        calls = self._recorded.calls
-        return f"RecordingCriterion({self.criterion!r}, calls={calls}, switch={self.switch})"
+        return f"RecordingCriterion({self.criterion!r}, calls={self._calls}, switch={self.switch})"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
         if torch.is_grad_enabled():
-            keep = self._keep
-            if torch.compiler.is_compiling():
-                keep = torch.compiler.disable(keep)
-            keep(args, options)
+            self._record(args, options)
         return self.criterion(*args, **options)
 
-    def _keep(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # Imports no compiler by itself.
+    def _record(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         z, target, more = split_arguments(self.criterion, args, options)
         if not isinstance(z, Tensor) or not isinstance(target, Tensor):
             raise TypeError(
@@ -144,7 +139,7 @@ class RecordingCriterion(StandIn):
             )
         again = more and self.mixed_criterion is None
         used = partial(self._used, **more) if again else self._used
-        self._recorded.add((Snapshot(used, self._ignored), z, target))
+        self._keep((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
         self,
@@ -179,12 +174,12 @@ class RecordingCriterion(StandIn):
                 f"z_mixed, mixed and call must be as many, at least one, got {len(views)}, "
                 f"{len(records)} and {len(order)}; pass one of each per mixed view"
             )
-        if not all(0 <= index < self._recorded.calls for index in order):
+        if not all(0 <= index < self._calls for index in order):
             raise ValueError(
-                f"call must name the calls 0 ... {self._recorded.calls - 1}, got {list(order)}; "
+                f"call must name the calls 0 ... {self._calls - 1}, got {list(order)}; "
                 "pass calls= as many as forward makes"
             )
-        calls = self._take([view for view in views if isinstance(view, Tensor)])
+        calls = self._take_before([view for view in views if isinstance(view, Tensor)])
         terms = []
         for index, view, record in zip(order, views, records, strict=True):
             embedding = view if isinstance(view, Tensor) else view(record.images)  # (N, ...)
@@ -193,12 +188,10 @@ class RecordingCriterion(StandIn):
         self.reset()
         return reduce(add, terms)
 
-    def reset(self) -> None:
-        """Forget what was recorded, where the loss of a step is not used."""
-        self._recorded.items = []
-
-    def _take(self, embedded: Sequence[Tensor]) -> list[Call]:  # noqa: ARG002 - A subclass does.
-        return self._recorded.take()
+    def _take_before(self, embedded: Sequence[Tensor]) -> list[Call]:
+        """Return the step's calls; those of mixed views that are embedded came after them."""
+        del embedded
+        return self._take()
 
     def _term(self, call: Call, z_mixed: Tensor, mixed: MixedBatch) -> Tensor:
         snapshot, z, target = call
@@ -214,7 +207,7 @@ class _RecordingModule(RecordingCriterion, StandInModule):
 RecordingCriterion.as_module = _RecordingModule
 
 
-class RecordingView(StandIn):
+class RecordingView(StandIn[Tensor]):
     """Stand in place of an augmentation that runs inside `forward`, and keep the view it made.
 
     Around a module it is a module of the same `state_dict`. Calls under `torch.no_grad()` are not
@@ -235,7 +228,7 @@ class RecordingView(StandIn):
         >>> mixed = mixmask.mix_batch(view.take(), mixmask.BlockMaskGenerator(2))
     """
 
-    replaces = "augment"
+    replaces, kind = "augment", "augmentation"
     augment: Any
 
     def __init__(self, augment: Callable[[Tensor], Tensor], *, calls: int = 1) -> None:
@@ -245,14 +238,13 @@ class RecordingView(StandIn):
                 f"augment must be callable with images, got {type(augment).__name__}; pass for "
                 "instance the model's augment_fn"
             )
-        super().__init__(augment)
-        self._views: Kept[Tensor] = Kept(calls, "augmentation")
+        super().__init__(augment, calls)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the view, and keep it."""
         view: Tensor = self.augment(images)
         if torch.is_grad_enabled():
-            self._views.add(view)
+            self._keep(view)
         return view
 
     def take(self, call: int = 0) -> Tensor:
@@ -267,11 +259,7 @@ class RecordingView(StandIn):
         Raises:
             ValueError: If forward has not run since the last time, or ran more than once.
         """
-        return self._views.take()[call].detach()
-
-    def reset(self) -> None:
-        """Forget the views, where the loss of a step is not used."""
-        self._views.items = []
+        return self._take()[call].detach()
 
 
 class _ViewModule(RecordingView, StandInModule):
@@ -347,7 +335,7 @@ class _RecordedEmbeddings(RecordingCriterion):
         self._outputs.append(output)
         self._state = Snapshot(self.criterion, self._ignored)
 
-    def _take(self, embedded: Sequence[Tensor]) -> list[Call]:
+    def _take_before(self, embedded: Sequence[Tensor]) -> list[Call]:
         outputs, state, more = self._outputs, self._state, self._more
         self.reset()
         if len(outputs) < 2 or state is None or more not in (0, len(embedded)):
