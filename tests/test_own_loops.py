@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_in_processes
 from torch import Tensor, nn
 
 import mixmask
 from mixmask import MixedBatch, losses
+from mixmask._distributed import gather_rows
 from mixmask.data.sets import load_data
 
 N, C, K, TAU = 8, 16, 32, 0.2
@@ -358,17 +358,6 @@ def test_a_compiled_step(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             break
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = [{tests!r}]
-import test_own_loops as loops
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.save(loops.two_processes(rank), sys.argv[3])
-dist.destroy_process_group()
-"""
-
-
 def _moco_and_batch() -> tuple[MoCo, Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     model = MoCo(norm=False)
@@ -397,16 +386,12 @@ def _one_step(
 
 def two_processes(rank: int) -> dict[str, Any]:
     """Take one step on half of the batch, in a process of two."""
-    import torch.distributed as dist
-
     model, x_q, x_k, cells = _moco_and_batch()
     half = slice(rank * N // 2, (rank + 1) * N // 2)
     within = torch.arange(N // 2 - 1, -1, -1)
     query = nn.parallel.DistributedDataParallel(model.encoder_q)
     loss, k = _one_step(model, x_q[half], x_k[half], cells, within, query)
-    keys = [torch.empty_like(k) for _ in range(2)]
-    dist.all_gather(keys, k)
-    model.enqueue(torch.cat(keys))
+    model.enqueue(gather_rows(k))
     gradients = [p.grad for p in model.encoder_q.parameters()]
     return {"loss": loss, "gradients": gradients, "queue": model.queue}
 
@@ -414,14 +399,7 @@ def two_processes(rank: int) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """MoCo and SimCLR terms under DistributedDataParallel, gathered negatives and keys."""
-    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    code = WORKER.format(tests=str(Path(__file__).parent))
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(out)])
-        for rank, out in enumerate(outs)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    first, second = (torch.load(out) for out in outs)
+    first, second = run_in_processes(two_processes, tmp_path)
 
     model, x_q, x_k, cells = _moco_and_batch()
     within = torch.arange(N // 2 - 1, -1, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -113,13 +113,10 @@ class StandInModule(nn.Module):
 
 
 class Snapshot(Loan):
-    """What a criterion remembers at one time, for a call at a later one.
+    """What a criterion remembers at one time, for a call at a later one, inside `installed`.
 
     Seen is what `lend_state` sees, and what functions in our losses return, as the queue of
     `InfoNCE(lambda: queue)`.
-
-    Attributes:
-        criterion: What is to be called inside `installed`.
     """
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
@@ -139,7 +136,8 @@ class Snapshot(Loan):
 
     def lend(self, value: Any, *args: Any, **options: Any) -> Any:
         """Return a copy, as the loan does, and one of our losses with the queue of now."""
-        if not _is_our_loss(value):
+        ours = type(value).__module__.startswith("mixmask.losses.")
+        if not (ours and is_dataclass(value)):
             return super().lend(value, *args, **options)
         if id(value) not in self.lent:
             self.lent[id(value)] = value, _read_functions(value)
@@ -148,27 +146,12 @@ class Snapshot(Loan):
     @contextmanager
     def installed(self) -> Iterator[Criterion]:
         """Put the state of then in place; afterwards that of now is back."""
-        with ExitStack() as buffers, lend_state(self.criterion, self.ignore):
+        with lend_state(self.criterion, self.ignore):
             for owner, name, known in self.known:
-                if isinstance(owner, nn.Module):
-                    buffers.callback(_restore_buffers, owner, dict(owner._buffers))
                 self._drop_new(owner, name, known)
             for store, part in self.parts:
                 store(self.lent.get(id(part), (part, part))[1])
             yield self.criterion
-
-
-def _restore_buffers(owner: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    """Register again what was registered after the snapshot, and dropped while it was in place."""
-    for name in buffers.keys() & vars(owner).keys():
-        del vars(owner)[name]
-    owner._buffers.clear()
-    owner._buffers.update(buffers)
-
-
-def _is_our_loss(value: Any) -> bool:
-    ours = type(value).__module__.startswith("mixmask.losses.")
-    return ours and is_dataclass(value) and not isinstance(value, type)
 
 
 def _read_functions(loss: Any) -> Any:
@@ -187,10 +170,7 @@ _DYNAMIC = frozenset(("super", "getattr", "vars", "children", "modules", "_modul
 
 
 def list_unused(criterion: Any) -> tuple[str, ...]:
-    """Name the children of a method's model that the method does not mention.
-
-    A loss that is a method of its model would else have the encoders' statistics copied.
-    """
+    """Name the children of a method's model that it does not mention; they need no copy."""
     model = getattr(criterion, "__self__", None)
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()

@@ -55,13 +55,12 @@ def wrap(
     r"""Let a MoCo builder take the mixed term of its own training steps (MixMask, eq. 4).
 
     The model keeps its class, its `state_dict` and its `forward`, but for one more pass of the
-    mixed queries through `encoder_q`. In eval mode and without gradients nothing is added. Take
-    the term with `mixed_loss(model)`, once per step.
+    mixed queries through `encoder_q` in each training step. Take the term with
+    `mixed_loss(model)`.
 
-    The first step is checked: `encoder_q` must get the images that are mixed, the keys must be
-    of length one, and logits (N, 1 + K) must be the cosines with keys and old queue. Of a builder
-    that returns no logits, `encoder_q` must be all that is trained. Where a check fails, nothing
-    stays enqueued.
+    The first step is checked, and nothing stays enqueued where a check fails: `encoder_q` must
+    get the images that are mixed, the keys must be of length one, and logits (N, 1 + K) must be
+    the cosines with keys and old queue. Without logits, `encoder_q` must be all that is trained.
 
     Args:
         model: The builder, or DistributedDataParallel around it. Its `forward` enqueues the

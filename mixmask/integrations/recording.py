@@ -40,22 +40,21 @@ Call = tuple[Snapshot, Tensor, Tensor]
 class RecordingCriterion(StandIn[Call]):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
-    It is called as the criterion is and returns what that returns; of calls with gradients it
-    keeps the arguments until `mixed_loss` takes them. Around a module it is a module of the same
-    parameters, buffers and `state_dict`; attributes of the criterion are reachable. What the
-    criterion remembers, as far as `LambdaWeightedLoss` sees it, is copied before each call: the
-    mixed term sees the state that the clean one saw, also where `forward` fills a bank afterwards,
-    and leaves the state as it is.
+    It is called as the criterion is, and returns what that returns. Of calls with gradients it
+    keeps the arguments and a copy of what the criterion remembers, as far as `LambdaWeightedLoss`
+    sees it, until `mixed_loss` takes them: the mixed term meets the state of the clean call, even
+    where `forward` fills a bank afterwards, and leaves the state as it is. Around a module it is
+    a module of the same parameters, buffers and `state_dict`; attributes of the criterion are
+    reachable.
 
     Args:
         criterion: (z, target) -> () or (N,): a function, a module, or a method of the model.
-            Further arguments, such as a temperature, are passed through, and again to the mixed
-            term.
+            Further arguments, such as a temperature, are passed on, and again to the mixed term.
         calls: How often `forward` calls it per step: 2 in symmetric methods.
         mixed_criterion: (z, target) -> () or (N,) for the mixed term, where the criterion is no
-            loss (SimSiam's `CosineSimilarity`, whose sign `forward` turns; MoCo's logits) or
-            returns () and each sample has a λ of its own. Default: the criterion. A queue is read
-            at the clean call: `InfoNCE(lambda: model.queue)`.
+            loss (SimSiam's `CosineSimilarity`, MoCo's logits), or returns () and each sample has
+            a λ of its own. Default: the criterion. A queue is read at the clean call:
+            `InfoNCE(lambda: model.queue)`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Raises:
@@ -152,18 +151,18 @@ class RecordingCriterion(StandIn[Call]):
 
         Args:
             z_mixed: (N, ...) embeddings of the mixed images by the online branch, as the criterion
-                takes them; or that branch, which is called with `mixed.images`. A list mixes
-                several views.
+                takes them; or that branch, to be called with `mixed.images`. A list mixes several
+                views.
             mixed: What was mixed, or a list in the same order.
-            call: To which of forward's calls a mixed view belongs: the one whose first argument
+            call: Which of forward's calls a mixed view belongs to: the one whose first argument
                 came from the view that was mixed. Default: the first; for a list, one each.
 
         Returns:
             () scalar. What was recorded is then forgotten.
 
         Raises:
-            ValueError: If forward has not called the criterion `calls` times since the last time:
-                not yet, without gradients, or not for this step. Or if sizes do not fit.
+            ValueError: If forward has not called the criterion `calls` times since the last time,
+                with gradients, or if sizes do not fit.
             TypeError: If an argument has the wrong type.
         """
         views = [z_mixed] if isinstance(z_mixed, Tensor) or callable(z_mixed) else list(z_mixed)
@@ -248,13 +247,7 @@ class RecordingView(StandIn[Tensor]):
         return view
 
     def take(self, call: int = 0) -> Tensor:
-        """Return the view that one of the step's calls made, and forget all of them.
-
-        Args:
-            call: Which of the `calls`.
-
-        Returns:
-            (N, C, H, W), without a gradient.
+        """Return the view (N, C, H, W) that a call of the step made, and forget all of them.
 
         Raises:
             ValueError: If forward has not run since the last time, or ran more than once.
@@ -274,21 +267,21 @@ def record_embeddings(
 ) -> RecordingCriterion:
     """Record the embeddings of both views where a model computes its loss in line.
 
-    A hook on the module keeps its first two outputs of each step, as if the criterion had been
-    called with them and, the other way around, once more; the model is not changed. The mixed
-    embeddings must come from the same module.
+    A hook keeps the module's first two outputs of each step, as if the criterion had been called
+    with them, in both orders. The model is not changed. The mixed embeddings must come from the
+    same module.
 
     Args:
-        module: What gives the embeddings (N, C) that the loss compares: Barlow Twins' and VICReg's
-            `model.projector`. Called twice per step, once per view. Name it after conversions
-            that replace modules, such as `convert_sync_batchnorm`.
+        module: What gives the embeddings (N, C) that the loss compares, once per view: Barlow
+            Twins' and VICReg's `model.projector`. Name it after conversions that replace modules,
+            such as `convert_sync_batchnorm`.
         criterion: (z, target) -> () or (N,), for the mixed term: `losses.BarlowTwins(lambd)`,
             `losses.VICReg()`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Returns:
         A `RecordingCriterion`, of which `mixed_loss` is used alone. Its call 0 has the first view
-        as its query (pass a mixture of that view), its call 1 the second one.
+        as its query, its call 1 the second one.
 
     Raises:
         TypeError: If the module is none, or the criterion is no loss of embeddings.
@@ -314,42 +307,30 @@ def record_embeddings(
 class _RecordedEmbeddings(RecordingCriterion):
     """Two outputs of a module are two calls; what follows them must be the mixed views'."""
 
-    def __init__(self, criterion: Criterion, **options: Any) -> None:
-        super().__init__(criterion, **options)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was recorded."""
-        super().reset()
-        self._outputs: list[Tensor] = []
-        self._more = 0
-        self._state: Snapshot | None = None
-
     def keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        """Keep an output with a gradient: the first two, and the number of the rest."""
+        """Keep the first two outputs with a gradient, and count the rest."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return
-        if len(self._outputs) == 2:
-            self._more += 1
-            return
-        self._outputs.append(output)
-        self._state = Snapshot(self.criterion, self._ignored)
+        if len(self._kept) < 2:
+            self._kept.append((Snapshot(self.criterion, self._ignored), output, output))
+        else:
+            self._kept.append(self._kept[1])
 
     def _take_before(self, embedded: Sequence[Tensor]) -> list[Call]:
-        outputs, state, more = self._outputs, self._state, self._more
+        kept = self._kept
         self.reset()
-        if len(outputs) < 2 or state is None or more not in (0, len(embedded)):
+        if len(kept) not in (2, 2 + len(embedded)):
             raise ValueError(
                 "the module must have been called for both clean views and the mixed ones since "
-                f"the last mixed_loss, got {len(outputs) + more} calls; take mixed_loss in every "
-                "step (or call reset() where one is skipped), run what is not trained under "
+                f"the last mixed_loss, got {len(kept)} calls; take mixed_loss in every step (or "
+                "call reset() where one is skipped), run what is not trained under "
                 "torch.no_grad(), and give views that are embedded in one call of 2N to "
                 "lambda_weighted_loss in forward"
             )
-        if any(comes_from(z, outputs) for z in embedded):
+        (_, first, _), (state, second, _) = kept[:2]
+        if any(comes_from(z, (first, second)) for z in embedded):
             raise ValueError(
                 "the module's first two outputs must be those of the clean views, got a mixed view "
                 "among them; call the model before the mixed images are embedded"
             )
-        first, second = outputs
         return [(state, first, second), (state, second, first)]

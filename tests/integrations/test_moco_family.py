@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from moco_builders import (
     LR,
@@ -47,8 +44,8 @@ from moco_builders import (
     seeded,
     views,
 )
+from processes import run_in_processes
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 import mixmask
 from mixmask._distributed import world_size
@@ -540,17 +537,8 @@ DDP: dict[str, dict[str, Any]] = {
 }
 
 
-def _work(process: int, folder: str) -> None:
-    """Train in one of two processes, and leave what came of it in a file."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=process,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def _work(process: int) -> dict[str, Any]:
+    """Train in one of two processes."""
     results = {}
     for name, options in DDP.items():
         model = build()
@@ -562,20 +550,17 @@ def _work(process: int, folder: str) -> None:
         done = train(model, [step[process] for step in views(WORLD)])
         results[name] = done, model.module.state_dict()
     assert world_size() == WORLD
-    torch.save(results, f"{folder}/{process}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    spawn(_work, (str(tmp_path),), WORLD)
+    found = run_in_processes(_work, tmp_path, WORLD)
     generators = [seeded(process) for process in range(WORLD)]
     slow = Slow(build(), lambda r, images: draw(images, generators[r], {}), world=WORLD).run(
         views(WORLD)
     )
-    for process in range(WORLD):
-        results = torch.load(tmp_path / f"{process}.pt")
-        for name in DDP:
-            done, state = results[name]
+    for process, results in enumerate(found):
+        for done, state in results.values():
             _same(done, [(losses[process], gradients) for losses, gradients in slow.steps])
             if process == 0:
                 _same(dict(state), slow.state)

@@ -94,13 +94,13 @@ def test_accelerate(batches: list[Any]) -> None:
         torch.manual_seed(0)
         encoder, queue = parts.build_encoder(16), parts.build_queue(4 * N, 16)
         run.start(encoder)
-        slow = SlowMoCo(copy.deepcopy(encoder), queue, example.TEMPERATURE, example.MOMENTUM)
+        slow = SlowMoCo(copy.deepcopy(encoder), queue, parts.TEMPERATURE, parts.MOMENTUM)
         pairs: Any = [(views[0], views[1]) for views, _ in batches]
         loader: Any = DataLoader(pairs, batch_size=None)
         accelerator = accelerate.Accelerator(cpu=True)
         losses = list(example.train(accelerator, encoder, queue, loader))
         assert len(losses) == STEPS
-        errors = run.errors(*slowly(run, batches, slow, SlowSGD(example.LR, 0.9, 0.0)))
+        errors = run.errors(*slowly(run, batches, slow, SlowSGD(parts.LR, 0.9, 0.0)))
     check(Row("accelerate", accelerate.__version__, lines, *errors))
 
 
@@ -114,7 +114,7 @@ def test_lightning(batches: list[Any]) -> None:
         model: Any = example.MoCo(parts.build_encoder(16), parts.build_queue(4 * N, 16))
         run.start(model)
         slow = SlowMoCo(
-            copy.deepcopy(model.encoder_k), model.queue, example.TEMPERATURE, example.MOMENTUM
+            copy.deepcopy(model.encoder_k), model.queue, parts.TEMPERATURE, parts.MOMENTUM
         )
         pairs: Any = [(views[0], views[1]) for views, _ in batches]
         trainer = example.pl.Trainer(
@@ -126,7 +126,7 @@ def test_lightning(batches: list[Any]) -> None:
             enable_progress_bar=False,
         )
         trainer.fit(model, DataLoader(pairs, batch_size=None))
-        steps, state = slowly(run, batches, slow, SlowSGD(example.LR, 0.9, 0.0))
+        steps, state = slowly(run, batches, slow, SlowSGD(parts.LR, 0.9, 0.0))
         state |= {f"encoder_k.{name}": value for name, value in slow.encoder_k.state_dict().items()}
         errors = run.errors(steps, state | {"queue": slow.queue})
     lines = lines_in("PyTorch Lightning", example.__file__)

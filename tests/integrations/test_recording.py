@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_in_processes
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 import mixmask
 from mixmask import MixedBatch, RecordingCriterion, losses
@@ -848,17 +845,8 @@ def _halves() -> list[tuple[Tensor, Tensor]]:
     return _views()[:WORLD]
 
 
-def _work(process: int, folder: str) -> None:
-    """Take one step in one of two processes, and leave its loss and gradients in a file."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=process,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def _work(process: int) -> list[Any]:
+    """Take one step in one of two processes; return its loss and gradients."""
     results = []
     for unused in (False, True):
         model = _build(Gathering)
@@ -868,12 +856,11 @@ def _work(process: int, folder: str) -> None:
         loss = ddp(x_1, x_2) + model.contrastive_loss.mixed_loss(model.online, _draw(0, x_1))
         loss.backward()
         results.append((loss.item(), [p.grad for p in model.parameters() if p.requires_grad]))
-    torch.save(results, f"{folder}/{process}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    spawn(_work, (str(tmp_path),), WORLD)
+    found = run_in_processes(_work, tmp_path, WORLD)
     models = [_build(Gathering) for _ in range(WORLD)]
     pairs = list(zip(models, _halves(), strict=True))
     keys = [torch.cat([model.targets(views[i]) for model, views in pairs]) for i in range(2)]
@@ -894,7 +881,7 @@ def test_two_processes(tmp_path: Path) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         slow.append((loss.item(), torch.autograd.grad(loss, trained)))
     mean = [torch.stack(parts).mean(dim=0) for parts in zip(*(g for _, g in slow), strict=True)]
-    for process in range(WORLD):
-        for loss, gradients in torch.load(tmp_path / f"{process}.pt"):
+    for process, results in enumerate(found):
+        for loss, gradients in results:
             _same(loss, slow[process][0])
             _same(gradients, mean)
