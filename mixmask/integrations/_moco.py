@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmask._checks import check_choice
+
 MARK = "_mixmask"
 IN_FORWARD = "take mixmask.lambda_weighted_loss inside forward, before the keys are enqueued"
 # Cosines of the builder and of ours differ by rounding.
@@ -149,7 +151,7 @@ def normalise(q: Any) -> Tensor:
     return F.normalize(q, dim=1)
 
 
-def find_views(model: nn.Module, args: Any, options: Any) -> list[Tensor]:
+def find_views(model: nn.Module, args: Any, options: Any, directions: int) -> list[Tensor]:
     """Return the images among the arguments of `forward`, the queries first."""
     bound = inspect.signature(type(model).forward).bind(model, *args, **options).arguments
     named = dict(list(bound.items())[1:])
@@ -158,11 +160,11 @@ def find_views(model: nn.Module, args: Any, options: Any) -> list[Tensor]:
         named[name] if isinstance(named[name], list | tuple) else [named[name]] for name in ordered
     ]
     images = [one for views in listed for one in views if isinstance(one, Tensor) and one.ndim == 4]
-    if not images:
+    if len(images) < directions:
         got = ", ".join(f"{name}: {type(value).__name__}" for name, value in named.items())
         raise ValueError(
-            f"forward must take the queries (N, C, H, W) as im_q or first, got {got or 'nothing'}; "
-            f"for other arguments, {IN_FORWARD}"
+            "forward must take the queries (N, C, H, W) as im_q or first, and both views with "
+            f"symmetric=True, got {got or 'nothing'}; for other arguments, {IN_FORWARD}"
         )
     return images
 
@@ -200,27 +202,19 @@ def check_builder(model: Any, enqueue: str, queue: str, layout: str | None) -> N
             f"enqueue must name a method of {kind} that its forward calls, got {enqueue!r}, which "
             "is an attribute of the model; pass the name that forward uses"
         )
-    if layout not in (None, "CK", "KC"):
-        raise ValueError(f"layout must be 'CK' or 'KC', got {layout!r}; leave it out for (C, K)")
+    if layout is not None:
+        check_choice("layout", layout, ("CK", "KC"))
     shape = tuple(getattr(model, queue).shape)
-    if len(shape) != 2:
-        raise ValueError(f"{queue} must be (C, K), got {shape}; for other queues, {IN_FORWARD}")
-    if layout is None and shape[0] == shape[1]:
+    if len(shape) != 2 or (layout is None and shape[0] == shape[1]):
         raise ValueError(
-            f"{queue} must tell its axes apart, got {shape}; pass layout='CK' if keys are its "
-            "columns, as MoCo's are, or layout='KC' if they are its rows"
+            f"{queue} must be (C, K), got {shape}; for a square one, pass layout='CK' if keys are "
+            "its columns, as MoCo's are, or layout='KC' if they are its rows; for other axes, "
+            + IN_FORWARD
         )
 
 
-def check_keys(
-    keys: Tensor, n: int, views: int, directions: int, queue: Tensor, layout: str
-) -> None:
+def check_keys(keys: Tensor, n: int, directions: int, queue: Tensor, layout: str) -> None:
     """Require keys (N, C), or (2N, C) in two directions, as long as the queue's."""
-    if views < directions:
-        raise ValueError(
-            "forward must take both views with symmetric=True, got one batch of images; leave it "
-            "out for a builder with one query"
-        )
     if keys.ndim != 2 or len(keys) != directions * n:
         raise ValueError(
             f"keys must be ({'2N' if directions == 2 else 'N'}, C) with N = {n} images, got "

@@ -206,7 +206,7 @@ class _Mixture:
                 "mixed_loss(model) to each step's loss, take it also where a step is skipped, and "
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
-        self.views = find_views(model, args, options)
+        self.views = find_views(model, args, options, 1 + self.symmetric)
         if not self.checked:
             self.first = FirstStep(self.model)
 
@@ -272,9 +272,7 @@ class _Mixture:
             )
         n, criterion = len(self.views[0]), self.criterion()
         directions = 1 + self.symmetric
-        check_keys(
-            keys, n, len(self.views), directions, getattr(self.model, self.queue), self.layout
-        )
+        check_keys(keys, n, directions, getattr(self.model, self.queue), self.layout)
         # The keys of the second view are the targets of the first, and the other way around.
         pairs = list(zip(self.views[:directions], (keys[-n:], keys[:n]), strict=False))
         if self.first is not None:

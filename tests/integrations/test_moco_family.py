@@ -494,7 +494,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "pass layout='CK' if keys are its columns",
     ),
-    "another layout": (lambda: wrap(build(), MASKS, layout="NC"), ValueError, "'CK' or 'KC'"),
+    "another layout": (lambda: wrap(build(), MASKS, layout="NC"), ValueError, "'CK', 'KC'"),
     "another name of enqueue": (
         lambda: wrap(build(), MASKS, enqueue="update_queue"),
         ValueError,
