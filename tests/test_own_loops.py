@@ -17,6 +17,7 @@ import mixmask
 from mixmask import MixedBatch, losses
 from mixmask._distributed import gather_rows
 from mixmask.data.sets import load_data
+from mixmask.examples import parts
 
 N, C, K, TAU = 8, 16, 32, 0.2
 MASKS = mixmask.BlockMaskGenerator(grid_size=4, ratio=0.4)
@@ -54,13 +55,6 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def key(self, images: Tensor) -> Tensor:
         return F.normalize(self.encoder_k(images), dim=1)
-
-    @torch.no_grad()
-    def update_momentum(self) -> None:
-        for of_q, of_k in zip(
-            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
-        ):
-            of_k.lerp_(of_q, 0.01)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -103,11 +97,6 @@ def slow_moco(q: Tensor, k: Tensor, q_mixed: Tensor, queue: Tensor, mixed: Mixed
     return total / len(q)
 
 
-def _same_weights(one: nn.Module, other: nn.Module, tolerance: float = 1e-5) -> None:
-    for ours, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
 def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     """Keys are enqueued before backward, as MoCo's own forward does."""
     ours = MoCo()
@@ -134,8 +123,8 @@ def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            model.update_momentum()
-    _same_weights(ours, plain)
+            parts.update_momentum(model.encoder_k, model.encoder_q)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_queue_that_the_loop_rebinds(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -230,10 +219,6 @@ def _byol(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
     return losses.NegativeCosine(), encoder(x1), target, encoder(mixed)
 
 
-def _simsiam(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
-    return losses.NegativeCosine(), encoder(x1), encoder(x2), encoder(mixed)
-
-
 def _swav(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
     def scores(images: Tensor) -> Tensor:
         return F.normalize(encoder(images), dim=1)
@@ -252,7 +237,7 @@ METHODS: dict[str, Callable[..., Terms]] = {
     "SimCLR": _pair(losses.NTXent(0.2)),
     "SimCLR, one direction": _pair(losses.NTXent(0.2, one_directional=True)),
     "BYOL": _byol,
-    "SimSiam": _simsiam,
+    "SimSiam": _pair(losses.NegativeCosine()),
     "Barlow Twins": _pair(losses.BarlowTwins()),
     "Barlow Twins, matched": _pair(losses.MatchedBarlowTwins()),
     "VICReg": _pair(losses.VICReg()),
@@ -321,10 +306,10 @@ def test_halves_of_a_batch_accumulate_to_its_gradient(photographs: Tensor) -> No
     whole.backward()
     expected = [p.grad.clone() for p in model.encoder_q.parameters() if p.grad is not None]
     model.zero_grad()
-    parts = [loss(slice(0, half), within), loss(slice(half, N), within)]
-    for part in parts:
+    halves = [loss(slice(0, half), within), loss(slice(half, N), within)]
+    for part in halves:
         (part / 2).backward()
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole)
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
     torch.testing.assert_close(
         [p.grad for p in model.encoder_q.parameters()], expected, rtol=1e-4, atol=1e-6
     )
