@@ -42,22 +42,12 @@ def update_momentum(encoder_k: nn.Module, encoder: nn.Module) -> None:
 
 
 def build_queue(size: int = QUEUE_SIZE, dim: int = DIM) -> Tensor:
-    """Return (size, dim) random rows of unit length.
-
-    Example:
-        >>> build_queue(8, 4).shape
-        torch.Size([8, 4])
-    """
+    """Return (size, dim) random rows of unit length."""
     return F.normalize(torch.randn(size, dim), dim=1)
 
 
 def load_images(n: int) -> Tensor:
-    """Return (n, 3, 64, 64) uint8 images: the embedded ones, or noise where Pillow is missing.
-
-    Example:
-        >>> load_images(2).shape
-        torch.Size([2, 3, 64, 64])
-    """
+    """Return (n, 3, 64, 64) uint8 images: the embedded ones, or noise where Pillow is missing."""
     try:
         import numpy as np
         from PIL import Image

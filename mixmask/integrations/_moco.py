@@ -47,7 +47,8 @@ class FirstStep:
         if self.handle is not None:
             _check_views(views, len(pairs), [images for images, _ in self.seen])
         for view, keys in pairs:
-            if not torch.allclose(keys.float().norm(dim=1), torch.ones(()), atol=0.02):
+            lengths = keys.float().norm(dim=1)  # (N,)
+            if not torch.allclose(lengths, torch.ones_like(lengths), atol=0.02):
                 raise ValueError(
                     "keys must be of length one, as MoCo's are; normalise them in forward, or "
                     + IN_FORWARD
