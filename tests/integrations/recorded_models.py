@@ -14,8 +14,6 @@ import mixmask
 from mixmask import MixedBatch, losses
 
 N, C, SIZE, STEPS = 6, 5, 8, 3
-
-
 MASKS = mixmask.BlockMaskGenerator(4, 0.4)
 
 

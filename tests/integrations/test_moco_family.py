@@ -357,8 +357,6 @@ def test_the_argument_that_is_called_im_q_holds_the_queries() -> None:
 
 
 WORLD = 2
-
-
 DDP: dict[str, dict[str, Any]] = {
     "plain": {},
     "unused": {"find_unused_parameters": True},
