@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -167,6 +167,29 @@ class Lazy(nn.Module):
         return loss
 
 
+def _decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return call
+
+
+class Decorated(nn.Module):
+    """The bank is a child's, which only the function inside the decorator mentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.memory = nn.Linear(C, C), Lazy()
+
+    @_decorate
+    def loss(self, z: Tensor, target: Tensor) -> Any:
+        return self.memory(z, target)
+
+    def forward(self, x: Tensor, target: Tensor) -> Any:
+        return self.loss(self.encoder(x), target)
+
+
 def _with_info_nce(kind: type[Filling]) -> Any:
     model: Any = kind()
     # InfoNCE takes what it needs of the queue when called, so that it may be written afterwards.
@@ -183,6 +206,7 @@ STATEFUL: dict[str, Callable[[], Any]] = {
         (lambda inner: lambda z, target: inner(z, target))(_enclosing())
     ),
     "made late": lambda: Calling(Lazy()),
+    "decorated method": Decorated,
     "model's bank, rebound": Filling,
     "model's bank, in place": FillingInPlace,
     "function in a criterion, rebound": lambda: _with_info_nce(Filling),
