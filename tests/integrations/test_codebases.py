@@ -289,9 +289,9 @@ def test_openmixup(batches: list[Any], folder: Path) -> None:
         prefix = "encoder_q.0."
         for step in steps:
             step.gradients = {
-                name.replace(prefix, "backbone."): value for name, value in step.gradients.items()
+                key.replace(prefix, "backbone."): value for key, value in step.gradients.items()
             }
-        for name in [name for name in state if name.startswith(prefix)]:
-            state[name.replace(prefix, "backbone.")] = state[name]
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[key.replace(prefix, "backbone.")] = state[key]
         errors = run.errors(steps, state)
     Row(name, codebases.commit(source), lines, *errors).check(2)
