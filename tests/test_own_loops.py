@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_in_processes
 from torch import Tensor, nn
 
 import mixmask
 from mixmask import MixedBatch, losses
+from mixmask._distributed import gather_rows
 from mixmask.data.sets import load_data
+from mixmask.examples import parts
 
 N, C, K, TAU = 8, 16, 32, 0.2
 MASKS = mixmask.BlockMaskGenerator(grid_size=4, ratio=0.4)
@@ -54,13 +55,6 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def key(self, images: Tensor) -> Tensor:
         return F.normalize(self.encoder_k(images), dim=1)
-
-    @torch.no_grad()
-    def update_momentum(self) -> None:
-        for of_q, of_k in zip(
-            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
-        ):
-            of_k.lerp_(of_q, 0.01)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -103,11 +97,6 @@ def slow_moco(q: Tensor, k: Tensor, q_mixed: Tensor, queue: Tensor, mixed: Mixed
     return total / len(q)
 
 
-def _same_weights(one: nn.Module, other: nn.Module, tolerance: float = 1e-5) -> None:
-    for ours, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
 def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     """Keys are enqueued before backward, as MoCo's own forward does."""
     ours = MoCo()
@@ -134,8 +123,8 @@ def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            model.update_momentum()
-    _same_weights(ours, plain)
+            parts.update_momentum(model.encoder_k, model.encoder_q)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_queue_that_the_loop_rebinds(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -230,10 +219,6 @@ def _byol(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
     return losses.NegativeCosine(), encoder(x1), target, encoder(mixed)
 
 
-def _simsiam(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
-    return losses.NegativeCosine(), encoder(x1), encoder(x2), encoder(mixed)
-
-
 def _swav(encoder: nn.Module, x1: Tensor, x2: Tensor, mixed: Tensor) -> Terms:
     def scores(images: Tensor) -> Tensor:
         return F.normalize(encoder(images), dim=1)
@@ -252,7 +237,7 @@ METHODS: dict[str, Callable[..., Terms]] = {
     "SimCLR": _pair(losses.NTXent(0.2)),
     "SimCLR, one direction": _pair(losses.NTXent(0.2, one_directional=True)),
     "BYOL": _byol,
-    "SimSiam": _simsiam,
+    "SimSiam": _pair(losses.NegativeCosine()),
     "Barlow Twins": _pair(losses.BarlowTwins()),
     "Barlow Twins, matched": _pair(losses.MatchedBarlowTwins()),
     "VICReg": _pair(losses.VICReg()),
@@ -321,10 +306,10 @@ def test_halves_of_a_batch_accumulate_to_its_gradient(photographs: Tensor) -> No
     whole.backward()
     expected = [p.grad.clone() for p in model.encoder_q.parameters() if p.grad is not None]
     model.zero_grad()
-    parts = [loss(slice(0, half), within), loss(slice(half, N), within)]
-    for part in parts:
+    halves = [loss(slice(0, half), within), loss(slice(half, N), within)]
+    for part in halves:
         (part / 2).backward()
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole)
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole)
     torch.testing.assert_close(
         [p.grad for p in model.encoder_q.parameters()], expected, rtol=1e-4, atol=1e-6
     )
@@ -358,17 +343,6 @@ def test_a_compiled_step(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             break
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = [{tests!r}]
-import test_own_loops as loops
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.save(loops.two_processes(rank), sys.argv[3])
-dist.destroy_process_group()
-"""
-
-
 def _moco_and_batch() -> tuple[MoCo, Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     model = MoCo(norm=False)
@@ -397,16 +371,12 @@ def _one_step(
 
 def two_processes(rank: int) -> dict[str, Any]:
     """Take one step on half of the batch, in a process of two."""
-    import torch.distributed as dist
-
     model, x_q, x_k, cells = _moco_and_batch()
     half = slice(rank * N // 2, (rank + 1) * N // 2)
     within = torch.arange(N // 2 - 1, -1, -1)
     query = nn.parallel.DistributedDataParallel(model.encoder_q)
     loss, k = _one_step(model, x_q[half], x_k[half], cells, within, query)
-    keys = [torch.empty_like(k) for _ in range(2)]
-    dist.all_gather(keys, k)
-    model.enqueue(torch.cat(keys))
+    model.enqueue(gather_rows(k))
     gradients = [p.grad for p in model.encoder_q.parameters()]
     return {"loss": loss, "gradients": gradients, "queue": model.queue}
 
@@ -414,14 +384,7 @@ def two_processes(rank: int) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """MoCo and SimCLR terms under DistributedDataParallel, gathered negatives and keys."""
-    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    code = WORKER.format(tests=str(Path(__file__).parent))
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(out)])
-        for rank, out in enumerate(outs)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    first, second = (torch.load(out) for out in outs)
+    first, second = run_in_processes(two_processes, tmp_path)
 
     model, x_q, x_k, cells = _moco_and_batch()
     within = torch.arange(N // 2 - 1, -1, -1)

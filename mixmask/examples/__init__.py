@@ -9,6 +9,6 @@ itself on the embedded photographs, on a CPU or a GPU::
     python -m mixmask.examples.lightning_module
     torchrun --nproc-per-node 2 -m mixmask.examples.ddp
 
-The loss rises at first, while real keys replace the queue's random ones. `parts` holds what your
-own code has already: an encoder and pairs of views.
+`parts` holds what your own code has already: encoder, momentum update, queue and pairs of views.
+The loss rises at first, while real keys replace the queue's random ones.
 """

@@ -23,24 +23,15 @@ try:
 except ImportError as error:
     raise ImportError("this example needs accelerate; pip install accelerate") from error
 
-TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
-
 
 def train(
-    accelerator: Accelerator,
-    encoder: nn.Module,
-    queue: Tensor,
-    batches: DataLoader[Any],
+    accelerator: Accelerator, encoder: nn.Module, queue: Tensor, batches: DataLoader[Any]
 ) -> Iterator[Tensor]:
-    """Train `encoder` in place and yield the loss of each step.
+    """Train `encoder`, (N, 3, H, W) -> (N, C), with a queue (K, C); yield the loss of each step.
 
-    Args:
-        accelerator: Built with gradient_accumulation_steps and mixed_precision, as you need.
-        encoder: (N, 3, H, W) -> (N, C).
-        queue: (K, C), rows of unit length, the same in each process.
-        batches: A DataLoader of pairs of views (x_q, x_k), each (N, 3, H, W).
+    The queue starts the same in each process. `batches` holds pairs of views, (N, 3, H, W) each.
     """
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=LR, momentum=0.9)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=parts.LR, momentum=0.9)
     encoder, optimizer, batches = accelerator.prepare(encoder, optimizer, batches)
     encoder_k = copy.deepcopy(accelerator.unwrap_model(encoder)).requires_grad_(False)
     queue = queue.to(accelerator.device)
@@ -48,10 +39,10 @@ def train(
 
     for x_q, x_k in batches:
         with accelerator.accumulate(encoder):
-            with torch.no_grad(), accelerator.autocast():
+            with accelerator.autocast():
                 k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
             q = F.normalize(encoder(x_q), dim=1)  # (N, C)
-            info_nce = mixmask.losses.InfoNCE(queue, TEMPERATURE)
+            info_nce = mixmask.losses.InfoNCE(queue, parts.TEMPERATURE)
 
             mixed = mixmask.mix_batch(x_q, masks)  # MixMask: line 1
             q_mixed = F.normalize(encoder(mixed.images), dim=1)  # (N, C)
@@ -62,23 +53,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:  # once per step of the optimizer
-            trained = accelerator.unwrap_model(encoder).parameters()
-            with torch.no_grad():
-                for param_k, param_q in zip(encoder_k.parameters(), trained, strict=True):
-                    param_k.lerp_(param_q, 1 - MOMENTUM)
+            parts.update_momentum(encoder_k, accelerator.unwrap_model(encoder))
         keys = accelerator.gather(k).to(queue.dtype)  # (N, C) of every process
         queue = torch.cat([keys, queue])[: len(queue)]  # (K, C)
         yield loss.detach()
 
 
-def main() -> None:
-    """Train for a few steps and print the losses of the first process."""
-    accelerator = Accelerator(gradient_accumulation_steps=2)
-    torch.manual_seed(0)
-    encoder, queue = parts.build_encoder(), parts.build_queue()
-    for step, loss in enumerate(train(accelerator, encoder, queue, parts.view_loader())):
-        accelerator.print(f"step {step}: loss {loss.item():.3f}")
-
-
 if __name__ == "__main__":
-    main()
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    torch.manual_seed(0)  # the same queue in each process
+    encoder, queue = parts.build_encoder(), parts.build_queue()
+    parts.show(train(accelerator, encoder, queue, parts.load_views()), accelerator.print)

@@ -21,30 +21,22 @@ from torch.nn.parallel import DistributedDataParallel
 import mixmask
 from mixmask.examples import parts
 
-TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
 
+def train(encoder: nn.Module, queue: Tensor, batches: Iterable[parts.Pair]) -> Iterator[Tensor]:
+    """Train `encoder`, (N, 3, H, W) -> (N, C), with a queue (K, C); yield the loss of each step.
 
-def train(
-    encoder: nn.Module, queue: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[Tensor]:
-    """Train `encoder` in place and yield the loss of each step, of this process's images.
-
-    Args:
-        encoder: (N, 3, H, W) -> (N, C), on this process's device.
-        queue: (K, C), rows of unit length, the same in each process.
-        batches: This process's pairs of views (x_q, x_k), each (N, 3, H, W).
+    Encoder, queue and views are on this process's device, and each process has its own views.
     """
     parallel = DistributedDataParallel(encoder)  # gives each process the first one's weights
+    dist.broadcast(queue, 0)  # and the first one's queue
     encoder_k = copy.deepcopy(encoder).requires_grad_(False)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=LR, momentum=0.9)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=parts.LR, momentum=0.9)
     masks = mixmask.BlockMaskGenerator(grid_size=4)  # MixMask: once
 
     for x_q, x_k in batches:
-        with torch.no_grad():
-            for param_k, param_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
-                param_k.lerp_(param_q, 1 - MOMENTUM)
-            k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
-        info_nce = mixmask.losses.InfoNCE(queue, TEMPERATURE)
+        parts.update_momentum(encoder_k, encoder)
+        k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
+        info_nce = mixmask.losses.InfoNCE(queue, parts.TEMPERATURE)
         optimizer.zero_grad()
 
         with parallel.no_sync():  # MixMask: four lines
@@ -65,18 +57,11 @@ def train(
 
 def main() -> None:
     """Train for a few steps and print the losses of the first process."""
-    gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
-    if gpu:
-        torch.cuda.set_device(device)
-    torch.manual_seed(0)
-    encoder, queue = parts.build_encoder().to(device), parts.build_queue().to(device)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     torch.manual_seed(dist.get_rank())  # other views and masks in each process
-    batches = ((x_q.to(device), x_k.to(device)) for x_q, x_k in parts.view_pairs())
-    for step, loss in enumerate(train(encoder, queue, batches)):
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss.item():.3f}")
+    parts.show(train(*parts.start()), print if dist.get_rank() == 0 else str)
     dist.destroy_process_group()
 
 

@@ -24,21 +24,13 @@ except ImportError:
     except ImportError as error:
         raise ImportError("this example needs Lightning; pip install lightning") from error
 
-TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
-
 
 class MoCo(pl.LightningModule):  # type: ignore[misc]
-    """MoCo whose queries meet a mixed view as well.
-
-    Args:
-        encoder: (N, 3, H, W) -> (N, C).
-        queue: (K, C), rows of unit length.
-    """
+    """MoCo with a mixed view; the encoder is (N, 3, H, W) -> (N, C), the queue (K, C)."""
 
     queue: Tensor
 
     def __init__(self, encoder: nn.Module, queue: Tensor) -> None:
-        """Store the options; `register_buffer` makes the queue travel and be saved."""
         super().__init__()
         self.encoder = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
@@ -49,16 +41,12 @@ class MoCo(pl.LightningModule):  # type: ignore[misc]
         """Return unit queries, (N, 3, H, W) -> (N, C)."""
         return F.normalize(self.encoder(images), dim=1)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: parts.Pair, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one step."""
         x_q, x_k = batch  # (N, 3, H, W) each
-        with torch.no_grad():
-            for param_k, param_q in zip(
-                self.encoder_k.parameters(), self.encoder.parameters(), strict=True
-            ):
-                param_k.lerp_(param_q, 1 - MOMENTUM)
-            k = F.normalize(self.encoder_k(x_k), dim=1)  # (N, C)
-        info_nce = mixmask.losses.InfoNCE(self.queue, TEMPERATURE)
+        parts.update_momentum(self.encoder_k, self.encoder)
+        k = F.normalize(self.encoder_k(x_k), dim=1)  # (N, C)
+        info_nce = mixmask.losses.InfoNCE(self.queue, parts.TEMPERATURE)
 
         mixed = mixmask.mix_batch(x_q, self.masks)  # MixMask: line 1
         loss = info_nce(self(x_q), k)
@@ -66,24 +54,19 @@ class MoCo(pl.LightningModule):  # type: ignore[misc]
 
         keys = self.all_gather(k).flatten(0, -2).to(self.queue.dtype)  # (N, C) of every process
         self.queue = torch.cat([keys, self.queue])[: len(self.queue)]  # (K, C)
-        self.log("loss", loss)
+        self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD for the encoder of the queries."""
-        return torch.optim.SGD(self.encoder.parameters(), lr=LR, momentum=0.9)
+        return torch.optim.SGD(self.encoder.parameters(), lr=parts.LR, momentum=0.9)
 
 
-def main() -> None:
-    """Train for a few steps and print the last loss."""
+if __name__ == "__main__":
     trainer = pl.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")
-        trainer.fit(MoCo(parts.build_encoder(), parts.build_queue()), parts.view_loader())
+        trainer.fit(MoCo(parts.build_encoder(), parts.build_queue()), parts.load_views())
     print(f"loss {trainer.callback_metrics['loss'].item():.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
-"""What a training script has already: an encoder, a queue, and pairs of views."""
+"""What a training script has already: options, an encoder and its momentum copy, pairs of views."""
 
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from mixmask.data.clothing import clothing64
 from mixmask.data.views import RandomView
 
+TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
 DIM, QUEUE_SIZE, BATCH_SIZE, STEPS = 64, 1024, 64, 10
+
+# Two views, (N, 3, H, W) each.
+Pair = tuple[Tensor, Tensor]
 
 
 def build_encoder(dim: int = DIM) -> nn.Module:
@@ -25,36 +28,26 @@ def build_encoder(dim: int = DIM) -> nn.Module:
         >>> build_encoder()(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 64])
     """
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 5, stride=2),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, dim),
-    )
+    layers: list[nn.Module] = []
+    for width, wider, kernel in ((3, 32, 5), (32, 64, 3)):
+        layers += [nn.Conv2d(width, wider, kernel, stride=2), nn.BatchNorm2d(wider), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, dim))
+
+
+@torch.no_grad()
+def update_momentum(encoder_k: nn.Module, encoder: nn.Module) -> None:
+    """Move the keys' encoder towards that of the queries (MoCo, eq. 2)."""
+    for param_k, param_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
+        param_k.lerp_(param_q, 1 - MOMENTUM)
 
 
 def build_queue(size: int = QUEUE_SIZE, dim: int = DIM) -> Tensor:
-    """Return (size, dim) random rows of unit length.
-
-    Example:
-        >>> build_queue(8, 4).shape
-        torch.Size([8, 4])
-    """
+    """Return (size, dim) random rows of unit length."""
     return F.normalize(torch.randn(size, dim), dim=1)
 
 
-def photographs(n: int) -> Tensor:
-    """Return (n, 3, 64, 64) uint8 images: the embedded ones, or noise where Pillow is missing.
-
-    Example:
-        >>> photographs(2).shape
-        torch.Size([2, 3, 64, 64])
-    """
+def load_images(n: int) -> Tensor:
+    """Return (n, 3, 64, 64) uint8 images: the embedded ones, or noise where Pillow is missing."""
     try:
         import numpy as np
         from PIL import Image
@@ -63,29 +56,30 @@ def photographs(n: int) -> Tensor:
     (files, _), _, _ = clothing64()
     spread = files[:: max(1, len(files) // n)][:n]  # over all classes
     images = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in spread]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
 
 
-def view_pairs(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs (x_q, x_k) of random views, each (N, 3, 32, 32), about standardised.
+def load_views(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> DataLoader[Any]:
+    """Load pairs (x_q, x_k) of random views, each (N, 3, 32, 32), about standardised.
 
     Example:
-        >>> x_q, x_k = next(view_pairs(batch_size=4))
+        >>> x_q, x_k = next(iter(load_views(batch_size=4)))
         >>> x_q.shape, x_k.shape
         (torch.Size([4, 3, 32, 32]), torch.Size([4, 3, 32, 32]))
     """
-    view = RandomView(32)
-    images = photographs(min(steps, 4) * batch_size)
-    for batch in itertools.islice(itertools.cycle(images.split(batch_size)), steps):
-        yield view(batch), view(batch)
+    view, images = RandomView(32), load_images(steps * batch_size)
+    return DataLoader(TensorDataset(view(images), view(images)), batch_size, shuffle=True)
 
 
-def view_loader(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> DataLoader[Any]:
-    """Return the pairs of `view_pairs` as a DataLoader, shuffled.
+def start() -> tuple[nn.Module, Tensor, Iterable[Pair]]:
+    """Return an encoder, a queue and pairs of views, on a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = ((x_q.to(device), x_k.to(device)) for x_q, x_k in load_views())
+    return build_encoder().to(device), build_queue().to(device), pairs
 
-    Example:
-        >>> len(view_loader(steps=3, batch_size=4))
-        3
-    """
-    x_q, x_k = (torch.cat(views) for views in zip(*view_pairs(steps, batch_size), strict=True))
-    return DataLoader(TensorDataset(x_q, x_k), batch_size, shuffle=True, drop_last=True)
+
+def show(losses: Iterable[Tensor], write: Callable[[str], object] = print) -> None:
+    """Print the loss of each step."""
+    write("The loss rises at first, while real keys replace the queue's random ones.")
+    for step, loss in enumerate(losses):
+        write(f"step {step}: loss {loss.item():.3f}")

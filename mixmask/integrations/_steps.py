@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from types import CodeType, FunctionType, MethodType
-from typing import Any, Generic, TypeVar
+from types import FunctionType, MethodType
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion, LambdaWeightedLoss
-from mixmask.losses._state import Loan, lend_state
+from mixmask.losses import Criterion
+from mixmask.losses._criteria import check_kind
+from mixmask.losses._state import Loan, lend_state, list_codes
 
 T = TypeVar("T")
 
@@ -21,70 +22,101 @@ _REPLICAS = (
     "mixmask.lambda_weighted_loss into forward"
 )
 
+_SHARED_STATE = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training",
+)  # fmt: skip
 
-class Kept(Generic[T]):
-    """What the calls of one step left, to be taken once."""
 
-    def __init__(self, calls: int, what: str) -> None:
+class StandIn(Generic[T]):
+    """Stands in place of a callable, and keeps what the calls of one step left, to be taken once.
+
+    Around a module it is a module of the same parameters, buffers and names.
+    """
+
+    replaces: ClassVar[str]  # The attribute that holds what is replaced.
+    kind: ClassVar[str]
+    as_module: ClassVar[type]
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Make a module of a module, for a model takes nothing else in its place."""
+        replaced = args[0] if args else options.get(cls.replaces)
+        other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
+        return super().__new__(cls.as_module if other else cls)
+
+    def __init__(self, replaced: Any, calls: int) -> None:
         if isinstance(calls, bool) or not isinstance(calls, int):
             raise TypeError(f"calls must be an integer, got {calls!r}; use 2 for symmetric methods")
         if calls < 1:
             raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
-        self.calls, self.what = calls, what
-        self.items: list[T] = []
+        if isinstance(self, nn.Module):
+            nn.Module.__init__(self)
+            for name in _SHARED_STATE:
+                vars(self)[name] = vars(replaced)[name]
+        # Not by assignment, which would make it a child and rename its state.
+        vars(self)[self.replaces] = replaced
+        self._calls = calls
+        self._kept: list[T] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if self.replaces not in vars(self) or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(vars(self)[self.replaces], name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the step that is under way behind."""
-        return {**vars(self), "items": []}
+        return {**vars(self), "_kept": []}
 
-    def add(self, item: T) -> None:
+    def reset(self) -> None:
+        """Forget what was kept, where the loss of a step is not used."""
+        self._kept = []
+
+    def _keep(self, item: T) -> None:
         """Keep what a call left; refuse it where the last step's was not taken."""
-        if len(self.items) == self.calls:
-            self.items = []
+        if len(self._kept) == self._calls:
+            self.reset()
             raise ValueError(
-                f"the {self.what} must be called {self.calls} times per step, got one more before "
+                f"the {self.kind} must be called {self._calls} times per step, got one more before "
                 "the last ones were taken; take them in every step (or call reset() where one is "
                 "skipped), run what is not trained under torch.no_grad(), and pass calls= as many "
                 f"as forward makes; {_REPLICAS}"
             )
-        self.items.append(item)
+        self._kept.append(item)
 
-    def take(self) -> list[T]:
+    def _take(self) -> list[T]:
         """Return what the calls of the step left, and forget it."""
-        items, self.items = self.items, []
-        if len(items) != self.calls:
-            fix = "pass calls= as many as forward makes"
-            if not items:
-                fix = (
-                    "if it was never called, replace the name in the module that calls it, which "
-                    "may have imported it, and let its first argument carry the gradient"
-                )
-            raise ValueError(
-                f"the {self.what} must have been called {self.calls} times since it was last read, "
-                f"got {len(items)} calls; read it once after each forward pass with gradients, and "
-                f"{fix}; {_REPLICAS}"
+        kept = self._kept
+        self.reset()
+        if len(kept) == self._calls:
+            return kept
+        fix = "pass calls= as many as forward makes"
+        if not kept:
+            fix = (
+                "if it was never called, replace the name in the module that calls it, which may "
+                "have imported it, and let its first argument carry the gradient"
             )
-        return items
+        raise ValueError(
+            f"the {self.kind} must have been called {self._calls} times since it was last read, "
+            f"got {len(kept)} calls; read it once after each forward pass with gradients, and "
+            f"{fix}; {_REPLICAS}"
+        )
 
 
-class SameState(nn.Module):
-    """A module with the parameters, buffers and names of another, in place of which it stands."""
+class StandInModule(nn.Module):
+    """The part of a stand-in that is a module."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            vars(self)[registry] = vars(inner)[registry]
-        self.training = inner.training
+    replaces: ClassVar[str]
+
+    def train(self, mode: bool = True) -> Any:
+        vars(self)[self.replaces].train(mode)
+        self.training = mode
+        return self
 
 
 class Snapshot(Loan):
-    """What a criterion remembers at one time, for a call at a later one.
+    """What a criterion remembers at one time, for a call at a later one, inside `installed`.
 
     Seen is what `lend_state` sees, and what functions in our losses return, as the queue of
     `InfoNCE(lambda: queue)`.
-
-    Attributes:
-        criterion: What is to be called inside `installed`.
     """
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
@@ -104,7 +136,8 @@ class Snapshot(Loan):
 
     def lend(self, value: Any, *args: Any, **options: Any) -> Any:
         """Return a copy, as the loan does, and one of our losses with the queue of now."""
-        if not _is_our_loss(value):
+        ours = type(value).__module__.startswith("mixmask.losses.")
+        if not (ours and is_dataclass(value)):
             return super().lend(value, *args, **options)
         if id(value) not in self.lent:
             self.lent[id(value)] = value, _read_functions(value)
@@ -113,27 +146,12 @@ class Snapshot(Loan):
     @contextmanager
     def installed(self) -> Iterator[Criterion]:
         """Put the state of then in place; afterwards that of now is back."""
-        with ExitStack() as buffers, lend_state(self.criterion, self.ignore):
+        with lend_state(self.criterion, self.ignore):
             for owner, name, known in self.known:
-                if isinstance(owner, nn.Module):
-                    buffers.callback(_restore_buffers, owner, dict(owner._buffers))
                 self._drop_new(owner, name, known)
             for store, part in self.parts:
                 store(self.lent.get(id(part), (part, part))[1])
             yield self.criterion
-
-
-def _restore_buffers(owner: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    """Register again what was registered after the snapshot, and dropped while it was in place."""
-    for name in buffers.keys() & vars(owner).keys():
-        del vars(owner)[name]
-    owner._buffers.clear()
-    owner._buffers.update(buffers)
-
-
-def _is_our_loss(value: Any) -> bool:
-    ours = type(value).__module__.startswith("mixmask.losses.")
-    return ours and is_dataclass(value) and not isinstance(value, type)
 
 
 def _read_functions(loss: Any) -> Any:
@@ -152,24 +170,21 @@ _DYNAMIC = frozenset(("super", "getattr", "vars", "children", "modules", "_modul
 
 
 def list_unused(criterion: Any) -> tuple[str, ...]:
-    """Name the children of a method's model that the method does not mention.
-
-    A loss that is a method of its model would else have the encoders' statistics copied.
-    """
+    """Name the children of a method's model that it does not mention; they need no copy."""
     model = getattr(criterion, "__self__", None)
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()
     mentioned: set[str] = set()
-    codes: list[Any] = [getattr(criterion.__func__, "__code__", None)]
-    while codes:
-        code = codes.pop()
-        if not isinstance(code, CodeType):
+    todo: list[Any] = [criterion.__func__]
+    while todo:
+        method = todo.pop()
+        # A decorator encloses what it decorates.
+        if not isinstance(method, FunctionType) or method.__closure__:
             return ()
-        new = set(code.co_names) - mentioned
-        mentioned |= new
-        methods = (getattr(type(model), name, None) for name in new)
-        codes += [one.__code__ for one in methods if isinstance(one, FunctionType)]
-        codes += [one for one in code.co_consts if isinstance(one, CodeType)]
+        named = {name for code in list_codes(method.__code__) for name in code.co_names}
+        found = [getattr(type(model), name, None) for name in named - mentioned]
+        todo += [one for one in found if isinstance(one, (FunctionType, MethodType, property))]
+        mentioned |= named
     if mentioned & _DYNAMIC:
         return ()
     return tuple(f"__self__.{name}" for name, _ in model.named_children() if name not in mentioned)
@@ -196,34 +211,32 @@ def split_arguments(
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
-    # What can be given by name alone, or not at all, is taken apart.
-    names = {name: one.kind for name, one in bound.signature.parameters.items()}
-    given = dict(bound.arguments)
-    for name in list(given):
-        if names[name] is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name)
-    names_of_two = list(given)[:2]
-    fixed = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL
-    if len(names_of_two) < 2 or any(names.get(name) in fixed for name in list(given)[2:]):
+    given: dict[str, Any] = {}
+    fixed = []
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            fixed.append(name)
+    first, *more = given
+    if not more or {*more[1:]} & {*fixed}:
         raise TypeError(
             f"the criterion must take z, target and further arguments by name, got {len(args)} by "
             f"position and {list(options)}; name those after the first two in forward"
         )
-    z, target = (given.pop(name) for name in names_of_two)
-    return z, target, given
+    return given[first], given[more[0]], {name: given[name] for name in more[1:]}
 
 
 def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
     """Require a loss of embeddings for the mixed term."""
-    for one in (criterion, mixed_criterion):
-        if not callable(one) and not (one is None and one is mixed_criterion):
-            raise TypeError(
-                f"the criterion must be callable as (z, target), got {type(one).__name__}; pass "
-                "for instance model.contrastive_loss"
-            )
     used = criterion if mixed_criterion is None else mixed_criterion
+    if not callable(criterion):
+        raise TypeError(
+            f"the criterion must be callable as (z, target), got {type(criterion).__name__}; pass "
+            "for instance model.contrastive_loss"
+        )
     try:
-        LambdaWeightedLoss(used)
+        check_kind(used)
     except TypeError as error:
         raise TypeError(f"{error}; pass mixed_criterion=losses.NegativeCosine()") from error
     if getattr(type(used), "forward", None) is nn.CrossEntropyLoss.forward:

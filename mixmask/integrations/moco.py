@@ -3,17 +3,17 @@
     model = wrap(model, masks)                                          # once, before DDP
     loss = criterion(*model(im_q, im_k)) + mixed_loss(model)            # each step
 
-A builder of the family has `encoder_q`, `encoder_k`, a `queue (C, K)` and calls
-`_dequeue_and_enqueue(keys)` inside `forward`, or has other names for the last two:
-facebookresearch/moco, szq0214/Un-Mix, kirill-vish/MixMask, Westlake-AI/openmixup and their
-descendants. The mixed term is taken where the keys and the old queue are both at hand: just before
-the keys are enqueued.
+A builder of the family (facebookresearch/moco, szq0214/Un-Mix, kirill-vish/MixMask,
+Westlake-AI/openmixup and their descendants) has `encoder_q`, `encoder_k` and a `queue (C, K)`, and
+its `forward` calls `_dequeue_and_enqueue(keys)`; the last two may have other names. The mixed term
+is taken just before the keys are enqueued, where the keys and the old queue are both at hand.
 """
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from mixmask._partners import Partner
 from mixmask.integrations._moco import (
     IN_FORWARD,
+    MARK,
     FirstStep,
     check_builder,
-    check_layout,
+    check_keys,
     find_builder,
     find_views,
     normalise,
@@ -34,8 +35,6 @@ from mixmask.masks import MaskGenerator
 from mixmask.mixing import mix_batch
 
 Encode = Callable[[Any, Tensor], Tensor]
-
-_NAME = "_mixmask"
 
 
 def wrap(
@@ -55,28 +54,25 @@ def wrap(
 ) -> nn.Module:
     r"""Let a MoCo builder take the mixed term of its own training steps (MixMask, eq. 4).
 
-    The model stays what it is: the same object and class, the same `state_dict`, and the same
-    `forward`, but for one more pass of the mixed queries through `encoder_q`. In eval mode and
-    without gradients it does nothing. Take the term with `mixed_loss(model)`, once per step.
+    The model keeps its class, its `state_dict` and its `forward`, but for one more pass of the
+    mixed queries through `encoder_q` in each training step. Take the term with
+    `mixed_loss(model)`.
 
-    The first step is checked: `encoder_q` must get the images that are mixed, the keys must be
-    of length one, and logits (N, 1 + K) must be the cosines with keys and old queue. Of a builder
-    that returns no logits, `encoder_q` must be all that is trained. Where a check fails, nothing
-    stays enqueued.
+    The first step is checked, and nothing stays enqueued where a check fails: `encoder_q` must
+    get the images that are mixed, the keys must be of length one, and logits (N, 1 + K) must be
+    the cosines with keys and old queue. Without logits, `encoder_q` must be all that is trained.
 
     Args:
-        model: A builder with `encoder_q`, `encoder_k`, a queue and a method that enqueues, which
-            its `forward` calls with the batch's own keys (N, C), not yet gathered. The queries
-            are its `forward`'s argument `im_q`, or else the first one; of a list, the first
-            entry. A model in DistributedDataParallel is wrapped inside.
+        model: The builder, or DistributedDataParallel around it. Its `forward` enqueues the
+            batch's own keys (N, C), not yet gathered. Queries are its argument `im_q`, or else
+            the first one; of a list, the first entry.
         masks: What `mix_batch` takes: a generator, or a bool tensor.
         switch: False keeps the term of λ alone (the paper's ablation).
         partner: See `mix_batch`.
         per_sample: Draw one mask per sample instead of one per batch.
-        symmetric: The builder contrasts both views, and enqueues `cat([k_1, k_2])`, the keys of
-            its first and second argument; both views are mixed then, for two more passes.
-        temperature: τ; the default is the model's `T`, or its `head.temperature`, as it is in
-            each step.
+        symmetric: The builder contrasts both views and enqueues `cat([k_1, k_2])`, the keys of
+            its first and second argument. Both views are mixed, for two more passes.
+        temperature: τ. Default: the model's `T` or `head.temperature`, read in each step.
         encode: (model, images) -> (N, C) normalised queries, where more follows `encoder_q`; the
             logits are then not compared. Default: `encoder_q`, then normalised.
         enqueue: Name of the method that enqueues.
@@ -120,11 +116,7 @@ def wrap(
         >>> loss = F.cross_entropy(*model(im_q, im_k)) + mixed_loss(model)
         >>> loss.backward()
     """
-    builder = find_builder(model, _NAME)
-    if _NAME in vars(builder):
-        raise ValueError(
-            f"model must not be wrapped yet, got a {type(builder).__name__} that is; call wrap once"
-        )
+    builder = find_builder(model)
     check_builder(builder, enqueue, queue, layout)
     if not callable(masks) and not isinstance(masks, Tensor):
         raise TypeError(
@@ -136,14 +128,13 @@ def wrap(
             "per_sample=True draws masks from a generator, got a tensor; pass (N, h, w) masks, "
             "which are one per sample already, without it"
         )
-    mixture = _Mixture(builder)
-    mixture.masks, mixture.switch, mixture.partner = masks, switch, partner
-    mixture.per_sample, mixture.symmetric = per_sample, symmetric
-    mixture.temperature, mixture.encode, mixture.generator = temperature, encode, generator
-    mixture.enqueue, mixture.queue, mixture.layout = enqueue, queue, layout or "CK"
-    mixture.criterion()
+    mixture = _Mixture(
+        builder, masks, switch, partner, per_sample, symmetric, temperature, encode, enqueue, queue,
+        layout or "CK", generator,
+    )  # fmt: skip
+    mixture.criterion()  # Asks for the temperature now.
     # Both live in the instance: its class, parameters and buffers are those of before.
-    setattr(builder, _NAME, mixture)
+    setattr(builder, MARK, mixture)
     setattr(builder, enqueue, mixture)
     builder.register_forward_pre_hook(mixture.before, with_kwargs=True)
     builder.register_forward_hook(mixture.after, always_call=True)
@@ -164,19 +155,21 @@ def mixed_loss(model: nn.Module) -> Tensor:
         ValueError: If the model is not wrapped, if no training step of it has run yet, or if the
             term was taken already.
     """
-    builder = find_builder(model, _NAME)
-    mixture = vars(builder).get(_NAME)
+    builder = find_builder(model)
+    mixture: _Mixture | None = vars(builder).get(MARK)
     if mixture is None:
         raise ValueError(
             f"model must be wrapped, got a {type(builder).__name__} that is not; "
             "call model = wrap(model, masks) first"
         )
-    return mixture.take()  # type: ignore[no-any-return]
+    return mixture.take()
 
 
+@dataclass(eq=False)
 class _Mixture:
     """What `wrap` adds to one model; it stands in place of what enqueues."""
 
+    model: Any
     masks: Any
     switch: bool
     partner: Partner
@@ -188,13 +181,11 @@ class _Mixture:
     queue: str
     layout: str
     generator: torch.Generator | None
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        self.views: list[Tensor] = []
-        self.term: Tensor | None = None
-        self.first: FirstStep | None = None
-        self.checked = self.spent = False
+    views: list[Tensor] = field(default_factory=list)
+    term: Tensor | None = None
+    first: FirstStep | None = None
+    checked: bool = False
+    spent: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the model leave the step that is under way behind."""
@@ -215,29 +206,9 @@ class _Mixture:
                 "mixed_loss(model) to each step's loss, take it also where a step is skipped, and "
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
-        self.views = find_views(model, args, options)
+        self.views = find_views(model, args, options, 1 + self.symmetric)
         if not self.checked:
             self.first = FirstStep(self.model)
-
-    def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """Let go of the images, also where `forward` failed; compare the first output."""
-        self.views = []
-        first, self.first = self.first, None
-        if first is None:
-            return
-        first.close()
-        if output is None or self.term is None:
-            return
-        try:
-            if self.encode is None:
-                queue = first.queue(self.queue)
-                rows = queue.T if queue is not None and self.layout == "CK" else queue
-                first.check_output(output, rows, self._temperatures())
-        except ValueError:
-            self.term = None
-            first.restore()
-            raise
-        self.checked = True
 
     def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
         """Take the mixed term with the old queue, then enqueue."""
@@ -245,6 +216,23 @@ class _Mixture:
             with torch.enable_grad():
                 self._mix(keys)
         return getattr(type(self.model), self.enqueue)(self.model, keys, *args, **options)
+
+    def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
+        """Let go of the images, also where `forward` failed; compare the first output."""
+        first, self.first, self.views = self.first, None, []
+        if first is None:
+            return
+        first.close()
+        if output is None or self.term is None:
+            return
+        if self.encode is None:
+            try:
+                first.check_output(output, self.queue, self.layout, self._temperatures())
+            except ValueError:
+                self.term = None
+                first.restore()
+                raise
+        self.checked = True
 
     def take(self) -> Tensor:
         term, self.term = self.term, None
@@ -266,6 +254,7 @@ class _Mixture:
                 f"{temperature!r}; pass wrap(model, masks, temperature=0.2)"
             )
         queue = getattr(self.model, self.queue)
+        # (C, K) -> (K, C)
         return InfoNCE(queue.T if self.layout == "CK" else queue, float(temperature))
 
     def _temperatures(self) -> list[Any]:
@@ -281,36 +270,23 @@ class _Mixture:
                 "keys must be enqueued once per forward pass, got a second call; a builder that "
                 f"enqueues per view is not supported: {IN_FORWARD}"
             )
-        if self.symmetric and len(self.views) < 2:
-            raise ValueError(
-                "forward must take both views with symmetric=True, got one batch of images; leave "
-                "it out for a builder with one query"
-            )
-        query, criterion = self.views[0], self.criterion()
-        n = len(query)
-        if keys.ndim != 2 or len(keys) != (2 * n if self.symmetric else n):
-            raise ValueError(
-                f"keys must be ({'2N' if self.symmetric else 'N'}, C) with N = {n} images, got "
-                f"{tuple(keys.shape)}; pass symmetric=True for a builder that enqueues the keys of "
-                "both its views, cat([k_1, k_2]), and gather keys inside _dequeue_and_enqueue"
-            )
-        check_layout(getattr(self.model, self.queue), keys, self.layout)
+        n, criterion = len(self.views[0]), self.criterion()
+        directions = 1 + self.symmetric
+        check_keys(keys, n, directions, getattr(self.model, self.queue), self.layout)
+        # The keys of the second view are the targets of the first, and the other way around.
+        pairs = list(zip(self.views[:directions], (keys[-n:], keys[:n]), strict=False))
         if self.first is not None:
-            self.first.check_keys(
-                self.views, keys, symmetric=self.symmetric, compare=self.encode is None
-            )
-        term = self._direction(query, keys[-n:], criterion)
-        if self.symmetric:
-            term = term + self._direction(self.views[1], keys[:n], criterion)
-        self.term = term
+            self.first.check_keys(self.views, pairs, compare=self.encode is None)
+        terms = [self._direction(images, targets, criterion) for images, targets in pairs]
+        self.term = terms[0] + terms[1] if self.symmetric else terms[0]
 
     def _direction(self, images: Tensor, keys: Tensor, criterion: InfoNCE) -> Tensor:
         masks = self.masks
         if self.per_sample:
-            masks = masks(len(images), device=images.device, generator=self.generator)
+            masks = masks(len(images), device=images.device, generator=self.generator)  # (N, g, g)
         mixed = mix_batch(images, masks, partner=self.partner, generator=self.generator)
         if self.encode is None:
             q_mixed = normalise(self.model.encoder_q(mixed.images))  # (N, C)
         else:
-            q_mixed = self.encode(self.model, mixed.images)
+            q_mixed = self.encode(self.model, mixed.images)  # (N, C)
         return lambda_weighted_loss(criterion, q_mixed, keys, mixed, switch=self.switch)

@@ -13,16 +13,17 @@ arguments, whose place `RecordingCriterion` takes. Barlow Twins and VICReg compu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixmask.integrations._steps import (
-    Kept,
-    SameState,
     Snapshot,
+    StandIn,
+    StandInModule,
     check_recordable,
     comes_from,
     list_unused,
@@ -36,25 +37,24 @@ Encode = Callable[[Tensor], Tensor]
 Call = tuple[Snapshot, Tensor, Tensor]
 
 
-class RecordingCriterion:
+class RecordingCriterion(StandIn[Call]):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
-    It is called as the criterion is and returns what that returns; of calls with gradients it
-    keeps the arguments until `mixed_loss` takes them. Around a module it is a module of the same
-    parameters, buffers and `state_dict`; attributes of the criterion are reachable. What the
-    criterion remembers, as far as `LambdaWeightedLoss` sees it, is copied before each call: the
-    mixed term sees the state that the clean one saw, also where `forward` fills a bank afterwards,
-    and leaves the state as it is.
+    It is called as the criterion is, and returns what that returns. Of calls with gradients it
+    keeps the arguments and a copy of what the criterion remembers, as far as `LambdaWeightedLoss`
+    sees it, until `mixed_loss` takes them: the mixed term meets the state of the clean call, even
+    where `forward` fills a bank afterwards, and leaves the state as it is. Around a module it is
+    a module of the same parameters, buffers and `state_dict`; attributes of the criterion are
+    reachable.
 
     Args:
         criterion: (z, target) -> () or (N,): a function, a module, or a method of the model.
-            Further arguments, such as a temperature, are passed through, and again to the mixed
-            term.
+            Further arguments, such as a temperature, are passed on, and again to the mixed term.
         calls: How often `forward` calls it per step: 2 in symmetric methods.
         mixed_criterion: (z, target) -> () or (N,) for the mixed term, where the criterion is no
-            loss (SimSiam's `CosineSimilarity`, whose sign `forward` turns; MoCo's logits) or
-            returns () and each sample has a λ of its own. Default: the criterion. A queue is read
-            at the clean call: `InfoNCE(lambda: model.queue)`.
+            loss (SimSiam's `CosineSimilarity`, MoCo's logits), or returns () and each sample has
+            a λ of its own. Default: the criterion. A queue is read at the clean call:
+            `InfoNCE(lambda: model.queue)`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Raises:
@@ -86,12 +86,9 @@ class RecordingCriterion:
         >>> (loss + model.criterion.mixed_loss(z_mixed, mixed)).backward()
     """
 
+    replaces = kind = "criterion"
     criterion: Any
-
-    def __new__(cls, criterion: Any = None, **_: Any) -> RecordingCriterion:
-        """Make a module of a module, for a model takes nothing else in its place."""
-        plain = cls is not RecordingCriterion or not isinstance(criterion, nn.Module)
-        return super().__new__(cls if plain else _RecordingModule)
+    mixed_criterion: Any
 
     def __init__(
         self,
@@ -103,38 +100,28 @@ class RecordingCriterion:
     ) -> None:
         """Refuse what is not a loss of embeddings now rather than at the first step."""
         check_recordable(criterion, mixed_criterion)
-        # Not by assignment, which would make it a child and rename its state.
-        vars(self).update(criterion=criterion, mixed_criterion=mixed_criterion)
+        super().__init__(criterion, calls)
+        # Not by assignment, as the criterion.
+        vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
-        self._recorded: Kept[Call] = Kept(calls, "criterion")
-        # What is recorded is no state of the criterion, though its model holds it.
-        self._ignored = "_recorded", *list_unused(self._used)
+        # What is kept is no state of the criterion, though its model holds it.
+        self._ignored = "_kept", *list_unused(self._used)
 
     @property
     def _used(self) -> Any:
         return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
-    def __getattr__(self, name: str) -> Any:
-        if "criterion" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["criterion"], name)
-
     def __repr__(self) -> str:
-        return (
-            f"RecordingCriterion({self.criterion!r}, calls={self._recorded.calls}, "
-            f"switch={self.switch})"
-        )
+        return f"RecordingCriterion({self.criterion!r}, calls={self._calls}, switch={self.switch})"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
         if torch.is_grad_enabled():
-            keep = self._keep
-            if torch.compiler.is_compiling():
-                keep = torch.compiler.disable(keep)
-            keep(args, options)
+            self._record(args, options)
         return self.criterion(*args, **options)
 
-    def _keep(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # Imports no compiler by itself.
+    def _record(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         z, target, more = split_arguments(self.criterion, args, options)
         if not isinstance(z, Tensor) or not isinstance(target, Tensor):
             raise TypeError(
@@ -149,10 +136,9 @@ class RecordingCriterion:
                 f"the criterion must take embeddings and targets, got targets of {target.dtype}; "
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
-        used = self._used
-        if more and self.mixed_criterion is None:
-            used = partial(used, **more)
-        self._recorded.add((Snapshot(used, self._ignored), z, target))
+        again = more and self.mixed_criterion is None
+        used = partial(self._used, **more) if again else self._used
+        self._keep((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
         self,
@@ -165,50 +151,46 @@ class RecordingCriterion:
 
         Args:
             z_mixed: (N, ...) embeddings of the mixed images by the online branch, as the criterion
-                takes them; or that branch, which is called with `mixed.images`. A list mixes
-                several views.
+                takes them; or that branch, to be called with `mixed.images`. A list mixes several
+                views.
             mixed: What was mixed, or a list in the same order.
-            call: To which of forward's calls a mixed view belongs: the one whose first argument
+            call: Which of forward's calls a mixed view belongs to: the one whose first argument
                 came from the view that was mixed. Default: the first; for a list, one each.
 
         Returns:
             () scalar. What was recorded is then forgotten.
 
         Raises:
-            ValueError: If forward has not called the criterion `calls` times since the last time:
-                not yet, without gradients, or not for this step. Or if sizes do not fit.
+            ValueError: If forward has not called the criterion `calls` times since the last time,
+                with gradients, or if sizes do not fit.
             TypeError: If an argument has the wrong type.
         """
         views = [z_mixed] if isinstance(z_mixed, Tensor) or callable(z_mixed) else list(z_mixed)
         records = [mixed] if isinstance(mixed, MixedBatch) else list(mixed)
-        order = _order(call, len(records), single=isinstance(mixed, MixedBatch))
+        order = range(len(records)) if call is None else [call] if isinstance(call, int) else call
         if not len(views) == len(records) == len(order) or not records:
             raise ValueError(
                 f"z_mixed, mixed and call must be as many, at least one, got {len(views)}, "
                 f"{len(records)} and {len(order)}; pass one of each per mixed view"
             )
-        if not all(0 <= index < self._recorded.calls for index in order):
+        if not all(0 <= index < self._calls for index in order):
             raise ValueError(
-                f"call must name the calls 0 ... {self._recorded.calls - 1}, got {order}; pass "
-                "calls= as many as forward makes"
+                f"call must name the calls 0 ... {self._calls - 1}, got {list(order)}; "
+                "pass calls= as many as forward makes"
             )
-        calls = self._taken(views)
-        total = None
+        calls = self._take_before([view for view in views if isinstance(view, Tensor)])
+        terms = []
         for index, view, record in zip(order, views, records, strict=True):
-            embedding = view if isinstance(view, Tensor) else view(record.images)
-            term = self._term(calls[index], embedding, record)
-            total = term if total is None else total + term
-        assert total is not None
+            embedding = view if isinstance(view, Tensor) else view(record.images)  # (N, ...)
+            terms.append(self._term(calls[index], embedding, record))
+        # A branch that was called above may have been recorded as well.
         self.reset()
-        return total
+        return reduce(add, terms)
 
-    def reset(self) -> None:
-        """Forget what was recorded, where the loss of a step is not used."""
-        self._recorded.items = []
-
-    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
-        del views
-        return self._recorded.take()
+    def _take_before(self, embedded: Sequence[Tensor]) -> list[Call]:
+        """Return the step's calls; those of mixed views that are embedded came after them."""
+        del embedded
+        return self._take()
 
     def _term(self, call: Call, z_mixed: Tensor, mixed: MixedBatch) -> Tensor:
         snapshot, z, target = call
@@ -217,20 +199,14 @@ class RecordingCriterion:
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
 
 
-class _RecordingModule(RecordingCriterion, SameState):
+class _RecordingModule(RecordingCriterion, StandInModule):
     """`RecordingCriterion` around a module."""
 
-    def __init__(self, criterion: Any, **options: Any) -> None:
-        SameState.__init__(self, criterion)
-        super().__init__(criterion, **options)
 
-    def train(self, mode: bool = True) -> _RecordingModule:
-        self.criterion.train(mode)
-        self.training = mode
-        return self
+RecordingCriterion.as_module = _RecordingModule
 
 
-class RecordingView:
+class RecordingView(StandIn[Tensor]):
     """Stand in place of an augmentation that runs inside `forward`, and keep the view it made.
 
     Around a module it is a module of the same `state_dict`. Calls under `torch.no_grad()` are not
@@ -251,12 +227,8 @@ class RecordingView:
         >>> mixed = mixmask.mix_batch(view.take(), mixmask.BlockMaskGenerator(2))
     """
 
+    replaces, kind = "augment", "augmentation"
     augment: Any
-
-    def __new__(cls, augment: Any = None, **_: Any) -> RecordingView:
-        """Make a module of a module, for a model takes nothing else in its place."""
-        plain = cls is not RecordingView or not isinstance(augment, nn.Module)
-        return super().__new__(cls if plain else _ViewModule)
 
     def __init__(self, augment: Callable[[Tensor], Tensor], *, calls: int = 1) -> None:
         """Store the augmentation."""
@@ -265,46 +237,29 @@ class RecordingView:
                 f"augment must be callable with images, got {type(augment).__name__}; pass for "
                 "instance the model's augment_fn"
             )
-        vars(self)["augment"] = augment
-        self._views: Kept[Tensor] = Kept(calls, "augmentation")
+        super().__init__(augment, calls)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the view, and keep it."""
         view: Tensor = self.augment(images)
         if torch.is_grad_enabled():
-            self._views.add(view)
+            self._keep(view)
         return view
 
     def take(self, call: int = 0) -> Tensor:
-        """Return the view that one of the step's calls made, and forget all of them.
-
-        Args:
-            call: Which of the `calls`.
-
-        Returns:
-            (N, C, H, W), without a gradient.
+        """Return the view (N, C, H, W) that a call of the step made, and forget all of them.
 
         Raises:
             ValueError: If forward has not run since the last time, or ran more than once.
         """
-        return self._views.take()[call].detach()
-
-    def reset(self) -> None:
-        """Forget the views, where the loss of a step is not used."""
-        self._views.items = []
+        return self._take()[call].detach()
 
 
-class _ViewModule(RecordingView, SameState):
+class _ViewModule(RecordingView, StandInModule):
     """`RecordingView` around a module."""
 
-    def __init__(self, augment: Any, **options: Any) -> None:
-        SameState.__init__(self, augment)
-        super().__init__(augment, **options)
 
-    def train(self, mode: bool = True) -> _ViewModule:
-        self.augment.train(mode)
-        self.training = mode
-        return self
+RecordingView.as_module = _ViewModule
 
 
 def record_embeddings(
@@ -312,21 +267,21 @@ def record_embeddings(
 ) -> RecordingCriterion:
     """Record the embeddings of both views where a model computes its loss in line.
 
-    A hook on the module keeps its first two outputs of each step, as if the criterion had been
-    called with them and, the other way around, once more; the model is not changed. The mixed
-    embeddings must come from the same module.
+    A hook keeps the module's first two outputs of each step, as if the criterion had been called
+    with them, in both orders. The model is not changed. The mixed embeddings must come from the
+    same module.
 
     Args:
-        module: What gives the embeddings (N, C) that the loss compares: Barlow Twins' and VICReg's
-            `model.projector`. Called twice per step, once per view. Name it after conversions
-            that replace modules, such as `convert_sync_batchnorm`.
+        module: What gives the embeddings (N, C) that the loss compares, once per view: Barlow
+            Twins' and VICReg's `model.projector`. Name it after conversions that replace modules,
+            such as `convert_sync_batchnorm`.
         criterion: (z, target) -> () or (N,), for the mixed term: `losses.BarlowTwins(lambd)`,
             `losses.VICReg()`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Returns:
         A `RecordingCriterion`, of which `mixed_loss` is used alone. Its call 0 has the first view
-        as its query (pass a mixture of that view), its call 1 the second one.
+        as its query, its call 1 the second one.
 
     Raises:
         TypeError: If the module is none, or the criterion is no loss of embeddings.
@@ -352,49 +307,30 @@ def record_embeddings(
 class _RecordedEmbeddings(RecordingCriterion):
     """Two outputs of a module are two calls; what follows them must be the mixed views'."""
 
-    def __init__(self, criterion: Criterion, **options: Any) -> None:
-        super().__init__(criterion, **options)
-        self._outputs: list[Tensor] = []
-        self._state: Snapshot | None = None
-        self._more = 0
-
     def keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        """Keep an output with a gradient: the first two, and the number of the rest."""
+        """Keep the first two outputs with a gradient, and count the rest."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return
-        if len(self._outputs) == 2:
-            self._more += 1
-            return
-        self._outputs.append(output)
-        self._state = Snapshot(self.criterion, self._ignored)
+        if len(self._kept) < 2:
+            self._kept.append((Snapshot(self.criterion, self._ignored), output, output))
+        else:
+            self._kept.append(self._kept[1])
 
-    def reset(self) -> None:
-        """Forget what was recorded."""
-        self._outputs, self._state, self._more = [], None, 0
-        super().reset()
-
-    def _taken(self, views: Sequence[Tensor | Encode]) -> list[Call]:
-        outputs, state, more = self._outputs, self._state, self._more
+    def _take_before(self, embedded: Sequence[Tensor]) -> list[Call]:
+        kept = self._kept
         self.reset()
-        if len(outputs) < 2 or state is None or more not in (0, len(views)):
+        if len(kept) not in (2, 2 + len(embedded)):
             raise ValueError(
                 "the module must have been called for both clean views and the mixed ones since "
-                f"the last mixed_loss, got {len(outputs) + more} calls; take mixed_loss in every "
-                "step (or call reset() where one is skipped), run what is not trained under "
+                f"the last mixed_loss, got {len(kept)} calls; take mixed_loss in every step (or "
+                "call reset() where one is skipped), run what is not trained under "
                 "torch.no_grad(), and give views that are embedded in one call of 2N to "
                 "lambda_weighted_loss in forward"
             )
-        if any(comes_from(view, outputs) for view in views if isinstance(view, Tensor)):
+        (_, first, _), (state, second, _) = kept[:2]
+        if any(comes_from(z, (first, second)) for z in embedded):
             raise ValueError(
                 "the module's first two outputs must be those of the clean views, got a mixed view "
                 "among them; call the model before the mixed images are embedded"
             )
-        first, second = outputs
         return [(state, first, second), (state, second, first)]
-
-
-def _order(call: int | Sequence[int] | None, n: int, *, single: bool) -> list[int]:
-    """Return the index of the call of each of n mixed views."""
-    if call is None:
-        return [0] if single else list(range(n))
-    return [call] if isinstance(call, int) else list(call)

@@ -1,10 +1,8 @@
-"""Small builders of MoCo's family, written for the tests, and their steps written out slowly."""
+"""Small builders of MoCo's family, written for the tests; `moco_slowly` takes their steps."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,7 +57,7 @@ class Builder(nn.Module):
     @torch.no_grad()
     def _keys(self, im_k: Tensor) -> Tensor:
         everybody = gather_rows(im_k)
-        order = _order(len(everybody))
+        order = shuffle(len(everybody))
         mine = slice(rank() * len(im_k), (rank() + 1) * len(im_k))
         k = F.normalize(self.encoder_k(everybody[order[mine]]), dim=1)
         return gather_rows(k)[order.argsort()[mine]]
@@ -72,11 +70,19 @@ class Builder(nn.Module):
             of_k.mul_(MOMENTUM).add_((1 - MOMENTUM) * of_q)
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
-        q = F.normalize(self.encoder_q(im_q), dim=1)
+        q = self.query(im_q)
         self._follow()
         k = self._keys(im_k)
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        output = self.compare(q, k, self.queue)
         self._dequeue_and_enqueue(k)
+        return output
+
+    def query(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder_q(images), dim=1)
+
+    def compare(self, q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (N, 1 + K), the key first, and labels; the queue is (C, K)."""
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.clone()], dim=1)
         return logits / self.T, torch.zeros(len(q), dtype=torch.long)
 
 
@@ -91,17 +97,16 @@ class Symmetric(Builder):
         keys: list[Tensor] = []
         loss = torch.zeros(())
         for one, other in ((im_1, im_2), (im_2, im_1)):
-            q, k = F.normalize(self.encoder_q(one), dim=1), self._keys(other)
+            q, k = self.query(one), self._keys(other)
             if im_mixed is not None:
                 self.encoder_q(im_mixed)
-            logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
-            loss = loss + F.cross_entropy(logits / self.T, torch.zeros(len(q), dtype=torch.long))
+            loss = loss + F.cross_entropy(*self.compare(q, k, self.queue))
             keys.insert(0, k)
         self._dequeue_and_enqueue(torch.cat(keys))
         return loss
 
 
-def _order(n: int) -> Tensor:
+def shuffle(n: int) -> Tensor:
     """A shuffle that every process knows."""
     return torch.arange(n) * 3 % n
 
@@ -116,6 +121,10 @@ def views(world: int = 1) -> list[list[View]]:
 def build(kind: type[Builder] = Builder) -> Any:
     torch.manual_seed(1)
     return kind().double()
+
+
+def same(ours: Any, slow: Any, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(ours, slow, rtol=tolerance, atol=tolerance)
 
 
 def seeded(seed: int = 3) -> torch.Generator:
@@ -207,13 +216,6 @@ class Predicting(Builder):
     def query(self, images: Tensor) -> Tensor:
         return F.normalize(self.predictor(self.encoder_q(images)), dim=1)
 
-    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
-        q, k = self.query(im_q), self._keys(im_k)
-        self._follow()
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
-        self._dequeue_and_enqueue(k)
-        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
-
 
 class Wide(Predicting):
     """The projector is no part of the encoder."""
@@ -248,20 +250,18 @@ class Unordered(Builder):
     """Enqueues keys in another order, which is the same for its own loss."""
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
-        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
+        output = self.compare(self.query(im_q), k := self._keys(im_k), self.queue)
         self._dequeue_and_enqueue(k.roll(1, 0))
-        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+        return output
 
 
 class Early(Builder):
     """Fills its queue before it reads it."""
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
-        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
+        q, k = self.query(im_q), self._keys(im_k)
         self._dequeue_and_enqueue(k)
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.clone()], dim=1)
-        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+        return self.compare(q, k, self.queue)
 
 
 class Reading(Builder):
@@ -271,12 +271,8 @@ class Reading(Builder):
         super().__init__()
         self.queue.mul_(2)
 
-    def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
-        q, k = F.normalize(self.encoder_q(im_q), dim=1), self._keys(im_k)
-        queue = F.normalize(self.queue.clone(), dim=0)
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue], dim=1)
-        self._dequeue_and_enqueue(k)
-        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+    def compare(self, q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        return super().compare(q, k, F.normalize(queue, dim=0))
 
 
 class Renamed(Builder):
@@ -294,12 +290,12 @@ class Renamed(Builder):
         self.queue_ptr[0] = (start + len(keys)) % K
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Any:
-        q = F.normalize(self.encoder_q(im_q), dim=1)
+        q = self.query(im_q)
         self._follow()
-        k, rows = self._keys(im_k), self.memory.clone()  # type: ignore[operator]
-        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ rows.T], dim=1)
+        k = self._keys(im_k)
+        output = self.compare(q, k, self.memory.T)  # type: ignore[arg-type]
         self.update_queue(k)
-        return logits / self.T, torch.zeros(len(q), dtype=torch.long)
+        return output
 
 
 class Half(Builder):
@@ -309,109 +305,3 @@ class Half(Builder):
         self.encoder_q(im_1)
         self.encoder_q(im_2)
         self._dequeue_and_enqueue(self._keys(im_2))
-
-
-Records = Callable[[int, Tensor], MixedBatch]
-# Losses by process, and the gradients averaged over them.
-Step = tuple[list[float], dict[str, Tensor]]
-
-
-@dataclass
-class Slow:
-    """MoCo and eq. 4 row by row, for all processes in one; batch norm is each one's own.
-
-    Attributes:
-        initial: A builder, which is not changed.
-        records: What process r mixes of its images.
-        switch: False leaves the partners' terms out.
-        directions: 2 where both views are queries.
-        lr: Rate of plain SGD.
-        world: How many processes there are.
-    """
-
-    initial: Any
-    records: Records
-    switch: bool = True
-    directions: int = 1
-    lr: float = LR
-    world: int = 1
-    steps: list[Step] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.online, self.momentum = (
-            [copy.deepcopy(encoder) for _ in range(self.world)]
-            for encoder in (self.initial.encoder_q, self.initial.encoder_k)
-        )
-        self.queue, self.pointer = self.initial.queue.clone(), 0
-
-    def run(self, steps: Sequence[Sequence[View]]) -> Slow:
-        """Train; `steps` has two views by step and process."""
-        for views in steps:
-            self.step(views)
-        return self
-
-    def step(self, views: Sequence[View]) -> None:
-        queries = [self.queries(r, views[r]) for r in range(self.world)]
-        for online, momentum in zip(self.online, self.momentum, strict=True):
-            for of_q, of_k in zip(online.parameters(), momentum.parameters(), strict=True):
-                of_k.data = MOMENTUM * of_k.data + (1 - MOMENTUM) * of_q.data
-        keys = [self.keys([view[1 - d] for view in views]) for d in range(self.directions)]
-        losses, gradients = [], []
-        for r in range(self.world):
-            mine = [key[r] for key in keys]
-            loss = self.clean(queries[r], mine) + self.mixed(r, views[r], mine)
-            losses.append(loss.item())
-            gradients.append(torch.autograd.grad(loss, [*self.online[r].parameters()]))
-        mean = [torch.stack(parts).mean(dim=0) for parts in zip(*gradients, strict=True)]
-        for encoder in self.online:
-            for weight, gradient in zip(encoder.parameters(), mean, strict=True):
-                weight.data = weight.data - self.lr * gradient
-        names = [f"encoder_q.{name}" for name, _ in self.online[0].named_parameters()]
-        self.steps.append((losses, dict(zip(names, mean, strict=True))))
-        for key in torch.cat([part for direction in reversed(keys) for part in direction]):
-            self.queue[:, self.pointer] = key
-            self.pointer = (self.pointer + 1) % K
-
-    def queries(self, r: int, view: View) -> list[Tensor]:
-        return [F.normalize(self.online[r](x), dim=1) for x in view[: self.directions]]
-
-    def keys(self, images: list[Tensor]) -> list[Tensor]:
-        """Embed one view of all processes, shuffled among them."""
-        everybody = torch.cat(images)
-        keys = torch.empty(len(everybody), C, dtype=everybody.dtype)
-        for r, rows in enumerate(_order(len(everybody)).split(N)):
-            for row, key in zip(rows, self.momentum[r](everybody[rows]), strict=True):
-                keys[row] = (key / key.norm()).detach()
-        return list(keys.split(N))
-
-    def clean(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float64)
-        for direction, rows in enumerate(queries):
-            for q, k in zip(rows, keys[direction], strict=True):
-                loss = loss + self.contrast(q, k) / N
-        return loss
-
-    def mixed(self, r: int, view: View, keys: list[Tensor]) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float64)
-        for direction in range(self.directions):
-            mixed = self.records(r, view[direction])
-            lam, target = mixed.lam.expand(N).double(), keys[direction]
-            for i, q in enumerate(F.normalize(self.online[r](mixed.images), dim=1)):
-                loss = loss + lam[i] * self.contrast(q, target[i]) / N
-                if self.switch:
-                    partner = target[int(mixed.partner[i])]
-                    loss = loss + (1 - lam[i]) * self.contrast(q, partner) / N
-        return loss
-
-    def contrast(self, q: Tensor, key: Tensor) -> Tensor:
-        near = torch.stack([q @ key, *(q @ self.queue[:, j] for j in range(K))]) / TAU
-        loss: Tensor = near.logsumexp(dim=0) - near[0]
-        return loss
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The first process's end state."""
-        state = {"queue": self.queue, "queue_ptr": torch.tensor([self.pointer])}
-        for name, encoder in (("encoder_q", self.online[0]), ("encoder_k", self.momentum[0])):
-            state |= {f"{name}.{key}": value for key, value in encoder.state_dict().items()}
-        return state

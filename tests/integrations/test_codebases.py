@@ -123,22 +123,10 @@ def _embedding(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-# What torch refuses since 1.7.
+# What torch refuses since 1.7, and NumPy since 1.24.
 VIEW = ("correct[:k].view(-1)", "correct[:k].reshape(-1)")
-IMPORT = (
-    "import torch.utils.data.distributed\n",
-    """import torch.utils.data.distributed
-import mixmask
-from mixmask.integrations.moco import mixed_loss, wrap
-""",
-)
-# What NumPy refuses since 1.24.
 NUMPY = [("np.int(", "int("), ("np.int)", "int)")]
 SIZE = ("args.size = 224", "args.size = 32")
-WRAP = (
-    "    print(model)\n",
-    "    model = wrap(model, mixmask.BlockMaskGenerator(4, 0.4))\n    print(model)\n",
-)
 
 
 def _run_moco(
@@ -162,24 +150,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_moco(batches: list[Any], folder: Path) -> None:
-    source = codebases.checkout("moco")
-    loss = (
-        "loss = criterion(output, target)",
-        "loss = criterion(output, target) + mixed_loss(model)",
-    )
-    edits = {"main_moco.py": [IMPORT, WRAP, loss]}
+    name = "facebookresearch/moco"
     repairs = [("deeplearning.cross_image_ssl.moco", "moco"), VIEW]
-    lines = codebases.patched(source, folder, edits, repairs)
+    source, lines = codebases.patched("moco", name, folder, repairs)
     errors = _run_moco(folder / "main_moco.py", batches, lambda run: [drawn(run)])
-    Row("facebookresearch/moco", codebases.commit(source), lines, *errors).check(2)
+    Row(name, codebases.commit(source), lines, *errors).check(2)
 
 
 def test_unmix(batches: list[Any], folder: Path) -> None:
     """Un-Mix with MixMask on top, which the paper calls both."""
-    source = codebases.checkout("Un-Mix") / "UnMix_MoCo" / "for_ImageNet"
-    loss = "loss = loss_o + lam * loss_m + (1 - lam) * loss_m_flip"
-    edits = {"main_moco_unmix.py": [IMPORT, WRAP, (loss, f"{loss} + mixed_loss(model)")]}
-    lines = codebases.patched(source, folder, edits, [*NUMPY, VIEW])
+    name = "szq0214/Un-Mix"
+    source, lines = codebases.patched("Un-Mix", name, folder, [*NUMPY, VIEW])
 
     def unmix() -> Mixture:
         """Un-Mix, section 3: mixup or a box, by a coin."""
@@ -202,21 +183,21 @@ def test_unmix(batches: list[Any], folder: Path) -> None:
 
     np.random.seed(0)  # noqa: NPY002 - Un-Mix draws from it.
     errors = _run_moco(
-        folder / "main_moco_unmix.py",
+        folder / "UnMix_MoCo" / "for_ImageNet" / "main_moco_unmix.py",
         batches,
         lambda run: [unmix(), drawn(run)],
         moco_tm=0.2,
         beta=1.0,
         unmix_prob=0.5,
     )
-    Row("szq0214/Un-Mix", codebases.commit(source), lines, *errors).check(2)
+    Row(name, codebases.commit(source), lines, *errors).check(2)
 
 
 THEIR_MASKS = {
     "moco_tm": 0.2,
     "method": "mixmask",
     "mask_type": "block",
-    "mask_lam": 0.5,
+    "mask_lam": 0.4,
     "grid_size": 4,
     "exp_path": ".",
     "debug": True,
@@ -226,39 +207,19 @@ THEIR_MASKS = {
 
 def test_mixmask_with_our_masks(batches: list[Any], folder: Path) -> None:
     """The authors' own loss, which is eq. 4 for an even batch, around our masks."""
-    source = codebases.checkout("MixMask")
-    number = "num_masking_patches=int(args.mask_lam * args.grid_size ** 2)"
-    generator = (
-        f"mask_generator = MaskingGenerator(input_size=args.grid_size, {number})",
-        "mask_generator = mixmask.BlockMaskGenerator(args.grid_size, args.mask_lam)",
-    )
-    to_device = "\n            mask = mask.to(images_reverse.device)"
-    draw = (
-        f"mask = get_block_mask(mask_generator, args){to_device}",
-        (
-            "mask = mixmask.cells_to_pixels(mask_generator(), args.size, args.size).float()"
-            f"{to_device}"
-        ),
-    )
-    edits = {"main_moco_mixmask.py": [IMPORT, generator, draw]}
-    lines = codebases.patched(source, folder, edits, [SIZE])
-    errors = _run_moco(
-        folder / "main_moco_mixmask.py", batches, lambda run: [drawn(run)], **THEIR_MASKS
-    )
-    Row("kirill-vish/MixMask, masks alone", codebases.commit(source), lines, *errors).check(2)
+    name = "kirill-vish/MixMask"
+    source, lines = codebases.patched("MixMask", name, folder, [SIZE, *NUMPY], number=1)
+    script = folder / "main_moco_mixmask.py"
+    errors = _run_moco(script, batches, lambda run: [drawn(run)], **THEIR_MASKS)
+    Row(f"{name}, our masks alone", codebases.commit(source), lines, *errors).check(2)
 
 
 def test_mixmask_wrapped(batches: list[Any], folder: Path) -> None:
     """Our term in place of theirs, whose forward pass goes on to move batch norm."""
-    source = codebases.checkout("MixMask")
-    loss = (
-        "loss = loss_o + lam * loss_m + (1 - lam) * loss_m_flip\n",
-        "loss = loss_o + mixed_loss(model)\n",
-    )
-    edits = {"main_moco_mixmask.py": [IMPORT, WRAP, loss]}
+    name = "kirill-vish/MixMask"
     kept = "output, target, output_m, output_m_flip = model(im_q=images[0]"
     keep = (kept, f"args.theirs.append(mixed_images); {kept}")
-    lines = codebases.patched(source, folder, edits, [SIZE, *NUMPY, keep])
+    source, lines = codebases.patched("MixMask", name, folder, [SIZE, *NUMPY, keep])
     theirs: list[Tensor] = []
 
     def unused(_: Tensor) -> tuple[Tensor, None]:
@@ -271,7 +232,7 @@ def test_mixmask_wrapped(batches: list[Any], folder: Path) -> None:
         theirs=theirs,
         **THEIR_MASKS,
     )
-    Row("kirill-vish/MixMask", codebases.commit(source), lines, *errors).check(2)
+    Row(name, codebases.commit(source), lines, *errors).check(2)
 
 
 OPENMIXUP = """
@@ -286,22 +247,8 @@ from openmixup.models import build_model
 def test_openmixup(batches: list[Any], folder: Path) -> None:
     """Their model in mmcv's runner, which their tools/train.py starts."""
     pytest.importorskip("mmcv", reason="openmixup needs mmcv 1, which is not installed")
-    source = codebases.checkout("openmixup")
-    build = "    model = build_model(cfg.model)\n"
-    wrapped = "    model = wrap(build_model(cfg.model), mixmask.BlockMaskGenerator(4, 0.4))\n"
-    imports = "from openmixup.models import build_model\n"
-    ours = "import mixmask\nfrom mixmask.integrations.moco import wrap\n"
-    model_imports = "from ..utils import concat_all_gather\n"
-    done = "        self._dequeue_and_enqueue(k)\n\n        return losses"
-    term = '        losses["loss_mixmask"] = mixed_loss(self)\n'
-    edits = {
-        "tools/train.py": [(imports, imports + ours), (build, wrapped)],
-        "openmixup/models/selfsup/moco.py": [
-            (model_imports, f"{model_imports}from mixmask.integrations.moco import mixed_loss\n"),
-            (done, done.replace("(k)\n", f"(k)\n{term}")),
-        ],
-    }
-    lines = codebases.patched(source, folder, edits)
+    name = "Westlake-AI/openmixup"
+    source, lines = codebases.patched("openmixup", name, folder)
     (folder / "train.py").write_text(OPENMIXUP)
     args = SimpleNamespace(**MOCO_ARGS)
     config = {
@@ -342,9 +289,9 @@ def test_openmixup(batches: list[Any], folder: Path) -> None:
         prefix = "encoder_q.0."
         for step in steps:
             step.gradients = {
-                name.replace(prefix, "backbone."): value for name, value in step.gradients.items()
+                key.replace(prefix, "backbone."): value for key, value in step.gradients.items()
             }
-        for name in [name for name in state if name.startswith(prefix)]:
-            state[name.replace(prefix, "backbone.")] = state[name]
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[key.replace(prefix, "backbone.")] = state[key]
         errors = run.errors(steps, state)
-    Row("Westlake-AI/openmixup", codebases.commit(source), lines, *errors).check(2)
+    Row(name, codebases.commit(source), lines, *errors).check(2)

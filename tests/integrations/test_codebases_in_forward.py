@@ -21,7 +21,6 @@ from codebases import Row, Run, Step
 from torch import Tensor, nn
 
 N, STEPS = 8, 3
-MASKS = "mixmask.BlockMaskGenerator(4, 0.4)"
 
 
 @pytest.fixture
@@ -101,36 +100,8 @@ def _correlation_loss(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 
 def test_barlow_twins(batches: list[Any], folder: Path) -> None:
-    source = codebases.checkout("barlowtwins")
-    edits = {
-        "main.py": [
-            (
-                "import torchvision\n",
-                (
-                    "import torchvision\nimport mixmask\n"
-                    "from mixmask.integrations.recording import record_embeddings\n"
-                ),
-            ),
-            (
-                "    param_weights = []\n",
-                (
-                    "    criterion = record_embeddings(model.projector, "
-                    "mixmask.losses.BarlowTwins(args.lambd))\n    param_weights = []\n"
-                ),
-            ),
-            (
-                "                loss = model.forward(y1, y2)\n",
-                (
-                    "                loss = model.forward(y1, y2)\n"
-                    f"                mixed = mixmask.mix_batch(y1, {MASKS})\n"
-                    "                loss += criterion.mixed_loss("
-                    "model.module.projector(model.module.backbone(mixed.images)), mixed)"
-                    " / args.world_size\n"
-                ),
-            ),
-        ]
-    }
-    lines = codebases.patched(source, folder, edits)
+    name = "facebookresearch/barlowtwins"
+    source, lines = codebases.patched("barlowtwins", name, folder)
     args = SimpleNamespace(
         batch_size=N,
         checkpoint_dir=folder / "checkpoints",
@@ -170,7 +141,7 @@ def test_barlow_twins(batches: list[Any], folder: Path) -> None:
         script.main_worker(0, args)
         slow = _twins_slowly(run, batches, loss_of, args.weight_decay, rates, move_statistics)
         errors = run.errors(*slow)
-    Row("facebookresearch/barlowtwins", codebases.commit(source), lines, *errors).check(3)
+    Row(name, codebases.commit(source), lines, *errors).check(3)
 
 
 def _spread(z: Tensor) -> Tensor:
@@ -189,36 +160,8 @@ def _spread(z: Tensor) -> Tensor:
 
 
 def test_vicreg(batches: list[Any], folder: Path) -> None:
-    source = codebases.checkout("vicreg")
-    convert = "    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)\n"
-    edits = {
-        "main_vicreg.py": [
-            (
-                "import resnet\n",
-                (
-                    "import resnet\nimport mixmask\n"
-                    "from mixmask.integrations.recording import record_embeddings\n"
-                ),
-            ),
-            (
-                convert,
-                (
-                    f"{convert}    criterion = record_embeddings(model.projector, "
-                    "mixmask.losses.VICReg())\n"
-                ),
-            ),
-            (
-                "                loss = model.forward(x, y)\n",
-                (
-                    "                loss = model.forward(x, y)\n"
-                    f"                mixed = mixmask.mix_batch(x, {MASKS})\n"
-                    "                loss += criterion.mixed_loss("
-                    "model.module.projector(model.module.backbone(mixed.images)), mixed)\n"
-                ),
-            ),
-        ]
-    }
-    lines = codebases.patched(source, folder, edits)
+    name = "facebookresearch/vicreg"
+    source, lines = codebases.patched("vicreg", name, folder)
     args = SimpleNamespace(
         arch="resnet34",
         base_lr=0.2,
@@ -252,34 +195,12 @@ def test_vicreg(batches: list[Any], folder: Path) -> None:
     with codebases.on_cpu(batches) as run, codebases.loaded(folder / "main_vicreg.py") as script:
         script.main(args)
         errors = run.errors(*_twins_slowly(run, batches, loss_of, args.wd, rates))
-    Row("facebookresearch/vicreg", codebases.commit(source), lines, *errors).check(3)
+    Row(name, codebases.commit(source), lines, *errors).check(3)
 
 
 def test_moco_v3(batches: list[Any], folder: Path) -> None:
-    source = codebases.checkout("moco-v3")
-    infer = "    # infer learning rate before changing batch size\n"
-    forward = "            loss = model(images[0], images[1], moco_m)\n"
-    edits = {
-        "main_moco.py": [
-            ("import vits\n", "import vits\nimport mixmask\n"),
-            (
-                infer,
-                (
-                    "    model.contrastive_loss = mixmask.RecordingCriterion("
-                    f"model.contrastive_loss, calls=2)\n{infer}"
-                ),
-            ),
-            (
-                forward,
-                (
-                    f"{forward}            mixed = mixmask.mix_batch(images[0], {MASKS})\n"
-                    "            loss += model.module.contrastive_loss.mixed_loss("
-                    "model.module.predictor(model.module.base_encoder(mixed.images)), mixed)\n"
-                ),
-            ),
-        ]
-    }
-    lines = codebases.patched(source, folder, edits)
+    name = "facebookresearch/moco-v3"
+    source, lines = codebases.patched("moco-v3", name, folder)
     args = SimpleNamespace(
         arch="resnet18",
         batch_size=N,
@@ -316,7 +237,7 @@ def test_moco_v3(batches: list[Any], folder: Path) -> None:
     ):
         script.main_worker(0, 1, copy.copy(args))
         errors = run.errors(*_moco_v3_slowly(run, batches, args))
-    Row("facebookresearch/moco-v3", codebases.commit(source), lines, *errors).check(3)
+    Row(name, codebases.commit(source), lines, *errors).check(3)
 
 
 def _moco_v3_slowly(
@@ -353,50 +274,20 @@ def _moco_v3_slowly(
     return steps, model.state_dict()
 
 
-THEIRS = "byol_pytorch.cosine_loss_fn"
-
-
-def _byol_edits(*, recorded: bool) -> dict[str, list[codebases.Edit]]:
-    """Return the lines for their trainer, or those for their model."""
-    if not recorded:
-        imports, add = "import torch.distributed as dist\n", "        loss = loss_one + loss_two\n"
-        branch = "self.online_predictor(self.online_encoder(mixed.images)[0])"
-        lines = f"""{add}        mixed = mixmask.mix_batch(image_one, {MASKS})
-        loss += mixmask.lambda_weighted_loss(loss_fn, {branch}, target_proj_two, mixed)
-"""
-        return {
-            "byol_pytorch/byol_pytorch.py": [(imports, f"{imports}import mixmask\n"), (add, lines)]
-        }
-    imports, built = (
-        "from byol_pytorch.byol_pytorch import BYOL\n",
-        "        self.optimizer = optim",
-    )
-    more = f"""{imports}from byol_pytorch import byol_pytorch
-import mixmask
-from mixmask.integrations.recording import RecordingView
-"""
-    record = f"""        self.byol.augment1 = RecordingView(self.byol.augment1)
-        {THEIRS} = mixmask.RecordingCriterion({THEIRS}, calls=2)
-{built}"""
-    online = "lambda x: self.byol.online_predictor(self.byol.online_encoder(x)[0])"
-    mixed = f"mixmask.mix_batch(self.byol.augment1.take(), {MASKS})"
-    forward = "loss = self.byol(images)\n"
-    add = f"loss = self.byol(images) + {THEIRS}.mixed_loss({online}, {mixed})\n"
-    return {"byol_pytorch/trainer.py": [(imports, more), (built, record), (forward, add)]}
-
-
-@pytest.mark.parametrize("recorded", [True, False], ids=["trainer", "model"])
-def test_byol_pytorch(batches: list[Any], folder: Path, *, recorded: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind", "most"), [(0, "", 3), (1, ", in its model", 2)], ids=["trainer", "model"]
+)
+def test_byol_pytorch(batches: list[Any], folder: Path, number: int, kind: str, most: int) -> None:
     pytest.importorskip("accelerate", reason="byol-pytorch's trainer needs accelerate")
     from accelerate.state import AcceleratorState
 
-    source = codebases.checkout("byol-pytorch")
     # beartype checks types only.
     repairs = [
         ("from beartype import beartype\n", "beartype = lambda function: function\n"),
         ("from beartype.typing", "from typing"),
     ]
-    lines = codebases.patched(source, folder, _byol_edits(recorded=recorded), repairs)
+    name = "lucidrains/byol-pytorch"
+    source, lines = codebases.patched("byol-pytorch", name, folder, repairs, number=number)
     (folder / "train.py").write_text("from byol_pytorch.trainer import BYOLTrainer\n")
     images = torch.cat([views[0] for views, _ in batches])
     seen: list[Tensor] = []
@@ -429,8 +320,7 @@ def test_byol_pytorch(batches: list[Any], folder: Path, *, recorded: bool) -> No
         trainer()
         errors = run.errors(*_byol_slowly(run, seen))
     AcceleratorState._reset_state(reset_partial_state=True)
-    name = "lucidrains/byol-pytorch, " + ("installed" if recorded else "in its model")
-    Row(name, codebases.commit(source), lines, *errors).check(3)
+    Row(name + kind, codebases.commit(source), lines, *errors).check(most)
 
 
 class _Mirror(nn.Module):

@@ -16,26 +16,16 @@ from unittest import mock
 
 import codebases
 import pytest
-import recipes_page
 import torch
 import torch.nn.functional as F
 from codebases import Row, SlowSGD
-from slow_loops import SHARES, STEPS, N, check, nt_xent, slowly, toward
+from slow_loops import STEPS, N, nt_xent, slowly, toward
 from torch import Tensor, nn
 
 
 @pytest.fixture
 def batches() -> list[Any]:
     return codebases.photograph_pairs(STEPS, N)
-
-
-def patched(checkout: str, section: str, folder: Path) -> tuple[Path, int]:
-    """Copy a checkout with the page's diff in it; return the checkout and the number of lines."""
-    source = codebases.checkout(checkout)
-    codebases.patched(source, folder, {})
-    before = {file: file.read_text() for file in folder.rglob("*.py")}
-    changed = [folder / name for name in recipes_page.apply(section, folder, SHARES)]
-    return source, sum(codebases.changed_lines(before[f], f.read_text()) for f in changed)
 
 
 def _cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -80,19 +70,19 @@ SIMSIAM_ARGS = {
 
 def test_simsiam(batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "facebookresearch/simsiam"
-    source, lines = patched("simsiam", name, tmp_path)
+    source, lines = codebases.patched("simsiam", name, tmp_path)
     monkeypatch.chdir(tmp_path)
     args = SimpleNamespace(**SIMSIAM_ARGS)
     with codebases.on_cpu(batches) as run, codebases.loaded(tmp_path / "main_simsiam.py") as script:
         script.main_worker(0, 1, args)
         optimizer = SlowSGD(1.0 * N / 256, args.momentum, args.weight_decay)
         errors = run.errors(*slowly(run, batches, _simsiam, optimizer))
-    check(Row(name, codebases.commit(source), lines, *errors))
+    Row(name, codebases.commit(source), lines, *errors).check(4)
 
 
 def test_simclr(batches: list[Any], tmp_path: Path) -> None:
     name = "sthalles/SimCLR"
-    source, lines = patched("SimCLR", name, tmp_path)
+    source, lines = codebases.patched("SimCLR", name, tmp_path)
     args: Any = SimpleNamespace(
         device="cpu",
         epochs=1,
@@ -132,7 +122,7 @@ def test_simclr(batches: list[Any], tmp_path: Path) -> None:
             batches
         )
         errors = run.errors(*slowly(run, batches, slow_loss, SlowSGD(0.03, 0.9, 1e-4)))
-    check(Row(name, codebases.commit(source), lines, *errors))
+    Row(name, codebases.commit(source), lines, *errors).check(4)
 
 
 def _soft(target: Tensor, logits: Tensor) -> Tensor:
@@ -184,7 +174,7 @@ class SlowSwAV:
 
 def test_swav(batches: list[Any], tmp_path: Path) -> None:
     name = "facebookresearch/swav"
-    source, lines = patched("swav", name, tmp_path)
+    source, lines = codebases.patched("swav", name, tmp_path)
     small = [F.interpolate(views[0], size=24) for views, _ in batches]
     crops = [[*views, less] for (views, _), less in zip(batches, small, strict=True)]
     args = SimpleNamespace(
@@ -218,7 +208,7 @@ def test_swav(batches: list[Any], tmp_path: Path) -> None:
         steps = slowly(run, [(views, None) for views in crops], slow, SlowSGD(0.1, 0.9, 1e-4))
         loss, gradients, state = run.errors(*steps)
         state = max(state, codebases.worst({"queue": queue}, {"queue": slow.queue}))
-    check(Row(name, codebases.commit(source), lines, loss, gradients, state))
+    Row(name, codebases.commit(source), lines, loss, gradients, state).check(4)
 
 
 class SlowDINO:
@@ -255,7 +245,7 @@ class SlowDINO:
 
 def test_dino(batches: list[Any], tmp_path: Path) -> None:
     name = "facebookresearch/dino"
-    source, lines = patched("dino", name, tmp_path)
+    source, lines = codebases.patched("dino", name, tmp_path)
     crops = [([*views, views[1][..., 8:24, 8:24]], None) for views, _ in batches]
     args = SimpleNamespace(epochs=1, clip_grad=None, freeze_last_layer=0)
     with (
@@ -295,4 +285,4 @@ def test_dino(batches: list[Any], tmp_path: Path) -> None:
             codebases.worst({"center": criterion.center[0]}, {"center": slow.center}),
             codebases.worst(teacher.state_dict(), slow.teacher.state_dict()),
         )
-    check(Row(name, codebases.commit(source), lines, loss, gradients, end))
+    Row(name, codebases.commit(source), lines, loss, gradients, end).check(4)

@@ -17,8 +17,8 @@ import pytest
 import recipes_page
 import torch
 import torch.nn.functional as F
-from codebases import Row, Run, SlowSGD
-from slow_loops import SHARES, STEPS, N, check, nt_xent, slowly, toward
+from codebases import SHARES, Row, Run, SlowSGD
+from slow_loops import STEPS, N, nt_xent, slowly, toward
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -94,14 +94,14 @@ def test_accelerate(batches: list[Any]) -> None:
         torch.manual_seed(0)
         encoder, queue = parts.build_encoder(16), parts.build_queue(4 * N, 16)
         run.start(encoder)
-        slow = SlowMoCo(copy.deepcopy(encoder), queue, example.TEMPERATURE, example.MOMENTUM)
+        slow = SlowMoCo(copy.deepcopy(encoder), queue, parts.TEMPERATURE, parts.MOMENTUM)
         pairs: Any = [(views[0], views[1]) for views, _ in batches]
         loader: Any = DataLoader(pairs, batch_size=None)
         accelerator = accelerate.Accelerator(cpu=True)
         losses = list(example.train(accelerator, encoder, queue, loader))
         assert len(losses) == STEPS
-        errors = run.errors(*slowly(run, batches, slow, SlowSGD(example.LR, 0.9, 0.0)))
-    check(Row("accelerate", accelerate.__version__, lines, *errors))
+        errors = run.errors(*slowly(run, batches, slow, SlowSGD(parts.LR, 0.9, 0.0)))
+    Row("accelerate", accelerate.__version__, lines, *errors).check(4)
 
 
 def test_lightning(batches: list[Any]) -> None:
@@ -114,7 +114,7 @@ def test_lightning(batches: list[Any]) -> None:
         model: Any = example.MoCo(parts.build_encoder(16), parts.build_queue(4 * N, 16))
         run.start(model)
         slow = SlowMoCo(
-            copy.deepcopy(model.encoder_k), model.queue, example.TEMPERATURE, example.MOMENTUM
+            copy.deepcopy(model.encoder_k), model.queue, parts.TEMPERATURE, parts.MOMENTUM
         )
         pairs: Any = [(views[0], views[1]) for views, _ in batches]
         trainer = example.pl.Trainer(
@@ -126,11 +126,11 @@ def test_lightning(batches: list[Any]) -> None:
             enable_progress_bar=False,
         )
         trainer.fit(model, DataLoader(pairs, batch_size=None))
-        steps, state = slowly(run, batches, slow, SlowSGD(example.LR, 0.9, 0.0))
+        steps, state = slowly(run, batches, slow, SlowSGD(parts.LR, 0.9, 0.0))
         state |= {f"encoder_k.{name}": value for name, value in slow.encoder_k.state_dict().items()}
         errors = run.errors(steps, state | {"queue": slow.queue})
     lines = lines_in("PyTorch Lightning", example.__file__)
-    check(Row("PyTorch Lightning", example.pl.__version__, lines, *errors))
+    Row("PyTorch Lightning", example.pl.__version__, lines, *errors).check(4)
 
 
 def run_loop(loop: str, section: str, number: int, names: dict[str, Any]) -> int:
@@ -182,7 +182,7 @@ def test_pytorch_metric_learning(batches: list[Any]) -> None:
         names["SelfSupervisedLoss"] = SelfSupervisedLoss
         lines = run_loop(METRIC_LEARNING, "pytorch-metric-learning", 0, names)
         errors = run.errors(*slowly(run, batches, slow_loss, SlowSGD(0.03, 0.9, 0.0)))
-    check(Row("pytorch-metric-learning", library.__version__, lines, *errors))
+    Row("pytorch-metric-learning", library.__version__, lines, *errors).check(4)
 
 
 # As in the package's notebook of MoCo: keys are enqueued by a mask, labels are never used twice.
@@ -240,7 +240,7 @@ def test_cross_batch_memory(batches: list[Any]) -> None:
         state = max(state, codebases.worst({"m": memory.embedding_memory}, {"m": ring}))
         assert memory.queue_idx == slow.pointer == 3 * N % 20
         assert memory.has_been_filled
-    check(Row("CrossBatchMemory", library.__version__, lines, loss, gradients, state))
+    Row("CrossBatchMemory", library.__version__, lines, loss, gradients, state).check(4)
 
 
 # As in the package's README, with a queue that each step replaces.
@@ -287,4 +287,4 @@ def test_info_nce_pytorch(batches: list[Any]) -> None:
             *slowly(run, batches, slow_loss, SlowSGD(0.03, 0.9, 0.0))
         )
         state = max(state, codebases.worst({"queue": names["queue"]}, {"queue": queue}))
-    check(Row("info-nce-pytorch", version("info-nce-pytorch"), lines, loss, gradients, state))
+    Row("info-nce-pytorch", version("info-nce-pytorch"), lines, loss, gradients, state).check(4)

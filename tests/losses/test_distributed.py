@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from processes import run_in_processes
+from torch import Tensor, nn
 
 from mixmask import LambdaWeightedLoss, MixedBatch
 from mixmask._distributed import average, gather_rows
@@ -92,17 +89,8 @@ def _step(
     return loss.detach(), [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
 
 
-def _work(rank: int, folder: str) -> None:
-    """Run everything once in one of the processes, and leave the results in a file."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def _work(rank: int) -> dict[str, Any]:
+    """Run everything once in one of the processes."""
     images = _images()[:, rank]
     encoder = nn.parallel.DistributedDataParallel(_encoder())
     results: dict[str, Any] = {}
@@ -133,8 +121,7 @@ def _work(rank: int, folder: str) -> None:
         results[f"{name}, uneven"] = _refusal(partial(call, torch.randn(3 + rank, C)))
     # After the errors the processes still understand each other.
     results["afterwards"] = sinkhorn(5 * scores, gather_distributed=True)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def _refusal(call: Callable[[], Any]) -> str:
@@ -160,19 +147,7 @@ class SwAVOfScores(SwAV):
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Start two processes and return what each of them found."""
-    folder = tmp_path_factory.mktemp("processes")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(rank, str(folder))) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.terminate()
-    assert not hanging
-    assert [process.exitcode for process in processes] == [0] * WORLD
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return run_in_processes(_work, tmp_path_factory.mktemp("processes"), WORLD)
 
 
 def _whole(criterion: Any, *, per_sample: bool) -> tuple[Tensor, list[Tensor]]:
