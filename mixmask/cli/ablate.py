@@ -6,17 +6,31 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
 from mixmask.cli.pretrain import add_run_fields
-
-if TYPE_CHECKING:
-    from mixmask.trainers.report import Report
-    from mixmask.trainers.studies import Cell, Outcome, Plan
+from mixmask.data.sets import Images, load_data
+from mixmask.evaluation.monitor import accuracy_monitor
+from mixmask.runs.options import Options
+from mixmask.runs.records import plural
+from mixmask.trainers.loop import Monitor
+from mixmask.trainers.methods import METHODS
+from mixmask.trainers.report import Report
+from mixmask.trainers.studies import (
+    BUDGET_METHODS,
+    Cell,
+    Outcome,
+    Plan,
+    budget_cells,
+    carry_out,
+    mask_cells,
+    plan_runs,
+    read_finished,
+)
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (
@@ -30,13 +44,9 @@ _OWN = {
 }
 
 
+# Any: the options of both studies, which the cells' configurations check.
 def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
-    from mixmask.data.sets import load_data
-    from mixmask.evaluation.monitor import accuracy_monitor
-    from mixmask.trainers.report import Report
-    from mixmask.trainers.studies import carry_out, plan_runs, read_finished
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
@@ -54,17 +64,20 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     outcomes = {plan: done for plan in plans if (done := read_finished(plan))}
     say(
-        f"{study}: {len(cells)} lines, {len(plans)} runs of which {len(outcomes)} are finished; "
-        f"tables and figure in {out}"
+        f"{study}: {plural(len(cells), 'line')}, {plural(len(plans), 'run')} of which "
+        f"{len(outcomes)} are finished; tables and figure in {out}"
     )
     report = Report(study, out, len(data.test.images), cells)
     report.write(outcomes)
-    _run_all(plans, outcomes, report, lambda plan: carry_out(plan, data.train.images, monitor))
-    say("\n" + report.markdown(outcomes))
+    try:
+        _run_all(plans, outcomes, report, data.train.images, monitor)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+    say("\n" + report.write(outcomes))
     failed = [plan for plan, outcome in outcomes.items() if outcome.error]
     if failed:
         raise ValueError(
-            f"{len(failed)} of {len(plans)} runs failed, {failed[0].label} the first "
+            f"{len(failed)} of {plural(len(plans), 'run')} failed, {failed[0].label} the first "
             f"({outcomes[failed[0]].error}); the same command tries them again"
         )
 
@@ -73,7 +86,8 @@ def _run_all(
     plans: Sequence[Plan],
     outcomes: dict[Plan, Outcome],
     report: Report,
-    run: Callable[[Plan], Outcome],
+    images: Images,
+    monitor: Monitor,
 ) -> None:
     """Run what is missing, print a line each, and keep table and figure up to date."""
     remaining = [plan for plan in plans if plan not in outcomes]
@@ -82,7 +96,7 @@ def _run_all(
     for number, plan in enumerate(remaining, start=1 + len(plans) - len(remaining)):
         say(f"[{number:>{width}}/{len(plans)}] {plan.label} … ", end="")
         began = time.perf_counter()
-        outcome = outcomes[plan] = run(plan)
+        outcome = outcomes[plan] = carry_out(plan, images, monitor)
         minutes = (time.perf_counter() - began) / 60
         report.write(outcomes)
         if outcome.error:
@@ -98,10 +112,8 @@ def _run_all(
         say(f"{measured} ({minutes:.1f} min, about {left:.0f} min to go)")
 
 
-def _cells(study: str, given: dict[str, Any]) -> list[Cell]:
+def _cells(study: str, given: Options) -> list[Cell]:
     """Lay out the study; options of the other one are an error."""
-    from mixmask.trainers.studies import budget_cells, mask_cells
-
     for other, options in _OWN.items():
         for name, option in options.items():
             if other != study and name in given:
@@ -119,19 +131,13 @@ def _cells(study: str, given: dict[str, Any]) -> list[Cell]:
     return mask_cells(method=methods[0], **given)
 
 
-def add_ablate(commands: Any) -> None:
-    """Add `ablate`."""
-    from mixmask.trainers.methods import METHODS
-    from mixmask.trainers.studies import BUDGET_METHODS
-
-    parser = commands.add_parser(
-        "ablate",
-        help="run a study: many small runs, their table and figure",
-        description="Run a study over seeds. masks: the paper's table 1, in which grid size, "
-        "pattern, ratio and switch vary one at a time. budgets: its figure 5, methods at several "
-        "numbers of epochs, without and with MixMask. Each run is a folder in --out; the same "
-        "command continues an interrupted study, and more seeds or values add to it.",
-        argument_default=argparse.SUPPRESS,
+def add_ablate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ablate`."""
+    parser.description = (
+        "Run a study over seeds. masks: the paper's table 1, in which grid size, pattern, ratio "
+        "and switch vary one at a time. budgets: its figure 5, methods at several numbers of "
+        "epochs, without and with MixMask. Each run is a folder in --out; the same command "
+        "continues an interrupted study, and more seeds or values add to it."
     )
     parser.set_defaults(command=run_study, study="masks", out=None, seeds=3)
     parser.add_argument("--study", choices=("masks", "budgets"), help="which study [masks]")

@@ -190,7 +190,7 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [", ".join(describe_option(name, config[name]) for name in names) for config in configs]
 
 
-def describe_option(name: str, value: Any) -> str:
+def describe_option(name: str, value: object) -> str:
     """Write an option and its value for a label.
 
     Example:
@@ -202,6 +202,29 @@ def describe_option(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
+    return f"{words} {describe_value(value)}"
+
+
+def describe_value(value: object) -> str:
+    """Write an option's value.
+
+    Example:
+        >>> describe_value((0.25, 0.75)), describe_value(True), describe_value(None)
+        ('0.25–0.75', 'on', 'none')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, list | tuple):
-        value = "–".join(f"{bound:g}" for bound in value)
-    return f"{words} {value}"
+        return "–".join(f"{bound:g}" for bound in value)
+    return "none" if value is None else str(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    Example:
+        >>> plural(1, "epoch"), plural(3409, "image"), plural(2, "class")
+        ('1 epoch', '3,409 images', '2 classes')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"

@@ -11,7 +11,7 @@ from typing import Any
 from mixmask._checks import Ratio
 from mixmask.data.sets import Images
 from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows
-from mixmask.runs.records import describe_option
+from mixmask.runs.records import describe_option, describe_value, plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
@@ -99,7 +99,7 @@ def mask_cells(
                 f"--grid-sizes must lie within 2 ... {centre.image_size}, the pixels per side of "
                 f"a view, got {size}; leave it out, or raise --image-size"
             )
-    factors: dict[str, Sequence[Any]] = {
+    factors: dict[str, Sequence[object]] = {
         "grid_size": sizes,
         "pattern": ("block", "discrete"),
         "ratio": ratios,
@@ -114,14 +114,10 @@ def mask_cells(
 
 def _mask_cell(config: RunConfig, field: str) -> Cell:
     switch = "switch" if config.switch else "no-switch"
-    ratio = describe_option("ratio", config.ratio).replace(" ", "-").replace("–", "-")
-    name = f"grid-{config.grid_size}_{config.pattern}_{ratio}_{switch}"
-    value = getattr(config, field)
-    if isinstance(value, bool):
-        text = "on" if value else "off"
-    else:
-        text = describe_option("", value).strip()
-    return Cell(field.replace("_", " "), text, name, config)
+    ratio = describe_value(config.ratio).replace("–", "-")
+    name = f"grid-{config.grid_size}_{config.pattern}_ratio-{ratio}_{switch}"
+    value = describe_value(getattr(config, field))
+    return Cell(field.replace("_", " "), value, name, config)
 
 
 def budget_cells(
@@ -156,7 +152,7 @@ def budget_cells(
             own = given if mix == "mixmask" or baseline_lr is None else given | {"lr": baseline_lr}
             for epochs in sorted(set(chosen)):
                 config = make_config(**(own | {"method": method, "mix": mix, "epochs": epochs}))
-                value = f"{describe_option('mix', mix)}, {epochs} epoch{'s' * (epochs != 1)}"
+                value = f"{describe_option('mix', mix)}, {plural(epochs, 'epoch')}"
                 cells.append(Cell(method, value, f"{method}_{mix}_{epochs}-epochs", config))
     return cells
 
@@ -181,17 +177,16 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
         for name, config in configs.items()
     ]
     for plan in plans:
-        _check_folder(plan)
+        if plan.folder.exists() and not (plan.folder.is_dir() and not any(plan.folder.iterdir())):
+            _check_run(plan)
     return plans
 
 
-def _check_folder(plan: Plan) -> None:
+def _check_run(plan: Plan) -> None:
     """Check that a folder's run has the planned options; else its accuracy is of another cell."""
-    if not plan.folder.exists() or (plan.folder.is_dir() and not any(plan.folder.iterdir())):
-        return
     there = dataclasses.asdict(load_config(plan.folder))
     for name, value in dataclasses.asdict(plan.config).items():
-        if there.get(name) != value:
+        if name != "stream" and there.get(name) != value:  # Where images lie changes no weights.
             raise ValueError(
                 f"{plan.folder} holds a run with {describe_option(name, there.get(name))}, this "
                 f"study has {describe_option(name, value)}; use the same, or another --out"

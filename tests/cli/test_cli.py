@@ -202,7 +202,8 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on(photographs: Path, tmp_path: 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.decode().strip().endswith("mixmask: interrupted")
+    advice = f"mixmask: interrupted; continue with mixmask pretrain --resume {out}"
+    assert errors.decode().strip().endswith(advice)
     assert b"Traceback" not in errors
     # The rest would take long; that it starts where the other stopped is what matters here.
     config = out / "config.json"
@@ -226,7 +227,12 @@ def test_recipes_name_their_source_and_what_was_published(
     text = capsys.readouterr().out
     assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
     assert text.count("  source: ") == len(PRESETS)
-    assert "moco-v2 + mixmask 69.2 % (linear; the authors' code)" in text
+    for published in (
+        "69.2 % with --method moco-v2 --mix mixmask (linear; the authors' code)",
+        "68.1 % with --method moco-v2 --mix mixmask --pattern discrete (kNN; MixMask, table 1)",
+        "68.83 % with --method moco-v2 --mix unmix --symmetric (kNN; Un-Mix's code)",
+    ):
+        assert published in text
 
 
 def test_out_of_memory_names_the_options_that_help(
@@ -235,6 +241,6 @@ def test_out_of_memory_names_the_options_that_help(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("mixmask.trainers.loop.pretrain", full)
+    monkeypatch.setattr("mixmask.cli.pretrain.train", full)
     assert cli.main(["pretrain", "--out", str(tmp_path / "run")]) == 2
     assert "--accumulate 2" in capsys.readouterr().err

@@ -278,7 +278,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
         patch.setattr(MoCo, "after_step", interrupted)
         assert cli.main([*words, "--seeds", "1"]) == 130
     captured = capsys.readouterr()
-    assert captured.err.strip().endswith("mixmask: interrupted")
+    assert captured.err.strip().endswith("interrupted; the same command continues the study")
     assert "[1/4] grid-2_block_ratio-0.5_switch, seed 0 … kNN" in captured.out
     assert "| grid size | 2 | 1 |" in (out / "masks.md").read_text()
     first = out / "grid-2_block_ratio-0.5_switch" / "seed-0" / "last.pt"
@@ -344,7 +344,7 @@ def test_ablate_reports_a_failed_run_and_goes_on(
             return Outcome([], "the loss became nan")
         return Outcome([{"epoch": 0, "knn": 0.1}, {"epoch": 1, "knn": 0.5, "linear": 0.5}])
 
-    monkeypatch.setattr("mixmask.trainers.studies.carry_out", carry_out)
+    monkeypatch.setattr("mixmask.cli.ablate.carry_out", carry_out)
     out = tmp_path / "study"
     capsys.readouterr()
     assert cli.main(study(photographs, out, "--seeds", "1")) == 2

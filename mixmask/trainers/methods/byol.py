@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import negative_cosine
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.runs.schedules import cosine_decay
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {
         "optimizer": "sgd", "batch_size": 32, "lr": 0.1, "hidden": 512, "dim": 128,
         "encoder_momentum": 0.9,
@@ -65,10 +64,9 @@ class BYOL(nn.Module):
     """An online branch with a predictor, and a target that follows it ever more slowly."""
 
     def __init__(self, config: BYOLConfig) -> None:
-        """Build both branches with the same weights, and the predictor."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask._distributed import gather_rows, of_first, rank, world_size
 from mixmask.losses import InfoNCE
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
@@ -29,7 +28,7 @@ V1 = {"mlp": False, "temperature": 0.07, "schedule": "step", "hue": 0.4, "blur":
 _CIFAR = {
     "lr": 0.06, "queue_size": 4096, "temperature": 0.1, "encoder_momentum": 0.99, "bn_splits": 8,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"queue_size": 512, "temperature": 0.1, "encoder_momentum": 0.996},
     # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
     **cifar_presets(**_CIFAR),
@@ -70,10 +69,9 @@ class MoCo(nn.Module):
     """A query encoder, a key encoder that follows it slowly, and a queue of past keys."""
 
     def __init__(self, config: MoCoConfig) -> None:
-        """Build both encoders with the same weights, and a queue of random directions."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
         self.head = build_head(features, config.dim, mlp=config.mlp)

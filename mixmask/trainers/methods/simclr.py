@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import NTXent
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_head
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.06},
     # Rate and temperature: SimCLR, appendix B.9.
     **cifar_presets(lr=1.0, temperature=0.5, weight_decay=1e-4, jitter=0.4, hue=0.1),
@@ -49,10 +48,9 @@ class SimCLR(nn.Module):
     """One encoder and a head, both views of all other images as negatives."""
 
     def __init__(self, config: SimCLRConfig) -> None:
-        """Build backbone and head."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.head = build_head(features, config.dim, mlp=True)
         self.mixtures = build_mixtures(config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,12 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.losses import sinkhorn
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
     **cifar_presets(optimizer="sgd", lr=0.06, prototypes=100),
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
@@ -51,10 +50,9 @@ class SwAV(nn.Module):
     awake: Tensor
 
     def __init__(self, config: SwAVConfig) -> None:
-        """Build backbone, projector and prototypes."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.hidden, config.dim)
         directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
         self.prototypes = nn.Parameter(directions)
