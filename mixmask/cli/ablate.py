@@ -17,20 +17,11 @@ from mixmask.data.sets import Images, load_data
 from mixmask.evaluation.monitor import accuracy_monitor
 from mixmask.runs.options import Options
 from mixmask.runs.records import plural
+from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.report import Report
-from mixmask.trainers.studies import (
-    BUDGET_METHODS,
-    Cell,
-    Outcome,
-    Plan,
-    budget_cells,
-    carry_out,
-    mask_cells,
-    plan_runs,
-    read_finished,
-)
+from mixmask.trainers.studies import Cell, Outcome, Plan
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (
@@ -52,7 +43,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     cells = _cells(study, given)
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
-    plans = plan_runs(cells, seeds, out)
+    plans = studies.plan_runs(cells, seeds, out)
     data = load_data(config.data, config.image_size, stream=config.stream)
     monitor = accuracy_monitor(data)
     if monitor is None:
@@ -62,7 +53,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
         )
     assert data.test is not None
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = {plan: done for plan in plans if (done := read_finished(plan))}
+    outcomes = {plan: done for plan in plans if (done := studies.read_finished(plan))}
     say(
         f"{study}: {plural(len(cells), 'line')}, {plural(len(plans), 'run')} of which "
         f"{len(outcomes)} are finished; tables and figure in {out}"
@@ -96,7 +87,7 @@ def _run_all(
     for number, plan in enumerate(remaining, start=1 + len(plans) - len(remaining)):
         say(f"[{number:>{width}}/{len(plans)}] {plan.label} … ", end="")
         began = time.perf_counter()
-        outcome = outcomes[plan] = carry_out(plan, images, monitor)
+        outcome = outcomes[plan] = studies.carry_out(plan, images, monitor)
         minutes = (time.perf_counter() - began) / 60
         report.write(outcomes)
         if outcome.error:
@@ -121,14 +112,14 @@ def _cells(study: str, given: Options) -> list[Cell]:
                     f"{option} belongs to --study {other}, got --study {study}; leave it out"
                 )
     if study == "budgets":
-        return budget_cells(**given)
+        return studies.budget_cells(**given)
     methods = given.pop("methods", ["moco-v2"])
     if len(methods) > 1:
         raise ValueError(
             f"--study masks takes one of --methods, got {' '.join(methods)}; run it once per "
             "method, each with its own --out"
         )
-    return mask_cells(method=methods[0], **given)
+    return studies.mask_cells(method=methods[0], **given)
 
 
 def add_ablate(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +136,7 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="runs per cell [3]")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), metavar="NAME",
-        help=f"one for masks [moco-v2], several for budgets [{' '.join(BUDGET_METHODS)}]",
+        help=f"one for masks [moco-v2], several for budgets [{' '.join(studies.BUDGET_METHODS)}]",
     )  # fmt: skip
     parser.add_argument(
         "--grid-sizes", type=int, nargs="+", metavar="N",

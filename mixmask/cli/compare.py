@@ -10,18 +10,9 @@ from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
 from mixmask.figures.runs import BANDS, figure_comparison
 from mixmask.figures.style import save_figure
+from mixmask.runs import records
 from mixmask.runs.folder import check_files
-from mixmask.runs.records import (
-    Group,
-    Record,
-    common_options,
-    describe_option,
-    describe_value,
-    group_seeds,
-    percent,
-    read_record,
-    unlabelled_differences,
-)
+from mixmask.runs.records import Group, Record, describe_option, describe_value, percent
 from mixmask.trainers.methods import option_defaults
 
 _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
@@ -33,10 +24,10 @@ def compare(runs: list[Path], out: Path, band: str) -> None:
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
     check_files(out)
-    records = [read_record(run, defaults=option_defaults) for run in runs]
-    _check_data(records)
-    groups = group_seeds(records)
-    common = common_options(groups)
+    read = [records.read_record(run, defaults=option_defaults) for run in runs]
+    _check_data(read)
+    groups = records.group_seeds(read)
+    common = records.common_options(groups)
     title = ", ".join(
         str(common[name]) if name in ("data", "arch") else describe_option(name, common[name])
         for name in _TITLE
@@ -47,10 +38,10 @@ def compare(runs: list[Path], out: Path, band: str) -> None:
     say("\n".join([title, "", *_table(groups), *_notes(groups, band), "", f"drew {out}"]))
 
 
-def _check_data(records: Sequence[Record]) -> None:
+def _check_data(read: Sequence[Record]) -> None:
     """Check that all runs used the same images."""
-    first = records[0]
-    for record in records:
+    first = read[0]
+    for record in read:
         if Path(record.config["data"]) != Path(first.config["data"]):
             raise ValueError(
                 f"accuracies on different data do not compare: {first.folder} used "
@@ -80,7 +71,7 @@ def _notes(groups: Sequence[Group], band: str) -> list[str]:
         notes.append(f"± is the standard deviation over seeds; bands in the figure: {BANDS[band]}")
     if any(group.last("knn") is None for group in groups):
         notes.append("–: not measured (no labels, --measure-every 0, or too early in a run)")
-    for name, values in unlabelled_differences(groups).items():
+    for name, values in records.unlabelled_differences(groups).items():
         each = "; ".join(
             f"{group.label}: {describe_value(value)}"
             for group, value in zip(groups, values, strict=True)

@@ -12,16 +12,7 @@ from typing import Any
 from mixmask import evaluation
 from mixmask.cli._console import say
 from mixmask.cli.options import add_fields, add_shared, choose_device
-from mixmask.evaluation import (
-    KNN,
-    FineTuning,
-    Linear,
-    LinearSGD,
-    Protocol,
-    Result,
-    Task,
-    load_task,
-)
+from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 
@@ -42,7 +33,7 @@ def evaluate(
         raise ValueError(f"--out must be a folder, got {out}, which is a file; name another")
     source = {name: given.pop(name) for name in _SOURCE if name in given}
     protocol = choose(**given)
-    task = load_task(run, device=choose_device(device), **source)
+    task = evaluation.load_task(run, device=choose_device(device), **source)
     say(
         f"{task.source.arch} of {run} on {task.source.data}: {plural(len(task.train), 'image')} to "
         f"train, {len(task.test):,} to test, {plural(len(task.classes), 'class')}, {task.device}"

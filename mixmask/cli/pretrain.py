@@ -24,13 +24,7 @@ from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
 from mixmask.trainers.loop import first_views, train
-from mixmask.trainers.methods import (
-    METHODS,
-    load_config,
-    make_config,
-    option_defaults,
-    preset_options,
-)
+from mixmask.trainers.methods import METHODS, load_config, make_config, plain_options
 from mixmask.trainers.recipes import describe
 from mixmask.trainers.run import Run
 
@@ -106,6 +100,7 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         "package. Defaults in brackets are those for clothing64; other data sets and methods have "
         "their own, and config.json lists what a run used."
     )
+    parser.usage = "%(prog)s [--OPTION VALUE ...]"
     parser.set_defaults(command=train_backbone, out=None, resume=None)
     run = add_run_fields(parser)
     add_shared(run, "--out", metavar="DIR", help="run folder to create [runs/DATA-METHOD-MIX]")
@@ -124,9 +119,8 @@ def add_run_fields(
     owners: dict[str, list[str]] = {}
     defaults: dict[str, object] = {}
     # An option that moco-v2 lacks shows the default of the first method that has it.
-    for method in dict.fromkeys((RunConfig.method, *METHODS)):
-        plain = option_defaults(method) | preset_options(method, RunConfig.data)
-        defaults = plain | defaults
+    for method in (RunConfig.method, *METHODS):
+        defaults = plain_options(method, RunConfig.data) | defaults
     for method, entry in METHODS.items():
         for field in dataclasses.fields(entry.config):
             fields.setdefault(field.name, field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mixmask.runs.options import Options
 from mixmask.runs.reading import read_checkpoint
 
 # The columns of `metrics.csv` that an epoch has measured.
@@ -103,11 +105,8 @@ def new_folder(out: Path | None, name: str) -> Path:
         ValueError: If `out` is a file or holds something.
     """
     if out is None:
-        folder, number = Path("runs") / name, 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
-        return folder
+        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+        return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
@@ -121,7 +120,7 @@ def write_config(folder: Path, config: Mapping[str, object]) -> None:
     write_json(folder / CONFIG, config)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Options:
     """Read a run's configuration.
 
     Raises:

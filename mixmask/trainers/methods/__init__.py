@@ -111,17 +111,21 @@ def make_config(**given: Any) -> Any:
             f"--recipe {recipe} does not suit --data {data}; leave --recipe out, or pass the "
             "folder of its images"
         )
-    options = preset_options(method, recipe) | given | {"method": method, "recipe": recipe}
+    options = _presets(method, recipe) | given | {"method": method, "recipe": recipe}
     return entry.config(**options)
 
 
-def preset_options(method: str, recipe: str) -> Options:
-    """Return what a recipe and a method set otherwise than the defaults of the method's options.
+def plain_options(method: str, recipe: str) -> Options:
+    """Return all options of a method at their defaults, then at the recipe's.
 
     Example:
-        >>> preset_options("moco-v1", "cifar100")["temperature"]
+        >>> plain_options("moco-v1", "cifar100")["temperature"]
         0.07
     """
+    return option_defaults(method) | _presets(method, recipe)
+
+
+def _presets(method: str, recipe: str) -> Options:
     entry = METHODS[method]
     return {**PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
 
@@ -133,9 +137,8 @@ def option_defaults(method: str) -> Options:
         >>> option_defaults("moco-v2")["temperature"], option_defaults("another")
         (0.2, {})
     """
-    if method not in METHODS:
-        return {}
-    return {field.name: field.default for field in dataclasses.fields(METHODS[method].config)}
+    fields = dataclasses.fields(METHODS[method].config) if method in METHODS else ()
+    return {field.name: field.default for field in fields}
 
 
 # Options of older versions: another name, or none any more.
