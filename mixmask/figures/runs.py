@@ -17,6 +17,7 @@ from mixmask.figures.style import (
     finish_curves,
     new_figure,
 )
+from mixmask.runs.records import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +81,9 @@ def figure_curves(rows: Sequence[dict[str, float]]) -> Figure:
         measured = [row for row in rows if row.get(name) is not None]
         if measured:
             epochs = [row["epoch"] for row in measured]
-            right.plot(epochs, [100 * row[name] for row in measured], marker="o", label=label)
-            right.axhline(100 * measured[0][name], color="grey", linewidth=0.8, linestyle=":")
+            values = [100 * row[name] for row in measured]
+            (line,) = right.plot(epochs, values, marker="o", label=label)
+            right.axhline(values[0], color=line.get_color(), linewidth=0.8, linestyle=":")
     if right.lines:
         right.legend(frameon=False, title="dotted: untrained")
     for axis in (left, right):
@@ -216,7 +218,7 @@ def _mark(axis: Axes, x: float, accuracies: Sequence[float], i: int, label: str)
 
 def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
     count = max((len(v) for points in columns.values() for v in points.values()), default=0)
-    return f"{name} ({count} seed{'s' * (count != 1)})"
+    return f"{name} ({plural(count, 'seed')})"
 
 
 def _caption(figure: Figure, title: str, drawn: Sequence[Points], kind: str) -> None:

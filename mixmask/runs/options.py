@@ -39,6 +39,11 @@ def option(
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **limits})
 
 
+def share(default: float, text: str) -> float:
+    """Declare an option that lies within 0 ... 1."""
+    return option(default, text, low=0, high=1)
+
+
 def flag(name: str) -> str:
     """Return the command-line option of a field.
 

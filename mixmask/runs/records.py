@@ -20,29 +20,18 @@ _SETTING = (
 
 @dataclass(frozen=True)
 class Record:
-    """A run, read from its folder.
-
-    Attributes:
-        folder: The run folder.
-        config: The content of `config.json`.
-        rows: The rows of `metrics.csv`, each without the columns that were not measured.
-    """
+    """A run, read from its folder."""
 
     folder: Path
-    config: Options
-    rows: list[Row]
+    config: Options  # The content of `config.json`.
+    rows: list[Row]  # Of `metrics.csv`, each without the columns that were not measured.
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed.
+    """Runs that differ only in the seed, by which they are ordered."""
 
-    Attributes:
-        label: What distinguishes them from the other groups.
-        records: Ordered by seed.
-    """
-
-    label: str
+    label: str  # What distinguishes them from the other groups.
     records: tuple[Record, ...]
 
     def points(self, column: str) -> dict[int, list[float]]:

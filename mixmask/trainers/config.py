@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixmask._checks import Ratio, ratio_bounds
-from mixmask.runs.options import Options, Value, check_options, check_range, option
+from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
@@ -31,20 +31,14 @@ class RunConfig:
         "not fit into memory",
         ("auto", "always", "never"),
     )
-    workers: int = option(
-        0, "processes that decode a folder on disk; 0 = CPU cores - 1, at most 16", low=0
-    )
+    workers: int = option(0, "processes that decode images; 0 = CPU cores - 1, at most 16", low=0)
 
     image_size: int = option(224, "height and width of the views in pixels", low=1)
-    min_scale: float = option(
-        0.2, "smallest share of an image's area that a crop takes", low=0, high=1
-    )
-    jitter: float = option(
-        0.4, "strength of brightness, contrast and saturation jitter", low=0, high=1
-    )
+    min_scale: float = share(0.2, "smallest share of an image's area that a crop takes")
+    jitter: float = share(0.4, "strength of brightness, contrast and saturation jitter")
     hue: float = option(0.1, "strength of hue jitter", low=0, high=0.5)
-    grey: float = option(0.2, "probability of a grey view", low=0, high=1)
-    blur: float = option(0.5, "probability of a blurred view", low=0, high=1)
+    grey: float = share(0.2, "probability of a grey view")
+    blur: float = share(0.5, "probability of a blurred view")
 
     mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
     grid_size: int = option(8, "mask cells per side")
@@ -56,15 +50,9 @@ class RunConfig:
     roll: bool = option(False, "shift block masks at random, so that all places are equally likely")
     switch: bool = option(True, "add the partner's term with weight 1 - λ")
     alpha: float = option(1.0, "Beta parameter of λ in mixup and CutMix", positive=True)
-    global_share: float = option(
-        0.5, "share of steps in which Un-Mix applies mixup, not CutMix", low=0, high=1
-    )
-    channel_share: float = option(
-        0.0, "share of steps in which erase masks channels separately, as MSCN does", low=0, high=1
-    )
-    extra_crops: int = option(
-        0, "additional views per image, which are mixed or erased too (MSCN: 2)", low=0
-    )
+    global_share: float = share(0.5, "share of steps in which Un-Mix applies mixup, not CutMix")
+    channel_share: float = share(0.0, "share of steps where erase masks channels separately (MSCN)")
+    extra_crops: int = option(0, "additional views per image, mixed or erased too (MSCN: 2)", low=0)
     mixed_size: int = option(0, "height and width of the mixed views; 0 = --image-size", low=0)
     mix_every: int = option(1, "mix views in every N-th step", low=1)
     replace_clean: bool = option(False, "replace the clean queries by the mixed views")
@@ -77,10 +65,10 @@ class RunConfig:
     batch_size: int = option(256, "batch size per process", low=2)
     optimizer: str = option("sgd", "optimiser", ("sgd", "lars", "adamw"))
     lr: float = option(0.03, "initial learning rate, for this batch size", low=0)
-    warmup: float = option(0.0, "share of the run in which the learning rate rises", low=0, high=1)
+    warmup: float = share(0.0, "share of the run in which the learning rate rises")
     schedule: str = option("cosine", "schedule of the learning rate", ("cosine", "step"))
     weight_decay: float = option(1e-4, "weight decay", low=0)
-    sgd_momentum: float = option(0.9, "momentum of SGD and LARS", low=0, high=1)
+    sgd_momentum: float = share(0.9, "momentum of SGD and LARS")
     accumulate: int = option(1, "parts of a batch that are forwarded one after the other", low=1)
 
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
@@ -92,9 +80,7 @@ class RunConfig:
     )
     checkpointing: bool = option(False, "recompute activations in backward to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
-    measure_every: int = option(
-        10, "epochs between two kNN accuracies on the test split; 0 = none", low=0
-    )
+    measure_every: int = option(10, "epochs between two kNN accuracies; 0 = none", low=0)
     tracker: str = option(
         "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")
     )

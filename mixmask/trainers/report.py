@@ -37,19 +37,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """The files that a study leaves.
+    """The files that a study leaves."""
 
-    Attributes:
-        study: "masks" or "budgets".
-        out: The study's folder.
-        test_images: How many images its accuracies were measured on.
-        cells: The lines of its table.
-    """
-
-    study: str
-    out: Path
-    test_images: int
-    cells: Sequence[Cell]
+    study: str  # "masks" or "budgets".
+    out: Path  # The study's folder.
+    test_images: int  # How many images its accuracies were measured on.
+    cells: Sequence[Cell]  # The lines of its table.
 
     def write(self, outcomes: Mapping[Plan, Outcome]) -> str:
         """Write STUDY.md, STUDY.csv and, once there is an accuracy, STUDY.png.

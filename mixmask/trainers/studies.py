@@ -29,19 +29,12 @@ _FAILURES = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError)
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting of a study, which is run with several seeds.
+    """A setting of a study, which is run with several seeds."""
 
-    Attributes:
-        factor: What varies, a heading of the table.
-        value: Its value here.
-        name: The folder of its runs; cells of several factors may share one.
-        config: The options of its runs, but for the seed.
-    """
-
-    factor: str
-    value: str
-    name: str
-    config: RunConfig
+    factor: str  # What varies, a heading of the table.
+    value: str  # Its value here.
+    name: str  # The folder of its runs; cells of several factors may share one.
+    config: RunConfig  # The options of its runs, but for the seed.
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,17 @@ def test_compare_draws_and_prints_means_over_seeds(
     (line,) = (text for text in printed.splitlines() if text.startswith("no mixing "))
     assert line.split()[2:5] == ["1", "2", f"{knn['none']:.1f}"]
     assert "they differ in lr too (mixmask: 0.03; no mixing: 0.06)" in printed
+    assert "bands in the figure: smallest to largest seed" in printed
+
+
+def test_compare_names_a_switch_that_is_on(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy_of(runs["none"], tmp_path / "other", switch=False)
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "x.png")]
+    assert cli.main(["compare", str(runs["a"]), str(other), *out]) == 0
+    assert "they differ in switch too (mixmask: on; no mixing: off)" in capsys.readouterr().out
 
 
 def test_compare_of_runs_without_accuracies_draws_their_losses(

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import negative_cosine
-from mixmask.runs.options import Options, option
+from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
@@ -40,9 +40,7 @@ class BYOLConfig(RunConfig):
     min_scale: float = default("min_scale", 0.08)
     dim: int = option(256, "size of the embedding", low=1)
     hidden: int = option(4096, "width of the hidden layers of projector and predictor", low=1)
-    encoder_momentum: float = option(
-        0.99, "momentum of the key encoder or the teacher", low=0, high=1
-    )
+    encoder_momentum: float = share(0.99, "momentum of the key encoder or the teacher")
 
 
 def rising_momentum(start: float, done: float) -> float:

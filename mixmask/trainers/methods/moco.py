@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask._distributed import gather_rows, of_first, rank, world_size
 from mixmask.losses import InfoNCE
-from mixmask.runs.options import Options, option
+from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import RunConfig, cifar_presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
@@ -46,9 +46,7 @@ class MoCoConfig(RunConfig):
     )
     queue_size: int = option(65_536, "keys in the queue", low=1)
     temperature: float = option(0.2, "temperature of the contrastive loss", positive=True)
-    encoder_momentum: float = option(
-        0.999, "momentum of the key encoder or the teacher", low=0, high=1
-    )
+    encoder_momentum: float = share(0.999, "momentum of the key encoder or the teacher")
     symmetric: bool = option(False, "use each view as query and as key, as Un-Mix's demo does")
     bn_splits: int = option(
         1, "parts of a batch with batch-norm statistics of their own; shuffles the keys", low=1

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.losses import sinkhorn
-from mixmask.runs.options import Options, option
+from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
@@ -39,9 +39,7 @@ class SwAVConfig(RunConfig):
     prototypes: int = option(3000, "number of prototypes", low=2)
     temperature: float = option(0.1, "temperature of the prediction", positive=True)
     epsilon: float = option(0.05, "weight of the codes' entropy", positive=True)
-    frozen: float = option(
-        0.01, "share of the run in which the prototypes are frozen", low=0, high=1
-    )
+    frozen: float = share(0.01, "share of the run in which the prototypes are frozen")
 
 
 class SwAV(nn.Module):
