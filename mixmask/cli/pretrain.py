@@ -51,7 +51,7 @@ def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
     run = Run.open(config, data.train.images, folder, resume=resume is not None)
     if state.is_main_process:
         _say_start(config, data, folder)
-        views = first_views(config, data.train.images)
+        views = first_views(run)
         save_figure(figure_views(views.query, views.mixed, views.key), folder / "views.png")
     with resumable("pretrain", folder):
         train(run, monitor=monitor.accuracy_monitor(data))

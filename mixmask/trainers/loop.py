@@ -25,8 +25,8 @@ from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
-from mixmask.trainers.mixtures import Term, build_mixtures
-from mixmask.trainers.run import Run, random_view
+from mixmask.trainers.mixtures import Term
+from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
@@ -199,8 +199,7 @@ def _batches(run: Run) -> Batches:
             if i == 0 or step == first:
                 shuffle = step_generator(config.seed, "order", epoch + 1)
                 order = torch.randperm(len(run.images), generator=shuffle)
-                if isinstance(run.images, Tensor):  # Copied once per epoch, not per step.
-                    order = order.to(run.images.device)
+                order = _beside(run.images, order)  # Copied once per epoch, not per step.
             start = (i * processes + rank) * config.batch_size
             seed = fold_seed(config.seed, rank, step, "crops")
             yield Draw(order[start : start + config.batch_size], _crops(config, step), seed)
@@ -213,6 +212,10 @@ def _batches(run: Run) -> Batches:
         workers=run.workers,
         device=accelerator.device,
     )
+
+
+def _beside(images: Images, index: Tensor) -> Tensor:
+    return index.to(images.device) if isinstance(images, Tensor) else index
 
 
 def _is_mixed(config: RunConfig, step: int) -> bool:
@@ -236,33 +239,24 @@ def _next_batch(run: Run, batches: Batches) -> Tensor:
     return batch
 
 
-def first_views(config: RunConfig, images: Images, count: int = 8) -> FirstViews:
-    """Draw what a step sees: views for queries, mixed views, and views for keys.
-
-    Args:
-        config: The run's options.
-        images: (N, 3, H, W) uint8, or a folder's.
-        count: How many images, if there are so many.
-    """
-    seed = fold_seed(config.seed, "picture")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    index = order[:count]
-    if isinstance(images, Tensor):
-        images, index = images[index].cpu(), torch.arange(len(index))
+def first_views(run: Run, count: int = 8) -> FirstViews:
+    """Draw what a step sees of a few images, if there are so many."""
+    config, seed = run.config, fold_seed(run.config.seed, "picture")
+    order = torch.randperm(len(run.images), generator=torch.Generator().manual_seed(seed))
     reading = read_batches(
-        images,
-        [Draw(index, 2, seed)],
+        run.images,
+        [Draw(_beside(run.images, order[:count]), 2, seed)],
         size=config.image_size,
         min_scale=config.min_scale,
         workers=0,
-        device=torch.device("cpu"),
+        device=run.accelerator.device,
     )
     with closing(reading):
-        batch = next(reading)
+        batch = next(reading)  # (2 * count, 3, H, W) uint8
     generator = torch.Generator().manual_seed(seed)
-    x_q, x_k = random_view(config, images)(batch, generator=generator).chunk(2)
-    mixed = [mix(x_q, generator).images for mix in build_mixtures(config)]
-    return FirstViews(x_q, mixed, x_k)
+    x_q, x_k = run.view(batch, generator=generator).chunk(2)  # (count, 3, S, S) each
+    mixed = [mix(x_q, generator).images.cpu() for mix in run.model.mixtures]
+    return FirstViews(x_q.cpu(), mixed, x_k.cpu())
 
 
 def learning_rate(config: RunConfig, done: float) -> float:

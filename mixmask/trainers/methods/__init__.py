@@ -14,17 +14,18 @@ from mixmask.runs.folder import read_config
 from mixmask.runs.options import Options, flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
-from mixmask.trainers.mixtures import Term, Views
+from mixmask.trainers.mixtures import Mixture, Term, Views
 
 
 class Method(Protocol):
-    """What the loop asks of a method: an `nn.Module` with a backbone and these two calls.
+    """What the loop asks of a method: an `nn.Module` with a backbone, mixtures and two calls.
 
     A step iterates over `terms`, calls backward on each, steps the optimiser, and calls
     `after_step`.
     """
 
     backbone: nn.Module
+    mixtures: list[Mixture]
 
     def terms(
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
