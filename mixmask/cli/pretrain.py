@@ -24,7 +24,7 @@ from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
 from mixmask.trainers.loop import first_views, train
-from mixmask.trainers.methods import METHODS, load_config, make_config, plain_options
+from mixmask.trainers.methods import METHODS, load_config, make_config, option_defaults
 from mixmask.trainers.recipes import describe
 from mixmask.trainers.run import Run
 
@@ -120,7 +120,7 @@ def add_run_fields(
     defaults: dict[str, object] = {}
     # An option that moco-v2 lacks shows the default of the first method that has it.
     for method in (RunConfig.method, *METHODS):
-        defaults = plain_options(method, RunConfig.data) | defaults
+        defaults = option_defaults(method, RunConfig.data) | defaults
     for method, entry in METHODS.items():
         for field in dataclasses.fields(entry.config):
             fields.setdefault(field.name, field)

@@ -112,34 +112,22 @@ def make_config(**given: Any) -> Any:
             f"--recipe {recipe} does not suit --data {data}; leave --recipe out, or pass the "
             "folder of its images"
         )
-    options = _presets(method, recipe) | given | {"method": method, "recipe": recipe}
+    options = option_defaults(method, recipe) | given | {"method": method, "recipe": recipe}
     return entry.config(**options)
 
 
-def plain_options(method: str, recipe: str) -> Options:
-    """Return all options of a method at their defaults, then at the recipe's.
-
-    Example:
-        >>> plain_options("moco-v1", "cifar100")["temperature"]
-        0.07
-    """
-    return option_defaults(method) | _presets(method, recipe)
-
-
-def _presets(method: str, recipe: str) -> Options:
-    entry = METHODS[method]
-    return {**PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
-
-
-def option_defaults(method: str) -> Options:
-    """Return a method's options at their defaults; none for a method that is not known here.
+def option_defaults(method: str, recipe: str = "imagenet") -> Options:
+    """Return all options of a method as a recipe sets them; none for a method not known here.
 
     Example:
         >>> option_defaults("moco-v2")["temperature"], option_defaults("another")
         (0.2, {})
     """
-    fields = dataclasses.fields(METHODS[method].config) if method in METHODS else ()
-    return {field.name: field.default for field in fields}
+    if method not in METHODS:
+        return {}
+    entry = METHODS[method]
+    own = {field.name: field.default for field in dataclasses.fields(entry.config)}
+    return {**own, **PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
 
 
 # Options of older versions: another name, or none any more.
