@@ -55,8 +55,8 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     outcomes = {plan: done for plan in plans if (done := studies.read_finished(plan))}
     say(
-        f"{study}: {plural(len(cells), 'line')}, {plural(len(plans), 'run')} of which "
-        f"{len(outcomes)} are finished; tables and figure in {out}"
+        f"{study}: {plural(len(cells), 'line')}, {plural(len(plans), 'run')} "
+        f"({len(outcomes)} finished); tables and figure in {out}"
     )
     report = Report(study, out, len(data.test.images), cells)
     report.write(outcomes)

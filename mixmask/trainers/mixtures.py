@@ -110,7 +110,7 @@ def mixed_terms(
     """
     for mix in mixtures:
         for view in images:
-            mixed = mix(_resize(view, config.mixed_size), generator)
+            mixed = mix(_resize(view, config.mixed_size), generator)  # images: (N, 3, s, s)
             z = encode(mixed.images)  # (N, C)
             loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
             # Without clean queries, the mixed ones tell whether a run collapses.

@@ -35,6 +35,7 @@ def build_mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in pairwise(inner):
         layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    # A norm at the end subtracts the mean, so that a bias before it would do nothing.
     layers.append(nn.Linear(inner[-1], last, bias=not last_norm))
     if last_norm:
         layers.append(nn.BatchNorm1d(last, affine=False))
@@ -77,6 +78,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             momentum=self.momentum or 0.1,
             eps=self.eps,
         )
+        # (splits * C,) -> (C,)
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
         self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
         return out.view(n, c, h, w)
@@ -123,6 +125,7 @@ class Queue(nn.Module):
         """Replace the oldest keys by a batch (N, dim)."""
         size = len(self.keys)
         keys = keys[-size:]
+        # Modulo K: a batch that reaches the end goes on at the start.
         places = (self.position + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         self.position.add_(len(keys)).remainder_(size)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure
 from mixmask.runs.folder import write_text
-from mixmask.runs.records import describe_option, mean_sd, percent
+from mixmask.runs.records import describe_option, mean_sd, percent, plural
 from mixmask.trainers.studies import MEASURES, Cell, Outcome, Plan
 
 _OPTIONS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
@@ -54,7 +54,7 @@ class Report:
         config = self.cells[0].config
         title = f"{config.data}, {config.arch} at {config.image_size} px"
         if self.study == "masks":
-            title = f"{config.method} + mixmask on {title}, {config.epochs} epochs"
+            title = f"{config.method} + mixmask on {title}, {plural(config.epochs, 'epoch')}"
         text = table_markdown(lines, title=title, test_images=self.test_images)
         write_text(self.out / f"{self.study}.md", text)
         write_text(self.out / f"{self.study}.csv", table_csv(lines))

@@ -301,7 +301,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
         assert cli.main([*words, "--seeds", "1"]) == 0
     assert steps[0] == 8 + 4 * 4 - 7
     printed = capsys.readouterr().out
-    assert "4 runs of which 1 are finished" in printed
+    assert "4 runs (1 finished)" in printed
     assert [line[:5] for line in printed.splitlines() if line.startswith("[")] == [
         "[2/4]", "[3/4]", "[4/4]",
     ]  # fmt: skip
@@ -310,7 +310,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
     assert is_png(out / "masks.png")
 
     assert cli.main([*words, "--seeds", "2", "--grid-sizes", "2"]) == 0
-    assert "6 runs of which 3 are finished" in capsys.readouterr().out
+    assert "6 runs (3 finished)" in capsys.readouterr().out
     assert "| grid size | 2 | 2 |" in (out / "masks.md").read_text()
     assert first.stat().st_mtime_ns == written
     line = refused([*words, "--lr", "0.1"], capsys)

@@ -32,6 +32,7 @@ class BarlowTwinsConfig(RunConfig):
     warmup: float = default("warmup", 0.01)
     weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 1000)
+
     dim: int = option(8192, "size of the embedding", low=1)
     redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations", low=0)
     scale: float = option(1.0, "factor of the loss", low=0)
@@ -75,9 +76,9 @@ class BarlowTwins(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
             with torch.no_grad():
-                z2 = self.encode(x2)
+                z2 = self.encode(x2)  # (N, dim)
         else:
-            z1, z2 = self.encode(x1), self.encode(x2)
+            z1, z2 = self.encode(x1), self.encode(x2)  # (N, dim) each
             yield Term(self.loss(z1, z2), pair=(z1, z2))
         yield from mixed_terms(
             self.config, mixtures, [x1, *extra], self.encode, self.loss, z2, generator

@@ -67,6 +67,7 @@ class BYOL(nn.Module):
         self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
+        # The target starts at the online branch's weights and gets no gradient.
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.mixtures = build_mixtures(config)
@@ -87,10 +88,11 @@ class BYOL(nn.Module):
     ) -> Iterator[Term]:
         """Yield one clean term per direction, then one per mixed view; see `Method.terms`."""
         mixtures = self.mixtures if mix else []
-        t2 = self.encode_targets(x2)
+        t2 = self.encode_targets(x2)  # (N, dim)
         if not (mixtures and self.config.replace_clean):
-            t1 = self.encode_targets(x1)
-            p1 = self.encode(x1)
+            # Both directions (section 3.1), one forward pass of the online branch after the other.
+            t1 = self.encode_targets(x1)  # (N, dim)
+            p1 = self.encode(x1)  # (N, dim)
             yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
             yield Term(squared_distance(self.encode(x2), t1).mean())
         yield from mixed_terms(

@@ -131,16 +131,17 @@ class MoCo(nn.Module):
         """
         config = self.config
         info_nce = InfoNCE(self.queue.keys, config.temperature)
-        k2 = self.encode_keys(x2, generator)
+        k2 = self.encode_keys(x2, generator)  # (N, dim)
         pairs, keys = [(x1, k2)], k2
         if config.symmetric:
             k1 = self.encode_keys(x1, generator)
-            pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])
+            pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])  # keys: (2N, dim)
         mixtures = self.mixtures if mix else []
         for x, k in [] if mixtures and config.replace_clean else pairs:
-            q = self.encode(x)
+            q = self.encode(x)  # (N, dim)
             yield Term(info_nce(q, k), pair=(q, k))
         for number, (x, k) in enumerate(pairs):
+            # Further crops are mixed once, against the keys of x2.
             views = [x] if number else [x, *extra]
             yield from mixed_terms(config, mixtures, views, self.encode, info_nce, k, generator)
         self.new_keys.append(keys)
@@ -151,5 +152,6 @@ class MoCo(nn.Module):
         assert self.new_keys, "after_step needs all terms of the step first"
         update_momentum(self.backbone, self.key_backbone, self.config.encoder_momentum)
         update_momentum(self.head, self.key_head, self.config.encoder_momentum)
+        # Every process enqueues the keys of all, so that queues stay alike: (W * N, dim).
         self.queue.enqueue(gather_rows(torch.cat(self.new_keys), checked=False))
         self.new_keys = []

@@ -68,11 +68,12 @@ class SimCLR(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and config.replace_clean:
             with torch.no_grad():
-                z2 = self.encode(x2)
+                z2 = self.encode(x2)  # (N, dim)
         else:
-            z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
+            # One pass of both views, so that batch norm sees all 2N images.
+            z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)  # (2N, dim) -> (N, dim) each
             yield Term(nt_xent(z1, z2), pair=(z1, z2))
-        if config.one_directional:
+        if config.one_directional:  # For the mixed views alone.
             nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
         yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, nt_xent, z2, generator)
 

@@ -68,10 +68,11 @@ class SimSiam(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
             with torch.no_grad():
-                z2 = self.project(x2)
+                z2 = self.project(x2)  # (N, dim)
         else:
-            z1, z2 = self.project(x1), self.project(x2)
-            p1, p2 = self.predictor(z1), self.predictor(z2)
+            z1, z2 = self.project(x1), self.project(x2)  # (N, dim) each
+            p1, p2 = self.predictor(z1), self.predictor(z2)  # (N, dim) each
+            # Eq. 4: the distance takes its target as a constant.
             yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
         yield from mixed_terms(
             self.config, mixtures, [x1, *extra], self.encode, distance, z2, generator

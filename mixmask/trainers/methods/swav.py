@@ -59,10 +59,11 @@ class SwAV(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Score views (N, 3, S, S) against the prototypes: cosines, (N, prototypes)."""
-        z = F.normalize(self.projector(self.backbone(images)).float(), dim=1)
-        prototypes = F.normalize(self.prototypes, dim=1)
+        z = F.normalize(self.projector(self.backbone(images)).float(), dim=1)  # (N, dim)
+        prototypes = F.normalize(self.prototypes, dim=1)  # (prototypes, dim)
+        # A product instead of a branch: while they rest, their gradient is 0 and the value stays.
         resting = prototypes.detach()
-        return z @ (resting + self.awake * (prototypes - resting)).T
+        return z @ (resting + self.awake * (prototypes - resting)).T  # (N, prototypes)
 
     def terms(
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
@@ -75,7 +76,8 @@ class SwAV(nn.Module):
             with torch.no_grad():
                 codes2 = sinkhorn(self.encode(x2), config.epsilon, gather_distributed=True)
         else:
-            s1, s2 = self.encode(x1), self.encode(x2)
+            s1, s2 = self.encode(x1), self.encode(x2)  # (N, prototypes) each
+            # Swapped: each view predicts the other's code (eq. 1).
             codes1, codes2 = (
                 sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2)
             )
