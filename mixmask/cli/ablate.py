@@ -6,7 +6,6 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.report import Report
-from mixmask.trainers.studies import Cell, Outcome, Plan
+from mixmask.trainers.studies import Cell
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (
@@ -43,7 +42,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     cells = _cells(study, given)
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
-    plans = studies.plan_runs(cells, seeds, out)
+    runs = studies.plan_runs(cells, seeds, out)
     data = load_data(config.data, config.image_size, stream=config.stream)
     monitor = accuracy_monitor(data)
     if monitor is None:
@@ -53,52 +52,46 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
         )
     assert data.test is not None
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = {plan: done for plan in plans if (done := studies.read_finished(plan))}
     say(
-        f"{study}: {plural(len(cells), 'line')}, {plural(len(plans), 'run')} "
-        f"({len(outcomes)} finished); tables and figure in {out}"
+        f"{study}: {plural(len(cells), 'line')}, {plural(len(runs), 'run')} "
+        f"({sum(bool(run.rows) for run in runs)} finished); tables and figure in {out}"
     )
-    report = Report(study, out, len(data.test.images), cells)
-    report.write(outcomes)
+    report = Report(study, out, cells, runs, len(data.test.images))
+    report.write()
     try:
-        _run_all(plans, outcomes, report, data.train.images, monitor)
+        _train_all(report, data.train.images, monitor)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the study") from None
-    say("\n" + report.write(outcomes))
-    failed = [plan for plan, outcome in outcomes.items() if outcome.error]
-    if failed:
+    say("\n" + report.write())
+    if failed := [run for run in runs if run.error]:
         raise ValueError(
-            f"{len(failed)} of {plural(len(plans), 'run')} failed, {failed[0].label} the first "
-            f"({outcomes[failed[0]].error}); the same command tries them again"
+            f"{len(failed)} of {plural(len(runs), 'run')} failed, {failed[0].label} the first "
+            f"({failed[0].error}); the same command tries them again"
         )
 
 
-def _run_all(
-    plans: Sequence[Plan],
-    outcomes: dict[Plan, Outcome],
-    report: Report,
-    images: Images,
-    monitor: Monitor,
-) -> None:
-    """Run what is missing, print a line each, and keep table and figure up to date."""
-    remaining = [plan for plan in plans if plan not in outcomes]
+def _train_all(report: Report, images: Images, monitor: Monitor) -> None:
+    """Train the runs that are missing, print a line each, and keep table and figure up to date."""
+    runs = report.runs
+    remaining = [run for run in runs if not run.rows]
     rates: list[float] = []
-    width = len(str(len(plans)))
-    for number, plan in enumerate(remaining, start=1 + len(plans) - len(remaining)):
-        say(f"[{number:>{width}}/{len(plans)}] {plan.label} … ", end="")
+    width = len(str(len(runs)))
+    for number, run in enumerate(remaining):
+        place = len(runs) - len(remaining) + number + 1
+        say(f"[{place:>{width}}/{len(runs)}] {run.label} … ", end="")
         began = time.perf_counter()
-        outcome = outcomes[plan] = studies.carry_out(plan, images, monitor)
+        run.train(images, monitor)
         minutes = (time.perf_counter() - began) / 60
-        report.write(outcomes)
-        if outcome.error:
-            say(f"failed: {outcome.error}")
+        report.write()
+        if run.error:
+            say(f"failed: {run.error}")
             continue
-        rates.append(minutes / plan.config.epochs)
-        left = sum(p.config.epochs for p in plans if p not in outcomes) * statistics.mean(rates)
+        rates.append(minutes / run.config.epochs)
+        left = sum(r.config.epochs for r in remaining[number + 1 :]) * statistics.mean(rates)
         measured = ", ".join(
             f"{label} {100 * value:.1f} %"
             for name, label in (("knn", "kNN"), ("linear", "linear"))
-            if (value := outcome.last(name)) is not None
+            if (value := run.last(name)) is not None
         )
         say(f"{measured} ({minutes:.1f} min, about {left:.0f} min to go)")
 

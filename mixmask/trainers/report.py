@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure
 from mixmask.runs.folder import write_text
 from mixmask.runs.records import describe_option, mean_sd, percent, plural
-from mixmask.trainers.studies import MEASURES, Cell, Outcome, Plan
+from mixmask.trainers.studies import MEASURES, Cell, StudyRun
 
 _OPTIONS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
 
@@ -41,43 +41,42 @@ class Report:
 
     study: str  # "masks" or "budgets".
     out: Path  # The study's folder.
-    test_images: int  # How many images its accuracies were measured on.
     cells: Sequence[Cell]  # The lines of its table.
+    runs: Sequence[StudyRun]
+    test_images: int  # How many images accuracies are measured on.
 
-    def write(self, outcomes: Mapping[Plan, Outcome]) -> str:
+    def write(self) -> str:
         """Write STUDY.md, STUDY.csv and, once there is an accuracy, STUDY.png.
 
         Returns:
             The table in STUDY.md, of what has been measured so far.
         """
-        lines = collect(self.cells, outcomes)
+        lines = collect(self.cells, self.runs)
         config = self.cells[0].config
         title = f"{config.data}, {config.arch} at {config.image_size} px"
         if self.study == "masks":
-            title = f"{config.method} + mixmask on {title}, {plural(config.epochs, 'epoch')}"
+            epochs = plural(config.epochs, "epoch")
+            title = f"{config.method} + mixmask on {title}, {epochs}"
         text = table_markdown(lines, title=title, test_images=self.test_images)
         write_text(self.out / f"{self.study}.md", text)
         write_text(self.out / f"{self.study}.csv", table_csv(lines))
         if any(line.seeds for line in lines):
-            figure = (
-                _draw_budgets(lines, title)
-                if self.study == "budgets"
-                else _draw_factors(lines, title, outcomes)
-            )
+            masks = self.study == "masks"
+            figure = _factors(lines, self.runs, title) if masks else _budgets(lines, title)
             save_figure(figure, self.out / f"{self.study}.png")
         return text
 
 
-def collect(cells: Sequence[Cell], outcomes: Mapping[Plan, Outcome]) -> list[Line]:
-    """Sort a study's outcomes into its table; runs without an outcome are left out."""
+def collect(cells: Sequence[Cell], runs: Sequence[StudyRun]) -> list[Line]:
+    """Sort a study's runs into its table; those without an accuracy are left out."""
     lines = []
     for cell in cells:
-        own = [(plan, o) for plan, o in outcomes.items() if plan.folder.parent.name == cell.name]
+        own = [run for run in runs if run.folder.parent.name == cell.name]
         accuracies = {
-            measure: [value for _, o in own if (value := o.last(measure)) is not None]
+            measure: [value for run in own if (value := run.last(measure)) is not None]
             for measure in MEASURES
         }
-        errors = tuple(f"{plan.label}: {o.error}" for plan, o in own if o.error)
+        errors = tuple(f"{run.label}: {run.error}" for run in own if run.error)
         lines.append(Line(cell, accuracies, errors))
     return lines
 
@@ -126,7 +125,7 @@ def table_csv(lines: Sequence[Line]) -> str:
     return file.getvalue()
 
 
-def _draw_budgets(lines: Sequence[Line], title: str) -> Figure:
+def _budgets(lines: Sequence[Line], title: str) -> Figure:
     # Method -> measure -> mixture -> epochs -> accuracies.
     panels: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}
     for line in lines:
@@ -137,13 +136,13 @@ def _draw_budgets(lines: Sequence[Line], title: str) -> Figure:
     return figure_budgets(panels, title=title)
 
 
-def _draw_factors(lines: Sequence[Line], title: str, outcomes: Mapping[Plan, Outcome]) -> Figure:
+def _factors(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -> Figure:
+    # Factor -> value -> measure -> accuracies.
     panels: dict[str, dict[str, dict[str, list[float]]]] = {}
     for line in lines:
         panels.setdefault(line.cell.factor, {})[line.cell.value] = line.accuracies
-    firsts = [outcome.rows[0] for outcome in outcomes.values() if outcome.rows]
     untrained = {}
     for name in MEASURES:
-        if values := [row[name] for row in firsts if name in row]:
+        if values := [run.rows[0][name] for run in runs if run.rows and name in run.rows[0]]:
             untrained[name] = statistics.fmean(values)
     return figure_factors(panels, untrained=untrained, title=title)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +37,41 @@ class Cell:
     config: RunConfig  # The options of its runs, but for the seed.
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One run of a study: its folder and its options."""
+@dataclass
+class StudyRun:
+    """One run of a study, and how it ended: its rows, or why it has none."""
 
     folder: Path
     config: RunConfig
+    rows: list[Row] = field(default_factory=list)
+    error: str = ""
 
     @property
     def label(self) -> str:
         """Its name on the console."""
         return f"{self.folder.parent.name}, seed {self.config.seed}"
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its rows, or why it has none."""
-
-    rows: list[Row]
-    error: str = ""
-
     def last(self, measure: str) -> float | None:
         """Return an accuracy after the last epoch, 0 ... 1."""
         return self.rows[-1].get(measure) if self.rows else None
+
+    def train(self, images: Images, monitor: Monitor) -> None:
+        """Train to the end, from the checkpoint if there is one, and keep the rows or the error.
+
+        Args:
+            images: (N, 3, H, W) uint8, or a folder's.
+            monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
+
+        Raises:
+            KeyboardInterrupt: If the run was interrupted, once it is saved.
+        """
+        self.error, begun = "", has_checkpoint(self.folder)
+        try:
+            _, self.rows = pretrain(
+                self.config, images, self.folder, monitor=monitor, resume=begun, progress=False
+            )
+        except _FAILURES as error:
+            self.error = " ".join(str(error).split()) or type(error).__name__
 
 
 def mask_cells(
@@ -150,8 +162,10 @@ def budget_cells(
     return cells
 
 
-def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
+def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     """List a study's runs, a whole table for the first seed, then for the next.
+
+    Those that have their last epoch, with an accuracy, have their rows.
 
     Args:
         cells: The study's cells; those of the same name are run once.
@@ -164,55 +178,26 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}; the paper takes 3")
     configs = {cell.name: cell.config for cell in cells}
-    plans = [
-        Plan(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
+    runs = [
+        StudyRun(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
         for seed in range(seeds)
         for name, config in configs.items()
     ]
-    for plan in plans:
-        if plan.folder.exists() and not (plan.folder.is_dir() and not any(plan.folder.iterdir())):
-            _check_run(plan)
-    return plans
+    for run in runs:
+        if run.folder.exists() and not (run.folder.is_dir() and not any(run.folder.iterdir())):
+            _check_options(run)
+        rows = read_rows(run.folder) if (run.folder / METRICS).is_file() else []
+        if rows and rows[-1]["epoch"] == run.config.epochs and "knn" in rows[-1]:
+            run.rows = rows
+    return runs
 
 
-def _check_run(plan: Plan) -> None:
+def _check_options(run: StudyRun) -> None:
     """Check that a folder's run has the planned options; else its accuracy is of another cell."""
-    there = dataclasses.asdict(load_config(plan.folder))
-    for name, value in dataclasses.asdict(plan.config).items():
+    there = dataclasses.asdict(load_config(run.folder))
+    for name, value in dataclasses.asdict(run.config).items():
         if name != "stream" and there.get(name) != value:  # Where images lie changes no weights.
             raise ValueError(
-                f"{plan.folder} holds a run with {describe_option(name, there.get(name))}, this "
+                f"{run.folder} holds a run with {describe_option(name, there.get(name))}, this "
                 f"study has {describe_option(name, value)}; use the same, or another --out"
             )
-
-
-def read_finished(plan: Plan) -> Outcome | None:
-    """Read a run that has its last epoch, with an accuracy; None for any other."""
-    rows = read_rows(plan.folder) if (plan.folder / METRICS).is_file() else []
-    if rows and rows[-1]["epoch"] == plan.config.epochs and "knn" in rows[-1]:
-        return Outcome(rows)
-    return None
-
-
-def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
-    """Train a run of a study, from its checkpoint if it has one.
-
-    Args:
-        plan: The run.
-        images: (N, 3, H, W) uint8, or a folder's.
-        monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
-
-    Returns:
-        Its rows, or in one line why it failed.
-
-    Raises:
-        KeyboardInterrupt: If the run was interrupted, once it is saved.
-    """
-    begun = has_checkpoint(plan.folder)
-    try:
-        _, rows = pretrain(
-            plan.config, images, plan.folder, monitor=monitor, resume=begun, progress=False
-        )
-    except _FAILURES as error:
-        return Outcome([], " ".join(str(error).split()) or type(error).__name__)
-    return Outcome(rows)

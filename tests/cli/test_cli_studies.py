@@ -21,7 +21,7 @@ from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features, gallery
 from mixmask.figures.features import figure_neighbours
 from mixmask.trainers.methods.moco import MoCo
-from mixmask.trainers.studies import Outcome
+from mixmask.trainers.studies import StudyRun
 
 TINY = ["--arch", "narrow", "--batch-size", "8", "--image-size", "16", "--queue-size", "16"]
 
@@ -349,13 +349,14 @@ def test_ablate_reports_a_failed_run_and_goes_on(
 ) -> None:
     tried: list[str] = []
 
-    def carry_out(plan: Any, *_: Any) -> Outcome:
-        tried.append(plan.label)
-        if plan.config.grid_size == 4:
-            return Outcome([], "the loss became nan")
-        return Outcome([{"epoch": 0, "knn": 0.1}, {"epoch": 1, "knn": 0.5, "linear": 0.5}])
+    def train(run: StudyRun, *_: Any) -> None:
+        tried.append(run.label)
+        if run.config.grid_size == 4:
+            run.error = "the loss became nan"
+        else:
+            run.rows = [{"epoch": 0, "knn": 0.1}, {"epoch": 1, "knn": 0.5, "linear": 0.5}]
 
-    monkeypatch.setattr("mixmask.cli.ablate.carry_out", carry_out)
+    monkeypatch.setattr(StudyRun, "train", train)
     out = tmp_path / "study"
     capsys.readouterr()
     assert cli.main(study(photographs, out, "--seeds", "1")) == 2
