@@ -45,16 +45,8 @@ def runs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Train two seeds with MixMask and one without."""
     root = tmp_path_factory.mktemp("runs")
     made = {"a": ["--seed", "0"], "b": ["--seed", "1"], "none": ["--mix", "none", "--lr", "0.06"]}
-    common = [
-        "pretrain",
-        "--data",
-        str(photographs),
-        *TINY,
-        "--epochs",
-        "2",
-        "--measure-every",
-        "1",
-    ]
+    common = ["pretrain", "--data", str(photographs), *TINY, "--epochs", "2"]
+    common += ["--measure-every", "1"]
     for name, more in made.items():
         assert cli.main([*common, *more, "--out", str(root / name)]) == 0
     return {name: root / name for name in made}
@@ -166,17 +158,22 @@ def test_map_draws_a_panel_a_run(
     assert f"{shown} of 8 test images" in capsys.readouterr().out
 
 
-def test_neighbours_are_the_nearest_by_brute_force(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[tuple[Any, ...]] = []
-    real = figure_neighbours
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return what figures of neighbours are given: arguments, and names."""
+    noted: list[tuple[Any, ...]] = []
 
     def noting(*given: Any, **named: Any) -> Any:
-        drawn.append((*given, named["names"]))
-        return real(*given, **named)
+        noted.append((*given, named["names"]))
+        return figure_neighbours(*given, **named)
 
     monkeypatch.setattr(gallery, "figure_neighbours", noting)
+    return noted
+
+
+def test_neighbours_are_the_nearest_by_brute_force(
+    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
+) -> None:
     out = tmp_path / "sheet.png"
     words = ["neighbours", str(runs["a"]), "--out", str(out), "--queries", "3", "--k", "4"]
     assert cli.main(words) == 0
@@ -203,20 +200,12 @@ def test_neighbours_are_the_nearest_by_brute_force(
 
 
 def test_unlabelled_images_have_neighbours_too_but_not_themselves(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
 ) -> None:
-    drawn: list[tuple[Any, ...]] = []
-    real = figure_neighbours
-
-    def noting(*given: Any, **named: Any) -> Any:
-        drawn.append(given)
-        return real(*given, **named)
-
-    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     flat = str(photographs / "train" / "cat")
     words = ["neighbours", str(runs["a"]), "--data", flat, "--out", str(tmp_path / "x.png")]
     assert cli.main(words) == 0
-    queries, neighbours, _ = drawn[0]
+    queries, neighbours, *_ = drawn[0]
     assert neighbours.shape[:2] == (8, 8)
     for query, row in zip(queries, neighbours, strict=True):
         assert not any(torch.equal(query, other) for other in row)
