@@ -16,7 +16,7 @@ import mixmask
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import build_method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.parts import build_optimizer, compile_backbones
+from mixmask.trainers.run import build_optimizer, compile_backbones
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -351,10 +351,14 @@ def commands(part: Part, count: int) -> None:
 
 
 def _options_of_commands() -> dict[str, list[argparse.Action]]:
-    from mixmask.cli import _parser
+    from mixmask.cli import _COMMANDS, _parser
 
-    groups = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {name: parser._actions for name, parser in groups.choices.items()}
+    known = {}
+    for name in _COMMANDS:  # A parser knows the options of one command.
+        actions = _parser([name])._actions
+        groups = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
+        known[name] = groups.choices[name]._actions
+    return known
 
 
 def _random_command(

@@ -15,7 +15,7 @@ from mixmask.backbones import SLIM
 from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
-from mixmask.runs.folder import atomic_write
+from mixmask.runs.folder import atomic_write, check_files
 
 FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
@@ -75,13 +75,7 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
 
 def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
     """Write files atomically, after a check that nothing is in the way of any of them."""
-    for path in contents:
-        if not path.parent.is_dir():
-            raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
-        if path.is_dir():
-            raise ValueError(f"--out {path} is a folder; name a file in it")
-        if path.exists() and not force:
-            raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
+    check_files(*contents, force=force)
     with atomic_write(*contents) as temporary:
         for path, content in zip(temporary, contents.values(), strict=True):
             path.write_bytes(content)

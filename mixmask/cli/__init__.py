@@ -1,9 +1,10 @@
-"""The command line: one module a command."""
+"""The command line: one module per command, imported only when its command is given."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,17 +13,23 @@ import torch
 
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, refuse, say
-from mixmask.cli.ablate import add_ablate
-from mixmask.cli.compare import add_compare
-from mixmask.cli.detect import add_detect
-from mixmask.cli.evaluate import add_evaluate
-from mixmask.cli.export import add_export
-from mixmask.cli.features import add_map, add_neighbours
 from mixmask.cli.options import set_threads
-from mixmask.cli.pretrain import add_pretrain, add_recipes
-from mixmask.cli.show import add_show
 
 _EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
+
+# Name: the module with its `add_NAME`, and its line in `mixmask --help`.
+_COMMANDS = {
+    "pretrain": ("pretrain", "train a backbone"),
+    "recipes": ("pretrain", "list the named settings"),
+    "evaluate": ("evaluate", "measure a backbone"),
+    "detect": ("detect", "train and test an object detector on a backbone"),
+    "export": ("export", "write a backbone for another library"),
+    "show": ("show", "draw masks and mixes of images"),
+    "compare": ("compare", "draw the curves of several runs in one figure"),
+    "map": ("features", "draw features in two dimensions, coloured by class"),
+    "neighbours": ("features", "draw images and those that a backbone finds nearest"),
+    "ablate": ("ablate", "run a study: many small runs, their table and figure"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
+    words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        options = vars(_parser().parse_args(arguments))
+        options = vars(_parser(words).parse_args(words))
         command: Callable[..., None] = options.pop("command")
         set_threads(options.pop("threads", None))
         command(**options)
@@ -51,26 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "out of memory: --accumulate 2 halves what a step holds, --checkpointing and "
             "--precision bf16 help too"
         )
-    except KeyboardInterrupt:
-        say("\nmixmask: interrupted", sys.stderr)
+    except KeyboardInterrupt as interruption:  # Its text says how to go on, where one can.
+        say("\n" + "; ".join(["mixmask: interrupted", *interruption.args]), sys.stderr)
         return 130
     except SystemExit as stop:  # argparse, which has said why
         return int(stop.code or 0)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _spell(word: str) -> str:
+    """Write an option with hyphens: --grid_size is --grid-size."""
+    return re.sub(r"^--\w[\w-]*", lambda option: option[0].replace("_", "-"), word)
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Build a parser that knows all commands, and the options of the one that is given."""
     parser = OneLineParser(prog="mixmask", description="MixMask for self-supervised training.")
-    parser.add_argument("--version", action="version", version=__version__)
+    version = f"mixmask {__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_pretrain(commands)
-    add_recipes(commands)
-    add_evaluate(commands)
-    add_detect(commands)
-    add_export(commands)
-    add_show(commands)
-    add_compare(commands)
-    add_map(commands)
-    add_neighbours(commands)
-    add_ablate(commands)
+    for name, (module, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS)
+        if words[:1] == [name]:
+            add_options = getattr(importlib.import_module(f"mixmask.cli.{module}"), f"add_{name}")
+            add_options(command)
     return parser

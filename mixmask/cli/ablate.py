@@ -6,17 +6,21 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
 from mixmask.cli.pretrain import add_run_fields
-
-if TYPE_CHECKING:
-    from mixmask.trainers.report import Report
-    from mixmask.trainers.studies import Cell, Outcome, Plan
+from mixmask.data.sets import Images, load_data
+from mixmask.evaluation.monitor import accuracy_monitor
+from mixmask.runs.options import Options
+from mixmask.runs.records import plural
+from mixmask.trainers import studies
+from mixmask.trainers.loop import Monitor
+from mixmask.trainers.methods import METHODS
+from mixmask.trainers.report import Report
+from mixmask.trainers.studies import Cell
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (
@@ -30,19 +34,15 @@ _OWN = {
 }
 
 
+# Any: the options of both studies, which the cells' configurations check.
 def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
-    from mixmask.data.sets import load_data
-    from mixmask.evaluation.monitor import accuracy_monitor
-    from mixmask.trainers.report import Report
-    from mixmask.trainers.studies import carry_out, plan_runs, read_finished
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
-    plans = plan_runs(cells, seeds, out)
+    runs = studies.plan_runs(cells, seeds, out)
     data = load_data(config.data, config.image_size, stream=config.stream)
     monitor = accuracy_monitor(data)
     if monitor is None:
@@ -52,56 +52,52 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
         )
     assert data.test is not None
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = {plan: done for plan in plans if (done := read_finished(plan))}
     say(
-        f"{study}: {len(cells)} lines, {len(plans)} runs of which {len(outcomes)} are finished; "
-        f"tables and figure in {out}"
+        f"{study}: {plural(len(cells), 'line')}, {plural(len(runs), 'run')} "
+        f"({sum(bool(run.rows) for run in runs)} finished); tables and figure in {out}"
     )
-    report = Report(study, out, len(data.test.images), cells)
-    report.write(outcomes)
-    _run_all(plans, outcomes, report, lambda plan: carry_out(plan, data.train.images, monitor))
-    say("\n" + report.markdown(outcomes))
-    failed = [plan for plan, outcome in outcomes.items() if outcome.error]
-    if failed:
+    report = Report(study, out, cells, runs, len(data.test.images))
+    report.write()
+    try:
+        _train_all(report, data.train.images, monitor)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+    say("\n" + report.write())
+    if failed := [run for run in runs if run.error]:
         raise ValueError(
-            f"{len(failed)} of {len(plans)} runs failed, {failed[0].label} the first "
-            f"({outcomes[failed[0]].error}); the same command tries them again"
+            f"{len(failed)} of {plural(len(runs), 'run')} failed, {failed[0].label} the first "
+            f"({failed[0].error}); the same command tries them again"
         )
 
 
-def _run_all(
-    plans: Sequence[Plan],
-    outcomes: dict[Plan, Outcome],
-    report: Report,
-    run: Callable[[Plan], Outcome],
-) -> None:
-    """Run what is missing, print a line each, and keep table and figure up to date."""
-    remaining = [plan for plan in plans if plan not in outcomes]
+def _train_all(report: Report, images: Images, monitor: Monitor) -> None:
+    """Train the runs that are missing, print a line each, and keep table and figure up to date."""
+    runs = report.runs
+    remaining = [run for run in runs if not run.rows]
     rates: list[float] = []
-    width = len(str(len(plans)))
-    for number, plan in enumerate(remaining, start=1 + len(plans) - len(remaining)):
-        say(f"[{number:>{width}}/{len(plans)}] {plan.label} … ", end="")
+    width = len(str(len(runs)))
+    for number, run in enumerate(remaining):
+        place = len(runs) - len(remaining) + number + 1
+        say(f"[{place:>{width}}/{len(runs)}] {run.label} … ", end="")
         began = time.perf_counter()
-        outcome = outcomes[plan] = run(plan)
+        run.train(images, monitor)
         minutes = (time.perf_counter() - began) / 60
-        report.write(outcomes)
-        if outcome.error:
-            say(f"failed: {outcome.error}")
+        report.write()
+        if run.error:
+            say(f"failed: {run.error}")
             continue
-        rates.append(minutes / plan.config.epochs)
-        left = sum(p.config.epochs for p in plans if p not in outcomes) * statistics.mean(rates)
+        rates.append(minutes / run.config.epochs)
+        left = sum(r.config.epochs for r in remaining[number + 1 :]) * statistics.mean(rates)
         measured = ", ".join(
             f"{label} {100 * value:.1f} %"
             for name, label in (("knn", "kNN"), ("linear", "linear"))
-            if (value := outcome.last(name)) is not None
+            if (value := run.last(name)) is not None
         )
         say(f"{measured} ({minutes:.1f} min, about {left:.0f} min to go)")
 
 
-def _cells(study: str, given: dict[str, Any]) -> list[Cell]:
+def _cells(study: str, given: Options) -> list[Cell]:
     """Lay out the study; options of the other one are an error."""
-    from mixmask.trainers.studies import budget_cells, mask_cells
-
     for other, options in _OWN.items():
         for name, option in options.items():
             if other != study and name in given:
@@ -109,29 +105,23 @@ def _cells(study: str, given: dict[str, Any]) -> list[Cell]:
                     f"{option} belongs to --study {other}, got --study {study}; leave it out"
                 )
     if study == "budgets":
-        return budget_cells(**given)
+        return studies.budget_cells(**given)
     methods = given.pop("methods", ["moco-v2"])
     if len(methods) > 1:
         raise ValueError(
             f"--study masks takes one of --methods, got {' '.join(methods)}; run it once per "
             "method, each with its own --out"
         )
-    return mask_cells(method=methods[0], **given)
+    return studies.mask_cells(method=methods[0], **given)
 
 
-def add_ablate(commands: Any) -> None:
-    """Add `ablate`."""
-    from mixmask.trainers.methods import METHODS
-    from mixmask.trainers.studies import BUDGET_METHODS
-
-    parser = commands.add_parser(
-        "ablate",
-        help="run a study: many small runs, their table and figure",
-        description="Run a study over seeds. masks: the paper's table 1, in which grid size, "
-        "pattern, ratio and switch vary one at a time. budgets: its figure 5, methods at several "
-        "numbers of epochs, without and with MixMask. Each run is a folder in --out; the same "
-        "command continues an interrupted study, and more seeds or values add to it.",
-        argument_default=argparse.SUPPRESS,
+def add_ablate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ablate`."""
+    parser.description = (
+        "Run a study over seeds. masks: the paper's table 1, in which grid size, pattern, ratio "
+        "and switch vary one at a time. budgets: its figure 5, methods at several numbers of "
+        "epochs, without and with MixMask. Each run is a folder in --out; the same command "
+        "continues an interrupted study, and more seeds or values add to it."
     )
     parser.set_defaults(command=run_study, study="masks", out=None, seeds=3)
     parser.add_argument("--study", choices=("masks", "budgets"), help="which study [masks]")
@@ -139,7 +129,7 @@ def add_ablate(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="runs per cell [3]")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), metavar="NAME",
-        help=f"one for masks [moco-v2], several for budgets [{' '.join(BUDGET_METHODS)}]",
+        help=f"one for masks [moco-v2], several for budgets [{' '.join(studies.BUDGET_METHODS)}]",
     )  # fmt: skip
     parser.add_argument(
         "--grid-sizes", type=int, nargs="+", metavar="N",

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mixmask.cli._console import check_out, say
+from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
-
-if TYPE_CHECKING:
-    from mixmask.runs.records import Group, Record
+from mixmask.figures.runs import BANDS, figure_comparison
+from mixmask.figures.style import save_figure, short_path
+from mixmask.runs import records
+from mixmask.runs.folder import check_files
+from mixmask.runs.records import Group, Record, describe_option, describe_value, percent
+from mixmask.trainers.methods import option_defaults
 
 _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
+_TITLE = ("method", "mix", "data", "arch", "image_size", "epochs")
 
 
 def compare(runs: list[Path], out: Path, band: str) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
-    from mixmask.figures.runs import figure_comparison
-    from mixmask.figures.style import save_figure, short_path
-    from mixmask.runs.records import common_options, describe_option, group_seeds, read_record
-    from mixmask.trainers.methods import option_defaults
-
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
-    check_out(out)
-    records = [read_record(run, defaults=option_defaults) for run in runs]
-    _check_data(records)
-    groups = group_seeds(records)
-    common = common_options(groups)
-    named = ("method", "mix", "data", "arch", "image_size", "epochs")
+    check_files(out)
+    read = [records.read_record(run, defaults=option_defaults) for run in runs]
+    _check_data(read)
+    groups = records.group_seeds(read)
+    common = records.common_options(groups)
     title = ", ".join(
         short_path(common[name])
         if name in ("data", "arch")
         else describe_option(name, common[name])
-        for name in named
+        for name in _TITLE
         if name in common
     )
     curves = {group.label: {name: group.points(name) for name in _COLUMNS} for group in groups}
     save_figure(figure_comparison(curves, title=title, kind=band), out)
-    say("\n".join([title, "", *_table(groups), *_notes(groups), "", f"drew {out}"]))
+    say("\n".join([title, "", *_table(groups), *_notes(groups, band), "", f"drew {out}"]))
 
 
-def _check_data(records: Sequence[Record]) -> None:
+def _check_data(read: Sequence[Record]) -> None:
     """Check that all runs used the same images."""
-    first = records[0]
-    for record in records:
+    first = read[0]
+    for record in read:
         if Path(record.config["data"]) != Path(first.config["data"]):
             raise ValueError(
                 f"accuracies on different data do not compare: {first.folder} used "
@@ -56,57 +54,44 @@ def _check_data(records: Sequence[Record]) -> None:
 
 def _table(groups: Sequence[Group]) -> list[str]:
     """Format the last accuracies: mean ± standard deviation over seeds."""
-    from mixmask.runs.records import percent
-
     cells = [["run", "seeds", "epoch", "kNN, %", "linear, %"]]
     for group in groups:
         knn, linear = group.last("knn"), group.last("linear")
         epoch = str(knn[0]) if knn else "–"
         texts = [percent(last[1]) if last else "–" for last in (knn, linear)]
         cells.append([group.label, str(len(group.records)), epoch, *texts])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    label, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     return [
-        "  ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
+        "  ".join([row[0].ljust(label), *map(str.rjust, row[1:], others)]).rstrip() for row in cells
     ]
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
+def _notes(groups: Sequence[Group], band: str) -> list[str]:
     """List what a reader of the table must know: ±, what else differs, what is missing."""
-    from mixmask.runs.records import describe_option, unlabelled_differences
-
     notes = []
     if any(len(group.records) > 1 for group in groups):
-        notes.append("± is the standard deviation over seeds")
+        notes.append(f"± is the standard deviation over seeds; bands in the figure: {BANDS[band]}")
     if any(group.last("knn") is None for group in groups):
         notes.append("–: not measured (no labels, --measure-every 0, or too early in a run)")
-    for name, values in unlabelled_differences(groups).items():
+    for name, values in records.unlabelled_differences(groups).items():
         each = "; ".join(
-            f"{group.label}: {'none' if value is None else describe_option('', value).strip()}"
+            f"{group.label}: {describe_value(value)}"
             for group, value in zip(groups, values, strict=True)
         )
         notes.append(f"they differ in {name.replace('_', '-')} too ({each})")
     return ["", *notes] if notes else []
 
 
-def add_compare(commands: Any) -> None:
-    """Add `compare`."""
-    from mixmask.figures.runs import BANDS
-
-    parser = commands.add_parser(
-        "compare",
-        help="draw the curves of several runs in one figure",
-        description="Draw the losses and accuracies of several runs in one figure and print their "
-        "last accuracies. Runs that differ only in the seed share a line, their mean, with a "
-        "band.",
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
+    parser.description = (
+        "Draw the losses and accuracies of several runs in one figure and print their last "
+        "accuracies. Runs that differ only in the seed share a line, their mean, with a band."
     )
     parser.set_defaults(command=compare)
     add_shared(parser, "runs", help="run folders, or checkpoint files in them")
     add_shared(parser, "--out", default=Path("compare.png"), help="PNG file to write [compare.png]")
     explained = "; ".join(f"{name}: {text}" for name, text in BANDS.items())
     parser.add_argument(
-        "--band", choices=tuple(BANDS), default="se", help=f"meaning of the band ({explained}) [se]"
+        "--band", choices=tuple(BANDS), default="sd", help=f"meaning of the band ({explained}) [sd]"
     )

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixmask.cli._console import say
+from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared, check_resume
+from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.runs.folder import new_folder
-from mixmask.runs.options import flag
+from mixmask.runs.options import Options, flag
+from mixmask.runs.records import plural
 
 if TYPE_CHECKING:
     from mixmask.detection.train import Row
@@ -36,8 +38,7 @@ def detect(run: str | None, out: Path | None, resume: Path | None, **given: Any)
         ) from None
 
 
-def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[str, Any]) -> None:
-    from mixmask.detection.config import DetectionConfig, load_config
+def _detect(run: str | None, out: Path | None, resume: Path | None, given: Options) -> None:
     from mixmask.detection.data import load_detection
     from mixmask.detection.train import load_source, train_detector
 
@@ -54,17 +55,18 @@ def _detect(run: str | None, out: Path | None, resume: Path | None, given: dict[
     # The checkpoint of the run that is resumed holds the weights.
     small_stem = given.get("small_stem")
     backbone, config, source = load_source(run or "random", config, small_stem=small_stem)
-    device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     say(
-        f"{config.model}, {config.neck} on {config.data}: {len(data.train):,} images to train "
-        f"({data.train.name}), {len(data.test):,} to test ({data.test.name}), "
-        f"{len(data.classes)} classes, {config.arch} at {config.size} px, {config.epochs} epochs, "
-        f"{device}\nrun folder: {folder}"
+        f"{config.model}, {config.neck} on {config.data}: {plural(len(data.train), 'image')} to "
+        f"train ({data.train.name}), {len(data.test):,} to test ({data.test.name}), "
+        f"{plural(len(data.classes), 'class')}, {config.arch} at {config.size} px, "
+        f"{plural(config.epochs, 'epoch')}, {describe_device()}\nrun folder: {folder}"
     )
     start = time.perf_counter()
-    _, results = train_detector(
-        config, data, backbone, folder, source=source, resume=resume is not None, on_row=_say_row
-    )
+    go_on = resume is not None
+    with resumable("detect", folder):
+        _, results = train_detector(
+            config, data, backbone, folder, source=source, resume=go_on, on_row=_say_row
+        )
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in results:
             _say_table({**results}, prefix, what)
@@ -87,16 +89,11 @@ def _say_table(results: dict[str, Any], prefix: str, what: str) -> None:
         say(f"{name:<22}" + "".join(f"{value:>8}" for value in values))
 
 
-def add_detect(commands: Any) -> None:
-    """Add `detect`, with an option for each field of its configuration."""
-    from mixmask.detection.config import DetectionConfig
-
-    parser = commands.add_parser(
-        "detect",
-        help="train and test an object detector on a backbone",
-        description="Train Faster R-CNN or Mask R-CNN on a run's backbone and measure its average "
-        "precision. The defaults are MoCo's protocol on Pascal VOC, at half its batch size.",
-        argument_default=argparse.SUPPRESS,
+def add_detect(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `detect`: each field of its configuration."""
+    parser.description = (
+        "Train Faster R-CNN or Mask R-CNN on a run's backbone and measure its average precision. "
+        "The defaults are MoCo's protocol on Pascal VOC, at half its batch size."
     )
     parser.set_defaults(command=detect, run=None, out=None, resume=None)
     text = "run folder, checkpoint file, or the word random for an untrained backbone"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mixmask import evaluation
 from mixmask.cli._console import say
 from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.runs.options import flag
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mixmask.evaluation import FineTuning, Protocol, Result, Task
+from mixmask.runs.records import plural
 
 _SOURCE = ("data", "image_size", "arch", "small_stem")
 
@@ -28,23 +27,21 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Measure a run's backbone by one protocol, and leave its results as JSON and PNG."""
-    from mixmask.evaluation import FineTuning, evaluate, load_task
-
     if not run.exists():
         raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got {out}, which is a file; name another")
     source = {name: given.pop(name) for name in _SOURCE if name in given}
     protocol = choose(**given)
-    task = load_task(run, device=choose_device(device), **source)
+    task = evaluation.load_task(run, device=choose_device(device), **source)
     say(
         f"{task.sources[0].arch} of {run} on {task.sources[0].data}: "
-        f"{len(task.train.images):,} images to train, {len(task.test.images):,} to test, "
-        f"{len(task.classes)} classes, {task.device}"
+        f"{plural(len(task.train.images), 'image')} to train, {len(task.test.images):,} to test, "
+        f"{plural(len(task.classes), 'class')}, {task.device}"
     )
     if isinstance(protocol, FineTuning):
         _say_subset(protocol, task)
-    result = evaluate(task, protocol, progress=True)
+    result = evaluation.evaluate(task, protocol, progress=True)
     written = result.write(out or (run if run.is_dir() else run.parent))
     _say_result(result)
     say(f"see {written} and {written.with_suffix('.png').name}")
@@ -54,7 +51,7 @@ def _say_subset(protocol: FineTuning, task: Task) -> None:
     index, subset = protocol.subset(task)
     count = len(index)
     say(
-        f"fine-tuning on {count:,} images ({subset}, seed {protocol.seed}), batches of "
+        f"fine-tuning on {plural(count, 'image')} ({subset}, seed {protocol.seed}), batches of "
         f"{min(protocol.batch_of(count), count)}"
     )
 
@@ -72,8 +69,6 @@ def _say_result(result: Result) -> None:
 
 
 def _choose_linear(protocol: str = "lbfgs", **given: Any) -> Protocol:
-    from mixmask.evaluation import Linear, LinearSGD
-
     if protocol == "sgd":
         return LinearSGD(**given)
     for name in given:
@@ -84,23 +79,26 @@ def _choose_linear(protocol: str = "lbfgs", **given: Any) -> Protocol:
     return Linear(**given)
 
 
-def add_evaluate(commands: Any) -> None:
-    """Add `evaluate` with its three protocols."""
-    from mixmask.evaluation import KNN, FineTuning, LinearSGD
-
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a backbone",
-        description="Measure a trained backbone on labelled images, by nearest neighbours, a "
-        "linear probe, or fine-tuning. Results go to evaluate-PROTOCOL.json and .png in the run's "
-        "folder.",
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Add the three protocols of `evaluate`."""
+    parser.description = (
+        "Measure a trained backbone on labelled images, by nearest neighbours, a linear probe, or "
+        "fine-tuning. Results go to evaluate-PROTOCOL.json and .png in the run's folder."
     )
     protocols = parser.add_subparsers(required=True, metavar="PROTOCOL")
-    knn = _add_protocol(protocols, "knn", KNN, "weighted nearest neighbours on frozen features")
+
+    def add(name: str, choose: Callable[..., Protocol], text: str) -> argparse.ArgumentParser:
+        protocol = protocols.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
+        protocol.set_defaults(command=evaluate, choose=choose)
+        add_shared(protocol, "run", *map(flag, _SOURCE), "--device", "--threads")
+        add_shared(protocol, "--out", metavar="DIR", help="folder for the results [beside the run]")
+        return protocol
+
+    knn = add("knn", KNN, "weighted nearest neighbours on frozen features")
     add_fields(knn, dataclasses.fields(KNN))
-    linear = _add_protocol(
-        protocols, "linear", _choose_linear, "a linear probe on the frozen backbone"
-    )
+    linear = add("linear", _choose_linear, "a linear probe on the frozen backbone")
     linear.add_argument(
         "--protocol",
         choices=("lbfgs", "sgd"),
@@ -109,18 +107,5 @@ def add_evaluate(commands: Any) -> None:
     )
     sgd_only = dict.fromkeys(("epochs", "batch_size", "lr"), ("sgd",))
     add_fields(linear, dataclasses.fields(LinearSGD), owners=sgd_only)
-    tune = _add_protocol(protocols, "finetune", FineTuning, "train backbone and head on labels")
+    tune = add("finetune", FineTuning, "train backbone and head on labels")
     add_fields(tune, dataclasses.fields(FineTuning))
-
-
-def _add_protocol(
-    protocols: Any, name: str, choose: Callable[..., Protocol], text: str
-) -> argparse.ArgumentParser:
-    """Add a protocol with the options that all have."""
-    parser: argparse.ArgumentParser = protocols.add_parser(
-        name, help=text, description=text, argument_default=argparse.SUPPRESS
-    )
-    parser.set_defaults(command=evaluate, choose=choose)
-    add_shared(parser, "run", *map(flag, _SOURCE), "--device", "--threads")
-    add_shared(parser, "--out", metavar="DIR", help="folder for the results [beside the run]")
-    return parser

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
 
+from mixmask.checkpoints.export import FORMATS, export_backbone
+from mixmask.checkpoints.load import load_backbone
 from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
 
 
 def export(
-    run: Path, to: str, out: Path, arch: str | None, small_stem: bool | None, force: bool
+    run: Path,
+    to: str,
+    out: Path,
+    *,
+    arch: str | None = None,
+    small_stem: bool | None = None,
+    force: bool = False,
 ) -> None:
     """Write a run's or a checkpoint's backbone in the format of another library."""
-    from mixmask.checkpoints.export import export_backbone
-    from mixmask.checkpoints.load import load_backbone
-
     loaded = load_backbone(run, arch=arch, small_stem=small_stem)
     say(loaded.describe())
     exported = export_backbone(loaded, to, out, force=force)
@@ -24,16 +29,11 @@ def export(
         say(note)
 
 
-def add_export(commands: Any) -> None:
-    """Add `export`."""
-    from mixmask.checkpoints.export import FORMATS
-
-    parser = commands.add_parser(
-        "export",
-        help="write a backbone for another library",
-        description="Write the backbone of a run, or of a checkpoint of MoCo, lightly, "
-        "solo-learn, torchvision or timm, for another library. Heads, queues and momentum "
-        "encoders are left out.",
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `export`."""
+    parser.description = (
+        "Write the backbone of a run, or of a checkpoint of MoCo, lightly, solo-learn, torchvision "
+        "or timm, for another library. Heads, queues and momentum encoders are left out."
     )
     parser.set_defaults(command=export)
     add_shared(parser, "run", "--arch", "--small-stem")

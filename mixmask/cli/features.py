@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mixmask.cli._console import check_out, say
+from mixmask import evaluation
+from mixmask.cli._console import say
 from mixmask.cli.options import add_shared, choose_device
-
-if TYPE_CHECKING:
-    from mixmask.evaluation import Task
+from mixmask.evaluation import gallery
+from mixmask.figures.style import save_figure
+from mixmask.runs.folder import check_files
 
 _SOURCE = ("--data", "--image-size", "--arch", "--small-stem", "--device", "--threads")
 
 
+# Any: the options of _SOURCE, passed on as they are.
 def draw_map(
     runs: list[Path],
     out: Path,
     projection: str,
-    classes: list[str] | None,
     seed: int,
+    classes: list[str] | None = None,
+    device: str | None = None,
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
-    from mixmask.evaluation import gallery
-    from mixmask.figures.style import save_figure
-
-    check_out(out)
-    task = _load(runs, **source)
+    check_files(out)
+    task = _load(runs, device, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
 
 
-def draw_neighbours(run: Path, out: Path, queries: int, k: int, seed: int, **source: Any) -> None:
+def draw_neighbours(
+    run: Path, out: Path, queries: int, k: int, seed: int, device: str | None = None, **source: Any
+) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
-    from mixmask.evaluation import gallery
-    from mixmask.figures.style import save_figure
-
-    check_out(out)
-    task = _load([run], **source)
+    check_files(out)
+    task = _load([run], device, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}\ndrew {out}")
 
 
-def _load(runs: list[Path], device: str | None, **source: Any) -> Task:
-    from mixmask.evaluation import load_task
-
-    return load_task(*runs, device=choose_device(device), labelled=False, **source)
+def _load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
+    return evaluation.load_task(*runs, device=choose_device(device), labelled=False, **source)
 
 
-def add_map(commands: Any) -> None:
-    """Add `map`."""
-    parser = commands.add_parser(
-        "map",
-        help="draw features in two dimensions, coloured by class",
-        description="Draw the features of the test split in two dimensions, one panel per run, "
-        "coloured by class.",
+def add_map(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `map`."""
+    parser.description = (
+        "Draw the features of the test split in two dimensions, one panel per run, coloured by "
+        "class."
     )
     parser.set_defaults(command=draw_map)
     add_shared(parser, "runs")
@@ -69,13 +65,11 @@ def add_map(commands: Any) -> None:
     add_shared(parser, "--seed", *_SOURCE)
 
 
-def add_neighbours(commands: Any) -> None:
-    """Add `neighbours`."""
-    parser = commands.add_parser(
-        "neighbours",
-        help="draw images and those that a backbone finds nearest",
-        description="Draw images of the test split, each with the training images that the "
-        "backbone finds nearest; those of another class are framed.",
+def add_neighbours(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `neighbours`."""
+    parser.description = (
+        "Draw images of the test split, each with the training images that the backbone finds "
+        "nearest; those of another class are framed."
     )
     parser.set_defaults(command=draw_neighbours)
     add_shared(parser, "run")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mixmask.runs.options import flag
+from mixmask.runs.records import describe_value
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -38,11 +39,11 @@ _SHARED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
     """Add options that several commands share.
 
     Args:
-        parser: The command's parser.
+        parser: The command's parser, or a group of it.
         *names: Keys of the table above: "run", "--out", ...
         **changes: What differs in this command, such as `help` and `default`.
 
@@ -58,10 +59,10 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> 
 
 
 def add_fields(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     fields: Iterable[Field[Any]],
     *,
-    defaults: Mapping[str, Any] = _NOTHING,
+    defaults: Mapping[str, object] = _NOTHING,
     owners: Mapping[str, Sequence[str]] = _NOTHING,
     choices: Mapping[str, Sequence[str]] = _NOTHING,
 ) -> None:
@@ -69,15 +70,16 @@ def add_fields(
 
     Args:
         parser: A parser with `argument_default=argparse.SUPPRESS`, so that it returns what was
-            given and nothing else.
+            given and nothing else; or a group of such a parser.
         fields: Fields of a dataclass.
         defaults: The values that `--help` shows, by field. Default: the field's own.
         owners: The methods that support a field, where not all do.
         choices: The words that are allowed, where the field does not say.
     """
     for field in fields:
-        shown = _shown(defaults.get(field.name, field.default))
-        text = field.metadata["help"] + (f" [{shown}]" if shown else "")
+        text = field.metadata["help"]
+        if shown := describe_value(defaults.get(field.name, field.default)):
+            text += f" [{shown}]"
         if field.name in owners:
             text += f" ({', '.join(owners[field.name])})"
         words = tuple(choices.get(field.name, field.metadata["choices"])) or None
@@ -90,13 +92,6 @@ def add_fields(
         elif not words:
             how["metavar"] = kind.__name__.upper()
         parser.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
-
-
-def _shown(value: Any) -> str:
-    """Write a default as one would type it; nothing for an empty one."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class RatioAction(argparse.Action):

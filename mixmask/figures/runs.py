@@ -19,6 +19,7 @@ from mixmask.figures.style import (
     finish_curves,
     new_figure,
 )
+from mixmask.runs.records import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,7 +259,7 @@ def _mark(axis: Axes, x: float, accuracies: Sequence[float], i: int, label: str)
 
 def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
     count = max((len(v) for points in columns.values() for v in points.values()), default=0)
-    return f"{name} ({count} seed{'s' * (count != 1)})"
+    return f"{name} ({plural(count, 'seed')})"
 
 
 def _add_caption(figure: Figure, title: str, kind: str) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mixmask.runs.options import Options
 from mixmask.runs.reading import read_checkpoint
 
 # The columns of `metrics.csv` that an epoch has measured.
@@ -68,9 +70,28 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file atomically, for people to read too."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_files(*paths: Path, force: bool = True) -> None:
+    """Check that files can be written, before any work is done for them.
+
+    Args:
+        *paths: The files of `--out`.
+        force: Whether files that are there already may be overwritten.
+
+    Raises:
+        ValueError: If a file's folder is missing, or a folder or a file is in its place.
+    """
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
+        if path.is_dir():
+            raise ValueError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
 
 
 def new_folder(out: Path | None, name: str) -> Path:
@@ -84,11 +105,8 @@ def new_folder(out: Path | None, name: str) -> Path:
         ValueError: If `out` is a file or holds something.
     """
     if out is None:
-        folder, number = Path("runs") / name, 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
-        return folder
+        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+        return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
@@ -97,12 +115,12 @@ def new_folder(out: Path | None, name: str) -> Path:
     return out
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Mapping[str, object]) -> None:
     """Write a run's configuration."""
     write_json(folder / CONFIG, config)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Options:
     """Read a run's configuration.
 
     Raises:
@@ -140,7 +158,7 @@ def read_rows(folder: Path) -> list[Row]:
         ]
 
 
-def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
     """Write `last.pt` and keep the one before as `previous.pt`.
 
     A crash at any moment leaves one whole checkpoint.

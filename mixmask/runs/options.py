@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixmask._checks import check_choice
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Values of a configuration's fields by their names.
+Options = dict[str, Any]
+
+Value = TypeVar("Value")
+
 
 def option(
-    default: Any,
+    default: Value,
     text: str,
     choices: tuple[str, ...] = (),
     *,
     low: float | None = None,
     high: float | None = None,
     positive: bool = False,
-) -> Any:
+) -> Value:
     """Declare a field that becomes a command-line option.
 
     Args:
@@ -32,6 +37,11 @@ def option(
     """
     limits = {"low": low, "high": high, "positive": positive}
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **limits})
+
+
+def share(default: float, text: str) -> float:
+    """Declare an option that lies within 0 ... 1."""
+    return option(default, text, low=0, high=1)
 
 
 def flag(name: str) -> str:

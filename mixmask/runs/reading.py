@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,22 @@ _OBJECTS = (
     "argparse.Namespace",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.BooleanNode",
-    "omegaconf.nodes.BytesNode",
-    "omegaconf.nodes.EnumNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.IntegerNode",
-    "omegaconf.nodes.PathNode",
-    "omegaconf.nodes.StringNode",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
+    ),
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath")),
     "typing.Any",
     "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "builtins.bool",
-    "builtins.bytes",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.str",
-    "builtins.tuple",
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+    *(
+        f"builtins.{name}"
+        for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+    ),
 )
 _MAPPINGS = ("collections.defaultdict",)
 
@@ -105,43 +91,41 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
 class _StandIn:
     """Takes whatever it is built from, and keeps nothing."""
 
-    def __new__(cls, *_: Any) -> Any:
+    def __new__(cls, *_: object) -> _StandIn:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, _: object) -> None:
         pass
 
 
 class _MappingStandIn:
-    def __new__(cls, *_: Any) -> Any:
+    def __new__(cls, *_: object) -> OrderedDict[str, object]:  # type: ignore[misc]
         return OrderedDict()  # torch fills no other mapping than a plain one.
 
 
-def _stand_ins() -> Any:
+def _stand_ins() -> AbstractContextManager[object]:
     """Return a context in which torch reads the objects above as stand-ins."""
     allow = getattr(torch.serialization, "safe_globals", None)
     if allow is None:  # Before torch 2.5: such files are then refused.
         return nullcontext()
-    classes: list[type[Any]] = []
-    for base, names in ((_StandIn, _OBJECTS), (_MappingStandIn, _MAPPINGS)):
-        for full in names:
-            module, _, name = full.rpartition(".")
-            # torch looks a class up by where it says that it comes from.
-            classes.append(type(name, (base,), {"__module__": module}))
-    return allow(classes)
+    bases = dict.fromkeys(_OBJECTS, _StandIn) | dict.fromkeys(_MAPPINGS, _MappingStandIn)
+    # torch looks a class up by where it says that it comes from.
+    names = {full: full.rpartition(".") for full in bases}
+    allowed: AbstractContextManager[object] = allow(
+        [type(names[full][2], (bases[full],), {"__module__": names[full][0]}) for full in bases]
+    )
+    return allowed
 
 
 def _globals_of(path: Path) -> list[str]:
     """List what a file names that torch does not read by itself, without reading it."""
     find: Callable[[Path], list[str]] | None
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    if find is None:
-        return []
     try:
-        return sorted(find(path))
+        return sorted(find(path)) if find else []
     except Exception:  # Damaged, or older than the zip format: reading it will tell.
         return []
 

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mixmask.runs.folder import Row, read_config, read_rows
+from mixmask.runs.options import Options
 
 # Options, those of older versions too, that change speed, memory or logging but no weights.
 _SETTING = (
@@ -20,29 +20,18 @@ _SETTING = (
 
 @dataclass(frozen=True)
 class Record:
-    """A run, read from its folder.
-
-    Attributes:
-        folder: The run folder.
-        config: The content of `config.json`.
-        rows: The rows of `metrics.csv`, each without the columns that were not measured.
-    """
+    """A run, read from its folder."""
 
     folder: Path
-    config: dict[str, Any]
-    rows: list[Row]
+    config: Options  # The content of `config.json`.
+    rows: list[Row]  # Of `metrics.csv`, each without the columns that were not measured.
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed.
+    """Runs that differ only in the seed, by which they are ordered."""
 
-    Attributes:
-        label: What distinguishes them from the other groups.
-        records: Ordered by seed.
-    """
-
-    label: str
+    label: str  # What distinguishes them from the other groups.
     records: tuple[Record, ...]
 
     def points(self, column: str) -> dict[int, list[float]]:
@@ -60,7 +49,7 @@ class Group:
         return max(trained.items()) if trained else None
 
 
-def read_record(path: Path, *, defaults: Callable[[str], dict[str, Any]] = lambda _: {}) -> Record:
+def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}) -> Record:
     """Read a run's options and metrics.
 
     Args:
@@ -96,8 +85,7 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
     by_options: dict[str, dict[int, Record]] = {}
     for record in records:
         key = json.dumps(_without_seed(record.config), sort_keys=True)
-        seeds = by_options.setdefault(key, {})
-        seed = record.config["seed"]
+        seeds, seed = by_options.setdefault(key, {}), record.config["seed"]
         if seed in seeds:
             raise ValueError(
                 f"{seeds[seed].folder} and {record.folder} have the same options and the same "
@@ -105,33 +93,49 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
             )
         seeds[seed] = record
     groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in by_options.values()]
-    labels = _labels([group[0].config for group in groups])
+    configs = [group[0].config for group in groups]
+    names = _distinguish(configs) or ["method", "mix"]
+    labels = [
+        ", ".join(describe_option(name, config[name]) for name in names) for config in configs
+    ]
     if len(set(labels)) < len(labels):  # Options that only one version of the package knows.
         labels = [f"{label} ({g[0].folder.name})" for label, g in zip(labels, groups, strict=True)]
     return [Group(label, group) for label, group in zip(labels, groups, strict=True)]
 
 
-def common_options(groups: Sequence[Group]) -> dict[str, Any]:
+def _without_seed(config: Options) -> Options:
+    """Return the options that distinguish runs; where and how they ran does not."""
+    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
+
+
+def _distinguish(configs: Sequence[Options]) -> list[str]:
+    """Choose a few options that distinguish the configurations, method and mixture first."""
+    chosen: list[str] = []
+    distinct = 1
+    for name in dict.fromkeys(("method", "mix", *configs[0])):
+        if name != "seed" and all(name in config for config in configs):
+            values = {json.dumps([config[n] for n in (*chosen, name)]) for config in configs}
+            if len(values) > distinct:
+                chosen, distinct = [*chosen, name], len(values)
+    return chosen
+
+
+def common_options(groups: Sequence[Group]) -> Options:
     """Return the options that all groups have alike."""
-    configs = [_without_seed(group.records[0].config) for group in groups]
-    first = configs[0]
+    first, *others = (_without_seed(group.records[0].config) for group in groups)
     return {
         name: value
         for name, value in first.items()
-        if all(name in config and config[name] == value for config in configs)
+        if all(name in other and other[name] == value for other in others)
     }
 
 
-def unlabelled_differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+def unlabelled_differences(groups: Sequence[Group]) -> dict[str, list[object]]:
     """Return the options that differ and that no label names: option -> one value per group."""
     configs = [_without_seed(group.records[0].config) for group in groups]
-    named, common = _distinguish(configs), common_options(groups)
-    names = dict.fromkeys(name for config in configs for name in config)
-    return {
-        name: [config.get(name) for config in configs]
-        for name in names
-        if name not in common and name not in named
-    }
+    known = {*_distinguish(configs), *common_options(groups)}
+    names = dict.fromkeys(name for config in configs for name in config if name not in known)
+    return {name: [config.get(name) for config in configs] for name in names}
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -159,38 +163,7 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
-def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that distinguish runs; where and how they ran does not."""
-    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
-
-
-def _distinguish(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Choose a few options that distinguish the configurations, method and mixture first."""
-    names = [
-        "method",
-        "mix",
-        *(name for name in configs[0] if name not in ("method", "mix", "seed")),
-    ]
-    chosen: list[str] = []
-    distinct = 1
-    for name in names:
-        if all(name in config for config in configs):
-            count = len({_values(config, [*chosen, name]) for config in configs})
-            if count > distinct:
-                chosen, distinct = [*chosen, name], count
-    return chosen
-
-
-def _values(config: dict[str, Any], names: Sequence[str]) -> str:
-    return json.dumps([config[name] for name in names])
-
-
-def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    names = _distinguish(configs) or ["method", "mix"]
-    return [", ".join(describe_option(name, config[name]) for name in names) for config in configs]
-
-
-def describe_option(name: str, value: Any) -> str:
+def describe_option(name: str, value: object) -> str:
     """Write an option and its value for a label.
 
     Example:
@@ -202,6 +175,29 @@ def describe_option(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
+    return f"{words} {describe_value(value)}"
+
+
+def describe_value(value: object) -> str:
+    """Write an option's value.
+
+    Example:
+        >>> describe_value((0.25, 0.75)), describe_value(True), describe_value(None)
+        ('0.25–0.75', 'on', 'none')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, list | tuple):
-        value = "–".join(f"{bound:g}" for bound in value)
-    return f"{words} {value}"
+        return "–".join(f"{bound:g}" for bound in value)
+    return "none" if value is None else str(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    Example:
+        >>> plural(1, "epoch"), plural(3409, "image"), plural(2, "class")
+        ('1 epoch', '3,409 images', '2 classes')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from mixmask._checks import Ratio, ratio_bounds
-from mixmask.runs.options import check_options, check_range, option
+from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
 
+# The groups of `--help`: each begins with the option that is named first. A method's own options
+# belong to the group of the method.
+GROUPS = {
+    "data": "data", "image_size": "views", "mix": "mixing", "method": "method",
+    "epochs": "optimiser", "precision": "run",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """What every method needs: data, views, mixing, schedule, optimiser, device."""
+    """What every method needs: data, views, mixing, backbone, optimiser, device."""
 
-    method: str = option("moco-v2", "training method")
-    mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
     data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
+    recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
     stream: str = option(
         "auto",
         "whether a folder's images stay on disk and are decoded in each epoch; auto: if they do "
         "not fit into memory",
         ("auto", "always", "never"),
     )
-    workers: int = option(
-        0, "processes that decode a folder on disk; 0 = CPU cores - 1, at most 16", low=0
-    )
-    recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
-    arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
-    small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
+    workers: int = option(0, "processes that decode images; 0 = CPU cores - 1, at most 16", low=0)
+
     image_size: int = option(224, "height and width of the views in pixels", low=1)
+    min_scale: float = share(0.2, "smallest share of an image's area that a crop takes")
+    jitter: float = share(0.4, "strength of brightness, contrast and saturation jitter")
+    hue: float = option(0.1, "strength of hue jitter", low=0, high=0.5)
+    grey: float = share(0.2, "probability of a grey view")
+    blur: float = share(0.5, "probability of a blurred view")
+
+    mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
     grid_size: int = option(8, "mask cells per side")
     ratio: Ratio = option(  # noqa: RUF009
         0.5, "share of an image's own pixels; two numbers for a range"
@@ -41,36 +50,27 @@ class RunConfig:
     roll: bool = option(False, "shift block masks at random, so that all places are equally likely")
     switch: bool = option(True, "add the partner's term with weight 1 - λ")
     alpha: float = option(1.0, "Beta parameter of λ in mixup and CutMix", positive=True)
-    global_share: float = option(
-        0.5, "share of steps in which Un-Mix applies mixup, not CutMix", low=0, high=1
-    )
-    channel_share: float = option(
-        0.0, "share of steps in which erase masks channels separately, as MSCN does", low=0, high=1
-    )
-    extra_crops: int = option(
-        0, "additional views per image, which are mixed or erased too (MSCN: 2)", low=0
-    )
+    global_share: float = share(0.5, "share of steps in which Un-Mix applies mixup, not CutMix")
+    channel_share: float = share(0.0, "share of steps where erase masks channels separately (MSCN)")
+    extra_crops: int = option(0, "additional views per image, mixed or erased too (MSCN: 2)", low=0)
     mixed_size: int = option(0, "height and width of the mixed views; 0 = --image-size", low=0)
     mix_every: int = option(1, "mix views in every N-th step", low=1)
     replace_clean: bool = option(False, "replace the clean queries by the mixed views")
-    min_scale: float = option(
-        0.2, "smallest share of an image's area that a crop takes", low=0, high=1
-    )
-    jitter: float = option(
-        0.4, "strength of brightness, contrast and saturation jitter", low=0, high=1
-    )
-    hue: float = option(0.1, "strength of hue jitter", low=0, high=0.5)
-    grey: float = option(0.2, "probability of a grey view", low=0, high=1)
-    blur: float = option(0.5, "probability of a blurred view", low=0, high=1)
+
+    method: str = option("moco-v2", "training method")
+    arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
+    small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
+
     epochs: int = option(200, "passes over the data", low=1)
     batch_size: int = option(256, "batch size per process", low=2)
     optimizer: str = option("sgd", "optimiser", ("sgd", "lars", "adamw"))
     lr: float = option(0.03, "initial learning rate, for this batch size", low=0)
-    warmup: float = option(0.0, "share of the run in which the learning rate rises", low=0, high=1)
+    warmup: float = share(0.0, "share of the run in which the learning rate rises")
     schedule: str = option("cosine", "schedule of the learning rate", ("cosine", "step"))
     weight_decay: float = option(1e-4, "weight decay", low=0)
-    sgd_momentum: float = option(0.9, "momentum of SGD and LARS", low=0, high=1)
+    sgd_momentum: float = share(0.9, "momentum of SGD and LARS")
     accumulate: int = option(1, "parts of a batch that are forwarded one after the other", low=1)
+
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
     compile: bool = option(False, "compile the backbone")
     compile_mode: str = option(
@@ -80,13 +80,11 @@ class RunConfig:
     )
     checkpointing: bool = option(False, "recompute activations in backward to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
+    measure_every: int = option(10, "epochs between two kNN accuracies; 0 = none", low=0)
     tracker: str = option(
         "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")
     )
     seed: int = option(0, "seed of all random draws", low=0)
-    measure_every: int = option(
-        10, "epochs between two kNN accuracies on the test split; 0 = none", low=0
-    )
 
     def __post_init__(self) -> None:
         """Check all options.
@@ -108,13 +106,13 @@ class RunConfig:
             )
 
 
-def default(name: str, value: Any) -> Any:
+def default(name: str, value: Value) -> Value:
     """Declare an option of every run again, with a default that suits a method."""
     shared = RunConfig.__dataclass_fields__[name].metadata
     return dataclasses.field(default=value, metadata=shared)
 
 
-def cifar_presets(**options: Any) -> dict[str, dict[str, Any]]:
+def cifar_presets(**options: object) -> dict[str, Options]:
     """Return the same options for all data sets of small images."""
     return dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet", "stl10"), options)
 
@@ -128,7 +126,7 @@ _CIFAR = {
 _IMAGENETTE = {"arch": "resnet18", "image_size": 128, "batch_size": 256, "weight_decay": 5e-4}
 
 # Options that suit a data set better than the defaults, which are ImageNet's, in every method.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {
         "arch": "narrow", "image_size": 32, "grid_size": 2, "min_scale": 0.4, "jitter": 0.6,
         "hue": 0.15, "grey": 0.5, "blur": 0.0, "epochs": 28, "batch_size": 64, "warmup": 0.05,

@@ -7,10 +7,9 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -22,13 +21,13 @@ from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
-from mixmask.runs.folder import LAST, Row, write_config, write_rows
+from mixmask.runs.folder import LAST, Row, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
-from mixmask.trainers.mixtures import Term, build_mixtures
-from mixmask.trainers.run import Run, random_view
+from mixmask.trainers.mixtures import Term
+from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
@@ -40,8 +39,7 @@ _ASK_EVERY = 10
 Monitor = Callable[[nn.Module, bool], Row]
 
 
-@dataclass
-class FirstViews:
+class FirstViews(NamedTuple):
     """A few images, and their views (n, 3, S, S) as the network sees them, on the CPU."""
 
     images: Tensor  # (n, 3, H, W) uint8.
@@ -56,7 +54,6 @@ def pretrain(
     out: Path,
     *,
     monitor: Monitor | None = None,
-    on_start: Callable[[], None] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Method, list[Row]]:
@@ -72,7 +69,6 @@ def pretrain(
             read.
         out: The run folder, made if need be.
         monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
-        on_start: Called once the options are checked and the folder exists.
         resume: Go on from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
 
@@ -87,24 +83,17 @@ def pretrain(
             before are saved.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
-    run = Run.build(config, images, out)
-    main = run.accelerator.is_main_process
-    if resume:
-        run.load()
-    elif main:
-        out.mkdir(parents=True, exist_ok=True)
-        write_config(out, asdict(config))
-    if on_start and main:
-        on_start()
-    if config.tracker != "none":
-        options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
-        # Otherwise Weights & Biases writes where the command was started.
-        where = {"wandb": {"dir": str(out)}}
-        run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
-    if monitor and main and not resume:
-        run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
-        write_rows(out, run.rows)
+    run = Run.open(config, images, out, resume=resume)
+    train(run, monitor=monitor, progress=progress)
+    return run.model, run.rows
 
+
+def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
+    """Train a run from where it stands to its last epoch; see `pretrain`."""
+    config, main = run.config, run.accelerator.is_main_process
+    if monitor and main and run.step == 0:
+        run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
+        write_rows(run.out, run.rows)
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
     reading = closing(_batches(run))
@@ -123,7 +112,6 @@ def pretrain(
                 raise KeyboardInterrupt
     for tracker in run.accelerator.trackers:  # end_training() would end the processes' group too.
         tracker.finish()
-    return run.model, run.rows
 
 
 def _check_health(run: Run, row: Row) -> None:
@@ -143,45 +131,17 @@ def _check_health(run: Run, row: Row) -> None:
 
 
 def _train_epoch(
-    run: Run, epoch: int, batches: Batches, bar: Any, stop_requested: Callable[[], bool]
+    run: Run, epoch: int, batches: Batches, bar: tqdm[NoReturn], stop_requested: Callable[[], bool]
 ) -> Row:
     """Train one epoch, or what a resumed run has left of it, and return its row."""
-    config, model, accelerator = run.config, run.model, run.accelerator
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    meter = run.meter
-    meter.start(config.batch_size * processes)
+    accelerator, meter = run.accelerator, run.meter
+    processes = accelerator.num_processes
+    meter.start(run.config.batch_size * processes)
     lr = 0.0
-    model.train()
+    run.model.train()
     for i in range(run.step % run.steps, run.steps):
         batch = _next_batch(run, batches)  # (crops * N, 3, H, W) uint8
-        # CUDA graphs may reuse the memory of the step before, but not of this one.
-        torch.compiler.cudagraph_mark_step_begin()
-
-        # The step's draws come from this generator; torch's global one is for networks with
-        # draws of their own (dropout, stochastic depth).
-        generator = step_generator(config.seed, rank, run.step)
-        torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
-        views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
-        mix = _is_mixed(config, run.step)
-        parts = config.accumulate
-        # Each view: (N / parts, 3, S, S).
-        for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
-            terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
-            for number, term in enumerate(_autocast(accelerator, terms)):
-                accelerator.backward(term.loss / parts)
-                meter.add(term, 1 / parts)
-                if term.pair and part == number == 0:
-                    meter.look(term.pair)
-        _average_gradients(accelerator, model.parameters())
-        lr = learning_rate(config, run.step / (run.steps * config.epochs))
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr if group["constant_lr"] else lr
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        model.after_step(run.step / (run.steps * config.epochs))
-
-        meter.steps += 1
+        lr = _train_step(run, batch)
         bar.update()
         if meter.steps % 10 == 0 or i + 1 == run.steps:
             bar.set_postfix_str(meter.summary())
@@ -191,7 +151,42 @@ def _train_epoch(
             raise KeyboardInterrupt
     run.meter = Meter()
     row = meter.row() | {"memory_gib": memory_gib(accelerator.device)}
-    return {"epoch": epoch, "step": run.step, **_average(accelerator, row), "lr": lr}
+    means = zip(row, _reduce(accelerator, row.values(), "mean"), strict=True)
+    return {"epoch": epoch, "step": run.step, **dict(means), "lr": lr}
+
+
+def _train_step(run: Run, batch: Tensor) -> float:
+    """Draw views of a batch, train on each term of the loss, and return the learning rate."""
+    config, model, accelerator = run.config, run.model, run.accelerator
+    rank, total = accelerator.process_index, run.steps * config.epochs
+    # CUDA graphs may reuse the memory of the step before, but not of this one.
+    torch.compiler.cudagraph_mark_step_begin()
+
+    # The step's draws come from this generator; torch's global one is for networks with draws of
+    # their own (dropout, stochastic depth).
+    generator = step_generator(config.seed, rank, run.step)
+    torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
+    views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
+    mix = _is_mixed(config, run.step)
+    parts = config.accumulate
+    # Each view: (N / parts, 3, S, S).
+    for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
+        terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
+        for number, term in enumerate(_autocast(accelerator, terms)):
+            accelerator.backward(term.loss / parts)
+            run.meter.add(term, 1 / parts)
+            if term.pair and part == number == 0:
+                run.meter.look(term.pair)
+    _average_gradients(accelerator, model.parameters())
+    lr = learning_rate(config, run.step / total)
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.lr if group["constant_lr"] else lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    run.meter.steps += 1
+    model.after_step(run.step / total)
+    return lr
 
 
 def _batches(run: Run) -> Batches:
@@ -204,13 +199,12 @@ def _batches(run: Run) -> Batches:
         for step in range(first, run.steps * config.epochs):
             epoch, i = divmod(step, run.steps)
             if i == 0 or step == first:
-                order = _epoch_order(config.seed, epoch + 1, len(run.images))
-                if isinstance(run.images, Tensor):  # Copied once per epoch, not per step.
-                    order = order.to(run.images.device)
+                shuffle = step_generator(config.seed, "order", epoch + 1)
+                order = torch.randperm(len(run.images), generator=shuffle)
+                order = _beside(run.images, order)  # Copied once per epoch, not per step.
             start = (i * processes + rank) * config.batch_size
             seed = fold_seed(config.seed, rank, step, "crops")
-            index = order[start : start + config.batch_size]
-            yield Draw(index, _crops(config, step), seed)
+            yield Draw(order[start : start + config.batch_size], _crops(config, step), seed)
 
     return read_batches(
         run.images,
@@ -220,6 +214,10 @@ def _batches(run: Run) -> Batches:
         workers=run.workers,
         device=accelerator.device,
     )
+
+
+def _beside(images: Images, index: Tensor) -> Tensor:
+    return index.to(images.device) if isinstance(images, Tensor) else index
 
 
 def _is_mixed(config: RunConfig, step: int) -> bool:
@@ -243,34 +241,25 @@ def _next_batch(run: Run, batches: Batches) -> Tensor:
     return batch
 
 
-def first_views(config: RunConfig, images: Images, count: int = 8) -> FirstViews:
-    """Draw what a step sees: views for queries, mixed views, and views for keys.
-
-    Args:
-        config: The run's options.
-        images: (N, 3, H, W) uint8, or a folder's.
-        count: How many images, if there are so many.
-    """
-    seed = fold_seed(config.seed, "picture")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    index = order[:count]
-    shown: Tensor = images[index].cpu()
-    if isinstance(images, Tensor):
-        images, index = shown, torch.arange(len(index))
+def first_views(run: Run, count: int = 8) -> FirstViews:
+    """Draw what a step sees of a few images, if there are so many."""
+    config, seed = run.config, fold_seed(run.config.seed, "picture")
+    order = torch.randperm(len(run.images), generator=torch.Generator().manual_seed(seed))
+    index = _beside(run.images, order[:count])
     reading = read_batches(
-        images,
+        run.images,
         [Draw(index, 2, seed)],
         size=config.image_size,
         min_scale=config.min_scale,
         workers=0,
-        device=torch.device("cpu"),
+        device=run.accelerator.device,
     )
     with closing(reading):
-        batch = next(reading)
+        batch = next(reading)  # (2 * count, 3, H, W) uint8
     generator = torch.Generator().manual_seed(seed)
-    x_q, x_k = random_view(config, images)(batch, generator=generator).chunk(2)
-    mixed = [mix(x_q, generator) for mix in build_mixtures(config)]
-    return FirstViews(shown, x_q, mixed, x_k)
+    x_q, x_k = run.view(batch, generator=generator).chunk(2)  # (count, 3, S, S) each
+    mixed = [mix(x_q, generator).to("cpu") for mix in run.model.mixtures]
+    return FirstViews(run.images[index].cpu(), x_q.cpu(), mixed, x_k.cpu())
 
 
 def learning_rate(config: RunConfig, done: float) -> float:
@@ -287,10 +276,6 @@ def learning_rate(config: RunConfig, done: float) -> float:
         return config.lr * step_decay(done, (0.6, 0.8))
     done = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else done
     return config.lr * cosine_decay(done)
-
-
-def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.randperm(count, generator=step_generator(seed, "order", epoch))
 
 
 def _autocast(accelerator: Accelerator, terms: Iterator[Term]) -> Iterator[Term]:
@@ -312,41 +297,34 @@ def _average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramet
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
 
 
-def _average(accelerator: Accelerator, row: Row) -> Row:
-    """Average what the processes have measured, so that all of them judge a run alike."""
+def _reduce(accelerator: Accelerator, values: Iterable[float], how: str) -> list[float]:
+    """Reduce numbers over the processes, so that all of them go on alike."""
     if accelerator.num_processes == 1:
-        return row
-    values = torch.tensor(list(row.values()), device=accelerator.device)
-    return dict(zip(row, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
-
-
-def _any_process(accelerator: Accelerator, asked: bool) -> bool:
-    """Return whether any process was asked to stop: all must stop at the same step."""
-    if accelerator.num_processes == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+        return list(values)
+    numbers = torch.tensor(list(values), device=accelerator.device)
+    reduced: list[float] = accelerator.reduce(numbers, reduction=how).tolist()
+    return reduced
 
 
 @contextmanager
 def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual."""
     requested = False
-    previous: dict[signal.Signals, Any] = {}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def request(number: int, frame: FrameType | None) -> None:
+    def request(number: int, _: FrameType | None) -> None:
         nonlocal requested
-        del frame
         requested = True
         signal.signal(number, previous[signal.Signals(number)])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, request)
+        for number in previous:
+            signal.signal(number, request)
     except ValueError:  # Not in the main thread, where signals never arrive.
         previous.clear()
     try:
-        yield lambda: _any_process(accelerator, requested)
+        # All processes stop at the same step, whichever was asked.
+        yield lambda: any(_reduce(accelerator, [float(requested)], "sum"))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,45 +17,13 @@ from mixmask.trainers.mixtures import Term
 _SEEN = ("spread", "alignment", "uniformity")
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A meter's sums on their way to the host, without waiting for the device."""
+class Sent(NamedTuple):
+    """The sums of some steps on their way to the host; `copied` tells when they can be read."""
 
     sums: tuple[Tensor | float, ...]
     steps: int
     views: int
     copied: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, meter: Meter) -> Sent:
-        """Send a meter's sums."""
-        sums: list[Tensor | float] = []
-        copied: torch.cuda.Event | None = None
-        for total in (meter.clean, meter.mixed, meter.lam):
-            if isinstance(total, Tensor):
-                # From a GPU into pinned memory, behind the steps that were queued before.
-                sums.append(total.to("cpu", non_blocking=True))
-                copied = torch.cuda.Event() if total.is_cuda else None
-            else:
-                sums.append(total)
-        if copied is not None:
-            copied.record()
-        return cls(tuple(sums), max(meter.steps, 1), meter.views, copied)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether they can be read."""
-        return self.copied is None or self.copied.query()
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of a step."""
-        return (float(self.sums[0]) + float(self.sums[1])) / self.steps
-
-    @property
-    def lam(self) -> float:
-        """The mean λ of the mixed views, 1 where there are none."""
-        return float(self.sums[2]) / self.views if self.views else 1.0
 
 
 @dataclass
@@ -88,10 +57,11 @@ class Meter:
 
     def add(self, term: Term, share: float = 1.0) -> None:
         """Add a term, or one part of an accumulated step with its share."""
+        loss = share * term.loss.detach().float()
         if term.lam is None:
-            self.clean = self.clean + share * term.loss.detach().float()
+            self.clean = self.clean + loss
         else:
-            self.mixed = self.mixed + share * term.loss.detach().float()
+            self.mixed = self.mixed + loss
             self.lam = self.lam + term.lam
             self.views += 1
 
@@ -128,14 +98,28 @@ class Meter:
 
     def summary(self) -> str:
         """Return what the progress bar shows; loss and λ are the last ones that a GPU has sent."""
-        sent = self.sent or Sent.of(self)
-        self.sent = None if sent.arrived else sent
-        if sent.arrived:
-            self.shown = f"loss {sent.loss:.3f}, λ {sent.lam:.3f}, "
+        sent = self.sent = self.sent or self.send()
+        if sent.copied is None or sent.copied.query():
+            clean, mixed, lam = map(float, sent.sums)
+            self.shown = f"loss {(clean + mixed) / sent.steps:.3f}, "
+            if sent.views:
+                self.shown += f"λ {lam / sent.views:.3f}, "
+            self.sent = None
         seconds = self.elapsed()
         text = f"{self.shown}{self.steps * self.images_per_step / seconds:.0f} images/s"
         wait = self.waited / seconds
         return text + (f", waiting {wait:.0%}" if wait >= 0.01 else "")
+
+    def send(self) -> Sent:
+        """Send the sums to the host, without waiting for the device."""
+        sums: tuple[Tensor | float, ...] = (self.clean, self.mixed, self.lam)
+        copied = None
+        if any(isinstance(total, Tensor) and total.is_cuda for total in sums):
+            # Into pinned memory, behind the steps that were queued before.
+            sums = tuple(torch.as_tensor(s).to("cpu", non_blocking=True) for s in sums)
+            copied = torch.cuda.Event()
+            copied.record()
+        return Sent(sums, max(self.steps, 1), self.views, copied)
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""

@@ -20,52 +20,12 @@ Views = Sequence[Tensor]
 
 
 class Term(NamedTuple):
-    """One summand of a step's loss.
+    """One summand of a step's loss."""
 
-    Attributes:
-        loss: () scalar.
-        lam: () float32, the mean λ of the mixed view; None for a clean term.
-        pair: Two views' embeddings, (N, dim), of which the first tells how a run fares.
-    """
-
-    loss: Tensor
-    lam: Tensor | None = None
+    loss: Tensor  # () scalar.
+    lam: Tensor | None = None  # () float32, the mean λ of the mixed view; None for a clean term.
+    # Two views' embeddings, (N, dim), of which the first tells how a run fares.
     pair: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """The ways to mix a batch of views (N, 3, S, S), each a `Mixture`."""
-
-    config: RunConfig
-    mask: MixMask
-
-    def mixmask(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
-        """Fill the masked-out part of each image from its partner (MixMask, eq. 1-3)."""
-        mixed: MixedBatch = self.mask(images, generator=generator)
-        return mixed
-
-    def erase(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
-        """Fill the masked-out part with noise, at times per colour channel (MSCN)."""
-        masks = self.mask.masks_for(images, generator=generator)
-        if torch.rand((), generator=generator) < self.config.channel_share:
-            n, c = len(images) if self.config.per_sample else 1, images.shape[1]
-            by_channel = self.mask.masks(n * c, generator=generator)  # (n * c, g, g)
-            masks = rearrange(by_channel, "(n c) h w -> n c h w", n=n)
-        return erase_batch(images, masks, generator=generator)
-
-    def mixup(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
-        """Blend each image with its partner."""
-        return mixup_batch(images, alpha=self.config.alpha, generator=generator)
-
-    def cutmix(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
-        """Paste a box of the partner into each image."""
-        return cutmix_batch(images, alpha=self.config.alpha, generator=generator)
-
-    def unmix(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
-        """Apply mixup or CutMix at random, as Un-Mix does."""
-        globally = torch.rand((), generator=generator) < self.config.global_share
-        return (self.mixup if globally else self.cutmix)(images, generator)
 
 
 def build_mixtures(config: RunConfig) -> list[Mixture]:
@@ -82,7 +42,7 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
         partner="random" if config.mix == "both" else "reverse",
         roll=config.roll,
     )
-    mixer = Mixer(config, mask)
+    mixer = _Mixer(config, mask)
     mixtures: dict[str, list[Mixture]] = {
         "none": [],
         "mixmask": [mixer.mixmask],
@@ -93,6 +53,38 @@ def build_mixtures(config: RunConfig) -> list[Mixture]:
         "cutmix": [mixer.cutmix],
     }
     return mixtures[config.mix]
+
+
+@dataclass(frozen=True)
+class _Mixer:
+    """The ways to mix a batch of views (N, 3, S, S), each a `Mixture`."""
+
+    config: RunConfig
+    mask: MixMask
+
+    def mixmask(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
+        mixed: MixedBatch = self.mask(images, generator=generator)
+        return mixed
+
+    def mixup(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
+        return mixup_batch(images, alpha=self.config.alpha, generator=generator)
+
+    def cutmix(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
+        return cutmix_batch(images, alpha=self.config.alpha, generator=generator)
+
+    def unmix(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
+        """Blend whole images or paste boxes, at random per step (Un-Mix)."""
+        globally = torch.rand((), generator=generator) < self.config.global_share
+        return (self.mixup if globally else self.cutmix)(images, generator)
+
+    def erase(self, images: Tensor, generator: torch.Generator) -> MixedBatch:
+        """Fill the masked-out part with noise, in some steps per colour channel (MSCN)."""
+        masks = self.mask.masks_for(images, generator=generator)  # (g, g) or (N, g, g)
+        if torch.rand((), generator=generator) < self.config.channel_share:
+            n, c = len(images) if self.config.per_sample else 1, images.shape[1]
+            by_channel = self.mask.masks(n * c, generator=generator)  # (n * c, g, g)
+            masks = rearrange(by_channel, "(n c) h w -> n c h w", n=n)
+        return erase_batch(images, masks, generator=generator)
 
 
 def mixed_terms(
@@ -118,7 +110,7 @@ def mixed_terms(
     """
     for mix in mixtures:
         for view in images:
-            mixed = mix(_resize(view, config.mixed_size), generator)
+            mixed = mix(_resize(view, config.mixed_size), generator)  # images: (N, 3, s, s)
             z = encode(mixed.images)  # (N, C)
             loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
             # Without clean queries, the mixed ones tell whether a run collapses.

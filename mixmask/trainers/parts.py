@@ -1,21 +1,19 @@
-"""Parts that methods share: heads, momentum, the queue, split batch norm, the optimiser."""
+"""Parts that methods share: encoder, heads, momentum, the queue, split batch norm."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
-from mixmask.trainers.config import RunConfig
 
 
-def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
-    """Build a configuration's backbone, and return it with the number of its features."""
-    backbone = build_backbone(config.arch, small_stem=config.small_stem)
+def build_encoder(arch: str, *, small_stem: bool) -> tuple[nn.Module, int]:
+    """Build a backbone, and return it with the number of its features."""
+    backbone = build_backbone(arch, small_stem=small_stem)
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 
@@ -37,6 +35,7 @@ def build_mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in pairwise(inner):
         layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    # A norm at the end subtracts the mean, so that a bias before it would do nothing.
     layers.append(nn.Linear(inner[-1], last, bias=not last_norm))
     if last_norm:
         layers.append(nn.BatchNorm1d(last, affine=False))
@@ -51,7 +50,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, features: int, splits: int) -> None:
-        """Store the number of parts."""
         super().__init__(features)
         self.splits = splits
 
@@ -80,6 +78,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             momentum=self.momentum or 0.1,
             eps=self.eps,
         )
+        # (splits * C,) -> (C,)
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
         self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
         return out.view(n, c, h, w)
@@ -104,15 +103,10 @@ def update_momentum(online: nn.Module, target: nn.Module, momentum: float) -> No
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
 
 
-def compile_backbones(model: nn.Module, mode: str = "default") -> None:
-    """Compile a method's backbones in place, that of the momentum branch too."""
-    for name, child in model.named_children():
-        if name.endswith("backbone"):
-            child.compile(mode=mode)
-
-
 class Queue(nn.Module):
     """The keys of past batches, unit vectors (K, dim), oldest overwritten first.
+
+    At the start they are random directions.
 
     K may be any number: a batch that reaches the end continues at the start, and of a batch
     larger than the queue the last K keys are kept.
@@ -122,7 +116,6 @@ class Queue(nn.Module):
     position: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
-        """Fill the queue with random directions."""
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
@@ -132,43 +125,7 @@ class Queue(nn.Module):
         """Replace the oldest keys by a batch (N, dim)."""
         size = len(self.keys)
         keys = keys[-size:]
+        # Modulo K: a batch that reaches the end goes on at the start.
         places = (self.position + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         self.position.add_(len(keys)).remainder_(size)
-
-
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Sort the trained parameters into groups for the optimiser.
-
-    LARS and AdamW leave biases and norms without decay, and LARS without adaptation (SimCLR,
-    BYOL). What a method lists as `constant_lr` keeps its learning rate (SimSiam's predictor).
-    """
-    constant = {id(p) for part in getattr(model, "constant_lr", ()) for p in part.parameters()}
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 and config.optimizer != "sgd"
-            groups.setdefault((plain, id(parameter) in constant), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": 0.0 if plain else config.weight_decay,
-            "constant_lr": is_constant,
-        }
-        for (plain, is_constant), parameters in groups.items()
-    ]
-
-
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Build SGD, LARS (You et al.; timm's) or AdamW over the model's groups."""
-    groups = parameter_groups(model, config)
-    # Fused: one pass over the weights, a third of the default's time on a CPU.
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=fused)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
-    from timm.optim.lars import Lars
-
-    lars: torch.optim.Optimizer = Lars(groups, lr=config.lr, momentum=config.sgd_momentum)
-    return lars

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +19,11 @@ from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
-from mixmask.runs.folder import Row, load_checkpoint, save_checkpoint, write_rows
+from mixmask.runs.folder import Row, load_checkpoint, save_checkpoint, write_config, write_rows
+from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import Method, build_method
-from mixmask.trainers.parts import build_optimizer, compile_backbones
+from mixmask.trainers.methods import METHODS, Method
 
 
 def random_view(config: RunConfig, images: Images) -> RandomView:
@@ -56,13 +57,31 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
+    def open(cls, config: RunConfig, images: Images, out: Path, *, resume: bool = False) -> Run:
+        """Build a run, and make its folder or go on from the newest whole checkpoint in it."""
+        run = cls.build(config, images, out)
+        if resume:
+            run.load()
+        elif run.accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            # A resumed run must find its images where they were, whatever memory is free by then.
+            stream = "never" if isinstance(images, Tensor) else "always"
+            write_config(out, asdict(config) | {"stream": stream})
+        if config.tracker != "none":
+            options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
+            # Otherwise Weights & Biases writes where the command was started.
+            where = {"wandb": {"dir": str(out)}}
+            run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
+        return run
+
+    @classmethod
     def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
         """Build a run at its first step; the seed alone decides its weights."""
         accelerator = _start_accelerator(config, out)
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0
         if isinstance(images, Tensor):
-            images = images.to(accelerator.device)
+            images = images.to(accelerator.device)  # (N, 3, H, W) uint8
         else:
             crops = part_bytes(config.image_size, 2 + config.extra_crops)
             workers = choose_workers(config.workers, crops)
@@ -127,8 +146,8 @@ def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
     steps = len(images) // (config.batch_size * processes)
     if steps == 0:
         raise ValueError(
-            f"--batch-size {config.batch_size} is more than the {len(images)} images there "
-            f"are for {processes} process(es); use a smaller one"
+            f"--batch-size {config.batch_size} is more than the {plural(len(images), 'image')} "
+            f"there are for {plural(processes, 'process')}; use a smaller one"
         )
     return steps
 
@@ -136,7 +155,7 @@ def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
 def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
     """Build the method on its device, with what the options say about batch norm and memory."""
     torch.manual_seed(fold_seed(config.seed, "weights"))
-    model = build_method(config)
+    model: Method = METHODS[config.method].build(config)
     assert isinstance(model, nn.Module)
     if config.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
@@ -146,16 +165,57 @@ def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # In place, but for norms at the top.
     model.to(memory_format=torch.channels_last).to(accelerator.device)
     if config.checkpointing:
-        _checkpoint_activations(model.backbone, config.arch)
+        try:
+            model.backbone.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError, TypeError):
+            raise ValueError(
+                f"--checkpointing is not supported by {config.arch}; leave it out, or use "
+                "--accumulate"
+            ) from None
     if config.compile:
         compile_backbones(model, config.compile_mode)
     return model
 
 
-def _checkpoint_activations(backbone: nn.Module, arch: str) -> None:
-    try:
-        backbone.set_grad_checkpointing()  # type: ignore[operator]
-    except (AttributeError, AssertionError, TypeError):
-        raise ValueError(
-            f"--checkpointing is not supported by {arch}; leave it out, or use --accumulate"
-        ) from None
+def compile_backbones(model: nn.Module, mode: str = "default") -> None:
+    """Compile a method's backbones in place, that of the momentum branch too."""
+    for name, child in model.named_children():
+        if name.endswith("backbone"):
+            child.compile(mode=mode)
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Sort the trained parameters into groups for the optimiser.
+
+    LARS and AdamW leave biases and norms without decay, and LARS without adaptation (SimCLR,
+    BYOL). What a method lists as `constant_lr` keeps its learning rate (SimSiam's predictor).
+    """
+    constant = {id(p) for part in getattr(model, "constant_lr", ()) for p in part.parameters()}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 and config.optimizer != "sgd"
+            groups.setdefault((plain, id(parameter) in constant), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "constant_lr": is_constant,
+        }
+        for (plain, is_constant), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Build SGD, LARS (You et al.; timm's) or AdamW over the model's groups."""
+    groups = parameter_groups(model, config)
+    # Fused: one pass over the weights, a third of the default's time on a CPU.
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=fused)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    from timm.optim.lars import Lars
+
+    lars: torch.optim.Optimizer = Lars(groups, lr=config.lr, momentum=config.sgd_momentum)
+    return lars

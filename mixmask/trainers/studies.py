@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mixmask._checks import Ratio
 from mixmask.data.sets import Images
 from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows
-from mixmask.runs.records import describe_option
+from mixmask.runs.records import describe_option, describe_value, plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
@@ -29,44 +29,49 @@ _FAILURES = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError)
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting of a study, which is run with several seeds.
+    """A setting of a study, which is run with several seeds."""
 
-    Attributes:
-        factor: What varies, a heading of the table.
-        value: Its value here.
-        name: The folder of its runs; cells of several factors may share one.
-        config: The options of its runs, but for the seed.
-    """
-
-    factor: str
-    value: str
-    name: str
-    config: RunConfig
+    factor: str  # What varies, a heading of the table.
+    value: str  # Its value here.
+    name: str  # The folder of its runs; cells of several factors may share one.
+    config: RunConfig  # The options of its runs, but for the seed.
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One run of a study: its folder and its options."""
+@dataclass
+class StudyRun:
+    """One run of a study, and how it ended: its rows, or why it has none."""
 
     folder: Path
     config: RunConfig
+    rows: list[Row] = field(default_factory=list)
+    error: str = ""
 
     @property
     def label(self) -> str:
         """Its name on the console."""
         return f"{self.folder.parent.name}, seed {self.config.seed}"
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its rows, or why it has none."""
-
-    rows: list[Row]
-    error: str = ""
-
     def last(self, measure: str) -> float | None:
         """Return an accuracy after the last epoch, 0 ... 1."""
         return self.rows[-1].get(measure) if self.rows else None
+
+    def train(self, images: Images, monitor: Monitor) -> None:
+        """Train to the end, from the checkpoint if there is one, and keep the rows or the error.
+
+        Args:
+            images: (N, 3, H, W) uint8, or a folder's.
+            monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
+
+        Raises:
+            KeyboardInterrupt: If the run was interrupted, once it is saved.
+        """
+        self.error, begun = "", has_checkpoint(self.folder)
+        try:
+            _, self.rows = pretrain(
+                self.config, images, self.folder, monitor=monitor, resume=begun, progress=False
+            )
+        except _FAILURES as error:
+            self.error = " ".join(str(error).split()) or type(error).__name__
 
 
 def mask_cells(
@@ -99,7 +104,7 @@ def mask_cells(
                 f"--grid-sizes must lie within 2 ... {centre.image_size}, the pixels per side of "
                 f"a view, got {size}; leave it out, or raise --image-size"
             )
-    factors: dict[str, Sequence[Any]] = {
+    factors: dict[str, Sequence[object]] = {
         "grid_size": sizes,
         "pattern": ("block", "discrete"),
         "ratio": ratios,
@@ -114,14 +119,10 @@ def mask_cells(
 
 def _mask_cell(config: RunConfig, field: str) -> Cell:
     switch = "switch" if config.switch else "no-switch"
-    ratio = describe_option("ratio", config.ratio).replace(" ", "-").replace("–", "-")
-    name = f"grid-{config.grid_size}_{config.pattern}_{ratio}_{switch}"
-    value = getattr(config, field)
-    if isinstance(value, bool):
-        text = "on" if value else "off"
-    else:
-        text = describe_option("", value).strip()
-    return Cell(field.replace("_", " "), text, name, config)
+    ratio = describe_value(config.ratio).replace("–", "-")
+    name = f"grid-{config.grid_size}_{config.pattern}_ratio-{ratio}_{switch}"
+    value = describe_value(getattr(config, field))
+    return Cell(field.replace("_", " "), value, name, config)
 
 
 def budget_cells(
@@ -156,13 +157,15 @@ def budget_cells(
             own = given if mix == "mixmask" or baseline_lr is None else given | {"lr": baseline_lr}
             for epochs in sorted(set(chosen)):
                 config = make_config(**(own | {"method": method, "mix": mix, "epochs": epochs}))
-                value = f"{describe_option('mix', mix)}, {epochs} epoch{'s' * (epochs != 1)}"
+                value = f"{describe_option('mix', mix)}, {plural(epochs, 'epoch')}"
                 cells.append(Cell(method, value, f"{method}_{mix}_{epochs}-epochs", config))
     return cells
 
 
-def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
+def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     """List a study's runs, a whole table for the first seed, then for the next.
+
+    Those that have their last epoch, with an accuracy, have their rows.
 
     Args:
         cells: The study's cells; those of the same name are run once.
@@ -175,56 +178,26 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Plan]:
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}; the paper takes 3")
     configs = {cell.name: cell.config for cell in cells}
-    plans = [
-        Plan(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
+    runs = [
+        StudyRun(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
         for seed in range(seeds)
         for name, config in configs.items()
     ]
-    for plan in plans:
-        _check_folder(plan)
-    return plans
+    for run in runs:
+        if run.folder.exists() and not (run.folder.is_dir() and not any(run.folder.iterdir())):
+            _check_options(run)
+        rows = read_rows(run.folder) if (run.folder / METRICS).is_file() else []
+        if rows and rows[-1]["epoch"] == run.config.epochs and "knn" in rows[-1]:
+            run.rows = rows
+    return runs
 
 
-def _check_folder(plan: Plan) -> None:
+def _check_options(run: StudyRun) -> None:
     """Check that a folder's run has the planned options; else its accuracy is of another cell."""
-    if not plan.folder.exists() or (plan.folder.is_dir() and not any(plan.folder.iterdir())):
-        return
-    there = dataclasses.asdict(load_config(plan.folder))
-    for name, value in dataclasses.asdict(plan.config).items():
-        if there.get(name) != value:
+    there = dataclasses.asdict(load_config(run.folder))
+    for name, value in dataclasses.asdict(run.config).items():
+        if name != "stream" and there.get(name) != value:  # Where images lie changes no weights.
             raise ValueError(
-                f"{plan.folder} holds a run with {describe_option(name, there.get(name))}, this "
+                f"{run.folder} holds a run with {describe_option(name, there.get(name))}, this "
                 f"study has {describe_option(name, value)}; use the same, or another --out"
             )
-
-
-def read_finished(plan: Plan) -> Outcome | None:
-    """Read a run that has its last epoch, with an accuracy; None for any other."""
-    rows = read_rows(plan.folder) if (plan.folder / METRICS).is_file() else []
-    if rows and rows[-1]["epoch"] == plan.config.epochs and "knn" in rows[-1]:
-        return Outcome(rows)
-    return None
-
-
-def carry_out(plan: Plan, images: Images, monitor: Monitor) -> Outcome:
-    """Train a run of a study, from its checkpoint if it has one.
-
-    Args:
-        plan: The run.
-        images: (N, 3, H, W) uint8, or a folder's.
-        monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
-
-    Returns:
-        Its rows, or in one line why it failed.
-
-    Raises:
-        KeyboardInterrupt: If the run was interrupted, once it is saved.
-    """
-    begun = has_checkpoint(plan.folder)
-    try:
-        _, rows = pretrain(
-            plan.config, images, plan.folder, monitor=monitor, resume=begun, progress=False
-        )
-    except _FAILURES as error:
-        return Outcome([], " ".join(str(error).split()) or type(error).__name__)
-    return Outcome(rows)

@@ -58,6 +58,13 @@ def test_pretrain_leaves_a_run_folder(
     printed = capsys.readouterr().out
     assert "nearest neighbours" in printed
     assert "untrained" in printed
+    assert "20 images, narrow at 16 px, 1 epoch, " in printed
+    assert f"next: mixmask evaluate knn {out}\n" in printed
+    exported = tmp_path / "backbone.safetensors"
+    (advice,) = (line for line in printed.splitlines() if "mixmask export" in line)
+    words = advice.replace("backbone.safetensors", str(exported)).split()[1:]
+    assert cli.main(words) == 0
+    assert exported.exists()
 
 
 def test_streamed_folder_is_measured_and_resumed_from_disk(
@@ -100,7 +107,9 @@ def test_folder_without_labels_says_so(
 ) -> None:
     flat = photographs / "train" / "cat"
     assert cli.main(options(flat, "--out", str(tmp_path / "run"))) == 0
-    assert "no labelled test split: accuracies are off" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no labelled test split: accuracies are off" in printed
+    assert "--data LABELLED" in printed
 
 
 def test_existing_run_folder_is_refused(
@@ -184,11 +193,41 @@ def test_show_refuses_what_it_cannot_draw(
     assert "which is no folder" in refused(["show", "--out", nowhere], capsys)
 
 
-def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("--method", "--mix", "--grid-size", "--no-switch", "--per-sample", "--resume"):
-        assert flag in text
+    groups = {
+        "data:": "--recipe", "views:": "--min-scale", "mixing:": "--no-switch",
+        "method:": "--queue-size", "optimiser:": "--lr", "run:": "--resume",
+    }  # fmt: skip
+    places = [text.index(word) for pair in groups.items() for word in ("\n" + pair[0], pair[1])]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["pretrain", "--grid-sise", "4"], ", did you mean --grid-size?; see mixmask pretrain -"),
+        (
+            ["evaluate", "knn", "x", "--kk=3"],
+            ", did you mean --k?; see mixmask evaluate knn -",
+        ),
+        (["show", "--zzz"], "unrecognized arguments: --zzz; see mixmask show --help"),
+        (["pretrian"], "invalid choice: 'pretrian'"),
+    ],
+)
+def test_a_mistyped_word_gets_a_hint(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hint in refused(words, capsys)
+
+
+def test_options_may_be_spelt_with_underscores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = str(tmp_path / "no_folder")
+    assert "--grid-size must be" in refused(["pretrain", "--grid_size", "1"], capsys)
+    assert named in refused(["pretrain", f"--data={named}", "--batch_size=8"], capsys)
 
 
 def test_ctrl_c_exits_with_130_and_the_run_goes_on(photographs: Path, tmp_path: Path) -> None:
@@ -202,7 +241,8 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on(photographs: Path, tmp_path: 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.decode().strip().endswith("mixmask: interrupted")
+    advice = f"mixmask: interrupted; continue with mixmask pretrain --resume {out}"
+    assert errors.decode().strip().endswith(advice)
     assert b"Traceback" not in errors
     # The rest would take long; that it starts where the other stopped is what matters here.
     config = out / "config.json"
@@ -226,7 +266,25 @@ def test_recipes_name_their_source_and_what_was_published(
     text = capsys.readouterr().out
     assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
     assert text.count("  source: ") == len(PRESETS)
-    assert "moco-v2 + mixmask 69.2 % (linear; the authors' code)" in text
+    for published in (
+        "69.2 % with --method moco-v2 --mix mixmask (linear; the authors' code)",
+        "68.1 % with --method moco-v2 --mix mixmask --pattern discrete (kNN; MixMask, table 1)",
+        "68.83 % with --method moco-v2 --mix unmix --symmetric (kNN; Un-Mix's code)",
+    ):
+        assert published in text
+
+
+def test_published_accuracies_name_options_that_there_are() -> None:
+    from mixmask.trainers.methods import make_config
+    from mixmask.trainers.recipes import EXPECTED
+
+    for recipe, published in EXPECTED.items():
+        for each in published:
+            words = ["pretrain", "--method", each.method, *each.options.split()]
+            given = vars(cli._parser(words).parse_args(words))
+            options = {name: given[name] for name in given.keys() - {"command", "out", "resume"}}
+            config = make_config(data="photographs", recipe=recipe, **options)
+            assert f"--mix {config.mix}" in each.options
 
 
 def test_out_of_memory_names_the_options_that_help(
@@ -235,6 +293,6 @@ def test_out_of_memory_names_the_options_that_help(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("mixmask.trainers.loop.pretrain", full)
+    monkeypatch.setattr("mixmask.cli.pretrain.train", full)
     assert cli.main(["pretrain", "--out", str(tmp_path / "run")]) == 2
     assert "--accumulate 2" in capsys.readouterr().err

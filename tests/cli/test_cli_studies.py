@@ -21,7 +21,7 @@ from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features, gallery
 from mixmask.figures.features import figure_neighbours
 from mixmask.trainers.methods.moco import MoCo
-from mixmask.trainers.studies import Outcome
+from mixmask.trainers.studies import StudyRun
 
 TINY = ["--arch", "narrow", "--batch-size", "8", "--image-size", "16", "--queue-size", "16"]
 
@@ -45,16 +45,8 @@ def runs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Train two seeds with MixMask and one without."""
     root = tmp_path_factory.mktemp("runs")
     made = {"a": ["--seed", "0"], "b": ["--seed", "1"], "none": ["--mix", "none", "--lr", "0.06"]}
-    common = [
-        "pretrain",
-        "--data",
-        str(photographs),
-        *TINY,
-        "--epochs",
-        "2",
-        "--measure-every",
-        "1",
-    ]
+    common = ["pretrain", "--data", str(photographs), *TINY, "--epochs", "2"]
+    common += ["--measure-every", "1"]
     for name, more in made.items():
         assert cli.main([*common, *more, "--out", str(root / name)]) == 0
     return {name: root / name for name in made}
@@ -101,6 +93,17 @@ def test_compare_draws_and_prints_means_over_seeds(
     (line,) = (text for text in printed.splitlines() if text.startswith("no mixing "))
     assert line.split()[2:5] == ["1", "2", f"{knn['none']:.1f}"]
     assert "they differ in lr too (mixmask: 0.03; no mixing: 0.06)" in printed
+    assert "bands in the figure: smallest to largest seed" in printed
+
+
+def test_compare_names_a_switch_that_is_on(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy_of(runs["none"], tmp_path / "other", switch=False)
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "x.png")]
+    assert cli.main(["compare", str(runs["a"]), str(other), *out]) == 0
+    assert "they differ in switch too (mixmask: on; no mixing: off)" in capsys.readouterr().out
 
 
 def test_compare_of_runs_without_accuracies_draws_their_losses(
@@ -155,17 +158,22 @@ def test_map_draws_a_panel_a_run(
     assert f"{shown} of 8 test images" in capsys.readouterr().out
 
 
-def test_neighbours_are_the_nearest_by_brute_force(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[tuple[Any, ...]] = []
-    real = figure_neighbours
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return what figures of neighbours are given: arguments, and names."""
+    noted: list[tuple[Any, ...]] = []
 
     def noting(*given: Any, **named: Any) -> Any:
-        drawn.append((*given, named["names"]))
-        return real(*given, **named)
+        noted.append((*given, named["names"]))
+        return figure_neighbours(*given, **named)
 
     monkeypatch.setattr(gallery, "figure_neighbours", noting)
+    return noted
+
+
+def test_neighbours_are_the_nearest_by_brute_force(
+    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
+) -> None:
     out = tmp_path / "sheet.png"
     words = ["neighbours", str(runs["a"]), "--out", str(out), "--queries", "3", "--k", "4"]
     assert cli.main(words) == 0
@@ -192,20 +200,12 @@ def test_neighbours_are_the_nearest_by_brute_force(
 
 
 def test_unlabelled_images_have_neighbours_too_but_not_themselves(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
 ) -> None:
-    drawn: list[tuple[Any, ...]] = []
-    real = figure_neighbours
-
-    def noting(*given: Any, **named: Any) -> Any:
-        drawn.append(given)
-        return real(*given, **named)
-
-    monkeypatch.setattr(gallery, "figure_neighbours", noting)
     flat = str(photographs / "train" / "cat")
     words = ["neighbours", str(runs["a"]), "--data", flat, "--out", str(tmp_path / "x.png")]
     assert cli.main(words) == 0
-    queries, neighbours, _ = drawn[0]
+    queries, neighbours, *_ = drawn[0]
     assert neighbours.shape[:2] == (8, 8)
     for query, row in zip(queries, neighbours, strict=True):
         assert not any(torch.equal(query, other) for other in row)
@@ -278,7 +278,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
         patch.setattr(MoCo, "after_step", interrupted)
         assert cli.main([*words, "--seeds", "1"]) == 130
     captured = capsys.readouterr()
-    assert captured.err.strip().endswith("mixmask: interrupted")
+    assert captured.err.strip().endswith("interrupted; the same command continues the study")
     assert "[1/4] grid-2_block_ratio-0.5_switch, seed 0 … kNN" in captured.out
     assert "| grid size | 2 | 1 |" in (out / "masks.md").read_text()
     first = out / "grid-2_block_ratio-0.5_switch" / "seed-0" / "last.pt"
@@ -290,7 +290,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
         assert cli.main([*words, "--seeds", "1"]) == 0
     assert steps[0] == 8 + 4 * 4 - 7
     printed = capsys.readouterr().out
-    assert "4 runs of which 1 are finished" in printed
+    assert "4 runs (1 finished)" in printed
     assert [line[:5] for line in printed.splitlines() if line.startswith("[")] == [
         "[2/4]", "[3/4]", "[4/4]",
     ]  # fmt: skip
@@ -299,7 +299,7 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
     assert is_png(out / "masks.png")
 
     assert cli.main([*words, "--seeds", "2", "--grid-sizes", "2"]) == 0
-    assert "6 runs of which 3 are finished" in capsys.readouterr().out
+    assert "6 runs (3 finished)" in capsys.readouterr().out
     assert "| grid size | 2 | 2 |" in (out / "masks.md").read_text()
     assert first.stat().st_mtime_ns == written
     line = refused([*words, "--lr", "0.1"], capsys)
@@ -338,13 +338,14 @@ def test_ablate_reports_a_failed_run_and_goes_on(
 ) -> None:
     tried: list[str] = []
 
-    def carry_out(plan: Any, *_: Any) -> Outcome:
-        tried.append(plan.label)
-        if plan.config.grid_size == 4:
-            return Outcome([], "the loss became nan")
-        return Outcome([{"epoch": 0, "knn": 0.1}, {"epoch": 1, "knn": 0.5, "linear": 0.5}])
+    def train(run: StudyRun, *_: Any) -> None:
+        tried.append(run.label)
+        if run.config.grid_size == 4:
+            run.error = "the loss became nan"
+        else:
+            run.rows = [{"epoch": 0, "knn": 0.1}, {"epoch": 1, "knn": 0.5, "linear": 0.5}]
 
-    monkeypatch.setattr("mixmask.trainers.studies.carry_out", carry_out)
+    monkeypatch.setattr(StudyRun, "train", train)
     out = tmp_path / "study"
     capsys.readouterr()
     assert cli.main(study(photographs, out, "--seeds", "1")) == 2

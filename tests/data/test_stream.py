@@ -395,8 +395,8 @@ def test_time_spent_waiting_is_recorded(
         assert float(row["wait"]) <= 1
 
 
-def test_picture_of_a_step_is_drawn_from_a_folder_too(images: FolderImages) -> None:
-    views = first_views(configured(), images, count=5)
+def test_picture_of_a_step_is_drawn_from_a_folder_too(images: FolderImages, tmp_path: Path) -> None:
+    views = first_views(Run.build(configured(), images, tmp_path), count=5)
     assert views.query.shape == views.key.shape == (5, 3, 16, 16)
     assert not torch.equal(views.query, views.key)
 

@@ -10,6 +10,7 @@ import torch
 
 from mixmask.runs.folder import (
     atomic_write,
+    check_files,
     has_checkpoint,
     load_checkpoint,
     new_folder,
@@ -109,6 +110,20 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(damage: bytes, tmp_path: Pat
 def test_a_folder_without_checkpoints_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no run folder: it holds neither last\.pt nor prev"):
         load_checkpoint(tmp_path)
+
+
+def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None:
+    there = tmp_path / "there.png"
+    there.touch()
+    check_files(there, tmp_path / "new.png")
+    for path, message in (
+        (tmp_path / "no" / "x.png", "no, which is no folder; make it first"),
+        (tmp_path, "is a folder; name a file in it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_files(there, path)
+    with pytest.raises(ValueError, match=r"there\.png exists; name another --out, or overwrite it"):
+        check_files(tmp_path / "new.png", there, force=False)
 
 
 def test_new_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,10 @@ from mixmask.trainers.parts import (
     SplitBatchNorm2d,
     build_head,
     build_mlp,
-    build_optimizer,
-    parameter_groups,
     split_batch_norm,
     update_momentum,
 )
+from mixmask.trainers.run import build_optimizer, parameter_groups
 
 
 def test_fold_seed_separates_positions_and_is_stable() -> None:

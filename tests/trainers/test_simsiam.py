@@ -12,7 +12,6 @@ from tiny_runs import build_tiny, gradients, note_mixes, run, seeded, tiny_confi
 from torch import Tensor, nn
 
 from mixmask import MixedBatch
-from mixmask.trainers import parts
 from mixmask.trainers import run as run_module
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.methods.simsiam import SimSiam
@@ -82,7 +81,7 @@ def test_the_predictor_keeps_its_learning_rate_through_a_run(
 ) -> None:
     rates: list[dict[int, float]] = []
     built: list[torch.optim.Optimizer] = []
-    build, after_step = parts.build_optimizer, SimSiam.after_step
+    build, after_step = run_module.build_optimizer, SimSiam.after_step
 
     def keeping(model: nn.Module, config: Any) -> torch.optim.Optimizer:
         built.append(build(model, config))

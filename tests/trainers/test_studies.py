@@ -20,13 +20,10 @@ from mixmask.trainers.report import collect, table_csv, table_markdown
 from mixmask.trainers.studies import (
     BUDGET_METHODS,
     Cell,
-    Outcome,
-    Plan,
+    StudyRun,
     budget_cells,
-    carry_out,
     mask_cells,
     plan_runs,
-    read_finished,
 )
 
 TINY: dict[str, Any] = {
@@ -119,32 +116,32 @@ def test_bad_options_of_a_study_are_refused(tmp_path: Path) -> None:
 
 
 def test_plans_go_through_the_table_seed_by_seed_each_run_once(tmp_path: Path) -> None:
-    plans = plan_runs(tiny_cells(), 2, tmp_path)
-    assert len(plans) == len(set(plans)) == 2 * 4
-    assert [plan.config.seed for plan in plans] == [0] * 4 + [1] * 4
-    assert plans[0].folder == tmp_path / "grid-2_block_ratio-0.5_switch" / "seed-0"
+    runs = plan_runs(tiny_cells(), 2, tmp_path)
+    assert len(runs) == len({run.folder for run in runs}) == 2 * 4
+    assert [run.config.seed for run in runs] == [0] * 4 + [1] * 4
+    assert runs[0].folder == tmp_path / "grid-2_block_ratio-0.5_switch" / "seed-0"
 
 
 def test_a_study_goes_on_where_it_was_interrupted(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_runs(tiny_cells(), 1, tmp_path)[1]
+    run = plan_runs(tiny_cells(), 1, tmp_path)[1]
     with monkeypatch.context() as patch:
         interrupt_at(3, MoCo, patch)
         with pytest.raises(KeyboardInterrupt):
-            carry_out(plan, images, monitor)
-    assert read_finished(plan) is None
-    resumed = carry_out(plan, images, monitor)
-    whole, rows = pretrain(plan.config, images, tmp_path / "whole", progress=False, monitor=monitor)
+            run.train(images, monitor)
+    resumed = plan_runs(tiny_cells(), 1, tmp_path)[1]
+    assert not resumed.rows
+    resumed.train(images, monitor)
+    whole, rows = pretrain(run.config, images, tmp_path / "whole", progress=False, monitor=monitor)
     assert resumed.last("knn") == pytest.approx(rows[-1]["knn"], abs=0)
-    model = torch.load(plan.folder / "last.pt", weights_only=True)["model"]
-    twin = MoCo(plan.config)  # type: ignore[arg-type]
+    model = torch.load(run.folder / "last.pt", weights_only=True)["model"]
+    twin = MoCo(run.config)  # type: ignore[arg-type]
     twin.load_state_dict(model)
     assert isinstance(whole, torch.nn.Module)
     assert_same(twin, whole)
 
-    finished = read_finished(plan)
-    assert finished is not None
+    finished = plan_runs(tiny_cells(), 1, tmp_path)[1]
     for measure in ("knn", "linear"):
         assert finished.last(measure) == pytest.approx(rows[-1][measure])
 
@@ -152,17 +149,19 @@ def test_a_study_goes_on_where_it_was_interrupted(
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     images: Tensor, tmp_path: Path
 ) -> None:
-    plan = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
-    assert not carry_out(plan, images, monitor).error
+    run = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
+    run.train(images, monitor)
+    assert not run.error
     for file in ("last.pt", "metrics.csv"):
-        (plan.folder / file).unlink()
-    assert plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0] == plan
-    assert read_finished(plan) is None
-    assert carry_out(plan, images, monitor).last("knn") is not None
+        (run.folder / file).unlink()
+    again = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
+    assert (again.folder, again.config, again.rows) == (run.folder, run.config, [])
+    again.train(images, monitor)
+    assert again.last("knn") is not None
 
 
 def test_a_folder_of_another_run_is_refused(images: Tensor, tmp_path: Path) -> None:
-    carry_out(plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0], images, monitor)
+    plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0].train(images, monitor)
     with pytest.raises(ValueError, match=r"holds a run with lr 0.03, this study has lr 0.1;"):
         plan_runs(tiny_cells(epochs=1, lr=0.1), 1, tmp_path)
     (tmp_path / "grid-4_block_ratio-0.5_switch" / "seed-0").mkdir(parents=True)
@@ -175,7 +174,7 @@ def test_a_run_that_fails_says_why_and_is_no_number(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = tiny_cells(epochs=1)
-    plans = plan_runs(cells, 1, tmp_path)
+    runs = plan_runs(cells, 1, tmp_path)
     encode = MoCo.encode
 
     def broken(self: MoCo, x: Tensor) -> Tensor:
@@ -183,30 +182,30 @@ def test_a_run_that_fails_says_why_and_is_no_number(
 
     with monkeypatch.context() as patch:
         patch.setattr(MoCo, "encode", broken)
-        outcomes = {plan: carry_out(plan, images, monitor) for plan in plans}
-    assert [bool(outcome.error) for outcome in outcomes.values()] == [False, True, False, False]
-    lines = collect(cells, outcomes)
+        for run in runs:
+            run.train(images, monitor)
+    assert [bool(run.error) for run in runs] == [False, True, False, False]
+    lines = collect(cells, runs)
     assert [len(line.accuracies["knn"]) for line in lines] == [1, 0, 1, 1, 1, 1, 1]
     text = table_markdown(lines, title="t", test_images=372)
     assert text.count("Failed: grid-4_block_ratio-0.5_switch, seed 0: the loss became nan") == 1
-    assert read_finished(plans[1]) is None  # So that the same study tries it again.
-    assert not carry_out(plans[1], images, monitor).error
-
-
-def outcome(knn: float, linear: float) -> Outcome:
-    return Outcome([{"epoch": 0, "knn": 0.9, "linear": 0.9}, {"knn": knn, "linear": linear}])
+    again = plan_runs(cells, 1, tmp_path)
+    assert [bool(run.rows) for run in again] == [True, False, True, True]  # To be tried again.
+    again[1].train(images, monitor)
+    assert not again[1].error
 
 
 def test_tables_hold_mean_and_deviation_of_the_last_epoch(tmp_path: Path) -> None:
     cells = tiny_cells()
     rng = np.random.default_rng(0)
-    outcomes: dict[Plan, Outcome] = {}
+    runs: list[StudyRun] = []
     numbers: dict[str, list[tuple[float, float]]] = {}
-    for plan in plan_runs(cells, 3, tmp_path)[:-2]:  # The last two are not there yet.
+    for run in plan_runs(cells, 3, tmp_path)[:-2]:  # The last two are not there yet.
         knn, linear = rng.random(2).tolist()
-        outcomes[plan] = outcome(knn, linear)
-        numbers.setdefault(plan.folder.parent.name, []).append((knn, linear))
-    lines = collect(cells, outcomes)
+        run.rows = [{"epoch": 0, "knn": 0.9, "linear": 0.9}, {"knn": knn, "linear": linear}]
+        runs.append(run)
+        numbers.setdefault(run.folder.parent.name, []).append((knn, linear))
+    lines = collect(cells, runs)
     read = list(csv.DictReader(io.StringIO(table_csv(lines))))
     text = table_markdown(lines, title="title", test_images=400).splitlines()
     assert len(read) == len(cells) == len(text) - 6
@@ -227,6 +226,6 @@ def test_tables_hold_mean_and_deviation_of_the_last_epoch(tmp_path: Path) -> Non
 
 
 def test_a_study_without_outcomes_has_a_table_too() -> None:
-    lines = collect(tiny_cells(), {})
+    lines = collect(tiny_cells(), [])
     assert "| grid size | 2 | 0 | – | – |" in table_markdown(lines, title="", test_images=10)
     assert [row["knn_mean"] for row in csv.DictReader(io.StringIO(table_csv(lines)))] == [""] * 7

@@ -12,10 +12,9 @@ from tiny_runs import run, seeded, tiny_config, tiny_images
 
 from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
-from mixmask.trainers.meter import Meter, Sent
+from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.parts import build_optimizer
-from mixmask.trainers.run import random_view
+from mixmask.trainers.run import build_optimizer, random_view
 
 # Mixing does not know who asked for it.
 CASES = [(method, "both") for method in METHODS] + [("moco-v2", mix) for mix in MIXTURES]
@@ -103,11 +102,16 @@ def test_the_progress_bar_shows_what_has_arrived(monkeypatch: pytest.MonkeyPatch
     assert meter.summary().startswith("loss 3.000, λ 0.500, ")
 
     copied: Any = _Copied()
-    of = Sent.of
-    monkeypatch.setattr(
-        Sent, "of", lambda meter: Sent(of(meter).sums, meter.steps, meter.views, copied)
-    )
+    send = Meter.send
+    monkeypatch.setattr(Meter, "send", lambda meter: send(meter)._replace(copied=copied))
     meter.clean, meter.steps = torch.tensor(16.0), 3
     assert meter.summary().startswith("loss 3.000")  # Under way, and nobody waits.
     meter.clean, meter.steps, copied.done = torch.tensor(99.0), 4, True
     assert meter.summary().startswith("loss 6.000")  # As it was sent.
+
+
+def test_the_progress_bar_has_no_lambda_without_mixed_views() -> None:
+    meter = Meter(steps=2, clean=torch.tensor(4.0))
+    meter.start(8)
+    assert meter.summary().startswith("loss 2.000, ")
+    assert "λ" not in meter.summary()

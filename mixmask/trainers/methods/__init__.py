@@ -11,20 +11,21 @@ from torch import Generator, Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask.runs.folder import read_config
-from mixmask.runs.options import flag
+from mixmask.runs.options import Options, flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
-from mixmask.trainers.mixtures import Term, Views
+from mixmask.trainers.mixtures import Mixture, Term, Views
 
 
 class Method(Protocol):
-    """What the loop asks of a method: an `nn.Module` with a backbone and these two calls.
+    """What the loop asks of a method: an `nn.Module` with a backbone, mixtures and two calls.
 
     A step iterates over `terms`, calls backward on each, steps the optimiser, and calls
     `after_step`.
     """
 
     backbone: nn.Module
+    mixtures: list[Mixture]
 
     def terms(
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
@@ -44,32 +45,28 @@ class Method(Protocol):
         """
 
     def after_step(self, done: float) -> None:
-        """Do what follows an optimiser step: momentum, enqueue.
-
-        Args:
-            done: Share of the run that lies behind, 0 ... 1.
-        """
+        """Do what follows an optimiser step, when a share `done` of the run, 0 ... 1, is over."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `nn.Module`, also for what follows."""
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> object:
         """Set the training mode."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and buffers."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
         """Restore all parameters and buffers."""
 
 
 class Entry(NamedTuple):
     """A method, its options, what it sets otherwise on any data, and its presets by data."""
 
-    build: type[Any]
+    build: type[Any]  # Of an nn.Module that is a `Method`, which no type can say.
     config: type[RunConfig]
-    defaults: dict[str, Any]
-    presets: dict[str, dict[str, Any]]
+    defaults: Options
+    presets: dict[str, Options]
 
 
 METHODS: dict[str, Entry] = {
@@ -83,6 +80,7 @@ METHODS: dict[str, Entry] = {
 }
 
 
+# Any: the result has the fields of the method that is named, which no type tells.
 def make_config(**given: Any) -> Any:
     """Build a method's configuration: its defaults, the presets for the data, then yours.
 
@@ -99,9 +97,8 @@ def make_config(**given: Any) -> Any:
     method = given.get("method", RunConfig.method)
     check_choice("--method", method, tuple(METHODS))
     entry = METHODS[method]
-    known = {field.name for field in dataclasses.fields(entry.config)}
     for name in given:
-        if name not in known:
+        if not hasattr(entry.config, name):
             owners = [other for other, e in METHODS.items() if hasattr(e.config, name)]
             raise ValueError(
                 f"{flag(name)} is not supported by {method}"
@@ -115,12 +112,12 @@ def make_config(**given: Any) -> Any:
             f"--recipe {recipe} does not suit --data {data}; leave --recipe out, or pass the "
             "folder of its images"
         )
-    options = {**PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
-    return entry.config(**{**options, **given, "method": method, "recipe": recipe})
+    options = option_defaults(method, recipe) | given | {"method": method, "recipe": recipe}
+    return entry.config(**options)
 
 
-def option_defaults(method: str) -> dict[str, Any]:
-    """Return a method's options at their defaults; none for a method that is not known here.
+def option_defaults(method: str, recipe: str = "imagenet") -> Options:
+    """Return all options of a method as a recipe sets them; none for a method not known here.
 
     Example:
         >>> option_defaults("moco-v2")["temperature"], option_defaults("another")
@@ -128,7 +125,9 @@ def option_defaults(method: str) -> dict[str, Any]:
     """
     if method not in METHODS:
         return {}
-    return {field.name: field.default for field in dataclasses.fields(METHODS[method].config)}
+    entry = METHODS[method]
+    own = {field.name: field.default for field in dataclasses.fields(entry.config)}
+    return {**own, **PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
 
 
 # Options of older versions: another name, or none any more.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask import losses
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
     **cifar_presets(optimizer="sgd", lr=0.06, dim=2048),
     "imagenette": {"lr": 0.2, "weight_decay": 1e-6, "dim": 2048},
@@ -33,6 +32,7 @@ class BarlowTwinsConfig(RunConfig):
     warmup: float = default("warmup", 0.01)
     weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 1000)
+
     dim: int = option(8192, "size of the embedding", low=1)
     redundancy_weight: float = option(0.0051, "weight of the off-diagonal correlations", low=0)
     scale: float = option(1.0, "factor of the loss", low=0)
@@ -51,10 +51,9 @@ class BarlowTwins(nn.Module):
     """One encoder whose features correlate across views, and not with each other."""
 
     def __init__(self, config: BarlowTwinsConfig) -> None:
-        """Build backbone and projector."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim)
         self.mixtures = build_mixtures(config)
         self.barlow_twins = losses.BarlowTwins(
@@ -77,9 +76,9 @@ class BarlowTwins(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
             with torch.no_grad():
-                z2 = self.encode(x2)
+                z2 = self.encode(x2)  # (N, dim)
         else:
-            z1, z2 = self.encode(x1), self.encode(x2)
+            z1, z2 = self.encode(x1), self.encode(x2)  # (N, dim) each
             yield Term(self.loss(z1, z2), pair=(z1, z2))
         yield from mixed_terms(
             self.config, mixtures, [x1, *extra], self.encode, self.loss, z2, generator

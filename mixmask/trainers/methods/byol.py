@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import negative_cosine
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {
         "optimizer": "sgd", "batch_size": 32, "lr": 0.1, "hidden": 512, "dim": 128,
         "encoder_momentum": 0.9,
@@ -41,9 +40,7 @@ class BYOLConfig(RunConfig):
     min_scale: float = default("min_scale", 0.08)
     dim: int = option(256, "size of the embedding", low=1)
     hidden: int = option(4096, "width of the hidden layers of projector and predictor", low=1)
-    encoder_momentum: float = option(
-        0.99, "momentum of the key encoder or the teacher", low=0, high=1
-    )
+    encoder_momentum: float = share(0.99, "momentum of the key encoder or the teacher")
 
 
 def rising_momentum(start: float, done: float) -> float:
@@ -65,12 +62,12 @@ class BYOL(nn.Module):
     """An online branch with a predictor, and a target that follows it ever more slowly."""
 
     def __init__(self, config: BYOLConfig) -> None:
-        """Build both branches with the same weights, and the predictor."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
+        # The target starts at the online branch's weights and gets no gradient.
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.mixtures = build_mixtures(config)
@@ -91,10 +88,11 @@ class BYOL(nn.Module):
     ) -> Iterator[Term]:
         """Yield one clean term per direction, then one per mixed view; see `Method.terms`."""
         mixtures = self.mixtures if mix else []
-        t2 = self.encode_targets(x2)
+        t2 = self.encode_targets(x2)  # (N, dim)
         if not (mixtures and self.config.replace_clean):
-            t1 = self.encode_targets(x1)
-            p1 = self.encode(x1)
+            # Both directions (section 3.1), one forward pass of the online branch after the other.
+            t1 = self.encode_targets(x1)  # (N, dim)
+            p1 = self.encode(x1)  # (N, dim)
             yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
             yield Term(squared_distance(self.encode(x2), t1).mean())
         yield from mixed_terms(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask._distributed import gather_rows, of_first, rank, world_size
 from mixmask.losses import InfoNCE
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import RunConfig, cifar_presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
@@ -29,7 +28,7 @@ V1 = {"mlp": False, "temperature": 0.07, "schedule": "step", "hue": 0.4, "blur":
 _CIFAR = {
     "lr": 0.06, "queue_size": 4096, "temperature": 0.1, "encoder_momentum": 0.99, "bn_splits": 8,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"queue_size": 512, "temperature": 0.1, "encoder_momentum": 0.996},
     # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
     **cifar_presets(**_CIFAR),
@@ -47,9 +46,7 @@ class MoCoConfig(RunConfig):
     )
     queue_size: int = option(65_536, "keys in the queue", low=1)
     temperature: float = option(0.2, "temperature of the contrastive loss", positive=True)
-    encoder_momentum: float = option(
-        0.999, "momentum of the key encoder or the teacher", low=0, high=1
-    )
+    encoder_momentum: float = share(0.999, "momentum of the key encoder or the teacher")
     symmetric: bool = option(False, "use each view as query and as key, as Un-Mix's demo does")
     bn_splits: int = option(
         1, "parts of a batch with batch-norm statistics of their own; shuffles the keys", low=1
@@ -70,10 +67,9 @@ class MoCo(nn.Module):
     """A query encoder, a key encoder that follows it slowly, and a queue of past keys."""
 
     def __init__(self, config: MoCoConfig) -> None:
-        """Build both encoders with the same weights, and a queue of random directions."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
         self.head = build_head(features, config.dim, mlp=config.mlp)
@@ -135,16 +131,17 @@ class MoCo(nn.Module):
         """
         config = self.config
         info_nce = InfoNCE(self.queue.keys, config.temperature)
-        k2 = self.encode_keys(x2, generator)
+        k2 = self.encode_keys(x2, generator)  # (N, dim)
         pairs, keys = [(x1, k2)], k2
         if config.symmetric:
             k1 = self.encode_keys(x1, generator)
-            pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])
+            pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])  # keys: (2N, dim)
         mixtures = self.mixtures if mix else []
         for x, k in [] if mixtures and config.replace_clean else pairs:
-            q = self.encode(x)
+            q = self.encode(x)  # (N, dim)
             yield Term(info_nce(q, k), pair=(q, k))
         for number, (x, k) in enumerate(pairs):
+            # Further crops are mixed once, against the keys of x2.
             views = [x] if number else [x, *extra]
             yield from mixed_terms(config, mixtures, views, self.encode, info_nce, k, generator)
         self.new_keys.append(keys)
@@ -155,5 +152,6 @@ class MoCo(nn.Module):
         assert self.new_keys, "after_step needs all terms of the step first"
         update_momentum(self.backbone, self.key_backbone, self.config.encoder_momentum)
         update_momentum(self.head, self.key_head, self.config.encoder_momentum)
+        # Every process enqueues the keys of all, so that queues stay alike: (W * N, dim).
         self.queue.enqueue(gather_rows(torch.cat(self.new_keys), checked=False))
         self.new_keys = []

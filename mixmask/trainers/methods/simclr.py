@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import NTXent
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_head
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.06},
     # Rate and temperature: SimCLR, appendix B.9.
     **cifar_presets(lr=1.0, temperature=0.5, weight_decay=1e-4, jitter=0.4, hue=0.1),
@@ -49,10 +48,9 @@ class SimCLR(nn.Module):
     """One encoder and a head, both views of all other images as negatives."""
 
     def __init__(self, config: SimCLRConfig) -> None:
-        """Build backbone and head."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.head = build_head(features, config.dim, mlp=True)
         self.mixtures = build_mixtures(config)
 
@@ -70,11 +68,12 @@ class SimCLR(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and config.replace_clean:
             with torch.no_grad():
-                z2 = self.encode(x2)
+                z2 = self.encode(x2)  # (N, dim)
         else:
-            z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)
+            # One pass of both views, so that batch norm sees all 2N images.
+            z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)  # (2N, dim) -> (N, dim) each
             yield Term(nt_xent(z1, z2), pair=(z1, z2))
-        if config.one_directional:
+        if config.one_directional:  # For the mixed views alone.
             nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
         yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, nt_xent, z2, generator)
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mixmask.losses import NegativeCosine
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"lr": 0.1, "dim": 256, "hidden": 64},
     # SimSiam, appendix D: lr .03 for 256 images.
     **cifar_presets(lr=0.06),
@@ -39,10 +38,9 @@ class SimSiam(nn.Module):
     """One encoder and a predictor; the other view's projection is taken as a constant."""
 
     def __init__(self, config: SimSiamConfig) -> None:
-        """Build backbone, projector and predictor."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         self.mixtures = build_mixtures(config)
@@ -70,10 +68,11 @@ class SimSiam(nn.Module):
         mixtures = self.mixtures if mix else []
         if mixtures and self.config.replace_clean:
             with torch.no_grad():
-                z2 = self.project(x2)
+                z2 = self.project(x2)  # (N, dim)
         else:
-            z1, z2 = self.project(x1), self.project(x2)
-            p1, p2 = self.predictor(z1), self.predictor(z2)
+            z1, z2 = self.project(x1), self.project(x2)  # (N, dim) each
+            p1, p2 = self.predictor(z1), self.predictor(z2)  # (N, dim) each
+            # Eq. 4: the distance takes its target as a constant.
             yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
         yield from mixed_terms(
             self.config, mixtures, [x1, *extra], self.encode, distance, z2, generator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,12 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.losses import sinkhorn
-from mixmask.runs.options import option
+from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import RunConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
     **cifar_presets(optimizer="sgd", lr=0.06, prototypes=100),
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
@@ -40,9 +39,7 @@ class SwAVConfig(RunConfig):
     prototypes: int = option(3000, "number of prototypes", low=2)
     temperature: float = option(0.1, "temperature of the prediction", positive=True)
     epsilon: float = option(0.05, "weight of the codes' entropy", positive=True)
-    frozen: float = option(
-        0.01, "share of the run in which the prototypes are frozen", low=0, high=1
-    )
+    frozen: float = share(0.01, "share of the run in which the prototypes are frozen")
 
 
 class SwAV(nn.Module):
@@ -51,10 +48,9 @@ class SwAV(nn.Module):
     awake: Tensor
 
     def __init__(self, config: SwAVConfig) -> None:
-        """Build backbone, projector and prototypes."""
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config)
+        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
         self.projector = build_mlp(features, config.hidden, config.dim)
         directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
         self.prototypes = nn.Parameter(directions)
@@ -63,10 +59,11 @@ class SwAV(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Score views (N, 3, S, S) against the prototypes: cosines, (N, prototypes)."""
-        z = F.normalize(self.projector(self.backbone(images)).float(), dim=1)
-        prototypes = F.normalize(self.prototypes, dim=1)
+        z = F.normalize(self.projector(self.backbone(images)).float(), dim=1)  # (N, dim)
+        prototypes = F.normalize(self.prototypes, dim=1)  # (prototypes, dim)
+        # A product instead of a branch: while they rest, their gradient is 0 and the value stays.
         resting = prototypes.detach()
-        return z @ (resting + self.awake * (prototypes - resting)).T
+        return z @ (resting + self.awake * (prototypes - resting)).T  # (N, prototypes)
 
     def terms(
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
@@ -79,7 +76,8 @@ class SwAV(nn.Module):
             with torch.no_grad():
                 codes2 = sinkhorn(self.encode(x2), config.epsilon, gather_distributed=True)
         else:
-            s1, s2 = self.encode(x1), self.encode(x2)
+            s1, s2 = self.encode(x1), self.encode(x2)  # (N, prototypes) each
+            # Swapped: each view predicts the other's code (eq. 1).
             codes1, codes2 = (
                 sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2)
             )
