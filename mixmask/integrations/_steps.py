@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Generic, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from mixmask.losses import Criterion, LambdaWeightedLoss
-from mixmask.losses._state import Loan, lend_state
+from mixmask.losses._state import Loan, Part, lend_state
 
 T = TypeVar("T")
 
@@ -89,13 +89,13 @@ class Snapshot(Loan):
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
         super().__init__(ignore, cautious=False)
-        self.known: list[tuple[Any, str, Collection[str]]] = []
-        self.parts: list[tuple[Callable[[Any], None], Any]] = []
+        self.known: list[tuple[dict[str, Any], str, Collection[str]]] = []
+        self.parts: list[Part] = []
         with self:
             self.criterion: Criterion = self.lend_all(criterion)
 
     def callback(self, callback: Any, /, *args: Any, **options: Any) -> Any:
-        """Note each part beside what restores it."""
+        """Note what is held beside what restores it."""
         if callback == self._drop_new:
             self.known.append(args)
         else:
@@ -113,22 +113,13 @@ class Snapshot(Loan):
     @contextmanager
     def installed(self) -> Iterator[Criterion]:
         """Put the state of then in place; afterwards that of now is back."""
-        with ExitStack() as buffers, lend_state(self.criterion, self.ignore):
-            for owner, name, known in self.known:
-                if isinstance(owner, nn.Module):
-                    buffers.callback(_restore_buffers, owner, dict(owner._buffers))
-                self._drop_new(owner, name, known)
-            for store, part in self.parts:
-                store(self.lent.get(id(part), (part, part))[1])
+        with lend_state(self.criterion, self.ignore):
+            for space, name, known in self.known:
+                self._drop_new(space, name, known)
+            for store, held in self.parts:
+                parts = {key: self.lent.get(id(part), (part, part)) for key, part in held.items()}
+                store({key: stand_in for key, (_, stand_in) in parts.items()})
             yield self.criterion
-
-
-def _restore_buffers(owner: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    """Register again what was registered after the snapshot, and dropped while it was in place."""
-    for name in buffers.keys() & vars(owner).keys():
-        del vars(owner)[name]
-    owner._buffers.clear()
-    owner._buffers.update(buffers)
 
 
 def _is_our_loss(value: Any) -> bool:

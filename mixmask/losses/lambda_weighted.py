@@ -122,12 +122,15 @@ class LambdaWeightedLoss(nn.Module):
     t_{\pi(i)})$. A criterion with a memory bank, a queue or a running center changes it at every
     call. Here the mixed terms are taken first, on copies of its state, and the original one
     last, on the state itself: after the step it is as one clean call would have left it, and
-    every mixed term has seen the state from before the step. State is whatever the criterion
-    holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
-    encloses or reads from its module, and a method from its class. Not seen are generators,
-    files, attributes of imported modules, and what lies deep in objects of other packages. Give
-    it the loss alone: of a function around a model, the model's buffers are copied as well.
-    torch.compile takes a graph break for state that is no buffer; `fullgraph=True` refuses it.
+    every mixed term has seen the state from before the step.
+
+    State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
+    tensors, and what its code encloses or reads from modules and classes. Not seen are random
+    generators, files, and what lies deep in objects of other packages. All of it is copied twice
+    per mixed view, also a huge bank, unless `ignore` names it; a criterion without state costs
+    nothing. Pass the loss alone: of a function around a model, the model's buffers are copied as
+    well. Build this module once, outside of the loop, and call it from one thread at a time.
+    torch.compile takes a graph break for state outside of buffers; `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
@@ -211,14 +214,10 @@ class LambdaWeightedLoss(nn.Module):
         n = len(pairs[0][1]) if pairs else count_rows(clean[0][0])
         for one, its_target in clean:
             check_sizes(n, z=one, target=its_target)
-        terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
+        mixed_terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
         # Last, for it moves the state.
-        total = self._weigh_clean(*clean[0], len(clean))
-        for one, its_target in clean[1:]:
-            total = total + self._weigh_clean(one, its_target, len(clean))
-        for term in terms:
-            total = total + term
-        return total
+        first, *others = [self._weigh_clean(one, t, len(clean)) for one, t in clean]
+        return sum([*others, *mixed_terms], first)
 
     def mixed_loss(
         self,
@@ -249,12 +248,9 @@ class LambdaWeightedLoss(nn.Module):
         pairs = as_pairs(z_mixed, mixed)
         if not pairs:
             raise ValueError("mixed_loss needs z_mixed and mixed, got None for both")
-        targets = as_list(target)
-        terms = self._mixed_terms(pairs, targets, as_list(z) if z is not None else [])
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        clean = as_list(z) if z is not None else []
+        first, *others = self._mixed_terms(pairs, as_list(target), clean)
+        return sum(others, first)
 
     def terms(
         self,
@@ -370,6 +366,13 @@ class LambdaWeightedLoss(nn.Module):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # It imports the compiler where it is needed, not with the package.
     def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
         return self._mixed_term(*inputs)
+
+    # What Dynamo says where it must not break the graph.
+    vars(_lend_state_beyond_buffers).update(
+        _torchdynamo_disable=True,
+        _torchdynamo_disable_msg="a criterion whose state is not in buffers takes a graph break; "
+        "keep its state in buffers, or compile without fullgraph=True",
+    )
 
     def _match(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None

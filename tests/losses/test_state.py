@@ -5,6 +5,7 @@ import enum
 import functools
 import pickle
 import random
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -599,6 +600,36 @@ def _with_class_attributes(base: type, *, rebinds: bool) -> Callable[[], Any]:
     return build
 
 
+REMOTE: Any = types.ModuleType("remote")
+
+
+def _with_a_modules_attributes(z: Tensor, target: Tensor) -> Tensor:
+    REMOTE.calls += 1
+    loss: Tensor = REMOTE.calls * _banked(REMOTE.bank, z, target)
+    return loss
+
+
+def _reset_module() -> Callable[..., Tensor]:
+    REMOTE.calls, REMOTE.bank = 0, torch.zeros(K, C)
+    return _with_a_modules_attributes
+
+
+class View(nn.Module):
+    """What is written through an attribute is read from the buffer."""
+
+    bank: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(2, K, C))
+        self.oldest = self.bank[1].T
+
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        self.oldest += target.detach().mean(dim=0)[:, None]
+        loss: Tensor = _loss(z, target) * self.bank.sum().exp()
+        return loss
+
+
 def _nest(value: Any, depth: int) -> Any:
     for _ in range(depth):
         helper: Any = Helper()
@@ -668,6 +699,8 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "partial of a method": lambda: functools.partial(Memory().forward),
     "bound method": lambda: Memory().forward,
     "globals": _reset_globals,
+    "attributes of a module": _reset_module,
+    "view of a buffer": View,
     "globals of a method": _using_globals(_Method),
     "globals of a bound method": _using_globals(lambda: _Method().contrast),
     "globals of forward and a property": _using_globals(_Forward),
@@ -897,6 +930,39 @@ def test_criteria_without_state_raise_no_alarm(make: Callable[[], Any]) -> None:
         assert z_mixed.grad is not None
 
 
+def _count_copies(
+    whole: LambdaWeightedLoss, inputs: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Count the tensors and storages that a step copies."""
+    copies = 0
+
+    def count(clone: Callable[..., Any], *args: Any) -> Any:
+        nonlocal copies
+        copies += 1
+        return clone(*args)
+
+    with monkeypatch.context() as patch:
+        for kind in (Tensor, torch.UntypedStorage):
+            method = functools.partialmethod(functools.partial(count, kind.clone))
+            patch.setattr(kind, "clone", method)
+        whole(*inputs)
+    return copies
+
+
+@pytest.mark.parametrize(
+    "name", ["function", "partial", "torch's module", "InfoNCE", "InfoNCE in batch", "DINO"]
+)
+def test_a_criterion_without_state_is_not_copied(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that the criterion was given is not its state: it is read, not written."""
+    z, target, z_mixed = _rows(3)
+    inputs = z, target, z_mixed, SHARED
+    assert _count_copies(LambdaWeightedLoss(STATELESS[name]()), inputs, monkeypatch) == 0
+    # Bank and pointer, once for each of the two mixed terms.
+    assert _count_copies(LambdaWeightedLoss(Bank()), inputs, monkeypatch) == 4
+
+
 def test_parameters_may_be_trained_between_calls_but_not_within() -> None:
     criterion = Center()
     whole = LambdaWeightedLoss(criterion)
@@ -1010,6 +1076,8 @@ COMPILED = (
     "attribute of a class",
     "function's attribute",
     "partial of a tensor",
+    "attributes of a module",
+    "view of a buffer",
 )
 
 
@@ -1036,13 +1104,21 @@ def test_state_that_cannot_be_traced_is_lent_all_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["list", "dict at first empty", "nonlocal", "globals", "partial of a tensor"]
+    "name",
+    [
+        "list",
+        "dict at first empty",
+        "nonlocal",
+        "globals",
+        "partial of a tensor",
+        "view of a buffer",
+    ],
 )
 def test_a_single_graph_is_refused_where_state_cannot_be_traced(name: str) -> None:
     torch._dynamo.reset()
     whole = torch.compile(LambdaWeightedLoss(HIDDEN[name]()), backend="eager", fullgraph=True)
     z, target, z_mixed = _rows(3)
-    with pytest.raises(Exception, match="_lend_state_beyond_buffers"):
+    with pytest.raises(Exception, match=r"keep its state in buffers, or compile without"):
         whole(z, target, z_mixed, MIXED)
 
 
