@@ -165,17 +165,8 @@ class BlockMaskGenerator:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        masks = block_masks(
-            1 if n is None else n,
-            self.grid_size,
-            self.ratio,
-            min_cells=self.min_cells,
-            min_aspect=self.min_aspect,
-            exact=self.exact,
-            roll=self.roll,
-            device=device,
-            generator=generator,
-        )
+        count = 1 if n is None else n
+        masks = block_masks(count, **vars(self), device=device, generator=generator)
         return masks[0] if n is None else masks
 
 
@@ -204,9 +195,8 @@ class DiscreteMaskGenerator:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        masks = discrete_masks(
-            1 if n is None else n, self.grid_size, self.ratio, device=device, generator=generator
-        )
+        count = 1 if n is None else n
+        masks = discrete_masks(count, **vars(self), device=device, generator=generator)
         return masks[0] if n is None else masks
 
 

@@ -78,13 +78,13 @@ class SwAV:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `swav`."""
-        return swav(z, target, self.temperature, reduction=self.reduction)
+        return swav(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two codes; see `SharingCriterion`."""
         check_rows(z, target)
         # The cross-entropy is linear in its codes, so both terms are one.
-        return swav(z, mix_rows(target, other, lam), self.temperature, reduction=self.reduction)
+        return swav(z, mix_rows(target, other, lam), **vars(self))
 
 
 @torch.no_grad()
@@ -208,18 +208,11 @@ class DINO:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        _check_dino(self.center, self.temperature, self.target_temperature, self.reduction)
+        _check_dino(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `dino`."""
-        return dino(
-            z,
-            target,
-            self.center,
-            self.temperature,
-            self.target_temperature,
-            reduction=self.reduction,
-        )
+        return dino(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""

@@ -66,9 +66,7 @@ def info_nce(
     if queue is None:
         loss = _contrast_in_batch(z, target, temperature, gather_distributed)
     else:
-        # -log(exp(p) / (exp(p) + sum exp(n))) = softplus(logsumexp(n) - p)
-        positive = _similarity(z, target, temperature)
-        loss = F.softplus(sum_negatives(z, queue, 1 / temperature) - positive)
+        loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
     return reduce(loss, reduction)
 
 
@@ -102,31 +100,14 @@ class InfoNCE:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        _check_options(self.negatives, self.temperature, self.gather_distributed, self.reduction)
+        _check_options(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `info_nce`."""
-        return info_nce(
-            z,
-            target,
-            self.negatives,
-            self.temperature,
-            gather_distributed=self.gather_distributed,
-            reduction=self.reduction,
-        )
+        return info_nce(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced.
-
-        Args:
-            z: (N, C) queries.
-            target: (N, C) keys of the images themselves.
-            other: (N, C) keys of their partners; None leaves this term out.
-            lam: () or (N,).
-
-        Returns:
-            () for reduction "mean", (N,) for "none".
-        """
+        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         queue, tau = _read(self.negatives), self.temperature
         _check_inputs(z, target, queue)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
@@ -135,7 +116,7 @@ class InfoNCE:
         def contrast(target: Tensor) -> Tensor:
             if negative is None:
                 return _contrast_in_batch(z, target, tau, self.gather_distributed)
-            return F.softplus(negative - _similarity(z, target, tau))
+            return _contrast(z, target, negative, tau)
 
         own = contrast(target)
         others = None if other is None else contrast(other)
@@ -199,6 +180,12 @@ def _check_inputs(z: Tensor, target: Tensor, queue: Tensor | None) -> None:
             f"negatives must lie where z does, on {z.device}, got {queue.device}; "
             "move the queue once with .to(device)"
         )
+
+
+def _contrast(z: Tensor, target: Tensor, negative: Tensor, temperature: float) -> Tensor:
+    """Contrast each row with its target against the log-sum-exp of its negatives, (N,)."""
+    # -log(exp(p) / (exp(p) + exp(n))), and no softplus, which is cut off at 20.
+    return -F.logsigmoid(_similarity(z, target, temperature) - negative)
 
 
 def _similarity(z: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -299,23 +286,14 @@ class NTXent:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `nt_xent`."""
-        return reduce(self._contrast(z, target), self.reduction)
+        return nt_xent(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        own = self._contrast(z, target)
-        others = None if other is None else self._contrast(z, other)
+        options = {**vars(self), "reduction": "none"}
+        own = nt_xent(z, target, **options)  # (N,)
+        others = None if other is None else nt_xent(z, other, **options)
         return reduce(mix_losses(own, others, lam), self.reduction)
-
-    def _contrast(self, z: Tensor, target: Tensor) -> Tensor:
-        return nt_xent(
-            z,
-            target,
-            self.temperature,
-            one_directional=self.one_directional,
-            gather_distributed=self.gather_distributed,
-            reduction="none",
-        )
 
 
 def _contrast_views(

@@ -63,7 +63,7 @@ class NegativeCosine:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `negative_cosine`."""
-        return negative_cosine(z, target, reduction=self.reduction)
+        return negative_cosine(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""

@@ -90,13 +90,7 @@ class BarlowTwins:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `barlow_twins`."""
-        return barlow_twins(
-            z,
-            target,
-            self.redundancy_weight,
-            gather_distributed=self.gather_distributed,
-            sync_statistics=self.sync_statistics,
-        )
+        return barlow_twins(z, target, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -250,14 +244,7 @@ class VICReg:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `vicreg`."""
-        return vicreg(
-            z,
-            target,
-            self.invariance_weight,
-            self.variance_weight,
-            self.covariance_weight,
-            gather_distributed=self.gather_distributed,
-        )
+        return vicreg(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
