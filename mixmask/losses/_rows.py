@@ -11,14 +11,7 @@ from mixmask._checks import check_choice, check_tensor
 def check_rows(
     z: Tensor, target: Tensor, *, names: tuple[str, str] = ("z", "target"), at_least: int = 1
 ) -> None:
-    """Require two batches of rows (N, C) on one device, z floating.
-
-    Args:
-        z: What the user passed first.
-        target: What belongs to it, row by row.
-        names: What to call the two.
-        at_least: The smallest N for which the loss exists.
-    """
+    """Require two batches of rows (N, C) on one device, z floating, N of at least `at_least`."""
     first, second = names
     check_tensor(first, z)
     check_tensor(second, target)
@@ -44,12 +37,7 @@ def check_rows(
 
 
 def check_scores(scores: Tensor, name: str) -> None:
-    """Require one batch of rows (N, K), floating.
-
-    Args:
-        scores: What the user passed.
-        name: What to call it.
-    """
+    """Require one batch of rows (N, K), floating."""
     check_tensor(name, scores)
     if scores.ndim != 2:
         raise ValueError(

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask._distributed import average, check_even, world_size
-from mixmask.losses._rows import (
-    check_reduction,
-    check_rows,
-    check_scores,
-    mix_rows,
-    reduce,
-    upcast,
-)
+from mixmask.losses._rows import check_reduction, check_rows, check_scores, mix_rows, reduce, upcast
 
 # A center, or a function that returns the one to use now.
 Center = Tensor | Callable[[], Tensor]
@@ -129,13 +122,14 @@ def sinkhorn(
     # Logarithms: of scores far apart, whole rows of powers would underflow.
     codes = upcast(scores) / epsilon
     for _ in range(iterations):
-        largest = codes.amax(dim=0)
+        largest = codes.amax(dim=0)  # (K,)
         if several:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        used = (codes - largest).exp().sum(dim=0)
+        used = (codes - largest).exp().sum(dim=0)  # (K,)
         if several:
             dist.all_reduce(used)
-        codes = (codes - largest - used.log()).log_softmax(dim=1)
+        # Rows come last, for they must sum to 1 exactly.
+        codes = (codes - largest - used.log()).log_softmax(dim=1)  # (N, K)
     return codes.exp()
 
 
@@ -217,6 +211,7 @@ class DINO:
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
+        # Asked once: both targets are centred alike.
         center = _read(self.center)
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
@@ -252,7 +247,7 @@ def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tens
     """
     check_scores(target, "target")
     _check_center(center, target)
-    mean = average(target.to(center.dtype).mean(dim=0)).view_as(center)
+    mean = average(target.to(center.dtype).mean(dim=0)).view_as(center)  # (K,) or (1, K)
     return center * momentum + mean * (1 - momentum)
 
 

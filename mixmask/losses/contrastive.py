@@ -200,7 +200,8 @@ def _contrast_in_batch(z: Tensor, target: Tensor, temperature: float, gather: bo
     first = 0
     if gather:
         target, first = gather_rows(target), rank() * len(z)  # (W * N, C)
-    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature
+    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature  # (N, W * N)
+    # Row i's own target stands in this process's block.
     labels = torch.arange(first, first + len(z), device=z.device)
     return F.cross_entropy(logits, labels, reduction="none")
 
@@ -258,6 +259,7 @@ def nt_xent(
     if gather_distributed:
         all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
     own = torch.arange(first, first + len(z), device=z.device)
+    # (N,) each; halved, so that a batch's mean is SimCLR's over its 2N rows.
     there = _contrast_views(z, all_z, all_target, own, temperature)
     back = _contrast_views(target, all_target, all_z, own, temperature)
     return reduce((there + back) / 2, reduction)
@@ -300,9 +302,10 @@ def _contrast_views(
     rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor, temperature: float
 ) -> Tensor:
     """Contrast rows with both views' columns; `own` says which column is the row's image."""
-    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))
+    # Upcast before the division, which could overflow half precision.
+    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))  # (N, W * N)
     within = upcast(einsum(rows, same, "n c, k c -> n k"))
     # A row is no negative of itself.
     within = within.scatter(1, own[:, None], -torch.inf)
-    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2K)
+    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2 W * N)
     return F.cross_entropy(logits, own, reduction="none")

@@ -69,6 +69,7 @@ class NegativeCosine:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         check_rows(z, target)
         # The loss is linear in the normalised target, so both terms are one product with a mixture.
+        # Each of unit length; the mixture is shorter, and stays so.
         others = None if other is None else _normalize(other.detach())
         mixture = mix_rows(_normalize(target.detach()), others, lam)
         return reduce(-(_normalize(z) * mixture).sum(dim=1), self.reduction)

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask.losses._criteria import (
-    Criterion,
-    check_criterion,
-    check_kind,
-    matches,
-    shares,
-)
+from mixmask.losses._criteria import Criterion, check_criterion, check_kind, matches, shares
 from mixmask.losses._inputs import (
     Embeddings,
     Records,
@@ -109,7 +103,7 @@ def _weigh(
     other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
     if shares(criterion):
         return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
-    own = check_loss(criterion(z_mixed, target), n, lam)
+    own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
     if other is None:
         return (lam * own).mean()
     return (lam * own + (1 - lam) * check_loss(criterion(z_mixed, other), n, lam)).mean()
@@ -173,9 +167,7 @@ class LambdaWeightedLoss(nn.Module):
         super().__init__()
         check_kind(criterion)
         if isinstance(ignore, str):
-            raise TypeError(
-                f"ignore must be a sequence of names, got {ignore!r}; use ({ignore!r},)"
-            )
+            raise TypeError(f"ignore must be a sequence of names, got {ignore!r}; use [{ignore!r}]")
         check_choice("directions", directions, ("sum", "mean"))
         self.criterion = criterion
         self.switch = switch
@@ -210,6 +202,7 @@ class LambdaWeightedLoss(nn.Module):
                 criterion is a whole model.
         """
         clean = as_directions(z, target)
+        # All sizes are checked before the first call of the criterion can move its state.
         pairs = as_pairs(z_mixed, mixed)
         n = len(pairs[0][1]) if pairs else count_rows(clean[0][0])
         for one, its_target in clean:
@@ -316,6 +309,7 @@ class LambdaWeightedLoss(nn.Module):
         clean: list[tuple[Tensor, Tensor]],
         mixed: list[tuple[MixedBatch, Tensor]],
     ) -> Iterator[Tensor]:
+        # A generator: the next forward pass begins after the caller's backward.
         for record, target in mixed:
             yield self._mixed_term(encode(record.images), target, record, None)
         for images, target in clean:
@@ -344,8 +338,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
         if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
-            term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
-            return term
+            return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
         check_sizes(len(mixed), z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
@@ -358,8 +351,7 @@ class LambdaWeightedLoss(nn.Module):
         def criterion_on_copies(z: Tensor, target: Tensor) -> Tensor:
             # Each of the two terms sees the state from before the step.
             with self._lend() as lent:
-                loss: Tensor = lent(z, target)
-                return loss
+                return cast("Tensor", lent(z, target))
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
 
@@ -383,6 +375,7 @@ class LambdaWeightedLoss(nn.Module):
                 "as z="
             )
         check_sizes(len(mixed), z=z)
+        # Matched to the mixture of clean embeddings: here the partners' are taken of z.
         other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None
         lam = move(mixed.lam, z_mixed.device)
         with self._lend() as lent:
