@@ -27,13 +27,18 @@ def check_rows(
             f"this loss is a statistic of at least {at_least} images, got {len(z)}; "
             "use drop_last=True in the loader"
         )
-    if target.device != z.device:
-        raise ValueError(
-            f"{second} must lie where {first} does, on {z.device}, got {target.device}; "
-            f"move it with .to({first}.device)"
-        )
+    check_device(second, target, first, z)
     if not z.is_floating_point():
         raise TypeError(f"{first} must be floating, got {z.dtype}; pass embeddings, not indices")
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Require a tensor to lie where another one does."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must lie where {other_name} does, on {other.device}, got {tensor.device}; "
+            f"move it with .to({other_name}.device)"
+        )
 
 
 def check_scores(scores: Tensor, name: str) -> None:

@@ -78,9 +78,8 @@ class Loan(ExitStack):
 
     def lend(self, value: Any, name: str = "", depth: int = _DEPTH) -> Any:
         """Return a copy of a value, or the value itself after its parts were swapped for copies."""
-        if isinstance(value, (type, ModuleType)):
-            self._note_kind(value, depth)
         if isinstance(value, (*PLAIN, type, ModuleType)):
+            self._note_kind(value, depth)
             return value
         if id(value) in self.lent:
             return self.lent[id(value)][1]
@@ -95,7 +94,7 @@ class Loan(ExitStack):
 
     def _note_kind(self, kind: Any, depth: int) -> None:
         known = isinstance(kind, ModuleType) and _name_package(kind) in sys.stdlib_module_names
-        if depth > 0 and not known and not is_stateless(kind):
+        if depth > 0 and not (known or isinstance(kind, PLAIN) or is_stateless(kind)):
             self.kinds.setdefault(kind, depth)
 
     def _lend_tensor(self, value: Tensor, name: str, _depth: int) -> Tensor:
@@ -104,15 +103,14 @@ class Loan(ExitStack):
             kept = value.detach().clone() if self.cautious else None
             self.trained.append((name.lstrip("."), value, value._version, value.detach(), kept))
             return value
-        plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-        if value.requires_grad or value.is_conj() or not plain:
+        pointer = find_memory(value)
+        if value.requires_grad or value.is_conj() or not pointer:
             return value.clone()
         # Copies of two views of one memory are views of one memory, too.
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in self.storages:
-            self.storages[storage.data_ptr()] = storage.clone()
+        if pointer not in self.storages:
+            self.storages[pointer] = value.untyped_storage().clone()
         place = value.storage_offset(), value.shape, value.stride()
-        return value.new_empty(0).set_(self.storages[storage.data_ptr()], *place)
+        return value.new_empty(0).set_(self.storages[pointer], *place)
 
     def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, (list, deque, dict)):
@@ -215,6 +213,12 @@ def list_parts(owner: Any) -> Iterator[Part]:
         yield used.update, {key: used[key] for key in _list_names(owner) & used.keys()}
 
 
+def find_memory(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage; 0 where it has none that could be shared."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else 0
+
+
 def _list_spaces(owner: Any) -> list[dict[str, Any]]:
     own = [] if is_stateless(owner) else [getattr(owner, "__dict__", {})]
     return [owner._buffers, owner._parameters, *own] if isinstance(owner, nn.Module) else own
@@ -241,8 +245,7 @@ def list_codes(code: CodeType) -> Iterator[CodeType]:
     """Yield the code of a function and of those inside it."""
     yield code
     for part in code.co_consts:
-        if isinstance(part, CodeType):
-            yield from list_codes(part)
+        yield from list_codes(part) if isinstance(part, CodeType) else ()
 
 
 def _name_home(thing: Any) -> str:

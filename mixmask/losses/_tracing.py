@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from mixmask.losses._state import (
     MODULE_INTERNALS,
     PLAIN,
     Loan,
+    find_memory,
     is_stateless,
     list_codes,
     list_parts,
@@ -74,8 +76,9 @@ def is_traceable(whole: Any) -> bool:
     modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
     tensors = [part for one in modules for part in list_attributes(one).values()]
     tensors = [part for part in tensors if isinstance(part, Tensor)]
-    storages = {one.untyped_storage().data_ptr() for one in tensors}
-    if len(storages) < len({id(one) for one in tensors}):
+    # Copies of views would be no views: the walk outside of the graph sees to them.
+    pointers = Counter({id(one): find_memory(one) for one in tensors}.values())
+    if any(pointer and count > 1 for pointer, count in pointers.items()):
         return False
     lent = [value for value, _ in loan.lent.values()]
     options = [one.keywords for one in lent if isinstance(one, partial)]

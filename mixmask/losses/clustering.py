@@ -11,7 +11,15 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask._distributed import average, check_even, world_size
-from mixmask.losses._rows import check_reduction, check_rows, check_scores, mix_rows, reduce, upcast
+from mixmask.losses._rows import (
+    check_device,
+    check_reduction,
+    check_rows,
+    check_scores,
+    mix_rows,
+    reduce,
+    upcast,
+)
 
 # A center, or a function that returns the one to use now.
 Center = Tensor | Callable[[], Tensor]
@@ -283,11 +291,7 @@ def _check_center(center: Tensor, target: Tensor) -> None:
             f"center must be ({target.shape[1]},), got {tuple(center.shape)}; "
             "start with torch.zeros(target.shape[1])"
         )
-    if center.device != target.device:
-        raise ValueError(
-            f"center must lie where target does, on {target.device}, got {center.device}; "
-            "move it once with .to(device)"
-        )
+    check_device("center", center, "target", target)
 
 
 def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor
 from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank
 from mixmask.losses._negatives import sum_negatives
-from mixmask.losses._rows import check_reduction, check_rows, mix_losses, reduce, upcast
+from mixmask.losses._rows import (
+    check_device,
+    check_reduction,
+    check_rows,
+    mix_losses,
+    reduce,
+    upcast,
+)
 
 # A queue, or a function that returns the one to use now.
 Negatives = Tensor | Callable[[], Tensor]
@@ -175,11 +182,7 @@ def _check_inputs(z: Tensor, target: Tensor, queue: Tensor | None) -> None:
             f"negatives must be (K, {z.shape[1]}), got {tuple(queue.shape)}; a queue that "
             "is stored as (C, K) is passed as queue.T"
         )
-    if queue.device != z.device:
-        raise ValueError(
-            f"negatives must lie where z does, on {z.device}, got {queue.device}; "
-            "move the queue once with .to(device)"
-        )
+    check_device("negatives", queue, "z", z)
 
 
 def _contrast(z: Tensor, target: Tensor, negative: Tensor, temperature: float) -> Tensor:

@@ -1152,3 +1152,19 @@ def test_a_trainer_that_is_held_through_a_weak_proxy_is_lent() -> None:
     z, target, z_mixed = _rows(3)
     whole(z, target, z_mixed, MIXED)
     assert module.calls == 1
+
+
+def test_two_tensors_without_memory_share_none() -> None:
+    """Both grow during the call, each on its own."""
+
+    def grow(module: Any) -> None:
+        for bank in (module.one, module.other):
+            bank.resize_(bank.numel() + 2).fill_(float(bank is module.one))
+
+    module = Plain(grow, one=torch.empty(0), other=torch.empty(0))
+    once = copy.deepcopy(module)
+    _, target, z_mixed = _rows(3)
+    expected = (SHARED.lam * once(z_mixed, target)).mean()
+    ours = LambdaWeightedLoss(module, switch=False).mixed_loss(z_mixed, target, SHARED)
+    torch.testing.assert_close(ours, expected)
+    assert module.one.numel() == module.other.numel() == 0  # type: ignore[operator]
