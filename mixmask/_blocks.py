@@ -81,10 +81,7 @@ def lay_blocks(
     """Lay BEiT's rectangles until each mask has its `wanted` (n,) cells or stalls.
 
     Each round makes the next few attempts of every unfinished mask at once and lays the first
-    acceptable rectangle.
-
-    Returns:
-        The masks (n, g, g) and the indices of those that stalled.
+    acceptable rectangle. Returned are masks (n, g, g) and the indices of those that stalled.
     """
     rows_per_word = _WORD_BITS // g
     first_row = torch.arange(0, g, rows_per_word)
@@ -97,7 +94,7 @@ def lay_blocks(
     stalled = [index[:0]]
     while len(index):
         attempts = _ATTEMPTS_PER_ROUND if len(index) > _FEW else _ATTEMPTS
-        draws = torch.rand(4, len(index), attempts, generator=generator)  # (4, n, a)
+        draws = _draw(4, len(index), attempts, generator=generator)  # (4, n, a)
         # Also right where fewer cells are missing than min_cells: the bounds trade places.
         area = min_cells + draws[0] * (missing - min_cells)
         stretch = ((draws[1] - 0.5) * log_aspect).exp()
@@ -149,7 +146,7 @@ def lay_blocks_once(
     cells, missing, stalled = 0, int(wanted), False
     while missing and not stalled:
         stalled = True
-        draws = torch.rand(4, _ATTEMPTS, generator=generator).T.tolist()  # a rows of 4
+        draws = _draw(4, _ATTEMPTS, generator=generator).T.tolist()  # a rows of 4
         for of_area, of_aspect, of_top, of_left in draws:
             root = math.sqrt(min_cells + of_area * (missing - min_cells))
             stretch = math.exp((of_aspect - 0.5) * log_aspect)
@@ -172,6 +169,11 @@ def lay_blocks_once(
     return mask, torch.arange(int(stalled))
 
 
+def _draw(*shape: int, generator: torch.Generator) -> Tensor:
+    """Draw numbers in [0, 1), the same ones whatever torch's default dtype is."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
 def _count_bits(words: Tensor) -> Tensor:
     """Count the ones in each int64, summing ever wider fields in place."""
     words = words - (words >> 1 & 0x5555555555555555)
@@ -192,10 +194,10 @@ def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
     seeds[torch.arange(n), torch.randint(g * g, (n,), generator=generator)] = True
     empty = ~masks.any(dim=2).any(dim=1)
     masks = masks | seeds.view(n, g, g) & empty[:, None, None]
-    distance = torch.where(masks, 0.0, 2.0 * g)
+    distance = (~masks).float() * 2 * g  # (n, g, g)
     for axis in (1, 2):
         distance = _spread(_spread(distance, axis).flip(axis), axis).flip(axis)
-    turns = distance.flatten(1) + torch.rand(n, g * g, generator=generator)
+    turns = distance.flatten(1) + _draw(n, g * g, generator=generator)  # (n, g * g)
     return keep_smallest(turns, wanted).view(n, g, g)
 
 

@@ -13,13 +13,7 @@ Ratio = float | tuple[float, float]
 
 
 def check_tensor(name: str, value: Any, shape: str = "(N, ...)") -> None:
-    """Require a tensor; say how to take one out of what an encoder may return instead.
-
-    Args:
-        name: What to call it.
-        value: What the user passed.
-        shape: What its shape should be.
-    """
+    """Require a tensor; say how to take one out of what an encoder may return instead."""
     if isinstance(value, Tensor):
         return
     fix = f"pass a tensor {shape}"
@@ -32,12 +26,7 @@ def check_tensor(name: str, value: Any, shape: str = "(N, ...)") -> None:
 
 
 def check_images(images: Tensor, *, partners: bool) -> None:
-    """Require a batch (N, C, H, W) of floating or uint8 images.
-
-    Args:
-        images: What the user passed.
-        partners: Whether each image needs another one to be mixed with (N of at least 2).
-    """
+    """Require a batch (N, C, H, W) of floating or uint8 images; of two or more with `partners`."""
     if isinstance(images, (list, tuple)):
         single = images and isinstance(images[0], Tensor) and images[0].ndim == 3
         fix = "stack single images with torch.stack"
@@ -68,15 +57,18 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         )
 
 
+def check_integer(name: str, value: int, least: int, fix: str) -> None:
+    """Require an integer that is not smaller than the least one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}; {fix}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}; {fix}")
+
+
 def check_grid_size(grid_size: int) -> None:
-    """Require an integer of at least 2: a single cell cannot be kept in part."""
-    if isinstance(grid_size, bool) or not isinstance(grid_size, numbers.Integral):
-        raise TypeError(f"grid_size must be an integer, got {grid_size!r}; use for instance 8")
-    if grid_size < 2:
-        raise ValueError(
-            f"grid_size must be at least 2, got {grid_size}; the paper uses 2 at 32 px, "
-            "4 at 64 px and 8 at 224 px"
-        )
+    """Require at least two cells along a side: a single cell cannot be kept in part."""
+    fix = "the paper uses 2 at 32 px, 4 at 64 px and 8 at 224 px"
+    check_integer("grid_size", grid_size, 2, fix)
 
 
 def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
@@ -98,14 +90,6 @@ def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def check_count(n: int) -> None:
-    """Require an integer of at least 0."""
-    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
-        raise TypeError(f"the number of masks must be an integer, got {n!r}; pass len(images)")
-    if n < 0:
-        raise ValueError(f"the number of masks must not be negative, got {n}; pass len(images)")
-
-
 def check_generator(generator: torch.Generator | None) -> None:
     """Require a CPU generator or None: draws are made on the host, so that devices agree."""
     if generator is None:
@@ -125,20 +109,23 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Require a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}; use for instance 1.0")
+    _check_real(name, value, "use for instance 1.0")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}; use for instance 1.0")
 
 
 def check_non_negative(name: str, value: float) -> None:
     """Require a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}; use 0 to leave the term out")
+    _check_real(name, value, "use 0 to leave the term out")
     if not 0 <= value < float("inf"):
         raise ValueError(
             f"{name} must be at least 0 and finite, got {value}; use 0 to leave the term out"
         )
+
+
+def _check_real(name: str, value: float, fix: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}; {fix}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -46,8 +46,8 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     return gathered
 
 
-def of_first(tensor: Tensor) -> Tensor:
-    """Return what the first process passed, on every process; of one shape everywhere."""
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Return what the first process passed; every process passes a tensor of that shape."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
@@ -64,19 +64,11 @@ def average(value: Tensor) -> Tensor:
 def check_even(n: int, device: torch.device) -> None:
     """Refuse a batch that is split unevenly: the rows of other processes would be mistaken.
 
-    The sizes travel between the processes, so every one of them must call this, and all of
-    them raise.
-
-    Args:
-        n: Rows of this process.
-        device: Where the process group's tensors live.
-
-    Raises:
-        ValueError: If the processes hold different numbers of rows.
+    Every process must call this, on the device of the process group, and all of them raise.
     """
     if world_size() == 1:
         return
-    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
+    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)  # (W,)
     _all_gather(sizes, torch.tensor([n], device=device))
     counts = sizes.tolist()
     if len(set(counts)) > 1:
@@ -100,7 +92,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the gradient of this process's rows, (N, ...)."""
-        total = grad.contiguous().clone()
+        # Every process computes a loss of its own from these rows: the gradients add up.
+        total = grad.contiguous().clone()  # (W * N, ...)
         dist.all_reduce(total)
         first = rank() * ctx.rows
         return total[first : first + ctx.rows]
@@ -110,15 +103,13 @@ class _Average(torch.autograd.Function):
     """Average; the gradient is averaged likewise, as every process sums its own loss."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(_ctx: Any, value: Tensor) -> Tensor:
         """Return the mean over processes."""
-        del ctx
         return _mean(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
         """Return the sum of the gradients over processes, divided by their number."""
-        del ctx
         return _mean(grad)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mixmask._blocks import LARGEST_GRID, draw_blocks, draw_cell_counts, keep_smallest
 from mixmask._checks import (
     Ratio,
-    check_count,
     check_generator,
     check_grid_size,
+    check_integer,
     check_positive,
     ratio_bounds,
 )
@@ -87,9 +87,10 @@ def block_masks(
         >>> masks.shape, masks.sum(dim=(1, 2)).tolist()
         (torch.Size([3, 4, 4]), [4, 4, 4])
     """
-    check_count(n)
+    check_integer("n", n, 0, "pass len(images)")
     low, high = _check_block_options(grid_size, ratio, min_cells, min_aspect)
     seed = _draw_seed(generator)
+    # Drawn on the host, then sent: cells and never pixels, and nobody waits.
     masks = draw_blocks(seed, n, grid_size, low, high, min_cells, min_aspect, exact, roll)
     return move(masks, device)
 
@@ -125,13 +126,14 @@ def discrete_masks(
         >>> discrete_masks(2, grid_size=6, ratio=0.75).sum(dim=(1, 2)).tolist()
         [27, 27]
     """
-    check_count(n)
+    check_integer("n", n, 0, "pass len(images)")
     check_grid_size(grid_size)
     low, high = ratio_bounds(ratio)
     check_generator(generator)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     # The cells with the smallest of independent numbers are a uniform choice of that many.
-    scores = torch.rand(n, grid_size * grid_size, generator=generator, device="cpu")  # (n, g * g)
+    shape = n, grid_size * grid_size
+    scores = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")  # (n, g * g)
     return move(keep_smallest(scores, wanted).view(n, grid_size, grid_size), device)
 
 
@@ -165,17 +167,8 @@ class BlockMaskGenerator:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        masks = block_masks(
-            1 if n is None else n,
-            self.grid_size,
-            self.ratio,
-            min_cells=self.min_cells,
-            min_aspect=self.min_aspect,
-            exact=self.exact,
-            roll=self.roll,
-            device=device,
-            generator=generator,
-        )
+        count = 1 if n is None else n
+        masks = block_masks(count, **vars(self), device=device, generator=generator)
         return masks[0] if n is None else masks
 
 
@@ -204,9 +197,8 @@ class DiscreteMaskGenerator:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        masks = discrete_masks(
-            1 if n is None else n, self.grid_size, self.ratio, device=device, generator=generator
-        )
+        count = 1 if n is None else n
+        masks = discrete_masks(count, **vars(self), device=device, generator=generator)
         return masks[0] if n is None else masks
 
 
@@ -242,6 +234,7 @@ def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:
     if (h, w) == (height, width):
         return masks
     # (..., h, w) -> (..., height, w) -> (..., height, width)
+    # In integers: a float scale would round at the borders of cells.
     rows = torch.arange(height, device=masks.device) * h // height
     columns = torch.arange(width, device=masks.device) * w // width
     return masks.index_select(-2, rows).index_select(-1, columns)
@@ -256,14 +249,7 @@ def fit_masks(
 ) -> Tensor:
     """Return the masks to apply to images (N, C, H, W), drawn first if they come from a generator.
 
-    Args:
-        masks: A generator, or bool masks at cell or pixel size.
-        images: What they are for.
-        generator: Where the draws come from.
-        by_channel: Whether there may be a mask per channel.
-
-    Returns:
-        (H, W) or (N, H, W) bool; with `by_channel` also (1, C, H, W) or (N, C, H, W).
+    They are (H, W) or (N, H, W) bool; with `by_channel` also (1, C, H, W) or (N, C, H, W).
     """
     check_generator(generator)
     if isinstance(masks, Tensor):
@@ -277,6 +263,7 @@ def fit_masks(
 
 
 def _is_generator(masks: Any) -> bool:
+    # MixMask can be called, too, but it takes images: the signature tells.
     if isinstance(masks, nn.Module):
         return "device" in inspect.signature(masks.forward).parameters
     return callable(masks) and not isinstance(masks, type)
@@ -319,7 +306,7 @@ def _check_block_options(
             f"block masks need a grid_size of at most {LARGEST_GRID}, got {grid_size}; "
             "the paper finds grids above 16 too fine at every image size"
         )
-    check_positive("min_cells", min_cells)
+    check_integer("min_cells", min_cells, 1, "use for instance 4, as BEiT does")
     check_positive("min_aspect", min_aspect)
     if min_aspect > 1:
         raise ValueError(f"min_aspect must be at most 1, got {min_aspect}; use its inverse")

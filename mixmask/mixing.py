@@ -14,21 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixmask._checks import (
-    Ratio,
-    check_choice,
-    check_generator,
-    check_images,
-    check_positive,
-)
+from mixmask._checks import Ratio, check_choice, check_generator, check_images, check_positive
 from mixmask._devices import move
 from mixmask._partners import Partner, choose_partners
-from mixmask.masks import (
-    BlockMaskGenerator,
-    DiscreteMaskGenerator,
-    MaskGenerator,
-    fit_masks,
-)
+from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +163,7 @@ def mixup_batch(
     index = choose_partners(partner, n, images.device, generator)
     lam = move(_draw_shares((n,) if per_sample else (), alpha, generator), images.device)
     share = lam.view(-1, 1, 1, 1) if per_sample else lam  # (N, 1, 1, 1) or ()
+    # Bytes would wrap around.
     work = images if images.is_floating_point() else images.float()
     share = share.to(work.dtype)
     mixed = share * work + (1 - share) * work.index_select(0, index)
@@ -221,8 +211,10 @@ def cutmix_batch(
     n, _, height, width = images.shape
     index = choose_partners(partner, n, images.device, generator)
     count = n if per_sample else 1
-    side = (1 - _draw_shares((count,), alpha, generator)).sqrt()
-    centres = torch.rand(2, count, generator=generator, device="cpu")
+    # The root of the box's area: it has the proportions of the image.
+    side = (1 - _draw_shares((count,), alpha, generator)).sqrt()  # (n,)
+    centres = torch.rand(2, count, generator=generator, dtype=torch.float32, device="cpu")
+    # A pixel is outside of the box where its row or its column is.
     rows = _mark_outside(height, side, centres[0])
     columns = _mark_outside(width, side, centres[1])
     mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")  # (n, H, W)
@@ -274,8 +266,10 @@ def erase_batch(
     mask = fit_masks(masks, images, generator, by_channel=True)
     noise = _draw_noise(images, generator).mul_(std).add_(mean)
     by_channel = mask.ndim == 4
+    # (H, W) -> (1, H, W), (N, H, W) -> (N, 1, H, W)
     kept = mask if by_channel else rearrange(mask, "... h w -> ... 1 h w")
     lam = mask.mean(dim=(-3, -2, -1) if by_channel else (-2, -1), dtype=torch.float32)
+    # A shared mask has a shared share: () rather than (1,).
     if by_channel and len(mask) == 1:
         lam = lam[0]
     index = torch.arange(len(images), device=images.device)
@@ -350,7 +344,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     """Take pixels from the images where the mask is True, and from their partners elsewhere."""
-    kept = rearrange(mask, "... h w -> ... 1 h w")
+    kept = rearrange(mask, "... h w -> ... 1 h w")  # (1, H, W) or (N, 1, H, W)
     plain = images.device.type == "cpu" and not (
         images.requires_grad or torch.compiler.is_compiling() or images.is_complex()
     )
@@ -379,9 +373,10 @@ def _draw_shares(shape: tuple[int, ...], alpha: float, generator: torch.Generato
 
 def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
     """Mark the pixels of an axis outside CutMix's box: (n, length) bool."""
-    half = (length * side).long() // 2
+    # Clipped at the border: λ is measured, and is not the share that was drawn.
+    half = (length * side).long() // 2  # (n,)
     middle = (length * centre).long()
-    pixel = torch.arange(length)
+    pixel = torch.arange(length, device="cpu")
     low, high = (middle - half).clamp(0, length), (middle + half).clamp(0, length)
     return (pixel < low[:, None]) | (pixel >= high[:, None])
 
@@ -391,6 +386,7 @@ def _draw_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return torch.randn_like(images)
     check_generator(generator)
+    # The noise is made where it is used, from a seed that is drawn on the host.
     seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     on_device = torch.Generator(images.device).manual_seed(seed)
     return torch.empty_like(images).normal_(generator=on_device)

@@ -383,9 +383,9 @@ BOTH = [block_masks, discrete_masks]
     "arguments, error, text",
     [
         ((4, 1), ValueError, r"grid_size must be at least 2, got 1; the paper uses 2"),
-        ((4, 8.0), TypeError, r"grid_size must be an integer, got 8\.0; use"),
-        ((4, True), TypeError, r"grid_size must be an integer, got True; use"),
-        ((-1, 8), ValueError, r"must not be negative, got -1; pass len\(images\)"),
+        ((4, 8.0), TypeError, r"grid_size must be an integer, got 8\.0; the paper"),
+        ((4, True), TypeError, r"grid_size must be an integer, got True; the paper"),
+        ((-1, 8), ValueError, r"n must be at least 0, got -1; pass len\(images\)"),
         ((2.5, 8), TypeError, r"must be an integer, got 2\.5; pass len\(images\)"),
         ((4, 8, 0.0), ValueError, r"strictly between 0 and 1, got 0\.0; use a number"),
         ((4, 8, 1), ValueError, r"strictly between 0 and 1, got 1; use a number"),
@@ -416,8 +416,9 @@ def test_generators_refuse_at_construction(make: Callable[..., object]) -> None:
 @pytest.mark.parametrize(
     "options, error, text",
     [
-        ({"min_cells": 0}, ValueError, r"min_cells must be positive and finite, got 0; use"),
-        ({"min_cells": "4"}, TypeError, r"min_cells must be a number, got '4'; use"),
+        ({"min_cells": 0}, ValueError, r"min_cells must be at least 1, got 0; use"),
+        ({"min_cells": "4"}, TypeError, r"min_cells must be an integer, got '4'; use"),
+        ({"min_cells": 0.5}, TypeError, r"min_cells must be an integer, got 0\.5; use"),
         ({"min_aspect": -0.3}, ValueError, r"min_aspect must be positive and finite, got -0\.3"),
         ({"min_aspect": 2.0}, ValueError, r"min_aspect must be at most 1, got 2\.0; use its inv"),
         ({"grid_size": 63}, ValueError, r"grid_size of at most 62, got 63; the paper"),

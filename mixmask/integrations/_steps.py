@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from types import FunctionType, MethodType
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixmask.losses import Criterion
 from mixmask.losses._criteria import check_kind
-from mixmask.losses._state import Loan, lend_state, list_codes
+from mixmask.losses._state import Loan, Part, lend_state, list_codes
 
 T = TypeVar("T")
 
@@ -121,13 +121,13 @@ class Snapshot(Loan):
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
         super().__init__(ignore, cautious=False)
-        self.known: list[tuple[Any, str, Collection[str]]] = []
-        self.parts: list[tuple[Callable[[Any], None], Any]] = []
+        self.known: list[tuple[dict[str, Any], str, Collection[str]]] = []
+        self.parts: list[Part] = []
         with self:
             self.criterion: Criterion = self.lend_all(criterion)
 
     def callback(self, callback: Any, /, *args: Any, **options: Any) -> Any:
-        """Note each part beside what restores it."""
+        """Note what is held beside what restores it."""
         if callback == self._drop_new:
             self.known.append(args)
         else:
@@ -147,10 +147,11 @@ class Snapshot(Loan):
     def installed(self) -> Iterator[Criterion]:
         """Put the state of then in place; afterwards that of now is back."""
         with lend_state(self.criterion, self.ignore):
-            for owner, name, known in self.known:
-                self._drop_new(owner, name, known)
-            for store, part in self.parts:
-                store(self.lent.get(id(part), (part, part))[1])
+            for space, name, known in self.known:
+                self._drop_new(space, name, known)
+            for store, held in self.parts:
+                parts = {key: self.lent.get(id(part), (part, part)) for key, part in held.items()}
+                store({key: stand_in for key, (_, stand_in) in parts.items()})
             yield self.criterion
 
 

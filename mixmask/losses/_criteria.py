@@ -82,13 +82,7 @@ def _follows(criterion: Any, name: str) -> bool:
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
-    """Refuse what would train on something else than it seems to, as far as it can be told.
-
-    Args:
-        criterion: A module or any callable (z, target).
-        z: What it is given first.
-        target: What it is given second.
-    """
+    """Refuse what would train on something else than it seems to, as far as it can be told."""
     check_kind(criterion)
     base = _unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
@@ -106,10 +100,7 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
 
 
 def check_kind(criterion: Any) -> None:
-    """Require an instance that can be called, and no cosine similarity.
-
-    A loss gets smaller where the similarity gets larger.
-    """
+    """Require an instance that can be called, and no cosine similarity."""
     if isinstance(criterion, type):
         raise TypeError(
             f"criterion must be an instance, got the class {criterion.__name__}; "
@@ -123,6 +114,7 @@ def check_kind(criterion: Any) -> None:
             f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
         )
     base = _unwrap(criterion)
+    # A loss gets smaller where the similarity gets larger.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
             "the criterion must be a loss, got a cosine similarity, which training would make "

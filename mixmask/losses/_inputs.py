@@ -63,16 +63,16 @@ def as_pairs(z_mixed: Embeddings | None, mixed: Records | None) -> list[tuple[Te
             "mixed.images and mixed itself"
         )
     embeddings, records = as_list(z_mixed), as_records(mixed)
-    if isinstance(mixed, MixedBatch) and len(embeddings) > 1:
-        raise ValueError(
-            "z_mixed and mixed must be as many, at least one, got "
-            f"{len(embeddings)} and 1; pass one embedding for each mixed view, and of an encoder "
-            "that returns several outputs the one that the loss compares, as in z_mixed[0]"
-        )
     if len(embeddings) != len(records) or not records:
+        fix = "in the same order"
+        if isinstance(mixed, MixedBatch):
+            fix = (
+                "and of an encoder that returns several outputs the one that the loss compares, "
+                "as in z_mixed[0]"
+            )
         raise ValueError(
             f"z_mixed and mixed must be as many, at least one, got {len(embeddings)} and "
-            f"{len(records)}; pass one embedding for each mixed view, in the same order"
+            f"{len(records)}; pass one embedding for each mixed view, {fix}"
         )
     return list(zip(embeddings, records, strict=True))
 

@@ -11,14 +11,7 @@ from mixmask._checks import check_choice, check_tensor
 def check_rows(
     z: Tensor, target: Tensor, *, names: tuple[str, str] = ("z", "target"), at_least: int = 1
 ) -> None:
-    """Require two batches of rows (N, C) on one device, z floating.
-
-    Args:
-        z: What the user passed first.
-        target: What belongs to it, row by row.
-        names: What to call the two.
-        at_least: The smallest N for which the loss exists.
-    """
+    """Require two batches of rows (N, C) on one device, z floating, N of at least `at_least`."""
     first, second = names
     check_tensor(first, z)
     check_tensor(second, target)
@@ -34,22 +27,22 @@ def check_rows(
             f"this loss is a statistic of at least {at_least} images, got {len(z)}; "
             "use drop_last=True in the loader"
         )
-    if target.device != z.device:
-        raise ValueError(
-            f"{second} must lie where {first} does, on {z.device}, got {target.device}; "
-            f"move it with .to({first}.device)"
-        )
+    check_device(second, target, first, z)
     if not z.is_floating_point():
         raise TypeError(f"{first} must be floating, got {z.dtype}; pass embeddings, not indices")
 
 
-def check_scores(scores: Tensor, name: str) -> None:
-    """Require one batch of rows (N, K), floating.
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Require a tensor to lie where another one does."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must lie where {other_name} does, on {other.device}, got {tensor.device}; "
+            f"move it with .to({other_name}.device)"
+        )
 
-    Args:
-        scores: What the user passed.
-        name: What to call it.
-    """
+
+def check_scores(scores: Tensor, name: str) -> None:
+    """Require one batch of rows (N, K), floating."""
     check_tensor(name, scores)
     if scores.ndim != 2:
         raise ValueError(

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import dis
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.losses._state import (
+    MODULE_INTERNALS,
     PLAIN,
     Loan,
-    list_attributes,
+    find_memory,
+    is_stateless,
     list_codes,
-    list_slots,
+    list_parts,
+)
+
+# The losses among torch's functions. Dynamo knows them by identity alone.
+_FUNCTIONS: tuple[Any, ...] = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.mse_loss,
+    F.smooth_l1_loss,
 )
 
 
@@ -45,89 +60,53 @@ def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
                 setattr(owner, name, value)
 
 
-def is_traceable(whole: Any) -> bool:
-    """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
-    with _Probe(whole.criterion) as probe:
-        probe.lend_all(whole.criterion)
-    return not (probe.scattered or probe.plain & probe.stored)
-
-
-# What torch.compiler.assume_constant_result does, which would import the whole compiler.
-is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-_FUNCTIONS: tuple[Any, ...] = (
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.cross_entropy,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.mse_loss,
-    F.smooth_l1_loss,
-)
-
-
 def is_library(criterion: object) -> bool:
     """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
-    # Spelt out, since Dynamo knows torch's functions by identity alone.
     for function in _FUNCTIONS:
         if criterion is function:
             return True
     return type(criterion).__module__.startswith("mixmask.losses.")
 
 
-class _Probe(Loan):
-    """The same walk, to see where state lies rather than to lend it."""
+def is_traceable(whole: Any) -> bool:
+    """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
+    criterion = whole.criterion
+    with Loan() as loan:
+        loan.lend_all(criterion)
+    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    tensors = [part for one in modules for part in list_attributes(one).values()]
+    tensors = [part for part in tensors if isinstance(part, Tensor)]
+    # Copies of views would be no views: the walk outside of the graph sees to them.
+    pointers = Counter({id(one): find_memory(one) for one in tensors}.values())
+    if any(pointer and count > 1 for pointer, count in pointers.items()):
+        return False
+    lent = [value for value, _ in loan.lent.values()]
+    options = [one.keywords for one in lent if isinstance(one, partial)]
+    trained = [one for _, one, *_ in loan.trained]
+    known = {id(one) for one in [*modules, *tensors, *options, *trained]}
+    read: set[str] = set()
+    stored: set[str] = set()
+    for value in lent:
+        if isinstance(value, FunctionType):
+            # Numbers that a function reads are constants, unless some code rebinds the name.
+            parts = [part for _, held in list_parts(value) for part in held.items()]
+            read |= {name for name, part in parts if isinstance(part, PLAIN)}
+            steps = [
+                one for code in list_codes(value.__code__) for one in dis.get_instructions(code)
+            ]
+            stored |= {f"{one.argval}" for one in steps if "STORE_" in one.opname}
+        elif not (id(value) in known or isinstance(value, (MethodType, partial, tuple))):
+            return False
+    for kind in loan.kinds:
+        read |= {name for name, part in vars(kind).items() if isinstance(part, PLAIN)}
+    return not read & stored
 
-    def __init__(self, criterion: Any) -> None:
-        super().__init__((), cautious=False)
-        self.known = set(criterion.modules()) if isinstance(criterion, nn.Module) else set()
-        self.scattered = False
-        # Numbers that a function reads are constants, unless some code rebinds the name.
-        self.plain: set[str] = set()
-        self.stored: set[str] = set()
 
-    def lend_tensor(self, value: Tensor, name: str) -> Tensor:
-        """Return the tensor itself: nothing will be called."""
-        del name
-        return value
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def lend_parts(self, value: Any, name: str, depth: int) -> Any:
-        """Note containers; what changes in one cannot be seen on the module that holds it."""
-        if isinstance(value, partial):
-            self.lend(value.func, name, depth)
-            return self.lend((*value.args, *value.keywords.values()), name, depth)
-        if isinstance(value, tuple):
-            self.scattered |= any(isinstance(part, Tensor) for part in value)
-        elif hasattr(value, "__len__") and not isinstance(value, nn.Module):
-            self.scattered = True
-        return super().lend_parts(value, name, depth)
 
-    def swap_slots(self, owner: Any, name: str, depth: int) -> None:
-        """Note what an owner holds."""
-        if isinstance(owner, FunctionType):
-            for code in list_codes(owner.__code__):
-                stores = [one for one in dis.get_instructions(code) if "STORE_" in one.opname]
-                self.stored.update(str(one.argval) for one in stores)
-        for key, part, _ in list_slots(owner):
-            self._note(owner, key, part)
-        super().swap_slots(owner, name, depth)
-
-    def swap_member(self, kind: type, key: str) -> None:
-        """Note what a class holds."""
-        self._note(kind, key, vars(kind)[key])
-        super().swap_member(kind, key)
-
-    def _note(self, owner: Any, key: str, part: Any) -> None:
-        if isinstance(owner, nn.Module):
-            registered = owner._parameters.get(key) is part and part is not None
-            if registered and part.requires_grad:
-                return
-            self.scattered |= owner not in self.known or isinstance(part, nn.Parameter)
-        elif not isinstance(owner, (FunctionType, type)):
-            self.scattered = True
-        elif isinstance(part, PLAIN):
-            self.plain.add(key)
-        else:
-            self.scattered |= isinstance(part, Tensor)
+def list_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's buffers and, where it may change them, its plain attributes."""
+    own = {} if is_stateless(module) else vars(module)
+    return {name: own[name] for name in own if name not in MODULE_INTERNALS} | module._buffers

@@ -12,6 +12,7 @@ from torch import Tensor
 from mixmask._checks import check_positive
 from mixmask._distributed import average, check_even, world_size
 from mixmask.losses._rows import (
+    check_device,
     check_reduction,
     check_rows,
     check_scores,
@@ -78,13 +79,13 @@ class SwAV:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `swav`."""
-        return swav(z, target, self.temperature, reduction=self.reduction)
+        return swav(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two codes; see `SharingCriterion`."""
         check_rows(z, target)
         # The cross-entropy is linear in its codes, so both terms are one.
-        return swav(z, mix_rows(target, other, lam), self.temperature, reduction=self.reduction)
+        return swav(z, mix_rows(target, other, lam), **vars(self))
 
 
 @torch.no_grad()
@@ -129,13 +130,14 @@ def sinkhorn(
     # Logarithms: of scores far apart, whole rows of powers would underflow.
     codes = upcast(scores) / epsilon
     for _ in range(iterations):
-        largest = codes.amax(dim=0)
+        largest = codes.amax(dim=0)  # (K,)
         if several:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        used = (codes - largest).exp().sum(dim=0)
+        used = (codes - largest).exp().sum(dim=0)  # (K,)
         if several:
             dist.all_reduce(used)
-        codes = (codes - largest - used.log()).log_softmax(dim=1)
+        # Rows come last, for they must sum to 1 exactly.
+        codes = (codes - largest - used.log()).log_softmax(dim=1)  # (N, K)
     return codes.exp()
 
 
@@ -208,22 +210,16 @@ class DINO:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        _check_dino(self.center, self.temperature, self.target_temperature, self.reduction)
+        _check_dino(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `dino`."""
-        return dino(
-            z,
-            target,
-            self.center,
-            self.temperature,
-            self.target_temperature,
-            reduction=self.reduction,
-        )
+        return dino(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
+        # Asked once: both targets are centred alike.
         center = _read(self.center)
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
@@ -259,7 +255,7 @@ def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tens
     """
     check_scores(target, "target")
     _check_center(center, target)
-    mean = average(target.to(center.dtype).mean(dim=0)).view_as(center)
+    mean = average(target.to(center.dtype).mean(dim=0)).view_as(center)  # (K,) or (1, K)
     return center * momentum + mean * (1 - momentum)
 
 
@@ -295,11 +291,7 @@ def _check_center(center: Tensor, target: Tensor) -> None:
             f"center must be ({target.shape[1]},), got {tuple(center.shape)}; "
             "start with torch.zeros(target.shape[1])"
         )
-    if center.device != target.device:
-        raise ValueError(
-            f"center must lie where target does, on {target.device}, got {center.device}; "
-            "move it once with .to(device)"
-        )
+    check_device("center", center, "target", target)
 
 
 def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor
 from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank
 from mixmask.losses._negatives import sum_negatives
-from mixmask.losses._rows import check_reduction, check_rows, mix_losses, reduce, upcast
+from mixmask.losses._rows import (
+    check_device,
+    check_reduction,
+    check_rows,
+    mix_losses,
+    reduce,
+    upcast,
+)
 
 # A queue, or a function that returns the one to use now.
 Negatives = Tensor | Callable[[], Tensor]
@@ -66,9 +73,7 @@ def info_nce(
     if queue is None:
         loss = _contrast_in_batch(z, target, temperature, gather_distributed)
     else:
-        # -log(exp(p) / (exp(p) + sum exp(n))) = softplus(logsumexp(n) - p)
-        positive = _similarity(z, target, temperature)
-        loss = F.softplus(sum_negatives(z, queue, 1 / temperature) - positive)
+        loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
     return reduce(loss, reduction)
 
 
@@ -102,31 +107,14 @@ class InfoNCE:
 
     def __post_init__(self) -> None:
         """Refuse bad options now rather than at the first step."""
-        _check_options(self.negatives, self.temperature, self.gather_distributed, self.reduction)
+        _check_options(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `info_nce`."""
-        return info_nce(
-            z,
-            target,
-            self.negatives,
-            self.temperature,
-            gather_distributed=self.gather_distributed,
-            reduction=self.reduction,
-        )
+        return info_nce(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
-        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced.
-
-        Args:
-            z: (N, C) queries.
-            target: (N, C) keys of the images themselves.
-            other: (N, C) keys of their partners; None leaves this term out.
-            lam: () or (N,).
-
-        Returns:
-            () for reduction "mean", (N,) for "none".
-        """
+        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         queue, tau = _read(self.negatives), self.temperature
         _check_inputs(z, target, queue)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
@@ -135,7 +123,7 @@ class InfoNCE:
         def contrast(target: Tensor) -> Tensor:
             if negative is None:
                 return _contrast_in_batch(z, target, tau, self.gather_distributed)
-            return F.softplus(negative - _similarity(z, target, tau))
+            return _contrast(z, target, negative, tau)
 
         own = contrast(target)
         others = None if other is None else contrast(other)
@@ -194,11 +182,13 @@ def _check_inputs(z: Tensor, target: Tensor, queue: Tensor | None) -> None:
             f"negatives must be (K, {z.shape[1]}), got {tuple(queue.shape)}; a queue that "
             "is stored as (C, K) is passed as queue.T"
         )
-    if queue.device != z.device:
-        raise ValueError(
-            f"negatives must lie where z does, on {z.device}, got {queue.device}; "
-            "move the queue once with .to(device)"
-        )
+    check_device("negatives", queue, "z", z)
+
+
+def _contrast(z: Tensor, target: Tensor, negative: Tensor, temperature: float) -> Tensor:
+    """Contrast each row with its target against the log-sum-exp of its negatives, (N,)."""
+    # -log(exp(p) / (exp(p) + exp(n))), and no softplus, which is cut off at 20.
+    return -F.logsigmoid(_similarity(z, target, temperature) - negative)
 
 
 def _similarity(z: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -213,7 +203,8 @@ def _contrast_in_batch(z: Tensor, target: Tensor, temperature: float, gather: bo
     first = 0
     if gather:
         target, first = gather_rows(target), rank() * len(z)  # (W * N, C)
-    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature
+    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature  # (N, W * N)
+    # Row i's own target stands in this process's block.
     labels = torch.arange(first, first + len(z), device=z.device)
     return F.cross_entropy(logits, labels, reduction="none")
 
@@ -271,6 +262,7 @@ def nt_xent(
     if gather_distributed:
         all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
     own = torch.arange(first, first + len(z), device=z.device)
+    # (N,) each; halved, so that a batch's mean is SimCLR's over its 2N rows.
     there = _contrast_views(z, all_z, all_target, own, temperature)
     back = _contrast_views(target, all_target, all_z, own, temperature)
     return reduce((there + back) / 2, reduction)
@@ -299,32 +291,24 @@ class NTXent:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `nt_xent`."""
-        return reduce(self._contrast(z, target), self.reduction)
+        return nt_xent(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        own = self._contrast(z, target)
-        others = None if other is None else self._contrast(z, other)
+        options = {**vars(self), "reduction": "none"}
+        own = nt_xent(z, target, **options)  # (N,)
+        others = None if other is None else nt_xent(z, other, **options)
         return reduce(mix_losses(own, others, lam), self.reduction)
-
-    def _contrast(self, z: Tensor, target: Tensor) -> Tensor:
-        return nt_xent(
-            z,
-            target,
-            self.temperature,
-            one_directional=self.one_directional,
-            gather_distributed=self.gather_distributed,
-            reduction="none",
-        )
 
 
 def _contrast_views(
     rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor, temperature: float
 ) -> Tensor:
     """Contrast rows with both views' columns; `own` says which column is the row's image."""
-    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))
+    # Upcast before the division, which could overflow half precision.
+    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))  # (N, W * N)
     within = upcast(einsum(rows, same, "n c, k c -> n k"))
     # A row is no negative of itself.
     within = within.scatter(1, own[:, None], -torch.inf)
-    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2K)
+    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2 W * N)
     return F.cross_entropy(logits, own, reduction="none")

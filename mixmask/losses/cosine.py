@@ -63,12 +63,13 @@ class NegativeCosine:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `negative_cosine`."""
-        return negative_cosine(z, target, reduction=self.reduction)
+        return negative_cosine(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         check_rows(z, target)
         # The loss is linear in the normalised target, so both terms are one product with a mixture.
+        # Each of unit length; the mixture is shorter, and stays so.
         others = None if other is None else _normalize(other.detach())
         mixture = mix_rows(_normalize(target.detach()), others, lam)
         return reduce(-(_normalize(z) * mixture).sum(dim=1), self.reduction)

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask.losses._criteria import (
-    Criterion,
-    check_criterion,
-    check_kind,
-    matches,
-    shares,
-)
+from mixmask.losses._criteria import Criterion, check_criterion, check_kind, matches, shares
 from mixmask.losses._inputs import (
     Embeddings,
     Records,
@@ -109,7 +103,7 @@ def _weigh(
     other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
     if shares(criterion):
         return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
-    own = check_loss(criterion(z_mixed, target), n, lam)
+    own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
     if other is None:
         return (lam * own).mean()
     return (lam * own + (1 - lam) * check_loss(criterion(z_mixed, other), n, lam)).mean()
@@ -122,12 +116,15 @@ class LambdaWeightedLoss(nn.Module):
     t_{\pi(i)})$. A criterion with a memory bank, a queue or a running center changes it at every
     call. Here the mixed terms are taken first, on copies of its state, and the original one
     last, on the state itself: after the step it is as one clean call would have left it, and
-    every mixed term has seen the state from before the step. State is whatever the criterion
-    holds: buffers, attributes such as pointers, counters, lists of tensors, and what a function
-    encloses or reads from its module, and a method from its class. Not seen are generators,
-    files, attributes of imported modules, and what lies deep in objects of other packages. Give
-    it the loss alone: of a function around a model, the model's buffers are copied as well.
-    torch.compile takes a graph break for state that is no buffer; `fullgraph=True` refuses it.
+    every mixed term has seen the state from before the step.
+
+    State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
+    tensors, and what its code encloses or reads from modules and classes. Not seen are random
+    generators, files, and what lies deep in objects of other packages. All of it is copied twice
+    per mixed view, also a huge bank, unless `ignore` names it; a criterion without state costs
+    nothing. Pass the loss alone: of a function around a model, the model's buffers are copied as
+    well. Build this module once, outside of the loop, and call it from one thread at a time.
+    torch.compile takes a graph break for state outside of buffers; `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
@@ -170,9 +167,7 @@ class LambdaWeightedLoss(nn.Module):
         super().__init__()
         check_kind(criterion)
         if isinstance(ignore, str):
-            raise TypeError(
-                f"ignore must be a sequence of names, got {ignore!r}; use ({ignore!r},)"
-            )
+            raise TypeError(f"ignore must be a sequence of names, got {ignore!r}; use [{ignore!r}]")
         check_choice("directions", directions, ("sum", "mean"))
         self.criterion = criterion
         self.switch = switch
@@ -207,18 +202,15 @@ class LambdaWeightedLoss(nn.Module):
                 criterion is a whole model.
         """
         clean = as_directions(z, target)
+        # All sizes are checked before the first call of the criterion can move its state.
         pairs = as_pairs(z_mixed, mixed)
         n = len(pairs[0][1]) if pairs else count_rows(clean[0][0])
         for one, its_target in clean:
             check_sizes(n, z=one, target=its_target)
-        terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
+        mixed_terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
         # Last, for it moves the state.
-        total = self._weigh_clean(*clean[0], len(clean))
-        for one, its_target in clean[1:]:
-            total = total + self._weigh_clean(one, its_target, len(clean))
-        for term in terms:
-            total = total + term
-        return total
+        first, *others = [self._weigh_clean(one, t, len(clean)) for one, t in clean]
+        return sum([*others, *mixed_terms], first)
 
     def mixed_loss(
         self,
@@ -249,12 +241,9 @@ class LambdaWeightedLoss(nn.Module):
         pairs = as_pairs(z_mixed, mixed)
         if not pairs:
             raise ValueError("mixed_loss needs z_mixed and mixed, got None for both")
-        targets = as_list(target)
-        terms = self._mixed_terms(pairs, targets, as_list(z) if z is not None else [])
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        clean = as_list(z) if z is not None else []
+        first, *others = self._mixed_terms(pairs, as_list(target), clean)
+        return sum(others, first)
 
     def terms(
         self,
@@ -320,6 +309,7 @@ class LambdaWeightedLoss(nn.Module):
         clean: list[tuple[Tensor, Tensor]],
         mixed: list[tuple[MixedBatch, Tensor]],
     ) -> Iterator[Tensor]:
+        # A generator: the next forward pass begins after the caller's backward.
         for record, target in mixed:
             yield self._mixed_term(encode(record.images), target, record, None)
         for images, target in clean:
@@ -348,8 +338,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
         if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
-            term: Tensor = self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
-            return term
+            return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
         check_sizes(len(mixed), z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
@@ -362,14 +351,20 @@ class LambdaWeightedLoss(nn.Module):
         def criterion_on_copies(z: Tensor, target: Tensor) -> Tensor:
             # Each of the two terms sees the state from before the step.
             with self._lend() as lent:
-                loss: Tensor = lent(z, target)
-                return loss
+                return cast("Tensor", lent(z, target))
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # It imports the compiler where it is needed, not with the package.
     def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
         return self._mixed_term(*inputs)
+
+    # What Dynamo says where it must not break the graph.
+    vars(_lend_state_beyond_buffers).update(
+        _torchdynamo_disable=True,
+        _torchdynamo_disable_msg="a criterion whose state is not in buffers takes a graph break; "
+        "keep its state in buffers, or compile without fullgraph=True",
+    )
 
     def _match(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
@@ -380,6 +375,7 @@ class LambdaWeightedLoss(nn.Module):
                 "as z="
             )
         check_sizes(len(mixed), z=z)
+        # Matched to the mixture of clean embeddings: here the partners' are taken of z.
         other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None
         lam = move(mixed.lam, z_mixed.device)
         with self._lend() as lent:

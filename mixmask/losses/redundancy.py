@@ -58,9 +58,10 @@ def barlow_twins(
     check_rows(z, target, at_least=2)
     z, target = upcast(z), upcast(target)
     identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)  # (C, C)
-    rows = _standardize(z, z, sync_statistics)
+    rows = _standardize(z, z, sync_statistics)  # (N, C)
     columns = _standardize(target, target, sync_statistics)
     if gather_distributed or sync_statistics:
+        # An average of averages is that of all rows only where processes hold as many.
         check_even(len(rows), rows.device)
     return _measure_redundancy(rows, columns, identity, redundancy_weight, gather_distributed)
 
@@ -90,13 +91,7 @@ class BarlowTwins:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `barlow_twins`."""
-        return barlow_twins(
-            z,
-            target,
-            self.redundancy_weight,
-            gather_distributed=self.gather_distributed,
-            sync_statistics=self.sync_statistics,
-        )
+        return barlow_twins(z, target, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -142,6 +137,7 @@ class MatchedBarlowTwins(BarlowTwins):
         check_rows(z_mixed, target, at_least=2)
         check_rows(z_mixed, z, names=("z_mixed", "z"))
         sync, gather = self.sync_statistics, self.gather_distributed
+        # What is matched to is a constant, as a target is.
         clean = upcast(z).detach()
         others = None if other is None else _standardize(upcast(other).detach(), clean, sync)
         mixture = mix_rows(_standardize(clean, clean, sync), others, lam)
@@ -157,6 +153,7 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
     """Bring each feature to the mean 0 and the deviation 1 that the reference then has."""
     if sync:
         mean = average(reference.mean(dim=0))  # (C,)
+        # Around the mean of all processes, so that no square of a mean is subtracted.
         variance = average((reference - mean).square().mean(dim=0))
     else:
         variance, mean = torch.var_mean(reference, dim=0, correction=0)
@@ -170,7 +167,7 @@ def _measure_redundancy(
     correlation = _multiply_features(rows, columns) / len(rows)  # (C, C)
     if gather:
         correlation = average(correlation)
-    squares = (correlation - wanted) ** 2
+    squares = (correlation - wanted) ** 2  # (C, C)
     diagonal = squares.diagonal().sum()
     return diagonal + weight * (squares.sum() - diagonal)
 
@@ -250,14 +247,7 @@ class VICReg:
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `vicreg`."""
-        return vicreg(
-            z,
-            target,
-            self.invariance_weight,
-            self.variance_weight,
-            self.covariance_weight,
-            gather_distributed=self.gather_distributed,
-        )
+        return vicreg(z, target, **vars(self))
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
@@ -283,9 +273,9 @@ def _regularize(
     if gather:
         z = gather_rows(z)  # (W * N, C)
     n, features = z.shape
-    centred = z - z.mean(dim=0)
+    centred = z - z.mean(dim=0)  # (N, C)
     covariance = _multiply_features(centred, centred) / (n - 1)  # (C, C)
-    variance = covariance.diagonal()
+    variance = covariance.diagonal()  # (C,)
     hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
     # Squared after the diagonal has gone: next to its squares the others' would be rounded.
     off_diagonal = covariance - torch.diag(variance)

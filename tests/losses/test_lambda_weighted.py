@@ -621,7 +621,7 @@ def test_what_a_criterion_returns_is_checked_in_every_term(
 def test_bad_options_of_the_module_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must be callable as \(z, target\), got Tensor; pass the"):
         LambdaWeightedLoss(SCALAR)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"a sequence of names, got 'calls'; use \('calls',\)"):
+    with pytest.raises(TypeError, match=r"a sequence of names, got 'calls'; use \['calls'\]"):
         LambdaWeightedLoss(F.mse_loss, ignore="calls")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from mixmask._distributed import gather_rows, of_first, rank, world_size
+from mixmask._distributed import broadcast_from_first, gather_rows, rank, world_size
 from mixmask.losses import InfoNCE
 from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import RunConfig, cifar_presets
@@ -108,7 +108,7 @@ class MoCo(nn.Module):
         order = torch.randperm(len(everyone), generator=generator)  # (W * N,)
         order = order.to(x.device, non_blocking=True)
         if self._apart:  # Each process has a generator of its own; all must use one order.
-            order = of_first(order)
+            order = broadcast_from_first(order)
         share = everyone[order[self._own_rows(len(x))]]  # (N, 3, S, S)
         return share.contiguous(memory_format=torch.channels_last), order
 
