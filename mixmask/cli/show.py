@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mixmask.cli._console import check_out, say
 from mixmask.cli.options import RatioAction, add_shared
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, seed: int) -> None:
     """Draw block and discrete masks at several grids, and the two mixes of each pair."""
-    from mixmask.data.sets import load_data, read_square
+    from mixmask.data.sets import load_data
     from mixmask.figures.masks import figure_masks
     from mixmask.figures.style import save_figure
 
@@ -24,19 +25,25 @@ def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, see
         raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
     check_out(out)
     if images:
-        read = []
-        for path in images:
-            image = read_square(path, 224)
-            if image is None:
-                raise ValueError(f"{path} is no readable image; pass a JPEG or PNG file")
-            read.append(torch.from_numpy(image).permute(2, 0, 1))
-        pictures = torch.stack(read)
+        pictures = torch.stack([_read(path) for path in images])
     else:
-        pictures = load_data("clothing64", 64).train.images[[2520, 1100]]
+        pictures = load_data("clothing64", 64).train.images[torch.tensor([2520, 1100])]
     generator = torch.Generator().manual_seed(seed)
     figure = figure_masks(pictures, grid_sizes=grid_sizes, ratio=ratio, generator=generator)
     save_figure(figure, out)
     say(f"drew {out}")
+
+
+def _read(path: Path) -> Tensor:
+    """Read a square of 224 px."""
+    from mixmask.data.images import UnreadableError, open_image, take_square
+
+    try:
+        with open_image(path) as image:
+            return take_square(image, 224)
+    except UnreadableError as error:
+        fix = "pass a JPEG or PNG file"
+        raise ValueError(f"{path} is no readable image ({error}); {fix}") from error
 
 
 def add_show(commands: Any) -> None:

@@ -162,7 +162,9 @@ def _centre(images: Tensor, size: int) -> Tensor:
     resized = F.interpolate(
         images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
     )
-    return resized.round().clamp(0, 255)
+    if images.is_floating_point():
+        return resized.clamp(0, 1)
+    return resized.round().clamp(0, 255).byte()
 
 
 def _check_loss(loss: float, bar: tqdm[NoReturn]) -> None:

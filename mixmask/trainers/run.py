@@ -64,7 +64,7 @@ class Run:
         if isinstance(images, Tensor):
             images = images.to(accelerator.device)
         else:
-            crops = part_bytes(config.image_size, 2 + config.extra_crops)
+            crops = part_bytes(images, config.image_size, 2 + config.extra_crops)
             workers = choose_workers(config.workers, crops)
         model = _build_model(config, accelerator)
         assert isinstance(model, nn.Module)

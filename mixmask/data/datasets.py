@@ -1,0 +1,233 @@
+"""Data sets of one's own: any map-style `Dataset`, from Python or named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mixmask.data.images import Picture, is_deep, read_deep
+from mixmask.data.views import check_pixels
+
+# Where items that are mappings keep image and label, as Hugging Face and webdataset name them.
+_IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp")
+_LABEL_KEYS = ("label", "labels", "target", "fine_label", "cls")
+
+# Names of splits, without case; ImageNet-100 comes in parts, train.X1, train.X2 ... and val.X. The
+# first test split with labels counts.
+_TRAIN = r"train(ing)?(\.x\d*)?"
+_TESTS = (r"test(ing)?", r"val(id|idation)?", r"dev", r"val\.x")
+
+# How files that are no images become a data set, in the body of a function.
+_READERS = {
+    ".npz": 'import numpy; return numpy.load("{file}")["images"]',
+    ".npy": 'import numpy; return numpy.load("{file}", mmap_mode="r")',
+    ".h5": 'import h5py; return h5py.File("{file}")["images"][:]',
+    ".parquet": 'import datasets; return datasets.load_dataset("parquet", data_files="{file}",'
+    ' split="train")',
+    ".tar": 'import datasets; return datasets.load_dataset("webdataset", data_files="{file}",'
+    ' split="train")',
+    ".tif": "import glob, tifffile; return [tifffile.imread(file) / 65535 for file in"
+    ' glob.glob("{file}")]',
+}
+_READERS |= {".hdf5": _READERS[".h5"], ".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
+
+
+class MapDataset(Protocol):
+    """What `torch.utils.data.Dataset`, a list and an array have in common."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...  # Items are what their author returns.
+
+
+def door(file: Path) -> str:
+    """Return how a file or a folder of such files is passed as a data set; empty if unknown.
+
+    Example:
+        >>> door(Path("x.npz"))
+        'in mydata.py, write `def load(): import numpy; return numpy.load("x.npz")["images"]` and
+        pass --data mydata:load'
+    """
+    code = _READERS.get(file.suffix.lower())
+    if code is None:
+        return ""
+    body = code.format(file=file.as_posix())
+    return f"in mydata.py, write `def load(): {body}` and pass --data mydata:load"
+
+
+def is_function(name: str) -> bool:
+    """Return whether a name of data is that of a function, package.module:function."""
+    return re.fullmatch(r"\w+(\.\w+)*:\w+", name) is not None and not Path(name).exists()
+
+
+def call_function(name: str) -> tuple[MapDataset, MapDataset | None]:
+    """Import and call what returns a training data set and, in a tuple or mapping, a test one.
+
+    Modules are looked for in the current folder, too.
+
+    Raises:
+        ValueError: If there is no such function, or it returns something else.
+    """
+    module, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # For good: workers import it, too.
+        sys.path.insert(0, here)
+    try:
+        load = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"--data {name} cannot be imported: {error}") from error
+    made = load()
+    if isinstance(made, Mapping):  # As Hugging Face's DatasetDict.
+        trains, tests = find_splits(made)
+        made = tuple(made[key] for key in [*trains[:1], *tests[:1]])
+    parts = made if isinstance(made, tuple) else (made,)
+    if not 1 <= len(parts) <= 2 or not all(hasattr(part, "__getitem__") for part in parts):
+        raise ValueError(
+            f"--data {name} must return a data set with __len__ and __getitem__, or a training and "
+            f"a test one, got {type(made).__name__}"
+        )
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def find_splits(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names of training splits and of test splits, which are looked for in this order.
+
+    Example:
+        >>> find_splits(["Validation", "Train", "dogs"])
+        (['Train'], ['Validation'])
+    """
+
+    def matches(pattern: str) -> list[str]:
+        return sorted(name for name in names if re.fullmatch(pattern, name, re.IGNORECASE))
+
+    names = list(names)
+    return matches(_TRAIN), [name for pattern in _TESTS for name in matches(pattern)]
+
+
+class DatasetImages:
+    """The images of a map-style data set, whatever their form.
+
+    Args:
+        dataset: Its items are images, or sequences or mappings that hold image and label. An
+            image is a tensor (C, H, W), an array (H, W) or (H, W, C), both of uint8 or of floats
+            within [0, 1], or a PIL image.
+        indices: Which of the items. Default: all.
+
+    Attributes:
+        channels: Of all images; those of the first few, where PIL images are grey or coloured.
+        dtype: Of all images: uint8 or float32.
+    """
+
+    def __init__(self, dataset: MapDataset, indices: Sequence[int] | None = None) -> None:
+        self.dataset = dataset
+        self.indices = range(len(dataset)) if indices is None else indices
+        looked = [self._image(i) for i in range(0, len(self), max(1, len(self) // 4))]
+        tensors = [self._to_tensor(image, 0) for image in looked]
+        self.channels = max((len(tensor) for tensor in tensors), default=3)
+        self.dtype = tensors[0].dtype if tensors else torch.uint8
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, number: int) -> str:
+        """Return what an image is called in messages."""
+        return f"image {self.indices[number]}"
+
+    def subset(self, numbers: Sequence[int]) -> DatasetImages:
+        """Return some of the images."""
+        return DatasetImages(self.dataset, [self.indices[number] for number in numbers])
+
+    @contextmanager
+    def open(self, number: int) -> Iterator[Picture]:
+        """Read an image, (C, H, W) or of PIL if it has colours.
+
+        Raises:
+            ValueError: If it is no image, or unlike the others.
+        """
+        image = self._image(number)
+        if isinstance(image, Image.Image) and self.channels == 3 and self.dtype == torch.uint8:
+            yield image
+            return
+        tensor = self._to_tensor(image, number)
+        if (len(tensor), tensor.dtype) != (self.channels, self.dtype):
+            raise ValueError(
+                f"{self.name(number)} has {len(tensor)} channels of {tensor.dtype}, others have "
+                f"{self.channels} of {self.dtype}; return all alike"
+            )
+        yield tensor
+
+    def labels(self) -> Tensor | None:
+        """Return the labels (N,) int64, or None if items have none.
+
+        An attribute `targets` and a column of a Hugging Face data set are read at once, otherwise
+        every item is.
+
+        Raises:
+            ValueError: If they are no integers.
+        """
+        found: Any = getattr(self.dataset, "targets", None)
+        columns = getattr(self.dataset, "column_names", None) or ()
+        key = next((key for key in _LABEL_KEYS if key in columns), None)
+        if found is None and key is not None:
+            found = self.dataset[key]
+        if found is not None:
+            found = [found[i] for i in self.indices]
+        elif len(self) and _split_item(self.dataset[self.indices[0]])[1] is not None:
+            found = [_split_item(self.dataset[i])[1] for i in self.indices]
+        if found is None:
+            return None
+        labels = torch.as_tensor(np.asarray(found))
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(f"labels must be integers, got {found[0]!r}; number the classes")
+        return labels.long()
+
+    def classes(self, count: int) -> tuple[str, ...]:
+        """Return the names of the classes, or their numbers where they have none."""
+        named: Any = getattr(self.dataset, "classes", None)
+        features = getattr(self.dataset, "features", None) or {}
+        for key in _LABEL_KEYS:  # Hugging Face's ClassLabel.
+            named = named or getattr(features.get(key), "names", None)
+        return tuple(map(str, named or range(count)))
+
+    def _image(self, number: int) -> Any:
+        return _split_item(self.dataset[self.indices[number]])[0]
+
+    def _to_tensor(self, image: Any, number: int) -> Tensor:
+        """Return an image of any form as (C, H, W), uint8 or float32."""
+        if isinstance(image, Image.Image):
+            if is_deep(image):
+                return read_deep(image)
+            image = ImageOps.exif_transpose(image)
+            image = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+        if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+            pixels = torch.from_numpy(np.ascontiguousarray(image))
+            image = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)  # (C, H, W)
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+            raise TypeError(
+                f"{self.name(number)} must be a tensor (C, H, W), an array (H, W) or (H, W, C), or "
+                f"a PIL image, got {type(image).__name__}{shape}; convert it in __getitem__"
+            )
+        check_pixels(image[None])
+        return image.float() if image.is_floating_point() else image
+
+
+def _split_item(item: Any) -> tuple[Any, Any]:
+    """Return image and label, which is None where there is none."""
+    if isinstance(item, Mapping):
+        image, label = (
+            next((item[key] for key in keys if key in item), None)
+            for keys in (_IMAGE_KEYS, _LABEL_KEYS)
+        )
+        return image, label
+    if isinstance(item, (tuple, list)):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
