@@ -184,10 +184,10 @@ class DatasetImages:
             found = [_split_item(self.dataset[i])[1] for i in self.indices]
         if found is None:
             return None
-        labels = torch.as_tensor(np.asarray(found))
-        if labels.ndim != 1 or labels.is_floating_point():
+        labels = np.asarray(found)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise ValueError(f"labels must be integers, got {found[0]!r}; number the classes")
-        return labels.long()
+        return torch.from_numpy(labels.astype(np.int64))
 
     def classes(self, count: int) -> tuple[str, ...]:
         """Return the names of the classes, or their numbers where they have none."""
