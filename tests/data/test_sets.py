@@ -14,7 +14,7 @@ from tiny_runs import tiny_images
 
 from mixmask.data import sets as data_module
 from mixmask.data.images import open_image, take_square
-from mixmask.data.sets import StoredImages, load_data
+from mixmask.data.sets import STREAM, Fingerprint, StoredImages, hold_out, load_data
 
 
 def write_images(folder: Path, count: int, mode: str = "RGB", value: int = 0) -> None:
@@ -241,3 +241,72 @@ def test_stl10_from_torchvision_trains_on_unlabelled_images_too(downloads: Path)
     assert loaded.test is not None
     assert loaded.test.labels is not None
     assert loaded.test.labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_a_share_of_each_class_is_held_out(stream: str, tmp_path: Path) -> None:
+    for label, count in (("cat", 20), ("dog", 10), ("owl", 2)):
+        write_images(tmp_path / label, count)
+    whole = load_data(str(tmp_path), 14, stream=stream)
+    data = hold_out(whole, 0.2)
+    assert data.labelled
+    assert data.streamed == (stream == "always")
+    assert data.test is not None
+    assert data.test.labels is not None
+    assert data.train.labels is not None
+    assert torch.bincount(data.test.labels).tolist() == [4, 2, 1]
+    assert torch.bincount(data.train.labels).tolist() == [16, 8, 1]
+    assert sorted(data.train.files + data.test.files) == sorted(whole.train.files)
+    for split in (data.train, data.test):
+        assert len(split.images) == len(split.files)
+        expected = [int(Path(name).stem) for name in split.files]
+        values = split.images[:]
+        assert isinstance(values, torch.Tensor)
+        assert values[:, 0, 0, 0].tolist() == expected
+        assert [data.classes.index(Path(name).parent.name) for name in split.files] == (
+            split.labels.tolist() if split.labels is not None else None
+        )
+    assert hold_out(whole, 0.2).fingerprint() == data.fingerprint()
+    other = hold_out(whole, 0.2, seed=1).test
+    assert other is not None
+    assert other.files != data.test.files
+
+
+def test_what_cannot_be_held_out(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", 2)
+    flat = load_data(str(tmp_path), 14)
+    with pytest.raises(ValueError, match="needs labels: one folder per class, got none"):
+        hold_out(flat, 0.1)
+    write_images(tmp_path / "dog", 1)
+    labelled = load_data(str(tmp_path), 14)
+    with pytest.raises(ValueError, match=r"class dog has one image, .* add"):
+        hold_out(labelled, 0.1)
+    with pytest.raises(ValueError, match="must lie between 0 and 1, got 10; use"):
+        hold_out(labelled, 10)
+    with pytest.raises(ValueError, match="has no use, got a test split"):
+        hold_out(load_data("clothing64", 32), 0.1)
+
+
+def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
+    def write(name: str, labels: tuple[str, ...], count: int) -> Fingerprint:
+        for label in labels:
+            write_images(tmp_path / name / label, count)
+        prints = {load_data(str(tmp_path / name), 14, stream=s).fingerprint() for s in STREAM}
+        assert len(prints) == 1  # However they are read.
+        return prints.pop()
+
+    first = write("x", ("cat", "dog"), 3)
+    assert first[:3] == (6, 0, ("cat", "dog"))
+    assert write("same", ("cat", "dog"), 3) == first
+    others = {write("more", ("cat", "dog"), 4), write("other", ("cat", "owl"), 3)}
+    (tmp_path / "x" / "cat" / "0.png").rename(tmp_path / "x" / "cat" / "9.png")
+    assert len(others | {first, write("x", (), 0)}) == 4
+    images = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
+    plain = load_data(images, 14).fingerprint()
+    images[20:] = 1
+    assert load_data(images, 14).fingerprint() != plain
+
+
+def test_small_views_of_data_sets_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match="images of the data set are about 8 px, and views of 32"):
+        load_data([torch.zeros(3, 8, 8)] * 2, 32)
