@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,41 +99,44 @@ def call_function(name: str) -> tuple[MapDataset, MapDataset | None]:
 
 
 def find_splits(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of training splits and of test splits, which are looked for in this order.
+    """Return the names of training splits and, in the order of preference, of test splits.
 
     Example:
         >>> find_splits(["Validation", "Train", "dogs"])
         (['Train'], ['Validation'])
     """
+    ordered = sorted(names)
 
     def matches(pattern: str) -> list[str]:
-        return sorted(name for name in names if re.fullmatch(pattern, name, re.IGNORECASE))
+        return [name for name in ordered if re.fullmatch(pattern, name, re.IGNORECASE)]
 
-    names = list(names)
     return matches(_TRAIN), [name for pattern in _TESTS for name in matches(pattern)]
 
 
+@dataclass(frozen=True)
 class DatasetImages:
     """The images of a map-style data set, whatever their form.
 
-    Args:
+    Attributes:
         dataset: Its items are images, or sequences or mappings that hold image and label. An
             image is a tensor (C, H, W), an array (H, W) or (H, W, C), both of uint8 or of floats
             within [0, 1], or a PIL image.
-        indices: Which of the items. Default: all.
-
-    Attributes:
-        channels: Of all images; those of the first few, where PIL images are grey or coloured.
+        indices: Which of the items.
+        channels: Of all images; 3 for PIL images of which some are grey and some coloured.
         dtype: Of all images: uint8 or float32.
     """
 
-    def __init__(self, dataset: MapDataset, indices: Sequence[int] | None = None) -> None:
-        self.dataset = dataset
-        self.indices = range(len(dataset)) if indices is None else indices
-        looked = [self._image(i) for i in range(0, len(self), max(1, len(self) // 4))]
-        tensors = [self._to_tensor(image, 0) for image in looked]
-        self.channels = max((len(tensor) for tensor in tensors), default=3)
-        self.dtype = tensors[0].dtype if tensors else torch.uint8
+    dataset: MapDataset
+    indices: Sequence[int]
+    channels: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, dataset: MapDataset) -> DatasetImages:
+        """Take all items, and look at a few for channels and type."""
+        count = len(dataset)
+        looked = [_to_tensor(dataset[i], i) for i in range(0, count, max(1, count // 4))]
+        return cls(dataset, range(count), max(map(len, looked)), looked[0].dtype)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -141,22 +145,24 @@ class DatasetImages:
         """Return what an image is called in messages."""
         return f"image {self.indices[number]}"
 
-    def subset(self, numbers: Sequence[int]) -> DatasetImages:
+    def subset(self, numbers: Iterable[int]) -> DatasetImages:
         """Return some of the images."""
-        return DatasetImages(self.dataset, [self.indices[number] for number in numbers])
+        return replace(self, indices=[self.indices[number] for number in numbers])
 
     @contextmanager
     def open(self, number: int) -> Iterator[Picture]:
         """Read an image, (C, H, W) or of PIL if it has colours.
 
         Raises:
-            ValueError: If it is no image, or unlike the others.
+            TypeError: If it is no image.
+            ValueError: If it is unlike the others.
         """
-        image = self._image(number)
-        if isinstance(image, Image.Image) and self.channels == 3 and self.dtype == torch.uint8:
+        item = self.dataset[self.indices[number]]
+        image, _ = _split_item(item)
+        if isinstance(image, Image.Image) and (self.channels, self.dtype) == (3, torch.uint8):
             yield image
             return
-        tensor = self._to_tensor(image, number)
+        tensor = _to_tensor(item, self.indices[number])
         if (len(tensor), tensor.dtype) != (self.channels, self.dtype):
             raise ValueError(
                 f"{self.name(number)} has {len(tensor)} channels of {tensor.dtype}, others have "
@@ -165,7 +171,7 @@ class DatasetImages:
         yield tensor
 
     def labels(self) -> Tensor | None:
-        """Return the labels (N,) int64, or None if items have none.
+        """Return the labels (N,) int64 of the whole data set, or None if items have none.
 
         An attribute `targets` and a column of a Hugging Face data set are read at once, otherwise
         every item is.
@@ -174,14 +180,11 @@ class DatasetImages:
             ValueError: If they are no integers.
         """
         found: Any = getattr(self.dataset, "targets", None)
-        columns = getattr(self.dataset, "column_names", None) or ()
-        key = next((key for key in _LABEL_KEYS if key in columns), None)
-        if found is None and key is not None:
-            found = self.dataset[key]
-        if found is not None:
-            found = [found[i] for i in self.indices]
-        elif len(self) and _split_item(self.dataset[self.indices[0]])[1] is not None:
-            found = [_split_item(self.dataset[i])[1] for i in self.indices]
+        for key in getattr(self.dataset, "column_names", None) or ():
+            if key in _LABEL_KEYS:
+                found = self.dataset[key]
+        if found is None and _split_item(self.dataset[0])[1] is not None:
+            found = [_split_item(self.dataset[i])[1] for i in range(len(self.dataset))]
         if found is None:
             return None
         labels = np.asarray(found)
@@ -197,36 +200,32 @@ class DatasetImages:
             named = named or getattr(features.get(key), "names", None)
         return tuple(map(str, named or range(count)))
 
-    def _image(self, number: int) -> Any:
-        return _split_item(self.dataset[self.indices[number]])[0]
 
-    def _to_tensor(self, image: Any, number: int) -> Tensor:
-        """Return an image of any form as (C, H, W), uint8 or float32."""
-        if isinstance(image, Image.Image):
-            if is_deep(image):
-                return read_deep(image)
-            image = ImageOps.exif_transpose(image)
-            image = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-        if isinstance(image, np.ndarray) and image.ndim in (2, 3):
-            pixels = torch.from_numpy(np.ascontiguousarray(image))
-            image = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)  # (C, H, W)
-        if not isinstance(image, Tensor) or image.ndim != 3:
-            shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-            raise TypeError(
-                f"{self.name(number)} must be a tensor (C, H, W), an array (H, W) or (H, W, C), or "
-                f"a PIL image, got {type(image).__name__}{shape}; convert it in __getitem__"
-            )
-        check_pixels(image[None])
-        return image.float() if image.is_floating_point() else image
+def _to_tensor(item: Any, number: int) -> Tensor:
+    """Return an item's image, of any form, as (C, H, W), uint8 or float32."""
+    image, _ = _split_item(item)
+    if isinstance(image, Image.Image):
+        if is_deep(image):
+            return read_deep(image)
+        grey = image.mode in ("1", "L", "LA")
+        image = np.array(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+        image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)  # (C, H, W)
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+        raise TypeError(
+            f"image {number} must be a tensor (C, H, W), an array (H, W) or (H, W, C), or a PIL "
+            f"image, got {type(image).__name__}{shape}; convert it in __getitem__"
+        )
+    check_pixels(image[None])
+    return image.float() if image.is_floating_point() else image
 
 
 def _split_item(item: Any) -> tuple[Any, Any]:
     """Return image and label, which is None where there is none."""
     if isinstance(item, Mapping):
-        image, label = (
-            next((item[key] for key in keys if key in item), None)
-            for keys in (_IMAGE_KEYS, _LABEL_KEYS)
-        )
+        found = [[item[key] for key in keys if key in item] for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
+        image, label = (values[0] if values else None for values in found)
         return image, label
     if isinstance(item, (tuple, list)):
         return item[0], item[1] if len(item) > 1 else None

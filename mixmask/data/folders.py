@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +38,7 @@ class Files:
 
     Attributes:
         root: The folder, which may lie in an archive.
-        names: All names relative to it, one after the other.
-        ends: (N + 1,) int64, where the names end; the first entry is 0.
+        names: (N,) bytes, relative to it.
         archive: The .zip file that holds the folder, if one does.
 
     Example:
@@ -49,8 +48,7 @@ class Files:
     """
 
     root: Path
-    names: bytes
-    ends: npt.NDArray[np.int64]
+    names: npt.NDArray[np.bytes_]
     archive: Path | None = None
 
     # Files are read as RGB of 8 bits, whatever they hold.
@@ -60,24 +58,21 @@ class Files:
     @classmethod
     def of(cls, root: Path, names: Iterable[str], archive: Path | None = None) -> Files:
         """Pack names relative to a folder."""
-        packed = [os.fsencode(name) for name in names]
-        ends = np.cumsum([0, *map(len, packed)], dtype=np.int64)
-        return cls(root, b"".join(packed), ends, archive)
+        return cls(root, np.array([os.fsencode(name) for name in names], np.bytes_), archive)
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Path:
         return self.root / self.name(index)
 
-    def subset(self, numbers: Iterable[int]) -> Files:
-        """Return some of the files."""
-        return Files.of(self.root, map(self.name, numbers), self.archive)
-
     def name(self, number: int) -> str:
         """Return a file's name relative to the root."""
-        place = range(len(self))[number]
-        return os.fsdecode(self.names[self.ends[place] : self.ends[place + 1]])
+        return os.fsdecode(self.names[number])
+
+    def subset(self, numbers: Iterable[int]) -> Files:
+        """Return some of the files."""
+        return replace(self, names=self.names[list(numbers)])
 
     @contextmanager
     def open(self, number: int) -> Iterator[Image.Image]:

@@ -161,23 +161,19 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
         [0, 1]
     """
     labels = data.train.labels
-    if labels is None or data.test is not None:
-        problem = "needs labels: one folder per class" if labels is None else "has no use"
-        found = "none" if labels is None else "a test split, which is used"
-        raise ValueError(f"holding images out {problem}, got {found}; leave it out")
+    if labels is None:
+        raise ValueError("images can be held out by their classes, got no labels; leave it out")
+    if data.test is not None:
+        raise ValueError("there is a test split, so that no images need be held out; leave it out")
     if not 0 < share < 1:
         raise ValueError(f"the share held out must lie between 0 and 1, got {share}; use 0.1")
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        index = (labels == label).nonzero()[:, 0]
-        if label < 0:
-            continue
+    for label in labels[labels >= 0].unique().tolist():
+        index = (labels == label).nonzero()[:, 0]  # (n,)
         if len(index) < 2:
-            raise ValueError(
-                f"class {data.classes[label]} has one image, none of which can be held out; add "
-                "images, or remove the class"
-            )
+            name = data.classes[label]
+            raise ValueError(f"class {name} has one image, which cannot be shared out; add images")
         count = min(max(1, round(share * len(index))), len(index) - 1)
         held[index[torch.randperm(len(index), generator=generator)[:count]]] = True
     train, test = (data.train.subset(side.nonzero()[:, 0]) for side in (~held, held))
@@ -286,29 +282,27 @@ def _check_path(name: str) -> Path:
 
 def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedData:
     """Take the labels of data sets of one's own, and see that both splits fit together."""
-    splits = [DatasetImages(dataset) for dataset in (train, test) if dataset is not None]
-    if len(splits[0]) < 2:
-        raise ValueError(f"a data set needs at least two images, got {len(splits[0])}; add some")
-    first, *others = [(split.channels, split.dtype) for split in splits]
-    if others and others[0] != first:
+    if len(train) < 2 or (test is not None and len(test) == 0):
         raise ValueError(
-            f"training images have {first[0]} channels of {first[1]}, test images {others[0][0]} "
-            f"of {others[0][1]}; return them alike"
+            f"training needs at least two images, and a test split one, got {len(train)}"
         )
-    listed = [Listed(split, split.labels()) for split in splits]
-    labels = listed[0].labels
-    count = 0 if labels is None else int(labels.max()) + 1
-    classes: tuple[str, ...] = ()
-    if count < 2:  # There is nothing to tell apart.
-        listed = [Listed(split, None) for split in splits]
-    else:
-        classes = splits[0].classes(count)
-        if others and (found := listed[1].labels) is not None and int(found.max()) >= len(classes):
-            raise ValueError(
-                f"a test label is {int(found.max())}, and the training split has {len(classes)} "
-                "classes; number them alike"
-            )
-    return ListedData(listed[0], listed[1] if others else None, classes)
+    sources = [DatasetImages.of(dataset) for dataset in (train, test) if dataset is not None]
+    forms = [f"{source.channels} channels of {source.dtype}" for source in sources]
+    if len(set(forms)) > 1:
+        raise ValueError(
+            f"training images have {forms[0]}, test images {forms[1]}; return both alike"
+        )
+    listed = [Listed(source, source.labels()) for source in sources]
+    highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
+    classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
+    if not classes:  # A single one leaves nothing to tell apart.
+        listed = [Listed(source, None) for source in sources]
+    elif highest[-1] >= len(classes):
+        raise ValueError(
+            f"a test label is {highest[-1]}, and the training split has {len(classes)} classes; "
+            "number them alike"
+        )
+    return ListedData(listed[0], listed[1] if test is not None else None, classes)
 
 
 def _streams(stream: str, title: str, needed: int) -> bool:

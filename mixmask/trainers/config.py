@@ -32,6 +32,7 @@ class RunConfig:
     arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
     image_size: int = option(224, "height and width of the views in pixels", low=1)
+    channels: int = option(3, "channels of the images; taken from the data", low=1)
     grid_size: int = option(8, "mask cells per side")
     ratio: Ratio = option(  # noqa: RUF009
         0.5, "share of an image's own pixels; two numbers for a range"

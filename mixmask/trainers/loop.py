@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -85,6 +85,7 @@ def pretrain(
             before are saved.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
     """
+    config = replace(config, channels=images.shape[1])
     run = Run.build(config, images, out)
     main = run.accelerator.is_main_process
     if resume:
