@@ -89,7 +89,10 @@ class Files:
             if not (self.archive or self.root).exists():
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
-            raise UnreadableError(str(error)) from error
+            # Of TIFF files, Pillow reads those with up to four bands.
+            fix = door(self.root / f"*{self[number].suffix}")
+            text = f"{self[number]} is no readable image ({error})"
+            raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
 
 Source = Files | DatasetImages

@@ -7,10 +7,9 @@ import io
 import os
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +22,9 @@ from mixmask._checks import check_choice
 from mixmask.data.clothing import clothing64
 from mixmask.data.datasets import DatasetImages, MapDataset, call_function, door, is_function
 from mixmask.data.folders import Files, Listed, ListedData, Source, list_folder
-from mixmask.data.images import Picture, UnreadableError, is_deep, read_deep, take_square
-from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, available_cores, free_bytes
-from mixmask.data.stored import Images, StoredImages, read_one
+from mixmask.data.images import UnreadableError, is_deep, read_deep
+from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, free_bytes
+from mixmask.data.stored import Images, StoredImages
 
 __all__ = ["Images", "StoredImages"]
 
@@ -205,8 +204,9 @@ def load_data(
         stream: "always" leaves images where they are, "never" keeps them in memory.
 
     Raises:
-        ValueError: If there is no such data, nothing in it can be read, it does not fit into
-            memory with "never", or is already there with "always".
+        ValueError: If there is no such data, it does not fit into memory with "never", or is
+            already there with "always".
+        OSError: If nothing in it can be read.
     """
     check_choice("--stream", stream, STREAM)
     if not isinstance(name, str):
@@ -297,10 +297,10 @@ def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedD
     classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
     if not classes:  # A single one leaves nothing to tell apart.
         listed = [Listed(source, None) for source in sources]
-    elif highest[-1] >= len(classes):
+    elif max(highest) >= len(classes):
         raise ValueError(
-            f"a test label is {highest[-1]}, and the training split has {len(classes)} classes; "
-            "number them alike"
+            f"a label is {max(highest)}, and the training split has {len(classes)} classes; number "
+            "them from 0, and in both splits alike"
         )
     return ListedData(listed[0], listed[1] if test is not None else None, classes)
 
@@ -340,17 +340,15 @@ def _look(title: str, source: Source) -> float:
     """
     sides: list[int] = []
     reached: list[float] = []
-
-    def look(image: Picture) -> None:
-        if isinstance(image, Tensor):
-            sides.append(min(image.shape[1:]))
-            return
-        sides.append(min(image.size))
-        if is_deep(image):
-            reached.append(read_deep(image).max().item())
-
     for number in _spread(len(source)).tolist():
-        read_one(source, number, look)  # What cannot be read is named when all images are.
+        # What cannot be read is named when all images are.
+        with suppress(UnreadableError), source.open(number) as image:
+            if isinstance(image, Tensor):
+                sides.append(min(image.shape[1:]))
+                continue
+            sides.append(min(image.size))
+            if is_deep(image):
+                reached.append(read_deep(image).max().item())
     if reached and max(reached) < _DIM:
         raise ValueError(
             f"the greyscale images of {title} reach {max(reached):.2%} of their format's range, of "
@@ -371,32 +369,11 @@ def _leave_split(listed: Listed, size: int) -> Split:
 
 def _read_split(listed: Listed, size: int) -> Split:
     """Read all images into memory, without those that cannot be read."""
-    source = listed.files
-    images = torch.empty(len(source), source.channels, size, size, dtype=source.dtype)
-    kept: list[int] = []
-    reason = ""
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for number, image in enumerate(_lazily(pool, source, size)):
-            if isinstance(image, Tensor):
-                images[len(kept)] = image
-                kept.append(number)
-            elif not reason:
-                reason = f"the first is {source.name(number)} ({image})"
-    if not kept:
-        fix = door(Path("*.tif")) if ".tif" in reason else "check whether they are complete"
-        raise ValueError(f"none of {len(source)} images can be read, {reason}; {fix}")
-    if len(kept) < len(source):
-        skipped = len(source) - len(kept)
-        warnings.warn(f"skipped {skipped} unreadable images, {reason}", stacklevel=2)
-    labels = None if listed.labels is None else listed.labels[kept]
-    names = tuple(map(source.name, kept)) if isinstance(source, Files) else ()
-    return Split(images[: len(kept)], labels, names)
-
-
-def _lazily(
-    pool: ThreadPoolExecutor, source: Source, size: int
-) -> Iterator[Tensor | UnreadableError]:
-    """Read squares in threads, a few ahead, so that not all wait in memory; or say why not."""
-    numbers = iter(range(len(source)))
-    while chunk := list(islice(numbers, 256)):
-        yield from pool.map(lambda n: read_one(source, n, lambda x: take_square(x, size)), chunk)
+    stored = StoredImages(listed.files, size)
+    names = Split(stored).files
+    split = Split(stored[:], listed.labels, names)
+    stored.warn_rest()
+    if not stored.unreadable:
+        return split
+    kept = [number for number in range(len(stored)) if number not in stored.unreadable]
+    return split.subset(torch.tensor(kept))

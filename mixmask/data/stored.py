@@ -17,6 +17,8 @@ from mixmask.data.resources import available_cores
 
 # How many files in a row may be unreadable before the whole folder is taken to be.
 _TRIES = 100
+# How many squares may wait in memory.
+_AHEAD = 256
 
 _Content = TypeVar("_Content")
 
@@ -31,11 +33,12 @@ class StoredImages:
     Attributes:
         source: Where they are.
         size: Height and width of the squares, in pixels.
+        unreadable: Numbers of the files that could not be read so far.
     """
 
     source: Source
     size: int
-    _unreadable: set[int] = field(default_factory=set, repr=False)
+    unreadable: set[int] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -53,12 +56,14 @@ class StoredImages:
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Read the images of an index, as a tensor would take it: (..., C, size, size)."""
         numbers = torch.arange(len(self))[index]
-        squares = torch.empty(numbers.numel(), *self.shape[1:], dtype=self.dtype)
+        flat = numbers.flatten().tolist()
+        squares = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
         with ThreadPoolExecutor(min(16, available_cores())) as pool:
-            read = pool.map(self._read, numbers.flatten().tolist())
-            for place, (square, unreadable) in enumerate(read):
-                squares[place] = square
-                self.note(unreadable)
+            for first in range(0, len(flat), _AHEAD):
+                read = pool.map(self._read, flat[first : first + _AHEAD])
+                for place, (square, unreadable) in enumerate(read, first):
+                    squares[place] = square
+                    self.note(unreadable)
         return squares.view(*numbers.shape, *squares.shape[1:])
 
     def _read(self, number: int) -> tuple[Tensor, dict[int, str]]:
@@ -69,40 +74,28 @@ class StoredImages:
         return StoredImages(self.source.subset(index.tolist()), self.size)
 
     def note(self, unreadable: Mapping[int, str]) -> None:
-        """Warn of files that others stand in for: the first by its name, ten, a hundred ..."""
+        """Warn of files that cannot be read: of the first with the reason, ten, a hundred ..."""
         for number, reason in unreadable.items():
-            if number in self._unreadable:
+            if number in self.unreadable:
                 continue
-            self._unreadable.add(number)
-            count = len(self._unreadable)
+            self.unreadable.add(number)
+            count = len(self.unreadable)
             if count == 1:
-                name = self.source.name(number)
-                text = f"{name} is no readable image ({reason}); another stands in for it"
-                warnings.warn(text, stacklevel=2)
+                fate = "another stands in for it, or it is left out"
+                warnings.warn(f"{reason}; {fate}", stacklevel=2)
             elif str(count).strip("0") == "1":
                 self._warn_count()
 
     def warn_rest(self) -> None:
         """Say how many files could not be read so far, if there was more than one."""
-        if len(self._unreadable) > 1:
+        if len(self.unreadable) > 1:
             self._warn_count()
 
     def _warn_count(self) -> None:
-        warnings.warn(f"{len(self._unreadable)} unreadable images so far", stacklevel=3)
+        warnings.warn(f"{len(self.unreadable)} unreadable images so far", stacklevel=3)
 
 
 Images = Tensor | StoredImages
-
-
-def read_one(
-    source: Source, number: int, read: Callable[[Picture], _Content]
-) -> _Content | UnreadableError:
-    """Read an image, or return why it cannot be read."""
-    try:
-        with source.open(number) as image:
-            return read(image)
-    except UnreadableError as error:
-        return error
 
 
 def read_any(
@@ -123,13 +116,13 @@ def read_any(
     """
     tried: dict[int, str] = {}
     while len(tried) < min(_TRIES, len(source)):
-        content = read_one(source, number, read)
-        if not isinstance(content, UnreadableError):
-            return content, tried
-        tried[number] = str(content)
-        number = (number + 1) % len(source)
-    first, reason = next(iter(tried.items()))
+        try:
+            with source.open(number) as image:
+                return read(image), tried
+        except UnreadableError as error:  # noqa: PERF203  # Reading takes longer.
+            tried[number] = str(error)
+            number = (number + 1) % len(source)
     raise OSError(
-        f"{len(tried)} images in a row cannot be read, the first of them {source.name(first)} "
-        f"({reason}); check whether the data set is complete"
+        f"{len(tried)} images in a row cannot be read: {next(iter(tried.values()))}; check whether "
+        "the data set is complete"
     )

@@ -165,24 +165,15 @@ class RandomView(nn.Module):
     def draw(
         self, n: int, height: int, width: int, *, generator: torch.Generator | None = None
     ) -> ViewParameters:
-        """Draw the parameters of n views of images (C, height, width).
-
-        Args:
-            n: Number of views.
-            height: Of the images, in pixels.
-            width: Of the images, in pixels.
-            generator: A CPU generator. Default: torch's global one.
-        """
+        """Draw the parameters of n views of images (C, height, width), by a CPU generator."""
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device="cpu")
 
         whole = torch.tensor([0, 0, width, height]).float().expand(n, 4)
-        boxes = (
-            random_boxes(n, height, width, self.min_scale, generator=generator)
-            if self.crop
-            else whole
-        )
+        boxes = whole
+        if self.crop:
+            boxes = random_boxes(n, height, width, self.min_scale, generator=generator)
         strengths = torch.tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]
         middle = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
         low = (middle - strengths).clamp_min(0)
@@ -211,13 +202,9 @@ class RandomView(nn.Module):
         """Return a view of each image: (N, C, size, size) float32, channels last.
 
         Args:
-            images: (N, C, H, W), uint8 or float within [0, 1].
+            images: (N, C, H, W), uint8 or float within [0, 1]; `check_pixels` refuses others.
             parameters: What `draw` returned, to make the same views again. Default: drawn anew.
             generator: A CPU generator for the draws. Default: torch's global one.
-
-        Raises:
-            TypeError: As in `check_pixels`.
-            ValueError: As in `check_pixels`.
         """
         check_pixels(images)
         drawn = parameters or self.draw(len(images), *images.shape[-2:], generator=generator)

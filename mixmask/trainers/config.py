@@ -18,7 +18,11 @@ class RunConfig:
 
     method: str = option("moco-v2", "training method")
     mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
-    data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
+    data: str = option(
+        "clothing64",
+        "clothing64, cifar10, cifar100, stl10, a folder of images or a .zip of one, or "
+        "package.module:function",
+    )
     stream: str = option(
         "auto",
         "whether a folder's images stay on disk and are decoded in each epoch; auto: if they do "

@@ -260,7 +260,7 @@ def test_broken_files_are_named_counted_and_replaced_alike(folder: Path) -> None
 def test_folder_of_which_nothing_can_be_read(folder: Path, images: StoredImages) -> None:
     for file in folder.iterdir():
         file.write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"24 images in a row cannot be read, the first of them .*"):
+    with pytest.raises(OSError, match="24 images in a row cannot be read: "):
         read_all(images, 1)
 
 
