@@ -131,11 +131,22 @@ class _Tree:
         )
         return _Tree(self.path / top, self.archive, names, set(folders))
 
-    def tops(self) -> list[str]:
-        """Return the first folder on the way to each image; empty if an image has none."""
+    def labels(self) -> list[str]:
+        """Return the class of each image, the first folder on the way to it; empty if any has none.
+
+        Raises:
+            ValueError: If a class folder holds no images.
+        """
         if any("/" not in name for name in self.names):
             return []
-        return [name.partition("/")[0] for name in self.names]
+        labels = [name.partition("/")[0] for name in self.names]
+        empty = {name for name in self.folders if "/" not in name} - set(labels)
+        if labels and empty:
+            raise ValueError(
+                f"class folders without images in {self.path}: {_few(empty)}; fill or remove them, "
+                "or pass the folder that holds images alone"
+            )
+        return labels
 
 
 def list_folder(path: Path) -> ListedData:
@@ -153,41 +164,63 @@ def list_folder(path: Path) -> ListedData:
         ValueError: If there are fewer than two images, a class folder holds none, or the test
             split has classes that the training split has not.
     """
-    tree, skipped = _list_archive(path) if path.is_file() else _walk(path)
-    tree = _enter_single(tree)
-    tops = sorted({name.partition("/")[0] for name in tree.folders})
-    trains, tests = find_splits(tops)
+    tree = _list_tree(path)
+    # A folder in a folder and nothing beside it: the content of an archive, or `all/`.
+    while len(tops := {name.partition("/")[0] for name in [*tree.folders, *tree.names]}) == 1:
+        (top,) = tops
+        if top not in tree.folders:
+            break
+        tree = tree.below(top)
+    trains, tests = find_splits(tops & tree.folders)
     parts = [tree.below(top) for top in trains] or [tree]
-    names = [name for part in parts for name in part.names]
-    labelled = [_class_names(part) for part in parts]
-    _check_images(path, names, skipped)
-    if skipped:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(5))
-        warnings.warn(f"skipped what holds no images in {path}: {kinds}", stacklevel=2)
-    beside = set(tops) - {*trains, *tests}
-    if trains and beside:
+    if trains and (beside := (tops & tree.folders) - {*trains, *tests}):
         warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
 
+    labelled = [part.labels() for part in parts]
     labels = [label for part in labelled for label in part] if all(labelled) else []
     classes = tuple(sorted(set(labels)))
     if len(classes) == 1:  # There is nothing to tell apart.
         classes, labels = (), []
     if like := [name for name in classes if re.fullmatch(_LIKE_SPLITS, name, re.IGNORECASE)]:
-        warnings.warn(
-            f"classes of {path} look like splits: {_few(like)}; call them train and test (or val)",
-            stacklevel=2,
-        )
-    root = parts[0].path if len(parts) == 1 else tree.path
+        fix = "call them train and test (or val)"
+        warnings.warn(f"classes of {path} look like splits: {_few(like)}; {fix}", stacklevel=2)
+    root, names = parts[0].path, parts[0].names
     if len(parts) > 1:
+        root = tree.path
         names = [f"{part.path.name}/{name}" for part in parts for name in part.names]
+    if len(names) < 2:
+        found = f"one image, {names[0]}" if names else "no images"
+        raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
     train = Listed(Files.of(root, names, tree.archive), _to_labels(labels, classes))
-    found = [tree.below(top) for top in tests] if trains else []
-    return ListedData(train, _choose_test(found, classes), classes)
+    test = _choose_test([tree.below(top) for top in tests], classes) if trains else None
+    return ListedData(train, test, classes)
 
 
-def _walk(path: Path) -> tuple[_Tree, Counter[str]]:
-    """List what lies below a folder; a link back to a folder above ends there."""
-    tree, skipped = _Tree(path, None, [], set()), Counter[str]()
+def _list_tree(path: Path) -> _Tree:
+    """List what lies in a folder or an archive, and name what is no image."""
+    archive = path if path.is_file() else None
+    tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
+    for name, kind in _walk_archive(path) if archive else _walk(path):
+        end = os.path.splitext(name)[1].lower()  # noqa: PTH122  # A million Paths take time.
+        if kind == "folder":
+            tree.folders.add(name)
+        elif kind == "file" and end in image_suffixes():
+            tree.names.append(name)
+        else:  # To open a pipe would wait for ever.
+            skipped[(end or "without an ending") if kind == "file" else kind] += 1
+    tree.names.sort(key=lambda name: name.split("/"))
+    if not tree.names:
+        fixes = (door(path / f"*{end}") for end, _ in skipped.most_common())
+        fix = next(filter(None, fixes), "pass the folder above them")
+        raise ValueError(f"{path} holds no images that Pillow reads; {fix}")
+    if skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(5))
+        warnings.warn(f"skipped what holds no images in {path}: {kinds}", stacklevel=3)
+    return tree
+
+
+def _walk(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield names below a folder, and what they are; a link to a folder above ends there."""
     seen, waiting = set(), [""]
     while waiting:
         start = waiting.pop()
@@ -197,48 +230,38 @@ def _walk(path: Path) -> tuple[_Tree, Counter[str]]:
         seen.add((here.st_dev, here.st_ino))
         with os.scandir(path / start) as entries:
             for entry in entries:
-                name = start + entry.name
-                if entry.name.startswith(".") or entry.name in _RUBBISH:
+                if _is_rubbish(entry.name):
                     continue
                 if entry.is_dir():
-                    tree.folders.add(name)
-                    waiting.append(f"{name}/")
-                elif entry.is_file():
-                    _note(tree, name, skipped)
-                else:  # To open a pipe would wait for ever.
-                    skipped["pipes, devices or broken links"] += 1
-    tree.names.sort(key=lambda name: name.split("/"))
-    return tree, skipped
+                    waiting.append(f"{start}{entry.name}/")
+                    yield start + entry.name, "folder"
+                else:
+                    kind = "file" if entry.is_file() else "pipes, devices or broken links"
+                    yield start + entry.name, kind
 
 
-def _list_archive(path: Path) -> tuple[_Tree, Counter[str]]:
-    """List what lies in a .zip file."""
-    tree, skipped = _Tree(path, path, [], set()), Counter[str]()
+def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield names in a .zip file, and what they are."""
     try:
         entries = _open_archive(path, os.getpid()).infolist()
     except BadZipFile as error:
-        fix = door(path) or "pass a folder of images, or a .zip file of one"
+        fix = "pass a folder of images, or a .zip file of one"
         raise ValueError(f"{path} is no folder of images; {fix}") from error
     if any(entry.flag_bits & 1 for entry in entries):
         raise ValueError(f"{path} is encrypted; unpack it and pass the folder")
     for entry in entries:
         parts = entry.filename.rstrip("/").split("/")
-        if any(part.startswith(".") or part in _RUBBISH for part in parts):
+        if any(map(_is_rubbish, parts)):
             continue
-        depth = len(parts) + entry.is_dir()
-        tree.folders.update("/".join(parts[:i]) for i in range(1, depth))
+        # An archive need not list the folders that it has.
+        for depth in range(1, len(parts) + entry.is_dir()):
+            yield "/".join(parts[:depth]), "folder"
         if not entry.is_dir():
-            _note(tree, entry.filename, skipped)
-    tree.names.sort(key=lambda name: name.split("/"))
-    return tree, skipped
+            yield entry.filename, "file"
 
 
-def _note(tree: _Tree, name: str, skipped: Counter[str]) -> None:
-    end = os.path.splitext(name)[1].lower()  # noqa: PTH122  # A million Path objects take time.
-    if end in image_suffixes():
-        tree.names.append(name)
-    else:
-        skipped[end or "without an ending"] += 1
+def _is_rubbish(name: str) -> bool:
+    return name.startswith(".") or name in _RUBBISH
 
 
 @cache
@@ -253,40 +276,6 @@ def _read(path: Path, archive: Path | None) -> bytes:
     if archive is None:
         return path.read_bytes()
     return _open_archive(archive, os.getpid()).read(path.relative_to(archive).as_posix())
-
-
-def _enter_single(tree: _Tree) -> _Tree:
-    """Go down while there is but one folder and nothing beside it."""
-    while len(tops := {name.partition("/")[0] for name in [*tree.folders, *tree.names]}) == 1:
-        (top,) = tops
-        if top not in tree.folders:
-            break
-        tree = tree.below(top)
-    return tree
-
-
-def _class_names(tree: _Tree) -> list[str]:
-    """Return the class of each image; empty if they have none."""
-    tops = tree.tops()
-    empty = {name for name in tree.folders if "/" not in name} - set(tops)
-    if tops and empty:
-        raise ValueError(
-            f"class folders without images in {tree.path}: {_few(empty)}; fill or remove them, or "
-            "pass the folder that holds images alone"
-        )
-    return tops
-
-
-def _check_images(path: Path, names: Sequence[str], skipped: Counter[str]) -> None:
-    """Require two images, and tell how other kinds of files are passed."""
-    if not names:
-        fixes = (door(path / f"*{kind}") for kind, _ in skipped.most_common())
-        fix = next(filter(None, fixes), "pass the folder above them")
-        raise ValueError(f"{path} holds no images that Pillow reads; {fix}")
-    if len(names) == 1:
-        raise ValueError(
-            f"{path} holds one image, {names[0]}; training needs at least a batch of two"
-        )
 
 
 def _choose_test(parts: Sequence[_Tree], classes: tuple[str, ...]) -> Listed | None:
@@ -311,11 +300,11 @@ def _list_test(part: _Tree, classes: tuple[str, ...]) -> Listed:
     if not part.names:
         raise ValueError(f"{part.path} holds no images; fill or remove it")
     files = Files.of(part.path, part.names, part.archive)
-    labels = (_read_annotations(part) if classes else None) or _class_names(part)
+    labels = (_read_annotations(part) if classes else None) or part.labels()
     # A single folder within the folder is no class.
-    if not labels or (len(set(labels)) == 1 and labels[0] not in classes):
+    if not classes or not labels or (len(set(labels)) == 1 and labels[0] not in classes):
         return Listed(files, None)
-    if classes and (unknown := set(labels) - set(classes)):
+    if unknown := set(labels) - set(classes):
         raise ValueError(
             f"{part.path} has classes that the training split has not: {_few(unknown)}; name the "
             "class folders alike"
