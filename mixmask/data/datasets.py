@@ -70,13 +70,11 @@ def is_function(name: str) -> bool:
     return re.fullmatch(r"\w+(\.\w+)*:\w+", name) is not None and not Path(name).exists()
 
 
-def call_function(name: str) -> tuple[MapDataset, MapDataset | None]:
-    """Import and call what returns a training data set and, in a tuple or mapping, a test one.
-
-    Modules are looked for in the current folder, too.
+def call_function(name: str) -> Any:
+    """Import and call package.module:function; modules of the current folder are found, too.
 
     Raises:
-        ValueError: If there is no such function, or it returns something else.
+        ValueError: If there is no such function.
     """
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # For good: workers import it, too.
@@ -85,15 +83,26 @@ def call_function(name: str) -> tuple[MapDataset, MapDataset | None]:
         load = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"--data {name} cannot be imported: {error}") from error
-    made = load()
-    if isinstance(made, Mapping):  # As Hugging Face's DatasetDict.
+    return load()
+
+
+def take_splits(made: Any) -> tuple[MapDataset, MapDataset | None]:
+    """Return the training and the test data set out of what a function returned.
+
+    Args:
+        made: A data set, a tuple of both, or a mapping, as Hugging Face's DatasetDict is.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if isinstance(made, Mapping):
         trains, tests = find_splits(made)
         made = tuple(made[key] for key in [*trains[:1], *tests[:1]])
     parts = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 2 or not all(hasattr(part, "__getitem__") for part in parts):
         raise ValueError(
-            f"--data {name} must return a data set with __len__ and __getitem__, or a training and "
-            f"a test one, got {type(made).__name__}"
+            "data must be a data set with __len__ and __getitem__, or a training and a test one, "
+            f"got {type(made).__name__} of {len(parts)}"
         )
     return parts[0], parts[1] if len(parts) == 2 else None
 
@@ -217,7 +226,7 @@ def _to_tensor(item: Any, number: int) -> Tensor:
             f"image {number} must be a tensor (C, H, W), an array (H, W) or (H, W, C), or a PIL "
             f"image, got {type(image).__name__}{shape}; convert it in __getitem__"
         )
-    check_pixels(image[None])
+    check_pixels(image[None], f"image {number}")
     return image.float() if image.is_floating_point() else image
 
 

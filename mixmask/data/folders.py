@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class Files:
         try:
             with open_image(_read(self[number], self.archive)) as image:
                 yield image
-        except (UnreadableError, OSError) as error:
+        except (UnreadableError, OSError, EOFError, BadZipFile, zlib.error) as error:
             if not (self.archive or self.root).exists():
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
@@ -173,7 +174,7 @@ def list_folder(path: Path) -> ListedData:
         tree = tree.below(top)
     trains, tests = find_splits(tops & tree.folders)
     parts = [tree.below(top) for top in trains] or [tree]
-    if trains and (beside := (tops & tree.folders) - {*trains, *tests}):
+    if trains and (beside := tops - {*trains, *tests}):
         warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
 
     labelled = [part.labels() for part in parts]

@@ -7,7 +7,7 @@ import io
 import os
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,14 @@ from torch import Tensor
 
 from mixmask._checks import check_choice
 from mixmask.data.clothing import clothing64
-from mixmask.data.datasets import DatasetImages, MapDataset, call_function, door, is_function
+from mixmask.data.datasets import (
+    DatasetImages,
+    MapDataset,
+    call_function,
+    door,
+    is_function,
+    take_splits,
+)
 from mixmask.data.folders import Files, Listed, ListedData, Source, list_folder
 from mixmask.data.images import UnreadableError, is_deep, read_deep
 from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, free_bytes
@@ -180,7 +187,7 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
 
 
 def load_data(
-    name: str | MapDataset | tuple[MapDataset, MapDataset],
+    name: str | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset],
     image_size: int,
     root: Path | None = None,
     *,
@@ -210,8 +217,7 @@ def load_data(
     """
     check_choice("--stream", stream, STREAM)
     if not isinstance(name, str):
-        title, parts = "the data set", name if isinstance(name, tuple) else (name,)
-        listed = _list_datasets(*parts)
+        title, listed = "the data set", _list_datasets(*take_splits(name))
     elif name == "clothing64" or name in _TORCHVISION:
         if stream == "always":
             raise ValueError(
@@ -221,7 +227,7 @@ def load_data(
         _warn_small(name, data.train.images.shape[-1], image_size)
         return data
     elif is_function(name):
-        title, listed = f"--data {name}", _list_datasets(*call_function(name))
+        title, listed = f"--data {name}", _list_datasets(*take_splits(call_function(name)))
     else:
         title, listed = name, list_folder(_check_path(name))
     train, test, classes = listed

@@ -126,7 +126,7 @@ class _Reader(Dataset[_Answer]):
                 crops, unreadable = read_any(self.source, number, crop)
                 answer.unreadable.update(unreadable)
                 answer.crops[:, place] = crops.permute(0, 2, 3, 1)  # (crops, S, S, C)
-        except (OSError, ValueError) as error:  # From a worker it would come with its traceback.
+        except (OSError, TypeError, ValueError) as error:  # A worker's would come with a traceback.
             return answer._replace(error=str(error))
         return answer
 

@@ -27,7 +27,7 @@ _FEW = 13
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def check_pixels(images: Tensor) -> None:
+def check_pixels(images: Tensor, name: str = "images") -> None:
     """Require images (N, C, H, W), uint8 or float within [0, 1].
 
     The range of floats is looked at, which on a GPU waits for it; uint8 needs no look.
@@ -38,27 +38,27 @@ def check_pixels(images: Tensor) -> None:
     """
     if not isinstance(images, Tensor):
         raise TypeError(
-            f"images must be a tensor (N, C, H, W), got {type(images).__name__}; use torch.stack "
+            f"{name} must be a tensor (N, C, H, W), got {type(images).__name__}; use torch.stack "
             "for a list of tensors, torch.from_numpy for an array"
         )
     if images.ndim != 4 or images.shape[3] <= _FEW < images.shape[1]:
         fixes = {3: "add the batch's axis with images[None]", 4: "use images.permute(0, 3, 1, 2)"}
         raise ValueError(
-            f"images must be (N, C, H, W), got {tuple(images.shape)}; "
+            f"{name} must be (N, C, H, W), got {tuple(images.shape)}; "
             f"{fixes.get(images.ndim, 'pass a batch of images')}"
         )
     if images.dtype == torch.uint8:
         return
     if not images.is_floating_point():
         raise TypeError(
-            f"images must be uint8 or float within 0 ... 1, got {images.dtype}; divide them by "
+            f"{name} must be uint8 or float within 0 ... 1, got {images.dtype}; divide them by "
             "their format's largest value, 65535 for 16 bits, or convert 0 ... 255 with .byte()"
         )
     low, high = (bound.item() for bound in images.aminmax()) if images.numel() else (0, 0)
     if not (low >= 0 and high <= 1):  # NaN is neither.
         raise ValueError(
-            f"float images must lie within 0 ... 1, got {low:.4g} ... {high:.4g}; divide them by "
-            "their format's largest value, 255 for 8 bits, and leave normalisation to the views"
+            f"floats of {name} must lie within 0 ... 1, got {low:.4g} ... {high:.4g}; divide them "
+            "by their format's largest value, 255 for 8 bits, and leave normalisation to the views"
         )
 
 
@@ -133,7 +133,7 @@ class RandomView(nn.Module):
         hue: Strength of the jitter in hue, at most 0.5.
         grey: Probability of a grey view.
         blur: Probability of a Gaussian blur with a deviation of 0.1 to 2 pixels.
-        crop: Whether to crop; without, images are crops already, (N, 3, size, size).
+        crop: Whether to crop; without, images are crops already, (N, C, size, size).
 
     Source:
         Chen et al., "MoCo v2", section 3, after SimCLR.

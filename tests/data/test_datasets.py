@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
-from mixmask.data.datasets import DatasetImages, call_function
+from mixmask.data.datasets import DatasetImages, call_function, take_splits
 from mixmask.data.sets import Split, StoredImages, load_data
 from mixmask.data.stream import Draw, read_batches
 from mixmask.data.views import RandomView
@@ -156,7 +156,7 @@ def test_grey_and_coloured_pil_images_are_all_coloured() -> None:
             [torch.zeros(3, 8, 8), torch.zeros(4, 8, 8)],
             r"image 0 has 3 channels .* others have 4",
         ),
-        ([torch.zeros(224, 224, 3)] * 2, r"got \(1, 224, 224, 3\); use images.permute\(0, 3, 1"),
+        ([torch.zeros(224, 224, 3)] * 2, r"got \(1, 224, 224, 3\); use images.permute"),
         ([torch.full((3, 8, 8), 255.0)] * 2, "must lie within 0 ... 1, got 255 ... 255; divide"),
         ([np.zeros((8, 8), np.uint16)] * 2, r"got torch.uint16; divide them by .*65535 for 16"),
         ([torch.zeros(2, 3, 8, 8)] * 2, r"image 0 must be a tensor \(C, H, W\).* of shape \(2, 3"),
@@ -168,6 +168,21 @@ def test_grey_and_coloured_pil_images_are_all_coloured() -> None:
 def test_items_that_are_refused(items: list[Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         load_data(items, 7)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_what_is_refused_while_streaming_takes_one_line(workers: int) -> None:
+    items = [torch.zeros(3, 8, 8)] * 9
+    images = load_data(items, 7, stream="always").train.images
+    items[7] = torch.zeros(3, 8, 8).long()
+    draws = [Draw(torch.tensor([7]), 1, 0)]
+    assert isinstance(images, StoredImages)
+    reading = read_batches(
+        images, draws, size=8, min_scale=0.3, workers=workers, device=torch.device("cpu")
+    )
+    with closing(reading), pytest.raises(OSError, match=r"^image 7 must be uint8 or .*int64"):
+        next(reading)
 
 
 def test_splits_that_do_not_fit_together() -> None:
@@ -201,9 +216,17 @@ def test_a_function_from_the_current_folder(module: Callable[[str], None]) -> No
     )
     data = load_data("mydata:images", 8)
     assert (data.train.images.shape, data.test) == ((3, 1, 9, 9), None)
-    assert [len(part) for part in call_function("mydata:both") if part is not None] == [3, 2]
-    assert [len(part) for part in call_function("mydata:named") if part is not None] == [3, 1]
-    with pytest.raises(ValueError, match=r"must return a data set .*, got NoneType"):
+    assert [
+        len(part) for part in take_splits(call_function("mydata:both")) if part is not None
+    ] == [3, 2]
+    assert [
+        len(part) for part in take_splits(call_function("mydata:named")) if part is not None
+    ] == [3, 1]
+    splits = {"train": list(constants([1, 2])), "validation": list(constants([3]))}
+    validation = load_data(splits, 7).test
+    assert validation is not None
+    assert first_pixels(validation.images).tolist() == [3]
+    with pytest.raises(ValueError, match=r"data must be a data set .*, got NoneType"):
         load_data("mydata:nothing", 8)
     with pytest.raises(ValueError, match=r"--data mydata:none cannot be imported: .*'none'"):
         load_data("mydata:none", 8)

@@ -249,6 +249,19 @@ def test_workers_open_an_archive_for_themselves(tmp_path: Path) -> None:
             assert batch[:, 0, 0, 0].tolist() == [0, 9, 18]
 
 
+def test_damaged_files_in_an_archive_are_left_out(tmp_path: Path) -> None:
+    write_data(tmp_path / "whole")
+    shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "whole")
+    whole = (tmp_path / "data.zip").read_bytes()
+    with ZipFile(tmp_path / "data.zip") as archive:
+        start = archive.getinfo("train/b/2.png").header_offset
+    body = start + 30 + len("train/b/2.png")
+    (tmp_path / "data.zip").write_bytes(whole[:body] + b"x" * 20 + whole[body + 20 :])
+    with pytest.warns(UserWarning, match=r"data.zip/train/b/2.png is no readable image \(.*; ano"):
+        data = load_data(str(tmp_path / "data.zip"), 14)
+    assert data.train.files == ("a/1.png", "b/1.png")
+
+
 def test_archives_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"x.zip is no folder of images; pass a folder of images"):
