@@ -219,7 +219,8 @@ def _to_tensor(item: Any, number: int) -> Tensor:
         grey = image.mode in ("1", "L", "LA")
         image = np.array(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
     if isinstance(image, np.ndarray) and image.ndim in (2, 3):
-        image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)  # (C, H, W)
+        # A copy: torch takes neither read-only arrays nor flipped ones.
+        image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)  # CHW
     if not isinstance(image, Tensor) or image.ndim != 3:
         shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
         raise TypeError(

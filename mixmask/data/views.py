@@ -21,7 +21,7 @@ _SIGMA = (0.1, 2.0)
 # Crops are torchvision's: the first of this many tries that lies inside the image.
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
-# Rows of more pixels than this are no channels: images with channels last are refused.
+# More channels than this beside a side of fewer pixels: the axes are in another order.
 _FEW = 13
 # Luma of RGB, by which grey views, contrast and saturation go.
 _LUMA = (0.299, 0.587, 0.114)
@@ -41,8 +41,11 @@ def check_pixels(images: Tensor, name: str = "images") -> None:
             f"{name} must be a tensor (N, C, H, W), got {type(images).__name__}; use torch.stack "
             "for a list of tensors, torch.from_numpy for an array"
         )
-    if images.ndim != 4 or images.shape[3] <= _FEW < images.shape[1]:
-        fixes = {3: "add the batch's axis with images[None]", 4: "use images.permute(0, 3, 1, 2)"}
+    if images.ndim != 4 or min(images.shape[2:]) <= _FEW < images.shape[1]:
+        fixes = {
+            3: "add the batch's axis with images[None]",
+            4: "bring channels to their place, for instance with images.permute(0, 3, 1, 2)",
+        }
         raise ValueError(
             f"{name} must be (N, C, H, W), got {tuple(images.shape)}; "
             f"{fixes.get(images.ndim, 'pass a batch of images')}"

@@ -239,7 +239,7 @@ def test_floats_within_0_and_1_are_taken_as_they_are() -> None:
         (
             torch.zeros(2, 32, 32, 3),
             ValueError,
-            r"\(2, 32, 32, 3\); use images.permute\(0, 3",
+            r"\(2, 32, 32, 3\); bring channels to their place",
         ),
         (torch.zeros(3, 8, 8), ValueError, r"got \(3, 8, 8\); add the batch's axis with images"),
         (torch.zeros(8), ValueError, r"got \(8,\); pass a batch of images"),
