@@ -35,8 +35,8 @@ def build_backbone(arch: str, *, small_stem: bool = False, channels: int = 3) ->
     if small_stem:
         if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
             raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        width = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-        backbone.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        out = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        backbone.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
     # Some families widen their features after the pooling, but report the width before it.
     width = getattr(backbone, "head_hidden_size", None)
