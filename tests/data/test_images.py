@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import tiny_images
 from torch import Tensor
 
 from mixmask.data.images import (
@@ -114,6 +115,23 @@ def test_images_lie_as_their_exif_orientation_says(orientation: int, tmp_path: P
             generator = torch.Generator().manual_seed(1)
             crops.append(take_crops(image, 3, 8, min_scale=0.2, generator=generator))
     assert torch.equal(*crops)
+
+
+def test_a_large_jpeg_that_lies_on_its_side_is_decoded_smaller(tmp_path: Path) -> None:
+    photograph = Image.fromarray(tiny_images(1)[0].permute(1, 2, 0).numpy())
+    seen = photograph.resize((700, 1001), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    seen.save(tmp_path / "seen.jpg", quality=95)
+    taken = []
+    for name in ("x.jpg", "seen.jpg"):
+        with open_image(tmp_path / name) as image:
+            generator = torch.Generator().manual_seed(1)
+            taken.append(take_crops(image, 3, 32, min_scale=0.3, generator=generator).float())
+            assert max(image.size) < 600  # Decoded at a half or less.
+    assert (taken[0] - taken[1]).abs().mean() < 1
+    assert taken[0].std() > 20
 
 
 def test_every_kind_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
