@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from mixmask.data.folders import Files, list_folder
-from mixmask.data.sets import FolderImages
+from mixmask.data.sets import StoredImages
 from mixmask.data.stream import Draw, Stream
 from mixmask.data.views import MEAN, STD, RandomView
 
@@ -70,7 +70,7 @@ def measure(name: str, paths: Files, size: int, batch_size: int, options: Any) -
     def crops() -> Stream:
         draws = [Draw(part, 2, i) for i, part in enumerate(order.split(batch_size))]
         return Stream(
-            FolderImages(paths, size),
+            StoredImages(paths, size),
             draws,
             size=size,
             min_scale=_SCALE,
@@ -154,8 +154,9 @@ def main() -> None:
                     ZipFile(path).extractall(scratch)
                 folder = f"{scratch}/clothing64"
             found = list_folder(Path(folder)).train.files
+            assert isinstance(found, Files)
             step = max(1, len(found) // count)
-            chosen = found[::step][:count]
+            chosen = found.subset(range(len(found))[::step][:count])
             cases += measure(Path(folder).name, chosen, int(size), batch_size, options)
     report("loader", cases, options)
 

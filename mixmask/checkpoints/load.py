@@ -105,7 +105,8 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         )
     if small_stem is None:
         small_stem = bool(config.get("small_stem", arch not in SLIM and is_small_stem(match.state)))
-    backbone = build_backbone(arch, small_stem=small_stem)
+    channels = int(config.get("channels", 3))
+    backbone = build_backbone(arch, small_stem=small_stem, channels=channels)
     taken = _fill(file, backbone, match, arch)
     if match.stem_padding != 1 and small_stem:
         backbone.conv1.padding = (match.stem_padding,) * 2  # type: ignore[union-attr]

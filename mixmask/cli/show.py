@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from einops import rearrange
+from torch import Tensor
 
 from mixmask._checks import Ratio
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
-from mixmask.data.sets import load_data, read_square
+from mixmask.data.images import UnreadableError, open_image, take_square
+from mixmask.data.sets import load_data
 from mixmask.figures.masks import figure_masks
 from mixmask.figures.style import save_figure
 from mixmask.runs.folder import check_files
@@ -23,19 +24,23 @@ def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, see
         raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
     check_files(out)
     if images:
-        read = []
-        for path in images:
-            image = read_square(path, 224)
-            if image is None:
-                raise ValueError(f"{path} is no readable image; pass a JPEG or PNG file")
-            read.append(rearrange(torch.from_numpy(image), "h w c -> c h w"))
-        pictures = torch.stack(read)  # (N, 3, 224, 224) uint8
+        pictures = torch.stack([_read(path) for path in images])
     else:
-        pictures = load_data("clothing64", 64).train.images[[2520, 1100]]
+        pictures = load_data("clothing64", 64).train.images[torch.tensor([2520, 1100])]
     generator = torch.Generator().manual_seed(seed)
     figure = figure_masks(pictures, grid_sizes=grid_sizes, ratio=ratio, generator=generator)
     save_figure(figure, out)
     say(f"drew {out}")
+
+
+def _read(path: Path) -> Tensor:
+    """Read a square of 224 px."""
+    try:
+        with open_image(path) as image:
+            return take_square(image, 224)
+    except UnreadableError as error:
+        fix = "pass a JPEG or PNG file"
+        raise ValueError(f"{path} is no readable image ({error}); {fix}") from error
 
 
 def add_show(parser: argparse.ArgumentParser) -> None:

@@ -1,35 +1,46 @@
-"""Folders of images: which files there are, their splits and their classes; nothing is decoded."""
+"""Folders and archives of images: their files, splits and classes; nothing is decoded."""
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# Where a test split is looked for; the first with labels counts.
-_TEST_FOLDERS = ("test", "val", "val.X")
+from mixmask.data.datasets import DatasetImages, door, find_splits
+from mixmask.data.images import UnreadableError, image_suffixes, open_image
+
+_LIKE_SPLITS = r"(train|test|val|valid|validation|dev|holdout)([-_. ]?(ing|set|data|split|\d+))?"
 _ANNOTATIONS = "val_annotations.txt"
+# What archives of macOS and some file servers add; names with a dot are hidden anyhow.
+_RUBBISH = ("__MACOSX", "@eaDir")
 
 
 @dataclass(frozen=True, eq=False)
-class Files(Sequence[Path]):
-    """Paths below a folder, kept as one block of bytes.
+class Files:
+    """Image files below a folder, their names kept as one block of bytes.
 
     A list of a million strings would be copied into each worker process, page by page, as their
     reference counts change.
 
     Attributes:
-        root: The folder.
-        names: All names relative to it, one after the other.
-        ends: (N + 1,) int64, where the names end; the first entry is 0.
+        root: The folder, which may lie in an archive.
+        names: (N,) bytes, relative to it.
+        archive: The .zip file that holds the folder, if one does.
 
     Example:
         >>> files = Files.of(Path("photos"), ["cat/1.jpg", "dog/2.jpg"])
@@ -38,46 +49,64 @@ class Files(Sequence[Path]):
     """
 
     root: Path
-    names: bytes
-    ends: npt.NDArray[np.int64]
+    names: npt.NDArray[np.bytes_]
+    archive: Path | None = None
+
+    # Files are read as RGB of 8 bits, whatever they hold.
+    channels = 3
+    dtype = torch.uint8
 
     @classmethod
-    def of(cls, root: Path, names: Iterable[str]) -> Files:
+    def of(cls, root: Path, names: Iterable[str], archive: Path | None = None) -> Files:
         """Pack names relative to a folder."""
-        packed = [os.fsencode(name) for name in names]
-        ends = np.cumsum([0, *map(len, packed)], dtype=np.int64)
-        return cls(root, b"".join(packed), ends)
+        return cls(root, np.array([os.fsencode(name) for name in names], np.bytes_), archive)
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> Files: ...
-    def __getitem__(self, index: int | slice) -> Path | Files:
-        if isinstance(index, slice):
-            return Files.of(self.root, (self.name(i) for i in range(*index.indices(len(self)))))
+    def __getitem__(self, index: int) -> Path:
         return self.root / self.name(index)
 
-    def sample(self, count: int) -> Files:
-        """Return about so many of them, evenly spread, or all if they are fewer."""
-        return self[:: max(1, len(self) // count)]
-
-    def name(self, index: int) -> str:
+    def name(self, number: int) -> str:
         """Return a file's name relative to the root."""
-        place = range(len(self))[index]
-        return os.fsdecode(self.names[self.ends[place] : self.ends[place + 1]])
+        return os.fsdecode(self.names[number])
+
+    def subset(self, numbers: Iterable[int]) -> Files:
+        """Return some of the files."""
+        return replace(self, names=self.names[list(numbers)])
+
+    @contextmanager
+    def open(self, number: int) -> Iterator[Image.Image]:
+        """Open an image.
+
+        Raises:
+            UnreadableError: As in `open_image`.
+            FileNotFoundError: If the whole folder is gone.
+        """
+        try:
+            with open_image(_read(self[number], self.archive)) as image:
+                yield image
+        except (UnreadableError, OSError, EOFError, BadZipFile, zlib.error) as error:
+            if not (self.archive or self.root).exists():
+                text = f"the folder of images, {self.root}, is gone"
+                raise FileNotFoundError(text) from error
+            # Of TIFF files, Pillow reads those with up to four bands.
+            fix = door(self.root / f"*{self[number].suffix}")
+            text = f"{self[number]} is no readable image ({error})"
+            raise UnreadableError(f"{text}; {fix}" if fix else text) from error
+
+
+Source = Files | DatasetImages
 
 
 class Listed(NamedTuple):
-    """The files of a split and, where they are known, labels (N,) int64."""
+    """The images of a split and, where they are known, labels (N,) int64."""
 
-    files: Files
+    files: Source
     labels: Tensor | None
 
 
-class ListedFolder(NamedTuple):
+class ListedData(NamedTuple):
     """A training split, a test split where there is one, and the classes."""
 
     train: Listed
@@ -85,99 +114,178 @@ class ListedFolder(NamedTuple):
     classes: tuple[str, ...]
 
 
-def list_folder(path: Path) -> ListedFolder:
-    """List a folder's images, in the order of their names.
+@dataclass(frozen=True)
+class _Tree:
+    """Images and folders below a folder, by their names relative to it, with slashes."""
 
-    These layouts are known: images at any depth, which then have no labels; one folder a class;
-    either of them within `train` and, for a test split, `test` or `val`; Tiny ImageNet's, whose
-    `val/val_annotations.txt` names the classes; and ImageNet-100's in parts, `train.X1`,
-    `train.X2` ... and `val.X`. Links to folders are followed; names that start with a dot are not
-    looked at.
+    path: Path
+    archive: Path | None
+    names: list[str]
+    folders: set[str]
+
+    def below(self, top: str) -> _Tree:
+        """Return what lies below one of the folders."""
+        start = f"{top}/"
+        names, folders = (
+            [name[len(start) :] for name in found if name.startswith(start)]
+            for found in (self.names, self.folders)
+        )
+        return _Tree(self.path / top, self.archive, names, set(folders))
+
+    def labels(self) -> list[str]:
+        """Return the class of each image, the first folder on the way to it; empty if any has none.
+
+        Raises:
+            ValueError: If a class folder holds no images.
+        """
+        if any("/" not in name for name in self.names):
+            return []
+        labels = [name.partition("/")[0] for name in self.names]
+        empty = {name for name in self.folders if "/" not in name} - set(labels)
+        if labels and empty:
+            raise ValueError(
+                f"class folders without images in {self.path}: {_few(empty)}; fill or remove them, "
+                "or pass the folder that holds images alone"
+            )
+        return labels
+
+
+def list_folder(path: Path) -> ListedData:
+    """List the images of a folder or of a .zip file of one, in the order of their names.
+
+    These layouts are known: images at any depth, which then have no labels; one folder per class;
+    either of them within `train` (or `training`) and, for a test split, `test`, `testing`, `val`,
+    `valid`, `validation` or `dev`, in any case; Tiny ImageNet's, whose `val/val_annotations.txt`
+    names the classes; and ImageNet-100's in parts, `train.X1`, `train.X2` ... and `val.X`. A
+    single folder around all images is no class. Links to folders are followed; names that start
+    with a dot are not looked at. Files of other kinds, and folders beside the splits, are named
+    in a warning.
 
     Raises:
         ValueError: If there are fewer than two images, a class folder holds none, or the test
             split has classes that the training split has not.
     """
-    parts = [part for part in (path / "train",) if part.is_dir()]
-    parts = parts or sorted(part for part in path.glob("train.X*") if part.is_dir())
-    tests = [path / name for name in _TEST_FOLDERS if (path / name).is_dir()] if parts else []
-    listed = [_list_part(part) for part in parts or [path]]
-    classes = tuple(sorted({top for part in listed for top in part.classes}))
-    if any(part.flat for part in listed):
-        classes = ()
-    root = parts[0] if len(parts) == 1 else path
-    names = [f"{part.below(root)}{name}" for part in listed for name in part.names]
-    if not names:
-        raise ValueError(
-            f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}); pass the folder above them"
-        )
-    if len(names) == 1:
-        raise ValueError(
-            f"{path} holds one image, {names[0]}; training needs at least a batch of two"
-        )
-    labels = [top for part in listed for top in part.tops()] if classes else []
-    train = Listed(Files.of(root, names), _to_labels(labels, classes))
-    return ListedFolder(train, _choose_test(tests, classes), classes)
+    tree = _list_tree(path)
+    # A folder in a folder and nothing beside it: the content of an archive, or `all/`.
+    while len(tops := {name.partition("/")[0] for name in [*tree.folders, *tree.names]}) == 1:
+        (top,) = tops
+        if top not in tree.folders:
+            break
+        tree = tree.below(top)
+    trains, tests = find_splits(tops & tree.folders)
+    parts = [tree.below(top) for top in trains] or [tree]
+    if trains and (beside := tops - {*trains, *tests}):
+        warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
+
+    labelled = [part.labels() for part in parts]
+    labels = [label for part in labelled for label in part] if all(labelled) else []
+    classes = tuple(sorted(set(labels)))
+    if len(classes) == 1:  # There is nothing to tell apart.
+        classes, labels = (), []
+    if like := [name for name in classes if re.fullmatch(_LIKE_SPLITS, name, re.IGNORECASE)]:
+        fix = "call them train and test (or val)"
+        warnings.warn(f"classes of {path} look like splits: {_few(like)}; {fix}", stacklevel=2)
+    root, names = parts[0].path, parts[0].names
+    if len(parts) > 1:
+        root = tree.path
+        names = [f"{part.path.name}/{name}" for part in parts for name in part.names]
+    if len(names) < 2:
+        found = f"one image, {names[0]}" if names else "no images"
+        raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
+    train = Listed(Files.of(root, names, tree.archive), _to_labels(labels, classes))
+    test = _choose_test([tree.below(top) for top in tests], classes) if trains else None
+    return ListedData(train, test, classes)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A folder's images, by names relative to it, and the class folders among its folders."""
-
-    path: Path
-    names: list[str]
-    classes: tuple[str, ...]
-    flat: bool
-
-    def below(self, root: Path) -> str:
-        """Return the way from a root to this folder, with a slash at its end."""
-        return "" if self.path == root else f"{self.path.relative_to(root).as_posix()}/"
-
-    def tops(self) -> Iterator[str]:
-        """Return the first folder on the way to each image."""
-        return (name.partition("/")[0] for name in self.names)
-
-
-def _list_part(path: Path) -> _Part:
-    names = sorted(_walk(path), key=lambda name: name.split("/"))
-    flat = any("/" not in name for name in names)
-    if flat or not names:
-        return _Part(path, names, (), flat=flat)
-    classes = tuple(dict.fromkeys(name.partition("/")[0] for name in names))
-    folders = (f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if empty := sorted(set(folders) - set(classes)):
-        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
-        raise ValueError(
-            f"class folders without images in {path}: {shown}; fill or remove them, or pass the "
-            "folder that holds images alone"
-        )
-    return _Part(path, names, classes, flat=False)
+def _list_tree(path: Path) -> _Tree:
+    """List what lies in a folder or an archive, and name what is no image."""
+    archive = path if path.is_file() else None
+    tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
+    for name, kind in _walk_archive(path) if archive else _walk(path):
+        end = os.path.splitext(name)[1].lower()  # noqa: PTH122  # A million Paths take time.
+        if kind == "folder":
+            tree.folders.add(name)
+        elif kind == "file" and end in image_suffixes():
+            tree.names.append(name)
+        else:  # To open a pipe would wait for ever.
+            skipped[(end or "without an ending") if kind == "file" else kind] += 1
+    tree.names.sort(key=lambda name: name.split("/"))
+    if not tree.names:
+        fixes = (door(path / f"*{end}") for end, _ in skipped.most_common())
+        fix = next(filter(None, fixes), "pass the folder above them")
+        raise ValueError(f"{path} holds no images that Pillow reads; {fix}")
+    if skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(5))
+        warnings.warn(f"skipped what holds no images in {path}: {kinds}", stacklevel=3)
+    return tree
 
 
-def _walk(path: Path) -> Iterator[str]:
-    """Yield names of images relative to a folder; a link back to a folder above ends there."""
-    seen = set()
-    for folder, below, files in os.walk(path, followlinks=True):
-        here = os.stat(folder)  # noqa: PTH116  # A million Path objects take their time.
+def _walk(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield names below a folder, and what they are; a link to a folder above ends there."""
+    seen, waiting = set(), [""]
+    while waiting:
+        start = waiting.pop()
+        here = (path / start).stat()
         if (here.st_dev, here.st_ino) in seen:
-            below.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        below[:] = [name for name in below if not name.startswith(".")]
-        start = os.path.relpath(folder, path).replace(os.sep, "/") + "/"
-        start = "" if start == "./" else start
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield start + name
+        with os.scandir(path / start) as entries:
+            for entry in entries:
+                if _is_rubbish(entry.name):
+                    continue
+                if entry.is_dir():
+                    waiting.append(f"{start}{entry.name}/")
+                    yield start + entry.name, "folder"
+                else:
+                    kind = "file" if entry.is_file() else "pipes, devices or broken links"
+                    yield start + entry.name, kind
 
 
-def _choose_test(folders: list[Path], classes: tuple[str, ...]) -> Listed | None:
+def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield names in a .zip file, and what they are."""
+    try:
+        entries = _open_archive(path, os.getpid()).infolist()
+    except BadZipFile as error:
+        fix = "pass a folder of images, or a .zip file of one"
+        raise ValueError(f"{path} is no folder of images; {fix}") from error
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise ValueError(f"{path} is encrypted; unpack it and pass the folder")
+    for entry in entries:
+        parts = entry.filename.rstrip("/").split("/")
+        if any(map(_is_rubbish, parts)):
+            continue
+        # An archive need not list the folders that it has.
+        for depth in range(1, len(parts) + entry.is_dir()):
+            yield "/".join(parts[:depth]), "folder"
+        if not entry.is_dir():
+            yield entry.filename, "file"
+
+
+def _is_rubbish(name: str) -> bool:
+    return name.startswith(".") or name in _RUBBISH
+
+
+@cache
+def _open_archive(path: Path, process: int) -> ZipFile:
+    """Open an archive, once per process: its place in the file is not shared."""
+    del process
+    return ZipFile(path)
+
+
+def _read(path: Path, archive: Path | None) -> bytes:
+    """Read a file from a folder, or from an archive."""
+    if archive is None:
+        return path.read_bytes()
+    return _open_archive(archive, os.getpid()).read(path.relative_to(archive).as_posix())
+
+
+def _choose_test(parts: Sequence[_Tree], classes: tuple[str, ...]) -> Listed | None:
     """Return the first split with labels, or the first one if none has."""
     unlabelled: list[Listed] = []
     refused: ValueError | None = None
-    for folder in folders:
+    for part in parts:
         try:
-            listed = _list_test(folder, classes)
+            listed = _list_test(part, classes)
         except ValueError as error:
             refused = refused or error
             continue
@@ -189,40 +297,46 @@ def _choose_test(folders: list[Path], classes: tuple[str, ...]) -> Listed | None
     return unlabelled[0] if unlabelled else None
 
 
-def _list_test(folder: Path, classes: tuple[str, ...]) -> Listed:
-    part = _list_part(folder)
+def _list_test(part: _Tree, classes: tuple[str, ...]) -> Listed:
     if not part.names:
-        raise ValueError(f"{folder} holds no images; fill or remove it")
-    files = Files.of(folder, part.names)
-    tops = list(part.tops())
-    annotations = folder / _ANNOTATIONS
-    if classes and annotations.is_file():
-        tops = _read_annotations(annotations, part.names)
-    elif not classes or part.flat or (len(part.classes) == 1 and part.classes[0] not in classes):
-        return Listed(files, None)  # A folder within the folder is no class.
-    if unknown := sorted(set(tops) - set(classes)):
+        raise ValueError(f"{part.path} holds no images; fill or remove it")
+    files = Files.of(part.path, part.names, part.archive)
+    labels = (_read_annotations(part) if classes else None) or part.labels()
+    # A single folder within the folder is no class.
+    if not classes or not labels or (len(set(labels)) == 1 and labels[0] not in classes):
+        return Listed(files, None)
+    if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{folder} has classes that the training split has not: {', '.join(unknown[:3])}"
-            f"{' ...' if len(unknown) > 3 else ''}; name the class folders alike"
+            f"{part.path} has classes that the training split has not: {_few(unknown)}; name the "
+            "class folders alike"
         )
-    return Listed(files, _to_labels(tops, classes))
+    return Listed(files, _to_labels(labels, classes))
 
 
-def _read_annotations(annotations: Path, names: list[str]) -> list[str]:
-    """Read Tiny ImageNet's table: a file's name, its class, and four numbers, with tabs."""
-    rows = (line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines())
-    labels = {row[0]: row[1] for row in rows if len(row) > 1}
-    missing = [name for name in names if name.rpartition("/")[2] not in labels]
-    if missing:
-        raise ValueError(
-            f"{annotations} names no class for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}; unpack the data set anew"
-        )
-    return [labels[name.rpartition("/")[2]] for name in names]
+def _read_annotations(part: _Tree) -> list[str] | None:
+    """Read Tiny ImageNet's table, if there is one: a file's name, its class, and numbers."""
+    table = part.path / _ANNOTATIONS
+    try:
+        rows = _read(table, part.archive).decode().splitlines()
+    except (FileNotFoundError, KeyError):
+        return None
+    labels = dict(row.split("\t")[:2] for row in rows if "\t" in row)
+    found = [labels.get(name.rpartition("/")[2], "") for name in part.names]
+    if missing := [name for name, label in zip(part.names, found, strict=True) if not label]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(f"{table} names no class for {missing[0]}{more}; unpack the data set anew")
+    return found
 
 
-def _to_labels(tops: list[str], classes: tuple[str, ...]) -> Tensor | None:
+def _to_labels(names: Sequence[str], classes: tuple[str, ...]) -> Tensor | None:
     if not classes:
         return None
     numbers = {name: number for number, name in enumerate(classes)}
-    return torch.tensor([numbers[top] for top in tops])
+    return torch.tensor([numbers[name] for name in names])
+
+
+def _few(names: Iterable[str]) -> str:
+    """Join the first three names."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more

@@ -1,42 +1,64 @@
-"""Data sets: uint8 tensors in memory, or folders whose files are read on demand."""
+"""Data sets by name, folder or function: images in memory, or stored ones, and their labels."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from mixmask._checks import check_choice
 from mixmask.data.clothing import clothing64
-from mixmask.data.folders import Files, Listed, list_folder
-from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, available_cores, free_bytes
+from mixmask.data.datasets import (
+    DatasetImages,
+    MapDataset,
+    call_function,
+    door,
+    is_function,
+    take_splits,
+)
+from mixmask.data.folders import Files, Listed, ListedData, Source, list_folder
+from mixmask.data.images import UnreadableError, is_deep, read_deep
+from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, free_bytes
+from mixmask.data.stored import Images, StoredImages
 
-_Content = TypeVar("_Content")
+__all__ = ["Images", "StoredImages"]
+
 STREAM = ("auto", "always", "never")
-# How many files in a row may be unreadable before the whole folder is taken to be.
-_TRIES = 100
-# What Pillow raises for files that hold no image, half an image, or too large a one.
-UNREADABLE = (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError)
+# Images that tell how large a data set's images are, and how bright.
+_LOOKED = 16
+# 16-bit images that reach less than this share of their range would keep few of 256 grey levels.
+_DIM = 1 / 8
+
+# torchvision's class, and what selects its training and its test split. STL-10: pretraining on
+# its 105,000 training and unlabelled images, as its authors mean it.
+_TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "cifar10": ("CIFAR10", ({"train": True}, {"train": False})),
+    "cifar100": ("CIFAR100", ({"train": True}, {"train": False})),
+    "stl10": ("STL10", ({"split": "train+unlabeled"}, {"split": "test"})),
+}
+# Data sets with a recipe that must be downloaded by hand.
+_UNPACKED = ("tiny-imagenet", "imagenette", "imagenet100", "imagenet")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, H, W) uint8 and, where they are known, labels (N,) int64.
+    """Images (N, C, H, W) and, where they are known, labels (N,) int64.
 
     Attributes:
-        images: In memory, or on disk.
-        labels: None where they are not known.
+        images: uint8, or float32 within [0, 1]; in memory or stored.
+        labels: None where they are not known, -1 for an image without one.
         names: Of images in memory that were read from files, relative to the split's folder.
     """
 
@@ -47,142 +69,174 @@ class Split:
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the files, relative to the split's folder: class/name.jpg."""
-        if isinstance(self.images, FolderImages):
-            return tuple(self.images.files.name(i) for i in range(len(self.images)))
+        if isinstance(self.images, StoredImages) and isinstance(self.images.source, Files):
+            return tuple(map(self.images.source.name, range(len(self.images))))
         return self.names
+
+    def subset(self, index: Tensor) -> Split:
+        """Return some of the images, by their indices (n,)."""
+        images = self.images
+        images = images[index] if isinstance(images, Tensor) else images.subset(index)
+        names = tuple(self.names[i] for i in index.tolist()) if self.names else ()
+        return Split(images, None if self.labels is None else self.labels[index], names)
+
+
+class Fingerprint(NamedTuple):
+    """What tells one data set from another: two that differ here are not the same.
+
+    Attributes:
+        train: Number of training images.
+        test: Number of test images.
+        classes: Names of the classes.
+        sum: Checksum of the files' names or, where they have none, of some images.
+    """
+
+    train: int
+    test: int
+    classes: tuple[str, ...]
+    sum: str
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training split and, where there is one, a labelled test split."""
+    """A training split and, where there is one, a test split."""
 
     train: Split
     test: Split | None
     classes: tuple[str, ...]
 
     @property
+    def channels(self) -> int:
+        """Channels of all images, for which a backbone is built."""
+        return self.train.images.shape[1]
+
+    @property
     def labelled(self) -> bool:
         """Whether accuracy can be measured: labels on both splits."""
         return self.test is not None and None not in (self.train.labels, self.test.labels)
 
-    def labelled_splits(self) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
-        """Return the labelled images (N, 3, H, W) of both splits with their labels (N,).
+    @property
+    def streamed(self) -> bool:
+        """Whether the images stay where they are stored."""
+        return isinstance(self.train.images, StoredImages)
 
-        STL-10's unlabelled images are left out.
+    def labelled_splits(self) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
+        """Return the labelled images (N, C, H, W) of both splits with their labels (N,).
+
+        Images without a label, as most of STL-10's, are left out.
         """
         assert self.test is not None
         assert self.test.labels is not None
         assert self.train.labels is not None
-        train = self.train.images, self.train.labels
-        known = self.train.labels >= 0
+        train, known = self.train, self.train.labels >= 0
         if not known.all():  # Selecting copies, which is slow for a large data set.
-            train = self.train.images[known], self.train.labels[known]
-        return train, (self.test.images, self.test.labels)
+            train = train.subset(known.nonzero()[:, 0])
+        assert train.labels is not None
+        return (train.images, train.labels), (self.test.images, self.test.labels)
 
-    @property
-    def streamed(self) -> bool:
-        """Whether the images stay on disk."""
-        return isinstance(self.train.images, FolderImages)
+    def fingerprint(self) -> Fingerprint:
+        """Return what later tells whether a name still means the same data."""
+        digest = hashlib.blake2b(digest_size=8)
+        splits = [split for split in (self.train, self.test) if split]
+        for split in splits:
+            for name in split.files:
+                digest.update(os.fsencode(f"{name}\n"))
+            if not split.files:
+                looked = split.images[_spread(len(split.images))]
+                digest.update(looked.cpu().contiguous().numpy().tobytes())
+        train, test = (len(split.images) if split else 0 for split in (self.train, self.test))
+        return Fingerprint(train, test, self.classes, digest.hexdigest())
 
 
-@dataclass(frozen=True, eq=False)
-class FolderImages(Sequence[Tensor]):
-    """Images on disk, read as squares when they are indexed.
+def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
+    """Set a share of each class's training images aside as the test split.
 
-    Where a file cannot be read, the next one that can stands in for it, so that images and labels
-    keep their places; the first such file is named in a warning, later ones are counted.
+    Args:
+        data: Labelled, without a test split.
+        share: Of each class, 0 ... 1; at least one image, and at least one is left.
+        seed: Of the choice.
 
-    Attributes:
-        files: Where they are.
-        size: Height and width of the squares, in pixels.
+    Raises:
+        ValueError: If there are no labels, a test split is there already, a class has but one
+            image, or the share is out of its range.
+
+    Example:
+        >>> train = Split(torch.zeros(8, 3, 4, 4), torch.arange(8) % 2)
+        >>> data = hold_out(ImageData(train, None, ("cat", "dog")), 0.25)
+        >>> data.test.labels.tolist()
+        [0, 1]
     """
-
-    files: Files
-    size: int
-    _unreadable: set[int] = field(default_factory=set, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of all squares, (N, 3, size, size)."""
-        return torch.Size((len(self), 3, self.size, self.size))
-
-    def __getitem__(self, index: Any) -> Any:
-        """Read the images of an index, as a tensor would take it: (..., 3, size, size) uint8."""
-        numbers = torch.arange(len(self))[index]
-        squares = torch.empty(numbers.numel(), 3, self.size, self.size, dtype=torch.uint8)
-        with ThreadPoolExecutor(min(16, available_cores())) as pool:
-            read = pool.map(self._read, numbers.flatten().tolist())
-            for place, (square, unreadable) in enumerate(read):
-                squares[place] = torch.from_numpy(square).permute(2, 0, 1)
-                self.note(unreadable)
-        return squares.view(*numbers.shape, *squares.shape[1:])
-
-    def _read(self, number: int) -> tuple[np.ndarray[Any, Any], list[int]]:
-        return read_any(self.files, number, lambda file: read_square(file, self.size))
-
-    def subset(self, index: Tensor) -> FolderImages:
-        """Return some of the images, by their indices (n,), still on disk."""
-        names = (self.files.name(i) for i in index.tolist())
-        return FolderImages(Files.of(self.files.root, names), self.size)
-
-    def note(self, unreadable: Iterable[int]) -> None:
-        """Warn of files that others stand in for: the first by its name, ten, a hundred ..."""
-        for number in unreadable:
-            if number in self._unreadable:
-                continue
-            self._unreadable.add(number)
-            count = len(self._unreadable)
-            if count == 1:
-                text = f"{self.files[number]} is no readable image; another stands in for it"
-                warnings.warn(text, stacklevel=2)
-            elif str(count).strip("0") == "1":
-                self._warn_count()
-
-    def warn_rest(self) -> None:
-        """Say how many files could not be read so far, if there was more than one."""
-        if len(self._unreadable) > 1:
-            self._warn_count()
-
-    def _warn_count(self) -> None:
-        text = f"{len(self._unreadable)} unreadable images in {self.files.root} so far"
-        warnings.warn(text, stacklevel=3)
-
-
-Images = Tensor | FolderImages
+    labels = data.train.labels
+    if labels is None:
+        raise ValueError("images can be held out by their classes, got no labels; leave it out")
+    if data.test is not None:
+        raise ValueError("there is a test split, so that no images need be held out; leave it out")
+    if not 0 < share < 1:
+        raise ValueError(f"the share held out must lie between 0 and 1, got {share}; use 0.1")
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels[labels >= 0].unique().tolist():
+        index = (labels == label).nonzero()[:, 0]  # (n,)
+        if len(index) < 2:
+            name = data.classes[label]
+            raise ValueError(f"class {name} has one image, which cannot be shared out; add images")
+        count = min(max(1, round(share * len(index))), len(index) - 1)
+        held[index[torch.randperm(len(index), generator=generator)[:count]]] = True
+    train, test = (data.train.subset(side.nonzero()[:, 0]) for side in (~held, held))
+    return replace(data, train=train, test=test)
 
 
 def load_data(
-    name: str, image_size: int, root: Path | None = None, *, stream: str = "auto"
+    name: str | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset],
+    image_size: int,
+    root: Path | None = None,
+    *,
+    stream: str = "auto",
 ) -> ImageData:
-    """Load a data set by name, or a folder of images; see `list_folder` for its layouts.
+    """Load a data set by name, a folder or archive of images, or a data set of one's own.
 
-    A folder's images are cropped to their central squares and resized to 8/7 of `image_size`.
+    See `list_folder` for the layouts of folders, and `DatasetImages` for the items of data sets.
+    The images of both are cropped to their central squares and resized to 8/7 of `image_size`.
     They are kept in memory if they take at most 24 GiB and a quarter of what is free, of the
-    host and of the GPU; otherwise they stay on disk, as `FolderImages`.
+    host and of the GPU; otherwise they stay where they are, as `StoredImages`.
+
+    Files become RGB of 8 bits, upright as their EXIF orientation says. Greyscale images of 16 and
+    32 bits are divided by the range of their format, 65,535 for integers and 1 for floats.
 
     Args:
-        name: "clothing64", "cifar10", "cifar100", "stl10", or a path.
+        name: "clothing64", "cifar10", "cifar100", "stl10"; a path; "package.module:function",
+            which returns a data set or a training and a test one; or these themselves.
         image_size: Size of the views, in pixels.
         root: Where torchvision keeps its downloads. Default: ~/.cache/mixmask.
-        stream: "always" leaves the images of a folder on disk, "never" keeps them in memory.
+        stream: "always" leaves images where they are, "never" keeps them in memory.
 
     Raises:
-        ValueError: If there is no such data, nothing in it can be read, it does not fit into
-            memory with "never", or is no folder with "always".
+        ValueError: If there is no such data, it does not fit into memory with "never", or is
+            already there with "always".
+        OSError: If nothing in it can be read.
     """
     check_choice("--stream", stream, STREAM)
-    if name != "clothing64" and name not in _TORCHVISION:
-        return _load_folder(name, image_size, stream)
-    if stream == "always":
-        raise ValueError(
-            f"--stream always needs a folder of images, got --data {name}; leave it out"
-        )
-    data = _load_named(name, root)
-    _warn_small(name, data.train.images.shape[-1], image_size)
-    return data
+    if not isinstance(name, str):
+        title, listed = "the data set", _list_datasets(*take_splits(name))
+    elif name == "clothing64" or name in _TORCHVISION:
+        if stream == "always":
+            raise ValueError(
+                f"--stream always needs a folder of images, got --data {name}; leave it out"
+            )
+        data = _load_named(name, root)
+        _warn_small(name, data.train.images.shape[-1], image_size)
+        return data
+    elif is_function(name):
+        title, listed = f"--data {name}", _list_datasets(*take_splits(call_function(name)))
+    else:
+        title, listed = name, list_folder(_check_path(name))
+    train, test, classes = listed
+    _warn_small(title, _look(title, train.files), image_size)
+    size = round(image_size * 8 / 7)
+    count = len(train.files) + (len(test.files) if test else 0)
+    needed = count * train.files.channels * size * size * train.files.dtype.itemsize
+    read = _leave_split if _streams(stream, title, needed) else _read_split
+    return ImageData(read(train, size), read(test, size) if test else None, classes)
 
 
 def _load_named(name: str, root: Path | None) -> ImageData:
@@ -193,7 +247,14 @@ def _load_named(name: str, root: Path | None) -> ImageData:
             Split(_decode(test), torch.tensor(test_labels)),
             tuple(classes),
         )
-    return _TORCHVISION[name](root or Path.home() / ".cache" / "mixmask")
+    import torchvision
+
+    dataset, splits = _TORCHVISION[name]
+    folder = root or Path.home() / ".cache" / "mixmask"
+    train, test = (
+        getattr(torchvision.datasets, dataset)(folder, download=True, **split) for split in splits
+    )
+    return ImageData(_from_arrays(train), _from_arrays(test), tuple(train.classes))
 
 
 def _decode(files: Iterable[bytes]) -> Tensor:
@@ -201,82 +262,66 @@ def _decode(files: Iterable[bytes]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _cifar(dataset: str) -> Callable[[Path], ImageData]:
-    def load(root: Path) -> ImageData:
-        import torchvision
-
-        splits = []
-        for train in (True, False):
-            data: Any = getattr(torchvision.datasets, dataset)(root, train=train, download=True)
-            images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-            splits.append(Split(images, torch.tensor(data.targets)))
-        return ImageData(splits[0], splits[1], tuple(data.classes))
-
-    return load
+def _from_arrays(dataset: Any) -> Split:
+    """Take the arrays of one of torchvision's data sets, which name and shape them in two ways."""
+    images = torch.from_numpy(dataset.data)
+    if images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    return Split(images, torch.as_tensor(labels).long())
 
 
-def _stl10(root: Path) -> ImageData:
-    """STL-10: pretraining on its 105,000 training and unlabelled images, as its authors mean it."""
-    import torchvision
-
-    def split(name: str) -> Any:
-        return torchvision.datasets.STL10(root, split=name, download=True)
-
-    train, test = split("train+unlabeled"), split("test")
-    labels = torch.from_numpy(train.labels.astype(np.int64))
-    return ImageData(
-        Split(torch.from_numpy(train.data), labels),
-        Split(torch.from_numpy(test.data), torch.from_numpy(test.labels.astype(np.int64))),
-        tuple(train.classes),
+def _check_path(name: str) -> Path:
+    """Return the path of a folder or an archive."""
+    path = Path(name)
+    if path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file()):
+        return path
+    fix = f"unpack {name} and pass its folder, with --recipe {name}"
+    if name not in _UNPACKED:
+        fix = door(path) or "see `Your own data` in the trainers' README for other kinds"
+    known = ", ".join(["clothing64", *_TORCHVISION])
+    raise ValueError(
+        f"--data must be a folder or one of {known}, a .zip file of a folder, or "
+        f"package.module:function, got {name}; {fix}"
     )
 
 
-_TORCHVISION: dict[str, Callable[[Path], ImageData]] = {
-    "cifar10": _cifar("CIFAR10"),
-    "cifar100": _cifar("CIFAR100"),
-    "stl10": _stl10,
-}
-
-
-# Data sets with a recipe that must be downloaded by hand.
-_UNPACKED = ("tiny-imagenet", "imagenette", "imagenet100", "imagenet")
-
-
-def _load_folder(name: str, image_size: int, stream: str) -> ImageData:
-    path = Path(name)
-    if not path.is_dir():
-        known = ", ".join(["clothing64", *_TORCHVISION])
-        fix = f"; unpack {name} and pass its folder, with --recipe {name}"
+def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedData:
+    """Take the labels of data sets of one's own, and see that both splits fit together."""
+    if len(train) < 2 or (test is not None and len(test) == 0):
         raise ValueError(
-            f"--data must be a folder or one of {known}, got {name}"
-            + (fix if name in _UNPACKED else "")
+            f"training needs at least two images, and a test split one, got {len(train)}"
         )
-    train, test, classes = list_folder(path)
-    _warn_small(name, _median_side(train.files), image_size)
-    size = round(image_size * 8 / 7)
-    count = len(train.files) + (len(test.files) if test else 0)
-    read = _leave_split if _streams(stream, path, count * 3 * size * size) else _read_split
-    return ImageData(read(train, size), read(test, size) if test else None, classes)
+    sources = [DatasetImages.of(dataset) for dataset in (train, test) if dataset is not None]
+    forms = [f"{source.channels} channels of {source.dtype}" for source in sources]
+    if len(set(forms)) > 1:
+        raise ValueError(
+            f"training images have {forms[0]}, test images {forms[1]}; return both alike"
+        )
+    listed = [Listed(source, source.labels()) for source in sources]
+    highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
+    classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
+    if not classes:  # A single one leaves nothing to tell apart.
+        listed = [Listed(source, None) for source in sources]
+    elif max(highest) >= len(classes):
+        raise ValueError(
+            f"a label is {max(highest)}, and the training split has {len(classes)} classes; number "
+            "them from 0, and in both splits alike"
+        )
+    return ListedData(listed[0], listed[1] if test is not None else None, classes)
 
 
-def _streams(stream: str, path: Path, needed: int) -> bool:
-    """Decide whether a folder's images stay on disk; all processes decide alike."""
+def _streams(stream: str, title: str, needed: int) -> bool:
+    """Decide whether images stay where they are stored; all processes decide alike."""
     free = free_bytes()
     if stream == "never" and needed > free:
         raise ValueError(
-            f"the images in {path} take {needed / 2**30:.3g} GiB in memory, and {free / 2**30:.3g} "
-            "GiB are free; leave out --stream never, or use a smaller --image-size"
+            f"the images of {title} take {needed / 2**30:.3g} GiB in memory, and "
+            f"{free / 2**30:.3g} GiB are free; leave out --stream never, or use a smaller "
+            "--image-size"
         )
     too_many = needed > min(MAX_BYTES, SHARE_OF_FREE * free)
-    return _agree(stream == "always" or (stream == "auto" and too_many))
-
-
-def _leave_split(listed: Listed, size: int) -> Split:
-    return Split(FolderImages(listed.files, size), listed.labels)
-
-
-def _agree(choice: bool) -> bool:
-    """Return the first process's choice, since all must hold the same images."""
+    choice = stream == "always" or (stream == "auto" and too_many)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return choice
     from accelerate.utils import broadcast_object_list
@@ -284,109 +329,57 @@ def _agree(choice: bool) -> bool:
     return bool(broadcast_object_list([choice])[0])
 
 
-def _warn_small(name: str, side: float, image_size: int) -> None:
+def _warn_small(title: str, side: float, image_size: int) -> None:
     """Warn where views are much larger than the images that they are taken from."""
     if image_size > 2 * side:
         warnings.warn(
-            f"the images of {name} are about {side:.0f} px, and views of {image_size} px enlarge "
+            f"the images of {title} are about {side:.0f} px, and views of {image_size} px enlarge "
             f"them; --image-size {side:.0f} is faster",
             stacklevel=3,
         )
 
 
-def _median_side(files: Files) -> float:
-    """Return the median of the shorter sides of a few images, in pixels; infinity for none."""
-    sides = [side for file in files.sample(16) if (side := _side(file))]
+def _look(title: str, source: Source) -> float:
+    """Return the median of the shorter sides of a few images, in pixels; infinity for none.
+
+    Files of 16 bits that hold but 12, say, are refused: their 4,096 grey levels would become 16.
+    """
+    sides: list[int] = []
+    reached: list[float] = []
+    for number in _spread(len(source)).tolist():
+        # What cannot be read is named when all images are.
+        with suppress(UnreadableError), source.open(number) as image:
+            if isinstance(image, Tensor):
+                sides.append(min(image.shape[1:]))
+                continue
+            sides.append(min(image.size))
+            if is_deep(image):
+                reached.append(read_deep(image).max().item())
+    if reached and max(reached) < _DIM:
+        raise ValueError(
+            f"the greyscale images of {title} reach {max(reached):.2%} of their format's range, of "
+            f"which 8 bits keep {round(255 * max(reached)) + 1} levels; divide them by their own "
+            "largest value in a function, --data package.module:function"
+        )
     return statistics.median(sides) if sides else float("inf")
 
 
-def _side(file: Path) -> int:
-    """Return an image's shorter side, without decoding it; 0 if it is none."""
-    try:
-        with Image.open(file) as image:
-            return min(image.size)
-    except UNREADABLE:
-        return 0
+def _spread(count: int) -> Tensor:
+    """Return the numbers of a few images, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, _LOOKED), dtype=torch.float64).long()
+
+
+def _leave_split(listed: Listed, size: int) -> Split:
+    return Split(StoredImages(listed.files, size), listed.labels)
 
 
 def _read_split(listed: Listed, size: int) -> Split:
-    files, root = listed.files, listed.files.root
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    kept: list[int] = []
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for number, image in enumerate(_lazily(pool, files, size)):
-            if image is not None:
-                images[len(kept)] = torch.from_numpy(image).permute(2, 0, 1)
-                kept.append(number)
-            elif len(kept) == number:
-                warnings.warn(f"skipped {files[number]}, which is no readable image", stacklevel=2)
-    if not kept:
-        raise ValueError(f"none of the {len(files)} images in {root} can be read")
-    if len(kept) < len(files):
-        skipped = len(files) - len(kept)
-        warnings.warn(f"skipped {skipped} unreadable images in {root}", stacklevel=2)
-    labels = None if listed.labels is None else listed.labels[kept]
-    return Split(images[: len(kept)], labels, tuple(listed.files.name(i) for i in kept))
-
-
-def _lazily(
-    pool: ThreadPoolExecutor, files: Files, size: int
-) -> Iterable[np.ndarray[Any, Any] | None]:
-    """Read images in threads, a few ahead, so that not all wait in memory."""
-    remaining = iter(files)
-    while chunk := list(islice(remaining, 256)):
-        yield from pool.map(lambda file: read_square(file, size), chunk)
-
-
-def read_any(
-    files: Files, number: int, read: Callable[[Path], _Content | None]
-) -> tuple[_Content, list[int]]:
-    """Read a file or, if it is unreadable, the next one that is not.
-
-    Args:
-        files: All files.
-        number: Which one to read.
-        read: Returns None for a file that cannot be read.
-
-    Returns:
-        What was read, and the numbers of the files that could not be.
-
-    Raises:
-        OSError: If the folder is gone, or a hundred files in a row are unreadable.
-    """
-    tried: list[int] = []
-    while len(tried) < min(_TRIES, len(files)):
-        content = read(files[number])
-        if content is not None:
-            return content, tried
-        if not files.root.is_dir():
-            raise FileNotFoundError(f"the folder of images, {files.root}, is gone")
-        tried.append(number)
-        number = (number + 1) % len(files)
-    raise OSError(
-        f"{len(tried)} images in a row cannot be read, the first of them {files[tried[0]]}; check "
-        "whether the data set is complete"
-    )
-
-
-def read_square(file: Path, size: int) -> np.ndarray[Any, Any] | None:
-    """Read an image, crop its central square and resize it: (size, size, 3) uint8, or None."""
-    try:
-        with Image.open(file) as opened:
-            # A JPEG of more than twice the size is decoded at a half, a quarter or an eighth.
-            opened.draft("RGB", (2 * size, 2 * size))
-            image = to_rgb(opened)
-    except UNREADABLE:
-        return None
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to RGB, dropping transparency, of a palette too."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    """Read all images into memory, without those that cannot be read."""
+    stored = StoredImages(listed.files, size)
+    names = Split(stored).files
+    split = Split(stored[:], listed.labels, names)
+    stored.warn_rest()
+    if not stored.unreadable:
+        return split
+    kept = [number for number in range(len(stored)) if number not in stored.unreadable]
+    return split.subset(torch.tensor(kept))

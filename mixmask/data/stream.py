@@ -1,24 +1,31 @@
-"""Batches: from tensors on the device, or from files that workers decode and crop."""
+"""Batches: from tensors on the device, or from stored images that workers read and crop."""
 
 from __future__ import annotations
 
 import atexit
+import signal
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from mixmask.data.crops import Answer, Reader, Request, start_worker
-from mixmask.data.sets import FolderImages, Images
+from mixmask._seeds import fold_seed
+from mixmask.data.folders import Source
+from mixmask.data.images import Picture, take_crops
+from mixmask.data.stored import Images, StoredImages, read_any
 
 # Images that a worker hands over at once: few enough for shared memory and a quick start, enough
 # that the transfer is cheap beside decoding.
 _PART = 32
+
+_Anything = TypeVar("_Anything")
 
 
 class Batches(Iterator[Tensor], Protocol):
@@ -51,52 +58,97 @@ def read_batches(
     workers: int,
     device: torch.device,
 ) -> Batches:
-    """Return what `RandomView` takes, (crops * N, 3, H, W) uint8 on the device, for each draw.
+    """Return what `RandomView` takes, (crops * N, C, H, W) on the device, for each draw.
 
     The first N images are the first view of each, and so on. A tensor's images are whole ones,
-    a folder's are crops of `size`; see `Stream`.
+    stored ones are random resized crops, which follow from the draws alone, whatever the number
+    of workers.
 
     Args:
-        images: A tensor on the device, or a folder.
+        images: A tensor on the device, or stored images.
         draws: What the steps take, in order.
-        size: Height and width of a folder's crops, in pixels.
-        min_scale: Smallest share of an image's area that a folder's crop takes.
-        workers: Processes that read a folder; 0 for none but a thread.
+        size: Height and width of the crops, in pixels.
+        min_scale: Smallest share of an image's area that a crop takes.
+        workers: Processes that read; 0 for none but a thread.
         device: Where the batches go.
     """
-    if isinstance(images, FolderImages):
+    if isinstance(images, StoredImages):
         return Stream(images, draws, size=size, min_scale=min_scale, workers=workers, device=device)
     return (images[draw.images].repeat(draw.crops, 1, 1, 1) for draw in draws)
 
 
-def part_bytes(size: int, crops: int) -> int:
-    """Return what a worker hands over at once: the crops of a few images.
+def part_bytes(images: StoredImages, size: int, crops: int) -> int:
+    """Return what a worker hands over at once: `crops` of size x size pixels of a few images."""
+    return _PART * crops * images.shape[1] * size * size * images.dtype.itemsize
 
-    Args:
-        size: Height and width of the crops, in pixels.
-        crops: How many of each image.
-    """
-    return _PART * crops * 3 * size * size
+
+class _Request(NamedTuple):
+    """A part of a draw: these images, from this place in a batch of `total` on."""
+
+    numbers: list[int]
+    first: int
+    total: int
+    crops: int
+    seed: int
+
+
+class _Answer(NamedTuple):
+    """Crops (crops, n, S, S, C), what others stand in for, and why reading cannot go on."""
+
+    request: _Request
+    crops: Tensor
+    unreadable: dict[int, str]
+    error: str
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[_Answer]):
+    """What a worker does: read images and crop them."""
+
+    source: Source
+    size: int
+    min_scale: float
+
+    def __getitem__(self, request: _Request) -> _Answer:
+        generator = torch.Generator()
+
+        def crop(image: Picture) -> Tensor:
+            return take_crops(
+                image, request.crops, self.size, min_scale=self.min_scale, generator=generator
+            )
+
+        shape = (request.crops, len(request.numbers), self.size, self.size, self.source.channels)
+        answer = _Answer(request, torch.empty(shape, dtype=self.source.dtype), {}, "")
+        try:
+            for place, number in enumerate(request.numbers):
+                # One seed per image: crops do not depend on how a batch is split into parts.
+                generator.manual_seed(fold_seed(request.seed, request.first + place))
+                crops, unreadable = read_any(self.source, number, crop)
+                answer.unreadable.update(unreadable)
+                answer.crops[:, place] = crops.permute(0, 2, 3, 1)  # (crops, S, S, C)
+        except (OSError, TypeError, ValueError) as error:  # A worker's would come with a traceback.
+            return answer._replace(error=str(error))
+        return answer
+
+
+def start_worker(number: int) -> None:
+    """Ignore Ctrl-C and SIGTERM: the training process finishes its step, then ends the workers."""
+    del number
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 class Stream(Iterator[Tensor]):
-    """Random resized crops of a folder's images, decoded by workers and copied one batch ahead.
+    """Crops of stored images, as `read_batches` returns them, one batch ahead.
 
-    Which crops are taken follows from the draws alone, whatever the number of workers. A thread
-    collects what the workers hand over and copies it to the device, beside the step that runs.
-
-    Args:
-        images: The folder.
-        draws: What the steps take, in order.
-        size: Height and width of the crops, in pixels.
-        min_scale: Smallest share of an image's area that a crop takes.
-        workers: Processes that read; 0 for none but that thread.
-        device: Where the batches go.
+    A thread collects what the workers hand over and copies it to the device, beside the step
+    that runs. Workers start with the first batch.
     """
 
     def __init__(
         self,
-        images: FolderImages,
+        images: StoredImages,
         draws: Iterable[Draw],
         *,
         size: int,
@@ -104,12 +156,10 @@ class Stream(Iterator[Tensor]):
         workers: int,
         device: torch.device,
     ) -> None:
-        """Start nothing yet: workers start with the first batch."""
-        self.images = images
-        self.device = device
-        self.workers = workers
-        self.loader = DataLoader(
-            Reader(images.files, size, min_scale),
+        """Start nothing yet."""
+        self.images, self.device, self.workers = images, device, workers
+        self.loader: DataLoader[_Answer] = DataLoader(
+            _Reader(images.source, size, min_scale),
             batch_size=None,
             sampler=_Parts(draws),
             num_workers=workers,
@@ -118,18 +168,15 @@ class Stream(Iterator[Tensor]):
             # Otherwise the loader draws from the global generator, in the middle of a step.
             generator=torch.Generator(),
         )
-        self.ready: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | BaseException] = (
-            SimpleQueue()
-        )
-        self.room = Semaphore()
-        self.closed = Event()
+        self.ready: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | BaseException]
+        self.ready, self.room, self.closed = SimpleQueue(), Semaphore(), Event()
         self.thread = Thread(target=self._read_ahead, name="read ahead", daemon=True)
 
     def __next__(self) -> Tensor:
-        """Return the next batch, (crops * N, 3, S, S) uint8, channels last.
+        """Return the next batch, (crops * N, C, S, S), channels last.
 
         Raises:
-            OSError: If the folder is gone or nothing in it can be read.
+            OSError: If the images are gone or none of them can be read.
             ChildProcessError: If a worker has died.
         """
         if self.closed.is_set():
@@ -183,27 +230,25 @@ class Stream(Iterator[Tensor]):
             self.ready.put(error)
 
     def _collect(self) -> Iterator[Tensor]:
-        """Join the parts of each batch: (crops * N, 3, S, S)."""
+        """Join the parts of each batch: (crops * N, C, S, S)."""
         batch = torch.empty(0)
-        for request, images, unreadable, error in self._answers():
+        for request, crops, unreadable, error in self._answers():
             if self.closed.is_set():
                 return
             if error:
                 raise OSError(error)
             self.images.note(unreadable)
             if request.first == 0:
-                crops, _, *pixels = images.shape
+                shape = (len(crops), request.total, *crops.shape[2:])  # (crops, N, S, S, C)
                 # A GPU copies from pinned memory beside its work.
-                batch = torch.empty(
-                    crops, request.total, *pixels,
-                    dtype=torch.uint8, pin_memory=self.device.type == "cuda",
-                )  # (crops, N, S, S, 3)  # fmt: skip
+                pinned = self.device.type == "cuda"
+                batch = torch.empty(shape, dtype=crops.dtype, pin_memory=pinned)
             end = request.first + len(request.numbers)
-            batch[:, request.first : end] = images
+            batch[:, request.first : end] = crops
             if end == request.total:
-                yield batch.flatten(0, 1).permute(0, 3, 1, 2)  # (crops * N, 3, S, S)
+                yield batch.flatten(0, 1).permute(0, 3, 1, 2)  # (crops * N, C, S, S)
 
-    def _answers(self) -> Iterator[Answer]:
+    def _answers(self) -> Iterator[_Answer]:
         """Return what the workers hand over, in order."""
         try:
             yield from self.loader
@@ -218,19 +263,19 @@ class Stream(Iterator[Tensor]):
             ) from None
 
 
-class _Parts(Sampler[Request]):
+@dataclass(frozen=True)
+class _Parts:
     """The parts of all draws, in order, drawn when a worker is to have the next one."""
 
-    def __init__(self, draws: Iterable[Draw]) -> None:
-        self.draws = draws
+    draws: Iterable[Draw]
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[_Request]:
         for draw in self.draws:
             numbers = draw.images.tolist()
             for first in range(0, len(numbers), _PART):
                 part = numbers[first : first + _PART]
-                yield Request(part, first, len(numbers), draw.crops, draw.seed)
+                yield _Request(part, first, len(numbers), draw.crops, draw.seed)
 
 
-def _identity(answer: Any) -> Any:
+def _identity(answer: _Anything) -> _Anything:
     return answer

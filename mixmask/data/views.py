@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Channel statistics of ImageNet, the usual ones whatever the photographs.
+# Channel statistics of ImageNet, the usual ones whatever the photographs; for other numbers of
+# channels, their means.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -20,27 +21,78 @@ _SIGMA = (0.1, 2.0)
 # Crops are torchvision's: the first of this many tries that lies inside the image.
 _TRIES = 10
 _ASPECTS = (3 / 4, 4 / 3)
+# More channels than this beside a side of fewer pixels: the axes are in another order.
+_FEW = 13
 # Luma of RGB, by which grey views, contrast and saturation go.
 _LUMA = (0.299, 0.587, 0.114)
 
 
+def check_pixels(images: Tensor, name: str = "images") -> None:
+    """Require images (N, C, H, W), uint8 or float within [0, 1].
+
+    The range of floats is looked at, which on a GPU waits for it; uint8 needs no look.
+
+    Raises:
+        TypeError: If they are no tensor, or one of another dtype.
+        ValueError: If they have another shape or range.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor (N, C, H, W), got {type(images).__name__}; use torch.stack "
+            "for a list of tensors, torch.from_numpy for an array"
+        )
+    if images.ndim != 4 or min(images.shape[2:]) <= _FEW < images.shape[1]:
+        fixes = {
+            3: "add the batch's axis with images[None]",
+            4: "bring channels to their place, for instance with images.permute(0, 3, 1, 2)",
+        }
+        raise ValueError(
+            f"{name} must be (N, C, H, W), got {tuple(images.shape)}; "
+            f"{fixes.get(images.ndim, 'pass a batch of images')}"
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{name} must be uint8 or float within 0 ... 1, got {images.dtype}; divide them by "
+            "their format's largest value, 65535 for 16 bits, or convert 0 ... 255 with .byte()"
+        )
+    low, high = (bound.item() for bound in images.aminmax()) if images.numel() else (0, 0)
+    if not (low >= 0 and high <= 1):  # NaN is neither.
+        raise ValueError(
+            f"floats of {name} must lie within 0 ... 1, got {low:.4g} ... {high:.4g}; divide them "
+            "by their format's largest value, 255 for 8 bits, and leave normalisation to the views"
+        )
+
+
 def normalize(images: Tensor) -> Tensor:
-    """Bring uint8 images (N, 3, H, W) to float32 with about zero mean and unit deviation.
+    """Bring images (N, C, H, W) to float32 with about zero mean and unit deviation.
+
+    Args:
+        images: uint8 or float within [0, 1]; see `check_pixels` for what is refused.
 
     Example:
         >>> normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).mean().item() < 0
         True
     """
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    check_pixels(images)
+    mean, std = _statistics(images)
+    x = images.float()
+    return ((x if images.is_floating_point() else x / 255) - mean) / std
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """Undo `normalize`, up to clamping: float (N, 3, H, W) within [0, 1]."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    """Undo `normalize`, up to clamping: float (N, C, H, W) within [0, 1]."""
+    mean, std = _statistics(images)
     return (images.float() * std + mean).clamp(0, 1)
+
+
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each channel, (C, 1, 1), on the images' device."""
+    mean, std = (torch.tensor(values) for values in (MEAN, STD))
+    if (channels := images.shape[1]) != 3:
+        mean, std = (values.mean().expand(channels) for values in (mean, std))
+    return _on(mean.view(-1, 1, 1), images), _on(std.view(-1, 1, 1), images)
 
 
 @dataclass(frozen=True)
@@ -74,6 +126,9 @@ class RandomView(nn.Module):
     made on the host: a seed gives the same parameters on every device. For two views of a
     batch, pass it twice in a row and split the result, which is cheaper than two calls.
 
+    Images without three channels (greyscale, several bands) keep brightness, contrast and blur;
+    saturation, hue and grey views have no meaning there and are left out.
+
     Args:
         size: Height and width of the views, in pixels.
         min_scale: Smallest share of the image's area that a crop takes; the largest is 1.
@@ -81,7 +136,7 @@ class RandomView(nn.Module):
         hue: Strength of the jitter in hue, at most 0.5.
         grey: Probability of a grey view.
         blur: Probability of a Gaussian blur with a deviation of 0.1 to 2 pixels.
-        crop: Whether to crop; without, images are crops already, (N, 3, size, size).
+        crop: Whether to crop; without, images are crops already, (N, C, size, size).
 
     Source:
         Chen et al., "MoCo v2", section 3, after SimCLR.
@@ -113,24 +168,15 @@ class RandomView(nn.Module):
     def draw(
         self, n: int, height: int, width: int, *, generator: torch.Generator | None = None
     ) -> ViewParameters:
-        """Draw the parameters of n views of images (3, height, width).
-
-        Args:
-            n: Number of views.
-            height: Of the images, in pixels.
-            width: Of the images, in pixels.
-            generator: A CPU generator. Default: torch's global one.
-        """
+        """Draw the parameters of n views of images (C, height, width), by a CPU generator."""
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device="cpu")
 
         whole = torch.tensor([0, 0, width, height]).float().expand(n, 4)
-        boxes = (
-            random_boxes(n, height, width, self.min_scale, generator=generator)
-            if self.crop
-            else whole
-        )
+        boxes = whole
+        if self.crop:
+            boxes = random_boxes(n, height, width, self.min_scale, generator=generator)
         strengths = torch.tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]
         middle = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
         low = (middle - strengths).clamp_min(0)
@@ -156,27 +202,28 @@ class RandomView(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return a view of each uint8 image (N, 3, H, W): (N, 3, size, size) float32.
+        """Return a view of each image: (N, C, size, size) float32, channels last.
 
         Args:
-            images: (N, 3, H, W) uint8.
+            images: (N, C, H, W), uint8 or float within [0, 1]; `check_pixels` refuses others.
             parameters: What `draw` returned, to make the same views again. Default: drawn anew.
             generator: A CPU generator for the draws. Default: torch's global one.
         """
+        check_pixels(images)
         drawn = parameters or self.draw(len(images), *images.shape[-2:], generator=generator)
-        x = self._crop(images.float().mul_(1 / 255), drawn)
-        x = self._jitter(x, drawn)
-        if self.grey > 0:
+        x = images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
+        x = self._jitter(self._crop(x, drawn), drawn)
+        if self.grey > 0 and images.shape[1] == 3:
             grey = _on(drawn.grey, x)[:, None, None, None]  # (N, 1, 1, 1)
             x = torch.where(grey, luma(x), x)
         if self.blur > 0:
             x = self._blur(x, drawn)
-        mean, std = (torch.tensor(v).to(x.device, non_blocking=True) for v in (MEAN, STD))
-        x = (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+        mean, std = _statistics(x)
+        x = (x - mean).div_(std)
         return x.contiguous(memory_format=torch.channels_last)
 
     def _crop(self, x: Tensor, drawn: ViewParameters) -> Tensor:
-        """Crop, resize and flip in one resampling, or only flip: (N, 3, S, S)."""
+        """Crop, resize and flip in one resampling, or only flip: (N, C, S, S)."""
         if not self.crop:
             return torch.where(_on(drawn.flipped, x)[:, None, None, None], x.flip(3), x)
         height, width = x.shape[-2:]
@@ -189,14 +236,16 @@ class RandomView(nn.Module):
         zero = torch.zeros_like(down)
         theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)  # (N, 6)
         theta = _on(theta, x).view(-1, 2, 3)  # (N, 2, 3)
-        grid = F.affine_grid(theta, [len(x), 3, self.size, self.size], align_corners=True)
+        grid = F.affine_grid(theta, [*x.shape[:2], self.size, self.size], align_corners=True)
         return F.grid_sample(x, grid, mode="bilinear", align_corners=True)
 
     def _jitter(self, x: Tensor, drawn: ViewParameters) -> Tensor:
         factors = _on(drawn.factors, x)[:, :, None, None, None]  # (4, N, 1, 1, 1)
         for number in drawn.order:
             factor = factors[number]
-            if number == 3:
+            if number >= _SATURATION and x.shape[1] != 3:
+                continue
+            if number == _HUE:
                 x = shift_hue(x, factor) if self.hue > 0 else x
             elif self.jitter > 0:
                 x = _ADJUST[number](x, factor)
@@ -209,7 +258,8 @@ class RandomView(nn.Module):
             return x
         place = torch.arange(self.kernel) - self.kernel // 2
         weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()  # (n, kernel)
-        weights = _on(weights / weights.sum(dim=1, keepdim=True), x).repeat_interleave(3, dim=0)
+        weights = _on(weights / weights.sum(dim=1, keepdim=True), x)
+        weights = weights.repeat_interleave(x.shape[1], dim=0)  # (n * C, kernel)
         index = _on(index, x)
         # One group per channel of each view, so that all views take one convolution.
         rows = rearrange(x[index], "n c h w -> 1 (n c) h w")
@@ -217,7 +267,7 @@ class RandomView(nn.Module):
         rows = F.pad(rows, (half, half, half, half), mode="reflect")
         rows = F.conv2d(rows, weights[:, None, None, :], groups=len(weights))
         rows = F.conv2d(rows, weights[:, None, :, None], groups=len(weights))
-        return x.index_copy(0, index, rearrange(rows, "1 (n c) h w -> n c h w", c=3))
+        return x.index_copy(0, index, rearrange(rows, "1 (n c) h w -> n c h w", n=len(index)))
 
 
 def random_boxes(
@@ -265,13 +315,15 @@ def random_boxes(
 
 
 def luma(x: Tensor) -> Tensor:
-    """Return the grey of RGB images (N, 3, H, W): (N, 1, H, W)."""
+    """Return the grey of RGB images (N, C, H, W), or the mean of other channels: (N, 1, H, W)."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     r, g, b = _LUMA
     return (r * x[:, 0] + g * x[:, 1] + b * x[:, 2])[:, None]
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale (N, 3, H, W) within [0, 1] by factors (N, 1, 1, 1)."""
+    """Scale (N, C, H, W) within [0, 1] by factors (N, 1, 1, 1)."""
     return (x * factor).clamp_(0, 1)
 
 
@@ -305,6 +357,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return value - away.mul_(chroma)
 
 
+_SATURATION, _HUE = 2, 3  # Their numbers in the order that is drawn.
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation)
 
 

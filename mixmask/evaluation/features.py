@@ -65,7 +65,9 @@ def resize(images: Tensor, size: int) -> Tensor:
     resized = F.interpolate(
         images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
     )
-    return resized.round().clamp(0, 255)  # As if stored at that size.
+    if images.is_floating_point():
+        return resized.clamp(0, 1)
+    return resized.round().clamp(0, 255).byte()  # As if stored at that size.
 
 
 def _batches(images: Images, size: int) -> Iterator[Tensor]:

@@ -84,7 +84,9 @@ def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
 def show_image(
     axis: Axes, image: Tensor, title: str = "", *, size: int = 8, frame: str | None = None
 ) -> None:
-    """Draw an image (3, H, W) or a mask (H, W), white where it is True.
+    """Draw an image (C, H, W) or a mask (H, W), white where it is True.
+
+    Of more than three channels the first three are drawn, of one or two the first, as grey.
 
     Args:
         axis: Where to draw it.
@@ -96,7 +98,8 @@ def show_image(
     if image.ndim == 2:
         axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
     else:
-        axis.imshow(image.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+        shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+        axis.imshow(shown.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
     axis.set_title(title, fontsize=size, color=frame or "black", pad=3)
     axis.set(xticks=[], yticks=[])
     if frame is not None:

@@ -23,7 +23,11 @@ GROUPS = {
 class RunConfig:
     """What every method needs: data, views, mixing, backbone, optimiser, device."""
 
-    data: str = option("clothing64", "clothing64, cifar10, cifar100, stl10, or a folder of images")
+    data: str = option(
+        "clothing64",
+        "clothing64, cifar10, cifar100, stl10, a folder of images or a .zip of one, or "
+        "package.module:function",
+    )
     recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
     stream: str = option(
         "auto",
@@ -34,6 +38,7 @@ class RunConfig:
     workers: int = option(0, "processes that decode images; 0 = CPU cores - 1, at most 16", low=0)
 
     image_size: int = option(224, "height and width of the views in pixels", low=1)
+    channels: int = option(3, "channels of the images; taken from the data", low=1)
     min_scale: float = share(0.2, "smallest share of an image's area that a crop takes")
     jitter: float = share(0.4, "strength of brightness, contrast and saturation jitter")
     hue: float = option(0.1, "strength of hue jitter", low=0, high=0.5)

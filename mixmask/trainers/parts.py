@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mixmask.backbones import build_backbone
 
 
-def build_encoder(arch: str, *, small_stem: bool) -> tuple[nn.Module, int]:
+def build_encoder(arch: str, *, small_stem: bool, channels: int = 3) -> tuple[nn.Module, int]:
     """Build a backbone, and return it with the number of its features."""
-    backbone = build_backbone(arch, small_stem=small_stem)
+    backbone = build_backbone(arch, small_stem=small_stem, channels=channels)
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Run:
     def open(cls, config: RunConfig, images: Images, out: Path, *, resume: bool = False) -> Run:
         """Build a run, and make its folder or go on from the newest whole checkpoint in it."""
         run = cls.build(config, images, out)
+        config = run.config
         if resume:
             run.load()
         elif run.accelerator.is_main_process:
@@ -77,13 +78,14 @@ class Run:
     @classmethod
     def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
         """Build a run at its first step; the seed alone decides its weights."""
+        config = replace(config, channels=images.shape[1])
         accelerator = _start_accelerator(config, out)
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0
         if isinstance(images, Tensor):
             images = images.to(accelerator.device)  # (N, 3, H, W) uint8
         else:
-            crops = part_bytes(config.image_size, 2 + config.extra_crops)
+            crops = part_bytes(images, config.image_size, 2 + config.extra_crops)
             workers = choose_workers(config.workers, crops)
         model = _build_model(config, accelerator)
         assert isinstance(model, nn.Module)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+from contextlib import closing
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+import torch
+from PIL import Image
 
-from mixmask.data.folders import Files, list_folder
-from mixmask.data.sets import load_data
+from mixmask.data.folders import Files, Source, list_folder
+from mixmask.data.sets import StoredImages, load_data
+from mixmask.data.stream import Draw, Stream
 
 
 def touch(root: Path, *names: str) -> None:
@@ -17,8 +23,8 @@ def touch(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def names(files: Files) -> list[str]:
-    return [path.relative_to(files.root).as_posix() for path in files]
+def names(files: Source) -> list[str]:
+    return [files.name(number) for number in range(len(files))]
 
 
 def test_files_are_a_sequence_of_paths(tmp_path: Path) -> None:
@@ -26,22 +32,14 @@ def test_files_are_a_sequence_of_paths(tmp_path: Path) -> None:
     files = pickle.loads(pickle.dumps(Files.of(tmp_path, given)))
     assert names(files) == given
     assert files[-1] == tmp_path / "c.png"
-    assert names(files[:2]) == given[:2]
+    assert names(files.subset([1, 0])) == ["ä/ 2.jpg", "a/1.jpg"]
     with pytest.raises(IndexError):
         files[3]
     assert len(Files.of(tmp_path, [])) == 0
 
 
-def test_a_sample_is_spread_over_all_files() -> None:
-    files = Files.of(Path("x"), [str(i) for i in range(100)])
-    assert [file.name for file in files.sample(4)] == ["0", "25", "50", "75"]
-    assert len(files.sample(16)) == 17
-    assert list(files[:3].sample(16)) == list(files[:3])
-    assert list(files[:0].sample(16)) == []
-
-
 def test_flat_folder(tmp_path: Path) -> None:
-    touch(tmp_path, "b.JPG", "a/x.png", ".hidden.jpg", ".cache/y.jpg", "notes.txt")
+    touch(tmp_path, "b.JPG", "a/x.png", ".hidden.jpg", ".cache/y.jpg")
     train, test, classes = list_folder(tmp_path)
     assert (names(train.files), train.labels, test, classes) == (
         ["a/x.png", "b.JPG"],
@@ -73,7 +71,8 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     rows = [f"val_{i}.JPEG\t{label}\t0\t0\t1\t1" for i, label in enumerate(["n2", "n1", "n2"])]
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("\n".join(rows) + "\n")
-    train, test, classes = list_folder(tmp_path)
+    with pytest.warns(UserWarning, match=r"skipped what holds no images in .*: 3 \.txt"):
+        train, test, classes = list_folder(tmp_path)
     assert classes == ("n1", "n2")
     assert train.labels is not None
     assert train.labels.tolist() == [0, 1]
@@ -82,12 +81,15 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert test.labels is not None
     assert test.labels.tolist() == [1, 0, 1]
     annotations.write_text(rows[0])
-    with pytest.raises(ValueError, match=r"names no class for images/val_1.JPEG and 1 more;"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ValueError, match=r"names no class for images/val_1.JPEG and 1 more;"),
+    ):
         list_folder(tmp_path)
 
 
 def test_imagenet100_in_parts(tmp_path: Path) -> None:
-    touch(tmp_path, "train.X1/n2/1.JPEG", "train.X2/n1/1.JPEG", "val.X/n1/2.JPEG", "Labels.json")
+    touch(tmp_path, "train.X1/n2/1.JPEG", "train.X2/n1/1.JPEG", "val.X/n1/2.JPEG")
     train, test, classes = list_folder(tmp_path)
     assert names(train.files) == ["train.X1/n2/1.JPEG", "train.X2/n1/1.JPEG"]
     assert train.labels is not None
@@ -125,10 +127,149 @@ def test_split_without_labels_serves_where_there_is_no_other(tmp_path: Path) -> 
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:skipped")
 def test_folders_that_are_refused(files: list[str], message: str, tmp_path: Path) -> None:
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=message):
         list_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("Train", "Validation"),
+        ("training", "testing"),
+        ("train", "valid"),
+        ("TRAIN", "dev"),
+        ("train", "VAL"),
+    ],
+)
+@pytest.mark.parametrize("top", ["", "photographs/"])
+def test_splits_by_other_names(train: str, test: str, top: str, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{top}{split}/{label}/1.jpg" for split in (train, test) for label in "ab"))
+    found = list_folder(tmp_path)
+    assert found.classes == ("a", "b")
+    assert found.test is not None
+    for listed in (found.train, found.test):
+        assert listed.labels is not None
+        assert (names(listed.files), listed.labels.tolist()) == (["a/1.jpg", "b/1.jpg"], [0, 1])
+
+
+def test_test_split_comes_before_validation(tmp_path: Path) -> None:
+    folders = [f"{split}/{label}" for split in ("train", "val", "Test") for label in "ab"]
+    touch(tmp_path, *(f"{folder}/1.jpg" for folder in folders))
+    found = list_folder(tmp_path).test
+    assert found is not None
+    assert isinstance(found.files, Files)
+    assert found.files.root.name == "Test"
+
+
+def test_classes_that_look_like_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "train2017/1.jpg", "val2017/1.jpg", "testimony/1.jpg")
+    with pytest.warns(UserWarning, match=r"look like splits: train2017, val2017; call them train"):
+        assert len(list_folder(tmp_path).classes) == 3
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "valdation/a/1.jpg")
+    with pytest.warns(UserWarning, match=r"not read, beside the splits of .*: valdation$"):
+        assert list_folder(tmp_path).test is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["cats/1.jpg", "cats/2.jpg"],
+        ["all/1.jpg", "all/deep/2.jpg", "__MACOSX/all/1.jpg", ".ipynb_checkpoints/1.jpg"],
+        ["train/all/1.jpg", "train/all/2.jpg", "test/all/1.jpg"],
+        ["train/cats/1.jpg", "train/cats/2.jpg", "train/.ipynb_checkpoints/1.jpg"],
+    ],
+)
+def test_a_single_folder_is_no_class(files: list[str], tmp_path: Path) -> None:
+    touch(tmp_path, *files)
+    train, test, classes = list_folder(tmp_path)
+    assert (train.labels, classes, len(train.files)) == (None, (), 2)
+    assert test is None or test.labels is None
+
+
+def test_archive_rubbish_is_no_class(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "__MACOSX/a/1.jpg", ".ipynb_checkpoints/1.jpg")
+    assert list_folder(tmp_path).classes == ("a", "b")
+
+
+def test_skipped_kinds_are_counted_and_named_once(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg", "a.dcm", "b.DCM", "c.txt", "LICENSE")
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        list_folder(tmp_path)
+    (warning,) = caught
+    counts = str(warning.message).rpartition(": ")[2].split(", ")
+    assert counts[0] == "2 .dcm"
+    assert sorted(counts[1:]) == ["1 .txt", "1 without an ending"]
+
+
+def write_data(root: Path) -> None:
+    """Write a labelled folder with two splits."""
+    for number, name in enumerate(["train/a/1", "train/b/1", "train/b/2", "Test/a/1", "Test/b/1"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (9 * number,) * 3).save(root / f"{name}.png")
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+@pytest.mark.parametrize("top", ["", "photographs"])
+def test_an_archive_is_read_as_its_folder_is(stream: str, top: str, tmp_path: Path) -> None:
+    write_data(tmp_path / "whole" / top)
+    touch(tmp_path / "whole", "__MACOSX/1.png", "train/.hidden/1.png" if not top else ".x/1.png")
+    shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "whole")
+    folder, archive = (
+        load_data(str(path), 14, stream=stream)
+        for path in (tmp_path / "whole", tmp_path / "data.zip")
+    )
+    assert archive.classes == folder.classes == ("a", "b")
+    assert archive.fingerprint() == folder.fingerprint()
+    assert folder.test is not None
+    assert archive.test is not None
+    for ours, theirs in ((archive.train, folder.train), (archive.test, folder.test)):
+        assert ours.labels is not None
+        assert theirs.labels is not None
+        assert ours.files == theirs.files
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert torch.equal(ours.images[:], theirs.images[:])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_workers_open_an_archive_for_themselves(tmp_path: Path) -> None:
+    write_data(tmp_path / "whole")
+    shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "whole")
+    images = load_data(str(tmp_path / "data.zip"), 14, stream="always").train.images
+    assert isinstance(images, StoredImages)
+    draws = [Draw(torch.tensor([0, 1, 2]), 1, seed) for seed in range(20)]
+    stream = Stream(images, draws, size=8, min_scale=0.5, workers=2, device=torch.device("cpu"))
+    with closing(stream) as batches:
+        for batch in batches:
+            assert batch[:, 0, 0, 0].tolist() == [0, 9, 18]
+
+
+def test_damaged_files_in_an_archive_are_left_out(tmp_path: Path) -> None:
+    write_data(tmp_path / "whole")
+    shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "whole")
+    whole = (tmp_path / "data.zip").read_bytes()
+    with ZipFile(tmp_path / "data.zip") as archive:
+        start = archive.getinfo("train/b/2.png").header_offset
+    body = start + 30 + len("train/b/2.png")
+    (tmp_path / "data.zip").write_bytes(whole[:body] + b"x" * 20 + whole[body + 20 :])
+    with pytest.warns(UserWarning, match=r"data.zip/train/b/2.png is no readable image \(.*; ano"):
+        data = load_data(str(tmp_path / "data.zip"), 14)
+    assert data.train.files == ("a/1.png", "b/1.png")
+
+
+def test_archives_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"x.zip is no folder of images; pass a folder of images"):
+        load_data(str(tmp_path / "x.zip"), 14)
+    with ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.writestr("notes.txt", "none")
+    with pytest.raises(ValueError, match=r"y.zip holds no images that Pillow reads; pass the"):
+        load_data(str(tmp_path / "y.zip"), 14)
 
 
 def test_data_set_that_is_to_be_unpacked() -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_runs import tiny_images
 
 from mixmask.data import sets as data_module
-from mixmask.data.sets import FolderImages, load_data, read_square
+from mixmask.data.images import open_image, take_square
+from mixmask.data.sets import STREAM, Fingerprint, StoredImages, hold_out, load_data
 
 
 def write_images(folder: Path, count: int, mode: str = "RGB", value: int = 0) -> None:
@@ -45,6 +46,7 @@ def test_folder_with_splits_and_classes(tmp_path: Path) -> None:
     assert loaded.train.images.shape == (5, 3, 16, 16)
     assert loaded.train.labels is not None
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert isinstance(loaded.train.images, torch.Tensor)
     assert loaded.train.images[:, 0, 0, 0].tolist() == [10, 11, 12, 50, 51]
     assert loaded.train.files == ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png")
     assert loaded.labelled
@@ -60,6 +62,7 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", 3)
+    write_images(tmp_path / "dog", 1)
     (tmp_path / "cat" / "bad1.jpg").write_bytes(b"no image")
     (tmp_path / "cat" / "bad2.jpg").write_bytes(b"")
     with warnings.catch_warnings(record=True) as caught:
@@ -67,20 +70,19 @@ def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
         loaded = load_data(str(tmp_path), 14)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2
-    assert "bad1.jpg" in messages[0]
-    assert messages[1].startswith("skipped 2 unreadable images")
-    assert len(loaded.train.images) == 3
+    assert "cat/bad1.jpg is no readable image (of no kind that Pillow knows);" in messages[0]
+    assert messages[1] == "2 unreadable images so far"
+    assert len(loaded.train.images) == 4
     assert loaded.train.labels is not None
-    assert len(loaded.train.labels) == 3
+    assert loaded.train.labels.tolist() == [0, 0, 0, 1]
 
 
-@pytest.mark.filterwarnings("ignore:skipped")
 def test_folder_with_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no images"):
         load_data(str(tmp_path), 14)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of the 2 images in .* can be read"):
+    with pytest.raises(OSError, match=r"2 images in a row cannot be read: .*a.jpg is no readable"):
         load_data(str(tmp_path), 14)
 
 
@@ -137,7 +139,7 @@ def test_images_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     assert images[:0].shape == (0, 3, 16, 16)
     with pytest.raises(IndexError):
         images[5]
-    assert isinstance(images, FolderImages)
+    assert isinstance(images, StoredImages)
     assert torch.equal(images.subset(index)[:], whole[index])
 
 
@@ -146,8 +148,8 @@ def test_large_jpeg_is_decoded_smaller_to_the_same_square(tmp_path: Path) -> Non
     photograph = tiny_images(1)[0].permute(1, 2, 0).numpy()
     large = Image.fromarray(photograph).resize((800, 800), Image.Resampling.BICUBIC)
     large.save(file, quality=95)
-    square = read_square(file, 64)
-    assert square is not None
+    with open_image(file) as image:
+        square = take_square(image, 64).permute(1, 2, 0).numpy()
     whole = np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BICUBIC), np.float32)
     assert np.abs(square - whole).mean() < 1
 
@@ -160,7 +162,7 @@ def test_a_file_on_disk_that_cannot_be_read_is_named_and_replaced_in_its_place(
     for number in range(11):
         (tmp_path / "dog" / f"{number}.png").write_bytes(b"no image")
     images = load_data(str(tmp_path), 14, stream="always").train.images
-    assert isinstance(images, FolderImages)
+    assert isinstance(images, StoredImages)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         read = images[:]
@@ -238,3 +240,72 @@ def test_stl10_from_torchvision_trains_on_unlabelled_images_too(downloads: Path)
     assert loaded.test is not None
     assert loaded.test.labels is not None
     assert loaded.test.labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_a_share_of_each_class_is_held_out(stream: str, tmp_path: Path) -> None:
+    for label, count in (("cat", 20), ("dog", 10), ("owl", 2)):
+        write_images(tmp_path / label, count)
+    whole = load_data(str(tmp_path), 14, stream=stream)
+    data = hold_out(whole, 0.2)
+    assert data.labelled
+    assert data.streamed == (stream == "always")
+    assert data.test is not None
+    assert data.test.labels is not None
+    assert data.train.labels is not None
+    assert torch.bincount(data.test.labels).tolist() == [4, 2, 1]
+    assert torch.bincount(data.train.labels).tolist() == [16, 8, 1]
+    assert sorted(data.train.files + data.test.files) == sorted(whole.train.files)
+    for split in (data.train, data.test):
+        assert len(split.images) == len(split.files)
+        expected = [int(Path(name).stem) for name in split.files]
+        values = split.images[:]
+        assert isinstance(values, torch.Tensor)
+        assert values[:, 0, 0, 0].tolist() == expected
+        assert [data.classes.index(Path(name).parent.name) for name in split.files] == (
+            split.labels.tolist() if split.labels is not None else None
+        )
+    assert hold_out(whole, 0.2).fingerprint() == data.fingerprint()
+    other = hold_out(whole, 0.2, seed=1).test
+    assert other is not None
+    assert other.files != data.test.files
+
+
+def test_what_cannot_be_held_out(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", 2)
+    flat = load_data(str(tmp_path), 14)
+    with pytest.raises(ValueError, match="by their classes, got no labels"):
+        hold_out(flat, 0.1)
+    write_images(tmp_path / "dog", 1)
+    labelled = load_data(str(tmp_path), 14)
+    with pytest.raises(ValueError, match=r"class dog has one image, .* add"):
+        hold_out(labelled, 0.1)
+    with pytest.raises(ValueError, match="must lie between 0 and 1, got 10; use"):
+        hold_out(labelled, 10)
+    with pytest.raises(ValueError, match="there is a test split"):
+        hold_out(load_data("clothing64", 32), 0.1)
+
+
+def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
+    def write(name: str, labels: tuple[str, ...], count: int) -> Fingerprint:
+        for label in labels:
+            write_images(tmp_path / name / label, count)
+        prints = {load_data(str(tmp_path / name), 14, stream=s).fingerprint() for s in STREAM}
+        assert len(prints) == 1  # However they are read.
+        return prints.pop()
+
+    first = write("x", ("cat", "dog"), 3)
+    assert first[:3] == (6, 0, ("cat", "dog"))
+    assert write("same", ("cat", "dog"), 3) == first
+    others = {write("more", ("cat", "dog"), 4), write("other", ("cat", "owl"), 3)}
+    (tmp_path / "x" / "cat" / "0.png").rename(tmp_path / "x" / "cat" / "9.png")
+    assert len(others | {first, write("x", (), 0)}) == 4
+    images = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
+    plain = load_data(images, 14).fingerprint()
+    images[20:] = 1
+    assert load_data(images, 14).fingerprint() != plain
+
+
+def test_small_views_of_data_sets_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match="images of the data set are about 8 px, and views of 32"):
+        load_data([torch.zeros(3, 8, 8)] * 2, 32)

@@ -200,3 +200,56 @@ def test_a_generator_decides_the_view_and_leaves_the_global_one_alone() -> None:
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_images_without_three_channels_keep_what_has_a_meaning(channels: int) -> None:
+    images = torch.rand(4, channels, 40, 40)
+    factors = torch.tensor([0.6, 1.4, 1.6, 0.2])[:, None].expand(4, 4)
+    drawn = replace(plain(4, 40, 40), factors=factors, grey=torch.ones(4, dtype=torch.bool))
+    made = RandomView(40, crop=False, grey=1.0)(images, drawn)
+    bright = (images * 0.6).clamp(0, 1)
+    mean = bright.mean(dim=(1, 2, 3), keepdim=True)
+    expected = (bright * 1.4 - 0.4 * mean).clamp(0, 1)  # Saturation, hue and grey are left out.
+    torch.testing.assert_close(denormalize(made), expected, atol=1e-5, rtol=0)
+    blurred = RandomView(24, blur=1.0)(images)
+    assert blurred.shape == (4, channels, 24, 24)
+    assert blurred.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_floats_within_0_and_1_are_taken_as_they_are() -> None:
+    images = photographs()
+    floats = images.float() / 255
+    before = floats.clone()
+    drawn = RandomView(24).draw(6, 40, 40)
+    view = RandomView(24, blur=0.5)
+    torch.testing.assert_close(view(floats, drawn), view(images, drawn), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalize(floats), normalize(images))
+    torch.testing.assert_close(normalize(floats.half()), normalize(images), atol=1e-2, rtol=0)
+    assert torch.equal(floats, before)
+
+
+@pytest.mark.parametrize(
+    "images, error, message",
+    [
+        (torch.rand(2, 3, 8, 8) * 255, ValueError, r"within 0 ... 1, got .*; divide them by .*255"),
+        (torch.rand(2, 3, 8, 8) - 0.5, ValueError, r"within 0 ... 1, got -"),
+        (torch.full((2, 3, 8, 8), torch.nan), ValueError, "within 0 ... 1, got nan"),
+        (torch.zeros(2, 3, 8, 8).long(), TypeError, r"uint8 or float .* got torch.int64; .*byte"),
+        (
+            torch.zeros(2, 32, 32, 3),
+            ValueError,
+            r"\(2, 32, 32, 3\); bring channels to their place",
+        ),
+        (torch.zeros(3, 8, 8), ValueError, r"got \(3, 8, 8\); add the batch's axis with images"),
+        (torch.zeros(8), ValueError, r"got \(8,\); pass a batch of images"),
+        ([torch.zeros(3, 8, 8)], TypeError, "got list; use torch.stack for a list of tensors"),
+        (torch.zeros(2, 3, 8, 8).numpy(), TypeError, r"got ndarray; .* torch.from_numpy for an"),
+    ],
+)
+def test_what_views_cannot_take_is_refused(
+    images: Any, error: type[Exception], message: str
+) -> None:
+    for function in (RandomView(8), normalize):
+        with pytest.raises(error, match=message):
+            function(images)

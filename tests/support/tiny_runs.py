@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixmask import MixedBatch
-from mixmask.data.sets import FolderImages, Images, load_data
+from mixmask.data.sets import Images, StoredImages, load_data
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.mixtures import Mixture
@@ -34,10 +34,10 @@ TINY: dict[str, Any] = {
 }
 
 
-def on_disk(folder: Path) -> FolderImages:
+def on_disk(folder: Path) -> StoredImages:
     """Return a folder's images as a run streams them."""
     found = load_data(str(folder), 16, stream="always").train.images
-    assert isinstance(found, FolderImages)
+    assert isinstance(found, StoredImages)
     return found
 
 

@@ -40,7 +40,9 @@ class SimSiam(nn.Module):
     def __init__(self, config: SimSiamConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(config.arch, small_stem=config.small_stem)
+        self.backbone, features = build_encoder(
+            config.arch, small_stem=config.small_stem, channels=config.channels
+        )
         self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         self.mixtures = build_mixtures(config)
