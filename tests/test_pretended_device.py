@@ -298,6 +298,26 @@ def test_a_listed_wait_passes_and_has_to_occur(
         _everything(images)
 
 
+class Reading(torch.autograd.Function):
+    """The identity, whose gradient is looked at on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        del ctx
+        return grad * float(grad.max())
+
+
+def test_a_wait_in_backward_is_noticed(accelerator: Accelerator) -> None:
+    x = torch.ones(3).to(DEVICE).requires_grad_()
+    with accelerator.watched(), pytest.raises(BreachError, match=r"needs values .* in backward"):
+        Reading.apply(x).sum().backward()
+
+
 def test_without_the_device_nothing_is_left_behind() -> None:
     with pretend():
         x = torch.ones(3).to(DEVICE)

@@ -9,13 +9,12 @@ from typing import Any
 import kornia.augmentation as K
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from pretended import DEVICE, Accelerator, pretend
+from pretended import DEVICE, Accelerator, pretend, pretend_two_processes
 from pretended_known import KORNIA_LABELS, KORNIA_RECORD, RECORDED_WEIGHTS, ROW_COUNTS
 from torch import Tensor, nn
 
-from mixmask import BlockMaskGenerator, LambdaWeightedLoss, _distributed, losses, mix_batch
+from mixmask import BlockMaskGenerator, LambdaWeightedLoss, losses, mix_batch
 from mixmask import lambda_weighted_loss as weigh
 from mixmask.integrations.kornia import RandomMixMask, take_labels
 from mixmask.integrations.moco import mixed_loss, wrap
@@ -146,25 +145,12 @@ def test_a_loss_never_waits_and_is_what_the_cpu_finds(
 
 @pytest.fixture
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch see a second process that holds the same as this one."""
-
-    def all_gather(out: Tensor, rows: Tensor) -> None:
-        out.copy_(torch.cat([rows, rows]))
-
-    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
-        if op == dist.ReduceOp.SUM:
-            tensor.mul_(2)
-
-    monkeypatch.setattr(_distributed, "_all_gather", all_gather)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, _: tensor)
-    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
-        monkeypatch.setattr(dist, name, lambda value=value: value)
+    pretend_two_processes(monkeypatch)
 
 
 @pytest.mark.usefixtures("two_processes")
 @every_criterion
-def test_a_loss_over_two_processes(name: str, accelerator: Accelerator) -> None:
+def test_a_loss_over_two_ranks(name: str, accelerator: Accelerator) -> None:
     step = _step(name, DEVICE, per_sample=False)
     step()
     with accelerator.watched(*ROW_COUNTS if name in _GATHERING else ()):
@@ -172,7 +158,7 @@ def test_a_loss_over_two_processes(name: str, accelerator: Accelerator) -> None:
 
 
 @pytest.mark.usefixtures("two_processes")
-def test_codes_over_two_processes(accelerator: Accelerator) -> None:
+def test_codes_over_two_ranks(accelerator: Accelerator) -> None:
     scores = torch.randn(N, C).to(DEVICE)
     with accelerator.watched(*ROW_COUNTS):
         losses.sinkhorn(scores, gather_distributed=True)

@@ -19,12 +19,15 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixmask
+from mixmask import _distributed
 
 DEVICE = torch.device("cuda:0")
 
@@ -353,3 +356,20 @@ def pretend() -> Iterator[Accelerator]:
         stack.enter_context(accelerator)
         stack.enter_context(_PythonSide(accelerator))
         yield accelerator
+
+
+def pretend_two_processes(patch: pytest.MonkeyPatch) -> None:
+    """Let torch see a second process, which holds the same as this one."""
+
+    def all_gather(out: Tensor, rows: Tensor) -> None:
+        out.copy_(torch.cat([rows, rows]))
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        if op == dist.ReduceOp.SUM:
+            tensor.mul_(2)
+
+    patch.setattr(_distributed, "_all_gather", all_gather)
+    patch.setattr(dist, "all_reduce", all_reduce)
+    patch.setattr(dist, "broadcast", lambda tensor, _: tensor)
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
+        patch.setattr(dist, name, lambda value=value: value)
