@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pretended import DEVICE, Accelerator, BreachError, Known, PretendedTensor, pretend
-from pretended_known import PIXEL_MASKS
+from pretended_known import MANY_MASKS, PIXEL_MASKS
 from torch import Tensor
 
 from mixmask import (
@@ -158,17 +159,27 @@ def test_masks_of_boxes_at_pixel_size(count: int, accelerator: Accelerator) -> N
         cutmix_batch(images, per_sample=True)
 
 
+def test_masks_of_a_large_batch(accelerator: Accelerator) -> None:
+    """A fine grid for each of many images is more than what is staged."""
+    with accelerator.watched():
+        BLOCKS(256, device=DEVICE)
+        CELLS(256, device=DEVICE)
+    with accelerator.watched(*MANY_MASKS):
+        BlockMaskGenerator(24)(256, device=DEVICE)
+        DiscreteMaskGenerator(24)(256, device=DEVICE)
+
+
 def test_a_record_is_pinned_and_moved(accelerator: Accelerator) -> None:
     record = mix_batch(torch.rand(N, 3, 64, 64), BLOCKS(N))
     pinned = record.pin_memory()
     with accelerator.watched():
         moved = pinned.to(DEVICE, non_blocking=True)
     assert torch.equal(_on_host(moved.images), record.images)
-    with accelerator.watched(), pytest.raises(BreachError, match="blocks at mixmask/mixing"):
+    with pytest.raises(BreachError, match="blocks at mixmask/mixing"), accelerator.watched():
         pinned.to(DEVICE)
-    with accelerator.watched(), pytest.raises(BreachError, match="from pageable memory"):
+    with pytest.raises(BreachError, match="from pageable memory"), accelerator.watched():
         record.to(DEVICE, non_blocking=True)
-    with accelerator.watched(), pytest.raises(BreachError, match="copies to the host"):
+    with pytest.raises(BreachError, match="copies to the host"), accelerator.watched():
         moved.to("cpu")
 
 
@@ -268,7 +279,7 @@ def test_a_mutation_of_the_package_is_noticed(
         _everything(images)
     _mutate(monkeypatch, function, old, new)
     message = message.replace(".py", r"\.py").format(r"\d+")
-    with accelerator.watched(), pytest.raises(BreachError, match=f"^{message}$"):
+    with pytest.raises(BreachError, match=f"^{message}$"), accelerator.watched():
         _everything(images)
 
 
@@ -312,9 +323,16 @@ class Reading(torch.autograd.Function):
         return grad * float(grad.max())
 
 
+def test_a_wait_is_noticed_though_its_error_is_caught(accelerator: Accelerator) -> None:
+    x = torch.ones(3).to(DEVICE)
+    caught = contextlib.suppress(AssertionError)
+    with pytest.raises(BreachError, match="needs values"), accelerator.watched(), caught:
+        x.sum().item()
+
+
 def test_a_wait_in_backward_is_noticed(accelerator: Accelerator) -> None:
     x = torch.ones(3).to(DEVICE).requires_grad_()
-    with accelerator.watched(), pytest.raises(BreachError, match=r"needs values .* in backward"):
+    with pytest.raises(BreachError, match=r"needs values .* in backward"), accelerator.watched():
         Reading.apply(x).sum().backward()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pretended import DEVICE, Accelerator, pretend, pretend_two_processes
-from pretended_known import KORNIA_LABELS, KORNIA_RECORD, RECORDED_WEIGHTS, ROW_COUNTS
+from pretended_known import KORNIA_LABELS, KORNIA_RECORD, NEW_CRITERIA, RECORDED_WEIGHTS, ROW_COUNTS
 from torch import Tensor, nn
 
 from mixmask import BlockMaskGenerator, LambdaWeightedLoss, losses, mix_batch
@@ -30,21 +30,34 @@ class Bank(nn.Module):
     bank: Tensor
     center: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("bank", F.normalize(torch.randn(Q, C), dim=1))
-        self.center = torch.zeros(C)
+        self.center = torch.zeros(C, device=device)
         self.pointer, self.seen = 0, [0]
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
-        loss = losses.info_nce(self.scale * z, target - self.center.to(z.device), self.bank)
+        loss = losses.info_nce(self.scale * z, target - self.center, self.bank)
         rows = torch.arange(self.pointer, self.pointer + len(z), device=z.device) % Q
         self.bank.index_copy_(0, rows, target.detach())
-        self.center = losses.update_center(self.center.to(z.device), target)
+        self.center = losses.update_center(self.center, target)
         self.pointer = (self.pointer + len(z)) % Q
         self.seen[0] += 1
         return loss
+
+
+def _closure(z: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function that encloses a queue and rebinds it, as loops do."""
+    queue, calls = _queue(z), 0
+
+    def contrast(z: Tensor, target: Tensor) -> Tensor:
+        nonlocal queue, calls
+        loss = losses.info_nce(z, target, queue)
+        queue, calls = torch.cat([queue, target.detach()])[-Q:], calls + 1
+        return loss
+
+    return contrast
 
 
 def _queue(like: Tensor) -> Tensor:
@@ -69,12 +82,20 @@ CRITERIA: dict[str, Callable[[Tensor], Any]] = {
     "mse_loss": lambda _: F.mse_loss,
     "CrossEntropyLoss": lambda _: nn.CrossEntropyLoss(reduction="none"),
     "KLDivLoss": lambda _: nn.KLDivLoss(reduction="batchmean"),
-    "a bank": lambda z: Bank().to(z.device),
+    "a bank": lambda z: Bank(z.device).to(z.device),
+    "a closure": _closure,
 }
 # Those that take distributions as their targets.
 _SOFT = ("SwAV", "CrossEntropyLoss", "KLDivLoss")
 # A statistic of the batch has no value per sample.
-_SCALAR = ("BarlowTwins", "BarlowTwins, synchronised", "mse_loss", "KLDivLoss", "a bank")
+_SCALAR = (
+    "BarlowTwins",
+    "BarlowTwins, synchronised",
+    "mse_loss",
+    "KLDivLoss",
+    "a bank",
+    "a closure",
+)
 # What takes rows, or their average, from all processes.
 _GATHERING = (
     "InfoNCE, batch", "NTXent", "NTXent, one way", "BarlowTwins", "BarlowTwins, synchronised",
@@ -94,7 +115,7 @@ def _batches(count: int = 1) -> list[Tensor]:
     return [torch.rand(N, 3, 8, 8).to(DEVICE) for _ in range(count)]
 
 
-def _step(name: str, device: torch.device, *, per_sample: bool) -> Callable[[], Tensor]:
+def _step(name: str, device: torch.device, *, per_sample: bool) -> Callable[..., Tensor]:
     """Return a step on one device: clean and mixed terms and their gradient."""
     torch.manual_seed(1)
     z, z_mixed, target = (F.normalize(torch.randn(N, C), dim=1) for _ in range(3))
@@ -104,10 +125,12 @@ def _step(name: str, device: torch.device, *, per_sample: bool) -> Callable[[], 
         target = losses.sinkhorn(target, gather_distributed=True)
     if name == "KLDivLoss":
         z, z_mixed = z.log_softmax(dim=1), z_mixed.log_softmax(dim=1)
-    criterion = CRITERIA[name](z)
-    whole = LambdaWeightedLoss(criterion)
+    kept = CRITERIA[name](z)
+    kept_whole = LambdaWeightedLoss(kept)
 
-    def step() -> Tensor:
+    def step(*, anew: bool = False) -> Tensor:
+        criterion = copy.deepcopy(kept) if anew else kept
+        whole = LambdaWeightedLoss(criterion) if anew else kept_whole
         rows = [one.detach().requires_grad_() for one in (z, z_mixed)]
         mixed = mix_batch(images, masks)
         total = whole(rows[0], target, rows[1], mixed)
@@ -141,6 +164,14 @@ def test_a_loss_never_waits_and_is_what_the_cpu_finds(
     with accelerator.watched():
         found = step()
     torch.testing.assert_close(found.cpu(), expected())
+
+
+@every_criterion
+def test_a_criterion_that_is_built_in_each_step(name: str, accelerator: Accelerator) -> None:
+    step = _step(name, DEVICE, per_sample=False)
+    step(anew=True)
+    with accelerator.watched(*NEW_CRITERIA.get(name, ())):
+        step(anew=True)
 
 
 @pytest.fixture
@@ -234,7 +265,7 @@ class SimSiam(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, C))
         self.augment: Any = RecordingView(nn.Identity(), calls=2)
-        self.criterion: Any = RecordingCriterion(Bank(), calls=2)
+        self.criterion: Any = RecordingCriterion(Bank(DEVICE), calls=2)
 
     def forward(self, images: Tensor) -> Tensor:
         z1, z2 = self.encoder(self.augment(images)), self.encoder(self.augment(images.flip(0)))

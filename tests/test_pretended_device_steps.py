@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from pretended import DEVICE, Accelerator, PretendedTensor, pretend, pretend_two_processes
-from pretended_known import METER, ROW_COUNTS
+from pretended_known import MANY_BLURS, METER, ROW_COUNTS
 from tiny_runs import run, seeded, tiny_config, tiny_images
 from torch import Tensor
 
@@ -69,6 +69,16 @@ def test_views_never_wait_and_are_those_of_the_cpu(name: str, accelerator: Accel
         found = view(moved, generator=seeded())
     torch.testing.assert_close(_on_host(found), expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_many_views_with_a_large_blur(accelerator: Accelerator) -> None:
+    images, view = (
+        torch.zeros(800, 3, 16, 16, dtype=torch.uint8).to(DEVICE),
+        RandomView(16, blur=1.0),
+    )
+    view.kernel = 23  # That of views of 224 pixels.
+    with accelerator.watched(*MANY_BLURS):
+        view(images)
 
 
 class Steps:

@@ -5,7 +5,8 @@ dispatch mode. It computes them on the CPU. It refuses what a real device would 
 two devices, a generator of another one), and in the steady state whatever makes the host wait.
 
 The rules for copies are CUDA's: one without `non_blocking` waits, and so may one from pageable
-memory beyond what is staged at once.
+memory beyond what is staged at once. Stricter than torch is that tensors of the host are refused
+also where they hold one number, and indexing by a mask also where it sets one.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Accelerator(TorchDispatchMode):
         self.steady = False
         self.known: tuple[Known, ...] = ()
         self.met: set[Known] = set()
+        self.refused: list[BreachError] = []
         self.pinned: dict[int, Tensor] = {}
         # Python's generators do not reach the dispatcher; the call's own is kept here.
         self.generator: torch.Generator | None = None
@@ -180,11 +182,13 @@ class Accelerator(TorchDispatchMode):
     @contextmanager
     def watched(self, *known: Known) -> Iterator[None]:
         """Refuse every wait but the known ones, and afterwards known ones that were not met."""
-        self.steady, self.known, self.met = True, known, set()
+        self.steady, self.known, self.met, self.refused = True, known, set(), []
         try:
             yield
         finally:
             self.steady = False
+        for error in self.refused:  # What was raised may have been caught.
+            raise error
         gone = [f"{one.operator} in {one.place}" for one in known if one not in self.met]
         if gone:
             raise BreachError(
@@ -253,7 +257,8 @@ class Accelerator(TorchDispatchMode):
             if (one.operator, one.place) == (name, place):
                 self.met.add(one)
                 return
-        raise BreachError(f"{name} {what} {_describe()}")
+        self.refused.append(BreachError(f"{name} {what} {_describe()}"))
+        raise self.refused[-1]
 
 
 class _PythonSide(TorchFunctionMode):
@@ -311,7 +316,7 @@ def _build(func: Callable[..., Tensor], args: list[Any], options: dict[str, Any]
 def _needs_values(name: str, args: Any, options: dict[str, Any]) -> bool:
     if name == "repeat_interleave":
         return options.get("output_size") is None
-    # A mask has as many entries as it is true, and a number of the host an address of its own.
+    # How many entries a mask chooses is known to the device alone.
     masks = name in _INDEXING and any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     )
