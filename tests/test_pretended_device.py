@@ -67,8 +67,8 @@ def _mixes() -> Iterator[tuple[str, Mix]]:
             more = f"{name}{', per sample' * per_sample}"
             yield f"mixup, {more}", lambda x, g, o=options: mixup_batch(x, generator=g, **o)
             yield f"cutmix, {more}", lambda x, g, o=options: cutmix_batch(x, generator=g, **o)
-            if partner is not options["partner"] or isinstance(partner, str):
-                mix = MixMask(4, per_sample=per_sample, partner=str(partner), roll=per_sample)
+            if isinstance(partner, str):
+                mix = MixMask(4, per_sample=per_sample, partner=partner, roll=per_sample)
                 yield f"module, {more}", lambda x, g, m=mix: m(x, generator=g)
 
 
