@@ -10,7 +10,7 @@ _STAGED = "goes from pageable memory, which is staged up to 64 KiB only; pin wha
 _LOOKED = (
     "a criterion of torch is looked at once, but one that is built in each step is looked at anew"
 )
-_TRAINED = "each step makes a new LambdaWeightedLoss, whose first call looks at what is trained"
+_TRAINED = "a LambdaWeightedLoss looks at what is trained in its first call; build it once"
 
 PIXEL_MASKS = (Known("_to_copy", "masks.py:fit_masks", _BOXES),)
 MANY_MASKS = (
@@ -32,7 +32,6 @@ ROW_COUNTS = (
     Known("_to_copy", "_distributed.py:check_even", _ROWS),
     Known("tolist", "_distributed.py:check_even", _ROWS),
 )
-RECORDED_WEIGHTS = (Known("equal", "losses/_state.py:check_trained", _TRAINED),)
 # Asked whether they have arrived before they are read.
 METER = (
     Known(
