@@ -15,6 +15,7 @@ from mixmask.cli._console import OneLineParser, refuse, say
 from mixmask.cli.ablate import add_ablate
 from mixmask.cli.compare import add_compare
 from mixmask.cli.detect import add_detect
+from mixmask.cli.embed import add_embed
 from mixmask.cli.evaluate import add_evaluate
 from mixmask.cli.export import add_export
 from mixmask.cli.features import add_map, add_neighbours
@@ -72,5 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_map(commands)
     add_neighbours(commands)
+    add_embed(commands)
     add_ablate(commands)
     return parser

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.data.sets import Images
+from mixmask.data.sets import Images, Split
 from mixmask.data.views import normalize
+from mixmask.runs.folder import atomic_write
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
@@ -27,11 +32,14 @@ def extract_features(
         images: (N, 3, H, W) uint8, a tensor or sliced like one; while a batch is computed, the
             next one is read.
         size: Height and width that the backbone sees, in pixels; see `resize`. Default: those of
-            the images.
+            the images, which have the most detail, or the only ones that the backbone takes.
         batch_size: Images at a time.
 
     Returns:
         (N, D) float32 on the backbone's device.
+
+    Raises:
+        ValueError: If the backbone does not take images of that size.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -39,18 +47,70 @@ def extract_features(
         torch.Size([2, 5])
     """
     device, was_training = next(backbone.parameters()).device, backbone.training
+    size = size or only_size(backbone)
     backbone.eval()
     parts = []
     try:
         for batch in _batches(images, batch_size):
             x = batch.to(device)
             x = normalize(x if size is None else resize(x, size))  # (n, 3, S, S) float32
-            # Beside what `Module.compile` has set up: that would compile once more for these
-            # sizes, and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
-            parts.append(backbone._call_impl(x.contiguous(memory_format=torch.channels_last)))
+            parts.append(_forward(backbone, x.contiguous(memory_format=torch.channels_last)))
     finally:
         backbone.train(was_training)
     return torch.cat(parts).float()
+
+
+def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
+    try:
+        # Beside what `Module.compile` has set up: that would compile once more for these sizes,
+        # and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
+        features: Tensor = backbone._call_impl(x)
+    except (AssertionError, RuntimeError) as error:  # As by networks that cannot divide a size.
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = f"the backbone fails on images of {x.shape[-1]} px ({error}); use another image size"
+        raise ValueError(text) from error
+    return features
+
+
+def only_size(backbone: nn.Module) -> int | None:
+    """Return the only image size that a backbone of timm takes; None if it takes any."""
+    known = getattr(backbone, "pretrained_cfg", {})
+    if not known.get("fixed_input_size"):
+        return None
+    built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return int((built or known["input_size"])[-1])
+
+
+def write_features(
+    backbone: nn.Module, splits: Mapping[str, Split], path: Path, classes: Sequence[str] = ()
+) -> torch.Size:
+    """Write the features of splits as .npy, and beside it a .csv that names each row's image.
+
+    Args:
+        backbone: See `extract_features`.
+        splits: By their names.
+        path: The .npy file, (N, D) float32; rows are the splits' images one after the other.
+        classes: Names of the labels.
+
+    Returns:
+        (N, D). The columns of the table are split, class (empty where it is not known) and file,
+        the image's number where it has none.
+    """
+    features = torch.cat(
+        [extract_features(backbone, split.images).cpu() for split in splits.values()]
+    )
+    with atomic_write(path, path.with_suffix(".csv")) as (array, table):
+        with array.open("wb") as file:
+            np.save(file, features.numpy())
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("split", "class", "file"))
+            for name, split in splits.items():
+                labels = itertools.repeat(-1) if split.labels is None else split.labels.tolist()
+                rows = zip(labels, split.files or range(len(split.images)), strict=False)
+                writer.writerows((name, classes[c] if c >= 0 else "", of) for c, of in rows)
+    return features.shape
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -65,7 +125,9 @@ def resize(images: Tensor, size: int) -> Tensor:
     resized = F.interpolate(
         images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
     )
-    return resized.round().clamp(0, 255)  # As if stored at that size.
+    if images.is_floating_point():
+        return resized.clamp(0, 1)
+    return resized.round().clamp(0, 255).byte()  # As if stored at that size.
 
 
 def _batches(images: Images, size: int) -> Iterator[Tensor]:
