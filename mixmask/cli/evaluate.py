@@ -68,7 +68,7 @@ def _say_result(result: Result) -> None:
 
     accuracy, details = result.accuracy, result.details
     ends = accuracy.intervals()
-    say(f"{'share of test images':<22}{'right':>7}  {INTERVAL} interval")
+    say(f"{'share of test images':<22}{'right':>7}  interval ({INTERVAL})")
     if "frozen_top1" in details:
         _say_row("frozen, linear probe", details["frozen_top1"], details["frozen_interval"])
     _say_row("top-1", accuracy.top1, ends["top1"])

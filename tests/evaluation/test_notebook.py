@@ -1,0 +1,73 @@
+"""What a notebook shows, in a real kernel."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INLINE = "module://matplotlib_inline.backend_inline"
+
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.execute(notebook, timeout=120)
+nbformat.write(notebook, sys.argv[1])
+"""
+CELLS = (
+    # A figure, and a record, as a cell's last line.
+    """
+import torch
+from mixmask.data.sets import load_data
+from mixmask.figures.masks import figure_masks
+figure_masks(load_data("clothing64", 32).train.images[[0, 9]], grid_sizes=[2])
+""",
+    "import mixmask; mixmask.mix_batch(torch.rand(8, 3, 32, 32), mixmask.BlockMaskGenerator(2))",
+    # The user's own pictures still show.
+    """
+import matplotlib.pyplot as plt
+_ = plt.plot([1, 2])
+""",
+    # A notebook hands its environment on to the command line.
+    "!{python} -m mixmask show --out {out}",
+)
+
+
+def test_a_kernel_shows_figures_and_records(tmp_path: Path) -> None:
+    reason = "nbclient and ipykernel, which run a notebook, are not installed"
+    for name in ("nbclient", "ipykernel"):
+        pytest.importorskip(name, reason=reason)
+    import nbformat
+
+    out, file = tmp_path / "masks.png", tmp_path / "notebook.ipynb"
+    sources = [cell.format(python=sys.executable, out=out) for cell in CELLS]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), file)
+    # Beside this process, where a client's sockets that are left open would be errors.
+    words = [sys.executable, "-c", EXECUTE, str(file)]
+    environment = {**os.environ, "MPLBACKEND": INLINE}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    notebook = nbformat.read(file, as_version=4)
+    figure, record, own, command = (cell.outputs for cell in notebook.cells)
+    for shown in (figure[-1], own[-1]):
+        assert base64.b64decode(shown.data["image/png"]).startswith(b"\x89PNG")
+    text = record[-1].data["text/plain"]
+    assert text.startswith("MixedBatch(")
+    assert len(text.splitlines()) == 1
+    assert f"drew {out}" in "".join(part.text for part in command)
+    assert out.exists()
+
+
+@pytest.mark.parametrize("backend", [INLINE, "module://not_installed.backend"])
+def test_a_notebooks_backend_does_not_stop_the_command_line(backend: str, tmp_path: Path) -> None:
+    out = tmp_path / "masks.png"
+    words = [sys.executable, "-m", "mixmask", "show", "--out", str(out)]
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
