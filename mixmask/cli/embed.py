@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixmask.cli._console import say
 from mixmask.cli.features import SOURCE, add_force, check_free, load
 from mixmask.cli.options import add_shared
+from mixmask.runs.folder import atomic_write
+
+if TYPE_CHECKING:
+    from mixmask.evaluation import Task
 
 
 def embed(run: Path, to: str, out: Path | None, force: bool, **source: Any) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
-    from mixmask.evaluation import write_features
+    import numpy as np
+    import torch
+
+    from mixmask.evaluation import extract_features
 
     out = out or Path(f"features.{to}")
     if out.suffix != f".{to}":
@@ -22,12 +30,31 @@ def embed(run: Path, to: str, out: Path | None, force: bool, **source: Any) -> N
     table = out.with_suffix(".csv")
     check_free(out, table, force=force)
     task = load([run], **source)
-    splits = {"train": task.train} | ({} if task.test is task.train else {"test": task.test})
-    images, width = write_features(task.backbones[0], splits, out, task.classes)
+    splits = [task.train] if task.test is task.train else [task.train, task.test]
+    parts = [extract_features(task.backbones[0], split.images).cpu() for split in splits]
+    features = torch.cat(parts)  # (N, D), the training images first
+    with atomic_write(out, table) as (array, names):
+        with array.open("wb") as file:
+            np.save(file, features.numpy())
+        with names.open("w", newline="", encoding="utf-8") as text:
+            csv.writer(text).writerows([("split", "class", "file"), *_name_rows(task)])
     say(
-        f"{task.sources[0].title}: {images:,} images of {task.sources[0].data}, {width} features "
-        f"each at {task.feature_size} px\nwrote {out} and {table}"
+        f"{task.sources[0].title}: {len(features):,} images of {task.sources[0].data}, "
+        f"{features.shape[1]} features each at {task.feature_size} px\nwrote {out} and {table}"
     )
+
+
+def _name_rows(task: Task) -> list[tuple[str, str, str]]:
+    """Return split, class and file of each image; its number in the split where it has no file."""
+    rows = []
+    for name, split in {"train": task.train, "test": task.test}.items():
+        if name == "test" and split is task.train:
+            break
+        count = len(split.images)
+        labels = [-1] * count if split.labels is None else split.labels.tolist()
+        for label, file in zip(labels, split.files or map(str, range(count)), strict=True):
+            rows.append((name, task.classes[label] if label >= 0 else "", file))
+    return rows
 
 
 def add_embed(commands: Any) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.data.sets import Images, Split
+from mixmask.data.sets import Images
 from mixmask.data.views import normalize
-from mixmask.runs.folder import atomic_write
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
@@ -80,37 +75,6 @@ def only_size(backbone: nn.Module) -> int | None:
         return None
     built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     return int((built or known["input_size"])[-1])
-
-
-def write_features(
-    backbone: nn.Module, splits: Mapping[str, Split], path: Path, classes: Sequence[str] = ()
-) -> torch.Size:
-    """Write the features of splits as .npy, and beside it a .csv that names each row's image.
-
-    Args:
-        backbone: See `extract_features`.
-        splits: By their names.
-        path: The .npy file, (N, D) float32; rows are the splits' images one after the other.
-        classes: Names of the labels.
-
-    Returns:
-        (N, D). The columns of the table are split, class (empty where it is not known) and file,
-        the image's number where it has none.
-    """
-    features = torch.cat(
-        [extract_features(backbone, split.images).cpu() for split in splits.values()]
-    )
-    with atomic_write(path, path.with_suffix(".csv")) as (array, table):
-        with array.open("wb") as file:
-            np.save(file, features.numpy())
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("split", "class", "file"))
-            for name, split in splits.items():
-                labels = itertools.repeat(-1) if split.labels is None else split.labels.tolist()
-                rows = zip(labels, split.files or range(len(split.images)), strict=False)
-                writer.writerows((name, classes[c] if c >= 0 else "", of) for c, of in rows)
-    return features.shape
 
 
 def resize(images: Tensor, size: int) -> Tensor:

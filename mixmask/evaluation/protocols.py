@@ -61,7 +61,8 @@ class Result:
         low, high = self.accuracy.intervals()["top1"]
         return (
             f"{source.title}, {self.protocol.name} on {short_path(source.data)}\n"
-            f"top-1 {self.accuracy.top1:.1%} ({low:.1%} ... {high:.1%}), n = {images:,} test images"
+            f"top-1 {self.accuracy.top1:.1%} (95 %: {low:.1%} ... {high:.1%}), "
+            f"n = {images:,} test images"
         )
 
     def write(self, folder: Path, *, force: bool = False) -> Path:

@@ -45,10 +45,9 @@ class Source:
     @property
     def title(self) -> str:
         """The run's name for titles and messages, which says how far an unfinished one came."""
-        name = short_path(Path(self.checkpoint).resolve())
-        state = (
-            f" (unfinished, epoch {self.epoch} of {self.planned_epochs})" if self.unfinished else ""
-        )
+        name, state = short_path(Path(self.checkpoint).resolve()), ""
+        if self.unfinished:
+            state = f" (unfinished, epoch {self.epoch} of {self.planned_epochs})"
         return name + state
 
 
