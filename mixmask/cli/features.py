@@ -54,7 +54,7 @@ def check_free(*files: Path, force: bool) -> None:
     for file in files:
         check_out(file)
         if file.exists() and not force:
-            raise ValueError(f"{file} exists; name another --out, or replace it with --force")
+            raise ValueError(f"{file} exists; name another --out, or overwrite it with --force")
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

@@ -286,6 +286,7 @@ def test_a_network_of_fixed_size_sees_the_centre_at_that_size(
     assert (found["feature_size"], found["image_size"]) == (160, 160)
     task = load_task(run)
     for split, features in zip((task.train, task.test), task.features(), strict=True):
+        assert isinstance(split.images, torch.Tensor)
         assert split.images.shape[2:] == (183, 183)
         centre = normalize(split.images[:, :, 11:171, 11:171])
         torch.testing.assert_close(features, task.backbones[0](centre).detach())
@@ -363,7 +364,7 @@ def test_files_are_replaced_with_force_alone(
     out.write_text("mine")
     assert cli.main(words) == 2
     assert (
-        f"{out} exists; name another --out, or replace it with --force" in capsys.readouterr().err
+        f"{out} exists; name another --out, or overwrite it with --force" in capsys.readouterr().err
     )
     assert out.read_text() == "mine"
     assert cli.main([*words, "--force"]) == 0
