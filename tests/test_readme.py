@@ -18,7 +18,8 @@ LAUNCHERS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--
 # Of accelerate, with its underscores cut off; and of pip.
 OTHERS = SOLO_LEARNS | LAUNCHERS | {"--multi", "--num"}
 COMMANDS = {
-    *("pretrain", "show", "recipes", "detect", "export", "compare", "map", "neighbours", "ablate"),
+    *("pretrain", "show", "recipes", "detect", "export", "compare", "map", "neighbours", "embed"),
+    "ablate",
     *("evaluate knn", "evaluate linear", "evaluate finetune"),
 }
 PAGES = (

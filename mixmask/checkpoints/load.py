@@ -27,7 +27,7 @@ _HEADS = ("classifier.", "fc.", "head.", "linear.")
 _COUNTER = "num_batches_tracked"  # Which old files do not have.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """A backbone and where it came from.
 
@@ -52,6 +52,9 @@ class Loaded:
     left: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"Loaded({self.describe()})"
 
     def describe(self) -> str:
         """Name in one line what was taken and what was left."""

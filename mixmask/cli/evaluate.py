@@ -13,6 +13,7 @@ from mixmask import evaluation
 from mixmask.cli._console import say
 from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
+from mixmask.evaluation.metrics import INTERVAL, Interval
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 
@@ -24,6 +25,7 @@ def evaluate(
     run: Path,
     out: Path | None = None,
     device: str | None = None,
+    force: bool = False,
     **given: Any,
 ) -> None:
     """Measure a run's backbone by one protocol, and leave its results as JSON and PNG."""
@@ -34,15 +36,17 @@ def evaluate(
     source = {name: given.pop(name) for name in _SOURCE if name in given}
     protocol = choose(**given)
     task = evaluation.load_task(run, device=choose_device(device), **source)
+    folder = out or (run if run.is_dir() else run.parent)
+    evaluation.results_file(protocol, task.sources[0], folder, force=force)
     say(
-        f"{task.sources[0].arch} of {run} on {task.sources[0].data}: "
+        f"{task.sources[0].arch} of {task.sources[0].title} on {task.sources[0].data}: "
         f"{plural(len(task.train.images), 'image')} to train, {len(task.test.images):,} to test, "
         f"{plural(len(task.classes), 'class')}, {task.device}"
     )
     if isinstance(protocol, FineTuning):
         _say_subset(protocol, task)
     result = evaluation.evaluate(task, protocol, progress=True)
-    written = result.write(out or (run if run.is_dir() else run.parent))
+    written = result.write(folder, force=force)
     _say_result(result)
     say(f"see {written} and {written.with_suffix('.png').name}")
 
@@ -57,15 +61,22 @@ def _say_subset(protocol: FineTuning, task: Task) -> None:
 
 
 def _say_result(result: Result) -> None:
-    accuracy, frozen = result.accuracy, result.details.get("frozen_top1")
-    if frozen is not None:
-        say(f"{'frozen, linear probe':<22}{frozen:>7.1%}  of the test images right")
-    say(f"{'top-1':<22}{accuracy.top1:>7.1%}  of the test images right")
+    accuracy, details = result.accuracy, result.details
+    ends = accuracy.intervals()
+    say(f"{'share of test images':<22}{'right':>7}  interval ({INTERVAL})")
+    if "frozen_top1" in details:
+        _say_row("frozen, linear probe", details["frozen_top1"], details["frozen_interval"])
+    _say_row("top-1", accuracy.top1, ends["top1"])
     if accuracy.top5 is not None:
-        say(f"{'top-5':<22}{accuracy.top5:>7.1%}")
+        _say_row("top-5", accuracy.top5, ends["top5"])
     shares = zip(accuracy.per_class.tolist(), result.classes, strict=True)
     share, name = min(each for each in shares if not math.isnan(each[0]))
-    say(f"{'mean over classes':<22}{accuracy.mean_class:>7.1%}  worst: {name}, {share:.1%}")
+    worst = f"; worst: {name}, {share:.1%}"
+    _say_row("mean over classes", accuracy.mean_class, ends["mean_class"], worst)
+
+
+def _say_row(what: str, share: float, interval: Interval, more: str = "") -> None:
+    say(f"{what:<22}{share:>7.1%}  {interval[0]:.1%} ... {interval[1]:.1%}{more}")
 
 
 def _choose_linear(protocol: str = "lbfgs", **given: Any) -> Protocol:
@@ -83,7 +94,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Add the three protocols of `evaluate`."""
     parser.description = (
         "Measure a trained backbone on labelled images, by nearest neighbours, a linear probe, or "
-        "fine-tuning. Results go to evaluate-PROTOCOL.json and .png in the run's folder."
+        "fine-tuning. Results go to evaluate-*.json and .png in the run's folder, "
+        "named by protocol, options and data."
     )
     protocols = parser.add_subparsers(required=True, metavar="PROTOCOL")
 
@@ -94,6 +106,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         protocol.set_defaults(command=evaluate, choose=choose)
         add_shared(protocol, "run", *map(flag, _SOURCE), "--device", "--threads")
         add_shared(protocol, "--out", metavar="DIR", help="folder for the results [beside the run]")
+        text = "replace other results of that name"
+        protocol.add_argument("--force", action="store_true", help=text)
         return protocol
 
     knn = add("knn", KNN, "weighted nearest neighbours on frozen features")
@@ -103,9 +117,10 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("lbfgs", "sgd"),
         help="lbfgs: logistic regression on features of whole images, its penalty chosen on a "
-        "fifth of the training images; sgd: random crops, as in MoCo's paper [lbfgs]",
+        "fifth of the training images; sgd: random crops, which is MoCo's protocol [lbfgs]",
     )
     sgd_only = dict.fromkeys(("epochs", "batch_size", "lr"), ("sgd",))
     add_fields(linear, dataclasses.fields(LinearSGD), owners=sgd_only)
-    tune = add("finetune", FineTuning, "train backbone and head on labels")
+    text = "train backbone and head on labels; with --percent, SimCLR's semi-supervised protocol"
+    tune = add("finetune", FineTuning, text)
     add_fields(tune, dataclasses.fields(FineTuning))

@@ -13,39 +13,53 @@ from mixmask.evaluation import gallery
 from mixmask.figures.style import save_figure
 from mixmask.runs.folder import check_files
 
-_SOURCE = ("--data", "--image-size", "--arch", "--small-stem", "--device", "--threads")
+SOURCE = ("--data", "--image-size", "--arch", "--small-stem", "--device", "--threads")
 
 
-# Any: the options of _SOURCE, passed on as they are.
+# Any: the options of SOURCE, passed on as they are.
 def draw_map(
     runs: list[Path],
     out: Path,
     projection: str,
     seed: int,
+    force: bool = False,
     classes: list[str] | None = None,
     device: str | None = None,
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
-    check_files(out)
-    task = _load(runs, device, **source)
+    check_files(out, force=force)
+    task = load(runs, device, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
 
 
 def draw_neighbours(
-    run: Path, out: Path, queries: int, k: int, seed: int, device: str | None = None, **source: Any
+    run: Path,
+    out: Path,
+    queries: int,
+    k: int,
+    seed: int,
+    force: bool = False,
+    device: str | None = None,
+    **source: Any,
 ) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
-    check_files(out)
-    task = _load([run], device, **source)
+    check_files(out, force=force)
+    task = load([run], device, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}\ndrew {out}")
 
 
-def _load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add `--force`."""
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+
+
+def load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
+    """Load backbones and the images to show, with or without labels."""
     return evaluation.load_task(*runs, device=choose_device(device), labelled=False, **source)
 
 
@@ -62,7 +76,8 @@ def add_map(parser: argparse.ArgumentParser) -> None:
         "--projection", choices=("pca", "tsne"), default="pca", help="tsne needs scikit-learn [pca]"
     )
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw [all]")
-    add_shared(parser, "--seed", *_SOURCE)
+    add_shared(parser, "--seed", *SOURCE)
+    add_force(parser)
 
 
 def add_neighbours(parser: argparse.ArgumentParser) -> None:
@@ -77,4 +92,5 @@ def add_neighbours(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--out", default=out, help=f"PNG file to write [{out}]")
     parser.add_argument("--queries", type=int, default=8, metavar="N", help="rows [8]")
     parser.add_argument("--k", type=int, default=8, metavar="N", help="neighbours per row [8]")
-    add_shared(parser, "--seed", *_SOURCE)
+    add_shared(parser, "--seed", *SOURCE)
+    add_force(parser)

@@ -16,7 +16,7 @@ from mixmask.data.sets import Images
 from mixmask.data.views import RandomView
 from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.linear import linear_scores
-from mixmask.evaluation.metrics import count_classes, top1_accuracy
+from mixmask.evaluation.metrics import count_classes, top1_accuracy, wilson_interval
 from mixmask.evaluation.subsets import balanced_subset, listed_subset
 from mixmask.evaluation.tasks import Details, Options, Task
 from mixmask.runs.options import check_range, option
@@ -52,16 +52,19 @@ class LinearSGD(Options):
             task.backbones[0], task.train.images, task.labels[0], task.test.images, self,
             image_size=task.sources[0].image_size, classes=len(task.classes), progress=progress,
         )  # fmt: skip
-        schedule = "a tenth after 60 % and 80 % of the epochs"
-        return scores, {"n_train": len(task.train.images), "schedule": schedule}
+        return scores, {
+            "n_train": len(task.train.images), "feature_size": task.sources[0].image_size,
+            "schedule": "a tenth after 60 % and 80 % of the epochs",
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FineTuning(Options):
     """Backbone and head trained on all labels or on some, see `classifier_scores`.
 
-    Both learning rates fall to 0 along a cosine. The defaults are those of SwAV's evaluation with
-    10 % of ImageNet's labels.
+    The protocol is SimCLR's semi-supervised one: a class-balanced share of the labels, all weights
+    trained, no regularisation. Both learning rates fall to 0 along a cosine; the defaults are those
+    of SwAV's evaluation with 10 % of ImageNet's labels.
     """
 
     percent: float = option(100.0, "share of the labels in %, equally many per class")
@@ -73,6 +76,7 @@ class FineTuning(Options):
     lr: float = option(0.01, "learning rate of the backbone at the start", positive=True)
     head_lr: float = option(0.2, "learning rate of the head at the start", positive=True)
     seed: int = option(0, "seed of all random draws", low=0)
+    name: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -81,11 +85,6 @@ class FineTuning(Options):
             check_range("batch_size", self.batch_size, 2)
         if self.subset_list and self.percent != 100:
             raise ValueError("--percent and --subset-list exclude each other; use one of them")
-
-    @property
-    def name(self) -> str:
-        """The protocol with its subset, as in the names of files."""
-        return f"finetune-{'list' if self.subset_list else f'{self.percent:g}'}"
 
     def subset(self, task: Task) -> tuple[Tensor, str]:
         """Return the indices (n,) of the images to fine-tune on, and how they are chosen."""
@@ -119,9 +118,11 @@ class FineTuning(Options):
         )  # fmt: skip
         x, x_test = (extract_features(backbone, part) for part in (images, task.test.images))
         frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
+        top1 = top1_accuracy(frozen, test_labels)
         return scores, {
-            "n_train": len(index), "batch_size": self.batch_of(len(index)), "subset": subset,
-            "frozen_top1": top1_accuracy(frozen, test_labels),
+            "n_train": len(index), "feature_size": task.sources[0].image_size,
+            "batch_size": self.batch_of(len(index)), "subset": subset,
+            "frozen_top1": top1, "frozen_interval": wilson_interval(top1, len(test_labels)),
         }  # fmt: skip
 
 

@@ -27,11 +27,14 @@ def extract_features(
         images: (N, 3, H, W) uint8, a tensor or sliced like one; while a batch is computed, the
             next one is read.
         size: Height and width that the backbone sees, in pixels; see `resize`. Default: those of
-            the images.
+            the images, which have the most detail, or the only ones that the backbone takes.
         batch_size: Images at a time.
 
     Returns:
         (N, D) float32 on the backbone's device.
+
+    Raises:
+        ValueError: If the backbone does not take images of that size.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -39,18 +42,39 @@ def extract_features(
         torch.Size([2, 5])
     """
     device, was_training = next(backbone.parameters()).device, backbone.training
+    size = size or only_size(backbone)
     backbone.eval()
     parts = []
     try:
         for batch in _batches(images, batch_size):
             x = batch.to(device)
             x = normalize(x if size is None else resize(x, size))  # (n, 3, S, S) float32
-            # Beside what `Module.compile` has set up: that would compile once more for these
-            # sizes, and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
-            parts.append(backbone._call_impl(x.contiguous(memory_format=torch.channels_last)))
+            parts.append(_forward(backbone, x.contiguous(memory_format=torch.channels_last)))
     finally:
         backbone.train(was_training)
     return torch.cat(parts).float()
+
+
+def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
+    try:
+        # Beside what `Module.compile` has set up: that would compile once more for these sizes,
+        # and what a CUDA graph returns lasts only until the next batch. Hooks are kept.
+        features: Tensor = backbone._call_impl(x)
+    except (AssertionError, RuntimeError) as error:  # As by networks that cannot divide a size.
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = f"the backbone fails on images of {x.shape[-1]} px ({error}); use another image size"
+        raise ValueError(text) from error
+    return features
+
+
+def only_size(backbone: nn.Module) -> int | None:
+    """Return the only image size that a backbone of timm takes; None if it takes any."""
+    known = getattr(backbone, "pretrained_cfg", {})
+    if not known.get("fixed_input_size"):
+        return None
+    built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return int((built or known["input_size"])[-1])
 
 
 def resize(images: Tensor, size: int) -> Tensor:

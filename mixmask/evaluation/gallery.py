@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -61,9 +60,9 @@ def draw_map(
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
         index = index[order[:_MOST_POINTS].sort().values]
     maps = []
-    for name, backbone in zip(_run_names(task), task.backbones, strict=True):
+    for source, backbone in zip(task.sources, task.backbones, strict=True):
         features = extract_features(backbone, task.test.images[index])  # (n, D)
-        maps.append((name, *project(features, method=projection, seed=seed)))
+        maps.append((source.title, *project(features, method=projection, seed=seed)))
     split = "training" if task.test is task.train else "test"
     images = f"{len(task.test.images):,} {split} images"
     title = f"{short_path(task.sources[0].data)}, {len(index):,} of {images}"
@@ -89,7 +88,7 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
     x_bank = extract_features(task.backbones[0], bank)  # (N, D)
     x = extract_features(task.backbones[0], shown[chosen])  # (M, D)
     similarity, index = (part.cpu() for part in nearest_neighbours(x, x_bank, k, own=own))
-    title, names = f"{_run_names(task)[0]}: {short_path(task.sources[0].data)}", None
+    title, names = f"{task.sources[0].title}: {short_path(task.sources[0].data)}", None
     if task.test.labels is not None and task.train.labels is not None:
         labels, others = task.test.labels[chosen], task.train.labels[index]  # (M,), (M, k)
         names = [
@@ -100,11 +99,6 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
         title += f", {same} of {index.numel()} neighbours are of the query's class"
     figure = figure_neighbours(shown[chosen], bank[index], similarity, names=names, title=title)
     return Drawing(figure, title)
-
-
-def _run_names(task: Task) -> list[str]:
-    """Name each run by the end of its path."""
-    return [short_path(Path(source.checkpoint).resolve()) for source in task.sources]
 
 
 def _choose_classes(task: Task, names: Sequence[str] | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from torch import Tensor
 _TOP = 5
 # A matrix of more classes would fill the JSON; the picture shows it all the same.
 _MATRIX_CLASSES = 100
+# The normal distribution's quantile of a two-sided interval of 95 %.
+_QUANTILE = 1.959963984540054
+INTERVAL = "95 %, Wilson"
+
+# Low and high end of an accuracy, 0 ... 1.
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,33 @@ class Accuracy:
     top1: float
     top5: float | None
     mean_class: float
-    per_class: Tensor
-    confusion: Tensor
+    per_class: Tensor = field(repr=False)
+    confusion: Tensor = field(repr=False)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return the 95 % intervals of `top1`, `top5` where there is one, and `mean_class`.
+
+        They tell how far other test images might move an accuracy, not another seed of the run.
+
+        Source:
+            `wilson_interval`; the classes' intervals make that of their mean as in Zou, Huang and
+            Zhang, "... confidence interval estimation for a linear function of ... proportions".
+        """
+        images = int(self.confusion.sum())
+        found = {"top1": wilson_interval(self.top1, images)}
+        if self.top5 is not None:
+            found["top5"] = wilson_interval(self.top5, images)
+        pairs = zip(self.per_class.tolist(), self.class_intervals(), strict=True)
+        each = [(share, *ends) for share, ends in pairs if ends]
+        below = math.hypot(*(share - low for share, low, _ in each)) / len(each)
+        above = math.hypot(*(high - share for share, _, high in each)) / len(each)
+        return found | {"mean_class": (self.mean_class - below, self.mean_class + above)}
+
+    def class_intervals(self) -> list[Interval | None]:
+        """Return those of `per_class`; None for classes that do not occur."""
+        counts = self.confusion.sum(dim=1).tolist()  # (C,)
+        pairs = zip(self.per_class.tolist(), counts, strict=True)
+        return [wilson_interval(share, count) if count else None for share, count in pairs]
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Return all that JSON can hold; a matrix of more than 100 classes is left out."""
@@ -41,6 +72,11 @@ class Accuracy:
             "top1": self.top1,
             "top5": self.top5,
             "mean_class": self.mean_class,
+            "intervals": {
+                "kind": INTERVAL,
+                **self.intervals(),
+                "per_class": dict(zip(classes, self.class_intervals(), strict=True)),
+            },
             "per_class": dict(zip(classes, shares, strict=True)),
             "confusion": self.confusion.tolist() if len(classes) <= _MATRIX_CLASSES else None,
         }
@@ -80,12 +116,32 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     confusion = confusion.view(classes, classes).cpu()
     per_class = confusion.diagonal().double() / confusion.sum(dim=1)
     return Accuracy(
-        top1=float((rank == 0).double().mean()),
-        top5=float((rank < _TOP).double().mean()) if classes > _TOP else None,
+        # Counted in integers: some devices have no float64.
+        top1=int((rank == 0).sum()) / len(rank),
+        top5=int((rank < _TOP).sum()) / len(rank) if classes > _TOP else None,
         mean_class=float(per_class.nanmean()),
         per_class=per_class,
         confusion=confusion,
     )
+
+
+def wilson_interval(share: float, images: int) -> Interval:
+    """Return the 95 % interval of a share of independent images, 0 ... 1.
+
+    (p + z² / 2n ± z √(p (1 − p) / n + z² / 4n²)) / (1 + z² / n) with z = 1.96.
+
+    Source:
+        Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+
+    Example:
+        >>> low, high = wilson_interval(0.44, 372)
+        >>> round(low, 3), round(high, 3)
+        (0.39, 0.491)
+    """
+    square = _QUANTILE**2 / images
+    half = math.sqrt(square * share * (1 - share) + square**2 / 4)
+    low, high = ((share + square / 2 + side) / (1 + square) for side in (-half, half))
+    return max(0.0, low), min(1.0, high)
 
 
 def top1_accuracy(scores: Tensor, labels: Tensor) -> float:

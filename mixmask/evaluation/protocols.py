@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,7 +27,7 @@ from mixmask.runs.folder import atomic_write
 Protocol = KNN | Linear | LinearSGD | FineTuning
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """How well a backbone did on the test images, and under which circumstances."""
 
@@ -39,25 +40,17 @@ class Result:
     device: str
     date: str  # In UTC, ISO 8601.
 
-    def to_json(self) -> dict[str, object]:
-        """Return what `evaluate-PROTOCOL.json` holds."""
-        import timm
+    def __repr__(self) -> str:
+        return f"Result({', '.join(self._title().splitlines())})"
 
-        options = dataclasses.asdict(self.protocol)
+    def to_json(self) -> dict[str, object]:
+        """Return what the JSON file holds."""
         return {
-            "protocol": self.protocol.name,
-            **dataclasses.asdict(self.source),
+            **_circumstances(self.protocol, self.source),
             "n_test": int(self.accuracy.confusion.sum()),
-            **{name: value for name, value in options.items() if value != ""},
             **self.details,  # Of an option that depends on the images, what was used.
             "seconds": round(self.seconds, 2),
             "device": self.device,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "mixmask": __version__,
-            },
             "date": self.date,
             **self.accuracy.to_json(self.classes),
         }
@@ -65,21 +58,79 @@ class Result:
     def _title(self) -> str:
         """Say in the figure whose accuracy it is, on what."""
         source, images = self.source, int(self.accuracy.confusion.sum())
+        low, high = self.accuracy.intervals()["top1"]
         return (
-            f"{short_path(source.checkpoint)}, {self.protocol.name} on "
-            f"{short_path(source.data)}\ntop-1 {self.accuracy.top1:.1%}, n = {images:,} test images"
+            f"{source.title}, {self.protocol.name} on {short_path(source.data)}\n"
+            f"top-1 {self.accuracy.top1:.1%} (95 %: {low:.1%} ... {high:.1%}), "
+            f"n = {images:,} test images"
         )
 
-    def write(self, folder: Path) -> Path:
-        """Write `evaluate-PROTOCOL.json`, and the confusion matrix as PNG beside it."""
+    def write(self, folder: Path, *, force: bool = False) -> Path:
+        """Write the JSON file, see `results_file`, and the confusion matrix as PNG beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"evaluate-{self.protocol.name}.json"
+        path = results_file(self.protocol, self.source, folder, force=force)
         with atomic_write(path, path.with_suffix(".png")) as (text, picture):
             content = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
             text.write_text(content + "\n", encoding="utf-8")
             figure = figure_confusion(self.accuracy.confusion, self.classes, title=self._title())
             write_figure(figure, picture)
         return path
+
+
+def results_file(protocol: Protocol, source: Source, folder: Path, *, force: bool = False) -> Path:
+    """Name the JSON file of an evaluation, in which no other one's results must lie.
+
+    Its name tells the protocol with the options that are not at their defaults, the data, the size
+    of views, how far an unfinished run had come and, outside of the run's own folder, the run:
+    `evaluate-knn_k-5_clothing64_32px_epoch-10-of-28.json`.
+
+    Raises:
+        ValueError: If the file holds something else than this evaluation of the same weights by
+            the same versions, and is not to be replaced by `force`.
+    """
+    run = Path(source.checkpoint)
+    parts = [protocol.label, Path(source.data).name, f"{source.image_size}px"]
+    if source.unfinished:
+        parts.append(f"epoch-{source.epoch}-of-{source.planned_epochs}")
+    if not run.is_dir():
+        parts.append(run.stem)
+    elif run.resolve() != folder.resolve():
+        parts.append(run.resolve().name)
+    name = re.sub(r"[^\w.-]+", "-", "_".join(parts))
+    path = folder / f"evaluate-{name}.json"
+    if force or not path.exists():
+        return path
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        held = {}
+    known = _circumstances(protocol, source)
+    # A path can be spelt in two ways; details say what was used of an option in the file's name.
+    compared = known.keys() - {"checkpoint"} - Details.__annotations__.keys()
+    if any(held.get(name) != known[name] for name in compared):
+        raise ValueError(
+            f"{path} holds another evaluation, of other weights, data or versions; replace it with "
+            "--force, or name another folder with --out"
+        )
+    return path
+
+
+def _circumstances(protocol: Protocol, source: Source) -> dict[str, object]:
+    """Return what is known of an evaluation before it: two that agree in it measure the same."""
+    import timm
+
+    known = {**dataclasses.asdict(source), **dataclasses.asdict(protocol)}
+    return {
+        "protocol": protocol.name,
+        **{name: value for name, value in known.items() if value not in ("", None)},
+        "unfinished": source.unfinished,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "mixmask": __version__,
+        },
+    }
 
 
 def evaluate(task: Task, protocol: Protocol, *, progress: bool = False) -> Result:

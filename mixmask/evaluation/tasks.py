@@ -3,44 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from mixmask.checkpoints.load import load_backbone
+from mixmask.checkpoints.load import Loaded, load_backbone
 from mixmask.data.sets import Split, load_data
-from mixmask.evaluation.features import extract_features
-from mixmask.runs.options import check_options, check_range
+from mixmask.evaluation.features import extract_features, only_size
+from mixmask.evaluation.metrics import Interval
+from mixmask.figures.style import short_path
+from mixmask.runs.options import check_options, check_range, flag
+from mixmask.runs.reading import read_checkpoint
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a backbone and its images come from, see `mixmask.checkpoints.load.Loaded`."""
 
-    checkpoint: str
+    checkpoint: str  # The run folder or the file, as it was named.
     layout: str
     arch: str
     small_stem: bool
-    data: str
-    image_size: int  # Height and width, in pixels.
+    data: str  # Name of a data set, or the absolute path of a folder.
+    image_size: int  # Height and width of views, in pixels.
+    file: str = ""  # That was read, of a run folder "last.pt" or an older one.
+    sha256: str = ""  # Of that file, as `sha256sum` prints it.
+    step: int | None = None  # Done by one of our runs; unknown of others, as are its epochs.
+    epoch: int | None = None
+    planned_epochs: int | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the run had epochs left to do."""
+        return None not in (self.epoch, self.planned_epochs) and self.epoch != self.planned_epochs
+
+    @property
+    def title(self) -> str:
+        """The run's name for titles and messages, which says how far an unfinished one came."""
+        name, state = short_path(Path(self.checkpoint).resolve()), ""
+        if self.unfinished:
+            state = f" (unfinished, epoch {self.epoch} of {self.planned_epochs})"
+        return name + state
 
 
 @dataclass(frozen=True)
 class Options:
     """What all protocols share: options as fields, checked when they are set."""
 
+    name: ClassVar[str]
+
     def __post_init__(self) -> None:
         """Check the limits of the options."""
         check_options(self)
+
+    @property
+    def label(self) -> str:
+        """The name, and each option that is not at its default, as results are named by them."""
+        label = self.name
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                # A number is written alike from Python and from the command line: 50 and 50.0.
+                text = Path(value).stem if isinstance(value, str) else f"{value:.10g}"
+                label += f"_{flag(field.name)[2:]}-{text}"
+        return label
 
 
 class Details(TypedDict, total=False):
     """What a protocol reports beside its scores; the last ones only where it has them."""
 
     n_train: int
+    feature_size: int  # Height and width at which the test images were seen, in pixels.
     k: int  # Neighbours that voted.
     batch_size: int  # That was used.
     dim: int  # Width of the features.
@@ -48,9 +86,10 @@ class Details(TypedDict, total=False):
     schedule: str  # Of the learning rate.
     subset: str  # How the training images were chosen.
     frozen_top1: float  # Accuracy of a linear probe before fine-tuning, on the same images.
+    frozen_interval: Interval
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """Backbones, and the images that measure them or are shown.
 
@@ -68,6 +107,13 @@ class Task:
     test: Split
     classes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{source.arch} of {source.title}" for source in self.sources)
+        return (
+            f"Task({names} on {self.sources[0].data}: {len(self.train.images):,} images to train, "
+            f"{len(self.test.images):,} to test, {len(self.classes)} classes, {self.device})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the backbones compute."""
@@ -83,6 +129,11 @@ class Task:
         if self.train.labels is None or self.test.labels is None:
             raise ValueError(f"--data {data} has no labels; {fix}")
         return self.train.labels, self.test.labels
+
+    @property
+    def feature_size(self) -> int:
+        """Height and width at which the first backbone sees images, see `extract_features`."""
+        return only_size(self.backbones[0]) or self.test.images.shape[-1]
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Compute the features (N, D) and (M, D) of both splits by the first backbone."""
@@ -105,15 +156,16 @@ def load_task(
     Args:
         *runs: Run folders or checkpoint files.
         data: Name of a data set, or a folder. Default: the runs' own.
-        image_size: Height and width of the views, in pixels. Default: the runs' own, or 224.
+        image_size: Height and width of the views, in pixels. Default: the runs' own, or 224, or
+            the only one that the backbone takes.
         arch: As in `load_backbone`.
         small_stem: As in `load_backbone`.
         device: Where to compute.
         labelled: Whether labels on both splits are needed, as they are to measure.
 
     Raises:
-        ValueError: If a checkpoint or the data cannot be loaded, the runs used different data, or
-            labels are missing.
+        ValueError: If a checkpoint or the data cannot be loaded, the runs used different data,
+            the backbone does not take the image size, or labels are missing.
     """
     loaded = [load_backbone(run, arch=arch, small_stem=small_stem) for run in runs]
     names = {str(each.config["data"]) for each in loaded if each.config.get("data")}
@@ -121,19 +173,18 @@ def load_task(
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
     data = data or names.pop()
-    if image_size is None:
-        image_size = max(int(each.config.get("image_size", 0)) for each in loaded) or 224
-    check_range("image_size", image_size, 1)
+    image_size = _choose_size(loaded, image_size)
     images = load_data(data, image_size)
     train = images.train
+    if train.files and Path(data).exists():  # From another folder its name may mean others.
+        data = str(Path(data).resolve())
     if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
         (known, labels), _ = images.labelled_splits()
         train = dataclasses.replace(train, images=known, labels=labels)
     task = Task(
         tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
         tuple(
-            Source(str(run), each.layout, each.arch, each.small_stem, data, image_size)
-            for run, each in zip(runs, loaded, strict=True)
+            _describe(run, each, data, image_size) for run, each in zip(runs, loaded, strict=True)
         ),
         train,
         images.test or train,
@@ -142,3 +193,32 @@ def load_task(
     if labelled:
         _ = task.labels
     return task
+
+
+def _choose_size(loaded: Sequence[Loaded], given: int | None) -> int:
+    """Return the size of the views: the given one, the runs', or the backbones' only one."""
+    only = {each.arch: size for each in loaded if (size := only_size(each.backbone))}
+    if given is None:
+        own = max(int(each.config.get("image_size", 0)) for each in loaded)
+        return own or max(only.values(), default=224)
+    check_range("image_size", given, 1)
+    for arch, size in only.items():
+        if size != given:
+            raise ValueError(f"{arch} takes images of {size} px only, got --image-size {given}")
+    return given
+
+
+def _describe(run: Path, loaded: Loaded, data: str, image_size: int) -> Source:
+    """Note which file was read and, of one of our runs, how far it had come."""
+    assert loaded.file is not None
+    source = Source(str(run), loaded.layout, loaded.arch, loaded.small_stem, data, image_size)
+    source = dataclasses.replace(
+        source, file=loaded.file.name, sha256=hashlib.sha256(loaded.file.read_bytes()).hexdigest()
+    )
+    if loaded.layout != "mixmask":
+        return source
+    content, _ = read_checkpoint(loaded.file)
+    # Row 0 is the untrained network; an epoch that was interrupted has no row yet.
+    epoch = max((int(row["epoch"]) for row in content["rows"]), default=0)
+    planned = loaded.config.get("epochs")
+    return dataclasses.replace(source, step=content["step"], epoch=epoch, planned_epochs=planned)

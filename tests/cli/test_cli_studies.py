@@ -219,7 +219,7 @@ def test_map_of_unlabelled_images_is_drawn_without_classes(
     words = ["map", str(runs["a"]), "--data", str(flat), "--out", str(out)]
     assert cli.main(words) == 0
     assert is_png(out)
-    assert "--classes needs labels" in refused([*words, "--classes", "cat"], capsys)
+    assert "--classes needs labels" in refused([*words, "--force", "--classes", "cat"], capsys)
 
 
 def test_features_that_cannot_be_drawn_are_refused(

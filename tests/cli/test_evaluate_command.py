@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 from mixmask import cli
 from mixmask.backbones import build_backbone
+from mixmask.checkpoints.load import load_backbone
+from mixmask.data.sets import ImageData
+from mixmask.data.views import normalize
 from mixmask.evaluation import (
     KNN,
     FineTuning,
@@ -22,6 +28,7 @@ from mixmask.evaluation import (
     evaluate,
     load_task,
 )
+from mixmask.evaluation.monitor import accuracy_monitor
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -43,19 +50,25 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    weights = {f"backbone.{key}": v for key, v in build_backbone("narrow").state_dict().items()}
-    content = {"model": weights, "optimizer": {}, "step": 1, "rows": [], "meter": {}}
+def write_run(folder: Path, data: Path, arch: str, image_size: int, epoch: int = 3) -> Path:
+    """Write the folder of a run of three epochs."""
+    folder.mkdir(exist_ok=True)
+    weights = {f"backbone.{key}": v for key, v in build_backbone(arch).state_dict().items()}
+    rows = [{"epoch": number, "step": 2 * number} for number in range(epoch + 1)]
+    content = {"model": weights, "optimizer": {}, "step": 2 * epoch, "rows": rows, "meter": {}}
     torch.save(content, folder / "last.pt")
-    config = {"arch": "narrow", "small_stem": False, "data": str(photographs), "image_size": 16}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {"arch": arch, "small_stem": False, "data": str(data), "image_size": image_size}
+    (folder / "config.json").write_text(json.dumps({**config, "epochs": 3}))
     return folder
 
 
-def results(folder: Path, name: str) -> dict[str, Any]:
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Path:
+    return write_run(tmp_path / "run", photographs, "narrow", 16)
+
+
+def results(folder: Path, name: str, rest: str = "photographs_16px") -> dict[str, Any]:
+    name = f"{name}_{rest}"
     with Image.open(folder / f"evaluate-{name}.png") as image:
         assert image.format == "PNG"
     assert not list(folder.glob("*tmp*"))
@@ -70,7 +83,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "knn", str(run), "--k", "100", "--temperature", "0.2"]) == 0
-    found = results(run, "knn")
+    found = results(run, "knn_k-100_temperature-0.2")
     assert (found["k"], found["temperature"]) == (42, 0.2)
     assert (found["n_train"], found["n_test"], found["image_size"]) == (42, 16, 16)
     assert np.sum(found["confusion"], axis=1).tolist() == [6, 6, 4]
@@ -79,33 +92,38 @@ def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixt
     assert found["mean_class"] == pytest.approx(np.mean(list(found["per_class"].values())))
     assert set(found["versions"]) == {"python", "torch", "timm", "mixmask"}
     printed = capsys.readouterr().out
-    assert f"top-1 {found['top1']:>16.1%}".split() == printed.splitlines()[1].split()[:2]
+    low, high = found["intervals"]["top1"]
+    assert low < found["top1"] < high
+    row = f"top-1 {found['top1']:.1%} {low:.1%} ... {high:.1%}".split()
+    assert printed.splitlines()[2].split() == row
+    assert "interval (95 %, Wilson)" in printed
     assert len(printed.splitlines()) <= 6
 
 
 def test_linear_of_a_checkpoint_file_into_another_folder(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "here"
     assert cli.main(["evaluate", "linear", str(run / "last.pt"), "--out", str(out)]) == 0
-    assert results(out, "linear")["penalty"] > 0
+    assert results(out, "linear", "photographs_16px_last")["penalty"] > 0
     assert not list(run.glob("evaluate*"))
 
 
 def test_linear_by_sgd(run: Path) -> None:
     options = ["--protocol", "sgd", "--epochs", "2", "--batch-size", "8", "--lr", "1"]
     assert cli.main(["evaluate", "linear", str(run), *options]) == 0
-    found = results(run, "linear-sgd")
+    found = results(run, "linear-sgd_epochs-2_batch-size-8_lr-1")
     assert (found["epochs"], found["batch_size"], found["lr"]) == (2, 8, 1.0)
 
 
 def test_finetune_on_a_balanced_part(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--percent", "50", "--epochs", "2", "--seed", "5"]
     assert cli.main(["evaluate", "finetune", str(run), *options]) == 0
-    found = results(run, "finetune-50")
+    found = results(run, "finetune_percent-50_epochs-2_seed-5")
     assert (found["n_train"], found["seed"], found["subset"]) == (21, 5, "50 %")
     assert found["batch_size"] == 16
     printed = capsys.readouterr().out
     assert "21 images (50 %, seed 5)" in printed
     assert f"{found['frozen_top1']:.1%}" in printed
+    assert found["frozen_interval"][0] < found["frozen_top1"] <= found["frozen_interval"][1]
 
 
 def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
@@ -113,7 +131,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
     names.write_text("cat3.png\ndog/dog1.png\n\nowl0.png\nowl2.png\n")
     options = ["--subset-list", str(names), "--epochs", "1"]
     assert cli.main(["evaluate", "finetune", str(run), *options]) == 0
-    assert results(run, "finetune-list")["n_train"] == 4
+    assert results(run, "finetune_subset-list-part_epochs-1")["n_train"] == 4
 
 
 @pytest.mark.parametrize(
@@ -124,6 +142,8 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["knn", "--threads", "0"], "--threads must be at least 1"),
         (["knn", "--image-size", "0"], "--image-size must be at least 1"),
         (["knn", "--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["knn", "--device", "gpu"], "--device gpu is not available"),
+        (["knn", "--image-size", "-1"], "--image-size must be at least 1, got -1"),
         (["knn", "--data", "nowhere"], "--data must be a folder or one of"),
         (["linear", "--epochs", "3"], "--epochs belongs to --protocol sgd"),
         (["linear", "--seed", "-1"], "--seed must be at least 0"),
@@ -200,7 +220,7 @@ def test_python_measures_what_the_command_measures(
 ) -> None:
     result = evaluate(load_task(run), protocol)
     assert cli.main(["evaluate", words[0], str(run), "--device", "cpu", *words[1:]]) == 0
-    written = results(run, protocol.name)
+    written = results(run, protocol.label)
     ours = json.loads(json.dumps(result.to_json()))
     assert ours.keys() == written.keys()
     for name in ours.keys() - CHANGES_WITH_THE_CLOCK:
@@ -212,3 +232,177 @@ def test_every_option_of_a_protocol_is_in_its_results(run: Path) -> None:
     assert {name: written[name] for name in ("percent", "epochs", "batch_size", "head_lr")} == {
         "percent": 50, "epochs": 1, "batch_size": 16, "head_lr": 0.1,
     }  # fmt: skip
+
+
+def test_results_do_not_replace_others(
+    run: Path, tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "knn", str(run), "--device", "cpu"]
+    assert cli.main(words) == 0
+    first = results(run, "knn")
+    assert (first["file"], first["step"], first["epoch"], first["planned_epochs"]) == (
+        "last.pt", 6, 3, 3,
+    )  # fmt: skip
+    digest = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
+    assert (first["sha256"], first["unfinished"]) == (digest, False)
+    other = photographs.rename(tmp_path / "others")
+    for more, name, rest in (
+        (["--k", "3"], "knn_k-3", "others_16px"),
+        (["--image-size", "18"], "knn", "others_18px"),
+    ):
+        assert cli.main([*words, *more, "--data", str(other)]) == 0
+        results(run, name, rest)
+    other.rename(photographs)
+    assert results(run, "knn") == first
+    assert cli.main(words) == 0  # Once more of the same weights: nothing is lost.
+
+    write_run(run, photographs, "narrow", 16)
+    assert "holds another evaluation, of other weights" in refused(words[1:], capsys)
+    assert results(run, "knn")["sha256"] == digest
+    assert cli.main([*words, "--force"]) == 0
+    assert results(run, "knn")["sha256"] != digest
+    (run / "evaluate-knn_photographs_16px.json").write_text("[1")
+    assert "--force" in refused(words[1:], capsys)
+
+
+def test_an_unfinished_run_is_called_so(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", photographs, "narrow", 16, epoch=2)
+    assert cli.main(["evaluate", "knn", str(run)]) == 0
+    assert results(run, "knn", "photographs_16px_epoch-2-of-3")["unfinished"] is True
+    assert "run (unfinished, epoch 2 of 3) on " in capsys.readouterr().out
+    words = ["neighbours", str(run), "--out", str(tmp_path / "x.png")]
+    assert cli.main(words) == 0
+    assert "run (unfinished, epoch 2 of 3): " in capsys.readouterr().out
+
+
+def test_a_network_of_fixed_size_sees_the_centre_at_that_size(
+    photographs: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "vit", photographs, "test_vit", 160)
+    assert cli.main(["evaluate", "knn", str(run), "--device", "cpu"]) == 0
+    found = results(run, "knn", "photographs_160px")
+    assert (found["feature_size"], found["image_size"]) == (160, 160)
+    task = load_task(run)
+    for split, features in zip((task.train, task.test), task.features(), strict=True):
+        assert isinstance(split.images, torch.Tensor)
+        assert split.images.shape[2:] == (183, 183)
+        centre = normalize(split.images[:, :, 11:171, 11:171])
+        torch.testing.assert_close(features, task.backbones[0](centre).detach())
+    monitor = accuracy_monitor(ImageData(task.train, task.test, task.classes))
+    assert monitor is not None
+    assert monitor(task.backbones[0], False) == {"knn": pytest.approx(found["top1"])}
+
+
+@pytest.mark.parametrize("command", ["map", "neighbours", "embed"])
+def test_other_commands_take_networks_of_fixed_size(
+    command: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "vit", photographs, "test_vit", 160)
+    out = tmp_path / ("x.npy" if command == "embed" else "x.png")
+    words = [command, str(run), "--out", str(out)]
+    assert cli.main([*words, "--image-size", "96"]) == 2
+    assert "test_vit takes images of 160 px only" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert out.exists()
+
+
+def test_linear_equals_logistic_regression_of_scikit_learn(run: Path) -> None:
+    task = load_task(run)
+    result = evaluate(task, Linear())
+    x, x_test = (features.double().numpy() for features in task.features())
+    mean, std = x.mean(axis=0), x.std(axis=0).clip(1e-6)
+    strength = 1 / (result.details["penalty"] * len(x))
+    reference = LogisticRegression(C=strength, max_iter=20_000, tol=1e-8)
+    reference.fit((x - mean) / std, task.labels[0])
+    scores, _ = Linear().measure(task, progress=False)
+    np.testing.assert_allclose(
+        scores.softmax(dim=1), reference.predict_proba((x_test - mean) / std), atol=2e-3
+    )
+    assert result.accuracy.top1 == reference.score((x_test - mean) / std, task.labels[1])
+
+
+def test_embed_names_each_row(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "features.npy"
+    words = ["embed", str(run), "--to", "npy", "--out", str(out), "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert "58 images" in capsys.readouterr().out
+    with out.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    features, backbone = np.load(out), load_backbone(run).backbone
+    assert features.shape == (58, 128)
+    assert features.dtype == np.float32
+    for i in (0, 30, 57):
+        folder = photographs / {"train": "train", "test": "val"}[rows[i]["split"]]
+        assert rows[i]["file"].startswith(rows[i]["class"])
+        with Image.open(folder / rows[i]["file"]) as image:
+            small = np.array(image.resize((18, 18), Image.Resampling.BICUBIC))
+        x = normalize(torch.from_numpy(small).permute(2, 0, 1)[None])
+        np.testing.assert_allclose(features[i], backbone(x)[0].detach(), atol=1e-4)
+
+
+def test_embed_counts_images_without_files(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.npy"
+    assert cli.main(["embed", str(run), "--data", "clothing64", "--out", str(out)]) == 0
+    lines = out.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == len(np.load(out)) + 1
+    assert lines[1].startswith("train,")
+    assert lines[1].endswith(",0")
+
+
+@pytest.mark.parametrize(
+    "command, name", [("map", "x.png"), ("neighbours", "x.png"), ("embed", "x.npy")]
+)
+def test_files_are_replaced_with_force_alone(
+    command: str, name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    words = [command, str(run), "--out", str(out)]
+    out.write_text("mine")
+    assert cli.main(words) == 2
+    assert (
+        f"{out} exists; name another --out, or overwrite it with --force" in capsys.readouterr().err
+    )
+    assert out.read_text() == "mine"
+    assert cli.main([*words, "--force"]) == 0
+    assert out.read_bytes()[:4] != b"mine"
+    for bad in (["--image-size", "-1"], ["--device", "gpu"], ["--data", "nowhere"]):
+        assert cli.main([*words, "--force", *bad]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"mixmask: {bad[0]} ")
+
+
+def test_embed_needs_a_file_of_its_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["embed", str(run), "--out", "x.txt"]) == 2
+    assert "--out must name a .npy file, got x.txt; use x.npy" in capsys.readouterr().err
+
+
+def test_records_are_shown_in_a_line(run: Path) -> None:
+    task = load_task(run)
+    result = evaluate(task, KNN())
+    for record, start in (
+        (task, "Task(narrow of "),
+        (result, "Result("),
+        (result.accuracy, "Accuracy(top1="),
+        (load_backbone(run), "Loaded(mixmask: took "),
+    ):
+        shown = repr(record)
+        assert shown.startswith(start)
+        assert "\n" not in shown
+        assert len(shown) < 300
+
+
+def test_backbones_are_exported_as_graphs(run: Path, tmp_path: Path) -> None:
+    backbone, x = load_backbone(run).backbone, torch.rand(1, 3, 16, 16)
+    graph = torch.export.export(backbone, (x,)).module()
+    torch.testing.assert_close(graph(x), backbone(x))
+    onnx = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript, with which torch writes ONNX, is not")
+    file = tmp_path / "backbone.onnx"
+    torch.onnx.export(backbone, (x,), file, dynamo=True)
+    session = onnx.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (ours,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(ours, backbone(x).detach(), atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -11,7 +12,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from mixmask.evaluation import measure_accuracy
+from mixmask.evaluation import measure_accuracy, wilson_interval
 
 
 def test_accuracies_equal_those_of_scikit_learn() -> None:
@@ -62,3 +63,37 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         measure_accuracy(scores, labels)
+
+
+@pytest.mark.parametrize("right, images", [(0, 7), (3, 7), (164, 372), (372, 372), (9, 10**6)])
+def test_intervals_equal_scipys(right: int, images: int) -> None:
+    expected = binomtest(right, images).proportion_ci(method="wilson")
+    ours = wilson_interval(right / images, images)
+    assert ours == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_mean_of_one_class_has_the_interval_of_that_class() -> None:
+    scores = torch.eye(2)[torch.arange(30) % 3 // 2]  # A third says 1.
+    measured = measure_accuracy(scores, torch.zeros(30, dtype=torch.int64))
+    found = measured.intervals()
+    assert found["mean_class"] == pytest.approx(found["top1"])
+    assert measured.class_intervals() == [pytest.approx(found["top1"]), None]
+    assert measured.to_json(("a", "b"))["intervals"] == {
+        "kind": "95 %, Wilson", **found, "per_class": {"a": found["top1"], "b": None},
+    }  # fmt: skip
+
+
+def test_intervals_hold_the_truth_in_95_of_100_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares, counts = torch.tensor([0.95, 0.6, 0.3]), torch.tensor([20, 40, 30])
+    labels = torch.arange(3).repeat_interleave(counts)  # (90,)
+    truth = {"mean_class": float(shares.mean()), "top1": float((shares * counts).sum() / 90)}
+    inside = dict.fromkeys(truth, 0)
+    for _ in range(2000):
+        right = torch.rand(90, generator=generator) < shares[labels]
+        scores = torch.eye(3)[torch.where(right, labels, (labels + 1) % 3)]
+        found = measure_accuracy(scores, labels).intervals()
+        for name, value in truth.items():
+            inside[name] += found[name][0] <= value <= found[name][1]
+    assert 0.93 < inside["mean_class"] / 2000 < 0.97
+    assert inside["top1"] / 2000 > 0.94  # Classes of unlike difficulty vary less than one.

@@ -38,7 +38,8 @@ def test_confusion_names_run_protocol_accuracy_and_images(
     result = protocols.Result(KNN(), source, details, accuracy, classes, 1.0, "cpu", "today")
     result.write(tmp_path)
     title = figures[0].axes[0].get_title()
-    assert title == "runs/a, knn on data/pets\ntop-1 62.5%, n = 1,200 test images"
+    measured = "top-1 62.5% (95 %: 59.7% ... 65.2%), n = 1,200 test images"
+    assert title == f"runs/a, knn on data/pets\n{measured}"
 
 
 def test_maps_and_studies_name_the_end_of_a_path(tmp_path: Path) -> None:
