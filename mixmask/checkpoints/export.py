@@ -16,6 +16,7 @@ from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.runs.folder import atomic_write
+from mixmask.runs.reading import UNSEALED, seal_safetensors
 
 FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
@@ -66,7 +67,8 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
     elif out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        contents = {out: save(state, {"format": "pt", **_metadata(loaded)})}
+        metadata = {"format": "pt", "sha256": UNSEALED, **_metadata(loaded)}
+        contents = {out: seal_safetensors(save(state, metadata))}
     else:
         contents = {out: _torch_save(state, _metadata(loaded))}
     write_files(contents, force=force)

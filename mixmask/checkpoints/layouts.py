@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
+from mixmask.runs.folder import is_run
 
 # Keys under which a checkpoint may hold its weights.
 _NESTS = ("state_dict", "model", "model_state_dict")
@@ -88,11 +89,6 @@ def weights_in(path: Path, content: object) -> Mapping[str, object]:
         f"{path} holds {held} and no weights that are known; pass a state dict, or a checkpoint "
         "that holds one as 'state_dict' or 'model'"
     )
-
-
-def is_run(content: object) -> bool:
-    """Tell a checkpoint of our runs by its parts."""
-    return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
 
 
 def exported_metadata(tensors: Mapping[str, object]) -> dict[str, str]:

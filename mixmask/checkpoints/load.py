@@ -15,11 +15,10 @@ from mixmask.checkpoints.layouts import (
     Match,
     exported_metadata,
     find_backbone,
-    is_run,
     weights_in,
 )
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
-from mixmask.runs.folder import CONFIG, load_checkpoint, read_config
+from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
 
 # Layers of a classifier inside of a backbone.
@@ -87,7 +86,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
     metadata: dict[str, str] = {}
     if path.is_dir():
-        file, content = load_checkpoint(path)
+        file, content = load_checkpoint(path, lambda held: is_run(held) or "classes" in held)
     else:
         file, (content, metadata) = path, read_checkpoint(path)
     config = _read_options(file.parent) if is_run(content) else {}

@@ -105,15 +105,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     previous.write_bytes(last.read_bytes())
     last.write_bytes(last.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"last\.pt is damaged or cut short .* an older one"):
+    with pytest.warns(UserWarning, match=r"last\.pt is damaged .*previous\.pt is used"):
         loaded = load_backbone(tmp_path)
     assert loaded.file == previous
     assert_same_features(loaded.backbone, backbone)
     previous.write_bytes(b"")
-    with (
-        pytest.warns(UserWarning, match=r"(last|previous)\.pt is damaged"),
-        pytest.raises(ValueError, match="holds no whole checkpoint"),
-    ):
+    with pytest.raises(ValueError, match=r"no whole checkpoint .*last\.pt is .*previous\.pt is"):
         load_backbone(tmp_path)
 
 
