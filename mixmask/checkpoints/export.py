@@ -121,6 +121,10 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
         "small_stem": str(loaded.small_stem).lower(),
         "source": f"{loaded.layout}: {loaded.file.name if loaded.file else 'unknown file'}",
     }
+    for name in ("mean", "std"):
+        metadata[name] = ",".join(map(str, getattr(loaded, name)))
+    if loaded.image_size is not None:
+        metadata["image_size"] = str(loaded.image_size)
     if loaded.small_stem and loaded.arch not in SLIM:
         padding, relu = _stem(loaded.backbone)
         metadata |= {"stem_padding": str(padding), "stem_relu": str(relu).lower()}

@@ -191,10 +191,11 @@ def load_checkpoint(
             continue
         try:
             content, _ = read_checkpoint(file)
-            if not isinstance(content, dict) or not is_usable(content):
-                raise ValueError(f"{file} is no checkpoint of such a run")
         except (OSError, ValueError) as error:
             problems.append(str(error))
+            continue
+        if not isinstance(content, dict) or not is_usable(content):
+            problems.append(f"{file} is no checkpoint of such a run")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)

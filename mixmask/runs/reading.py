@@ -54,6 +54,8 @@ _OBJECTS = (
     "builtins.tuple",
 )
 _MAPPINGS = ("collections.defaultdict",)
+# Beginnings of the names of networks' parts, which lightly-train keeps whole beside the weights.
+_PARTS = ("lightly_train.", "timm.", "torch.nn.modules.", "torchvision.")
 
 _SEAL = b"mixmask sha256 "
 _SEAL_SIZE = len(_SEAL) + 64  # In bytes; the sum is in hexadecimal digits.
@@ -127,9 +129,10 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         )
     if start.startswith(b"PK"):
         _check_archive(path, end)
-    _refuse_foreign(path, _globals_of(path))
+    names = _globals_of(path)
+    _refuse_foreign(path, names)
     try:
-        with _stand_ins():
+        with _stand_ins(names):
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except MemoryError:
         raise
@@ -212,13 +215,14 @@ class _MappingStandIn:
         return OrderedDict()  # torch fills no other mapping than a plain one.
 
 
-def _stand_ins() -> Any:
-    """Return a context in which torch reads the objects above as stand-ins."""
+def _stand_ins(named: list[str]) -> Any:
+    """Return a context in which torch reads the objects above, and a file's own, as stand-ins."""
     allow = getattr(torch.serialization, "safe_globals", None)
     if allow is None:  # Before torch 2.5: such files are then refused.
         return nullcontext()
     classes: list[type[Any]] = []
-    for base, names in ((_StandIn, _OBJECTS), (_MappingStandIn, _MAPPINGS)):
+    objects = (*_OBJECTS, *(name for name in named if name.startswith(_PARTS)))
+    for base, names in ((_StandIn, objects), (_MappingStandIn, _MAPPINGS)):
         for full in names:
             module, _, name = full.rpartition(".")
             # torch looks a class up by where it says that it comes from.
@@ -239,14 +243,17 @@ def _globals_of(path: Path) -> list[str]:
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
-    foreign = [name for name in names if name not in (*_OBJECTS, *_MAPPINGS)]
+    known = (*_OBJECTS, *_MAPPINGS)
+    foreign = [name for name in names if name not in known and not name.startswith(_PARTS)]
     foreign.sort(key=lambda name: name.startswith("torch."))  # Others' say more.
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        is_model = any(name.startswith("torch.nn.modules.") for name in names)
+        weights = ".state_dict()" if is_model else '["state_dict"]'
         raise ValueError(
             f"{path} holds more than weights, which could run code when it is read: "
             f"{', '.join(foreign[:3])}{more}; if you trust it, keep its weights alone: "
-            'torch.save(torch.load(PATH, weights_only=False)["state_dict"], "weights.pth")'
+            f'torch.save(torch.load(PATH, weights_only=False){weights}, "weights.pth")'
         )
 
 

@@ -15,7 +15,9 @@ from mixmask.trainers.config import RunConfig
 
 def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
     """Build a configuration's backbone, and return it with the number of its features."""
-    backbone = build_backbone(config.arch, small_stem=config.small_stem)
+    backbone = build_backbone(
+        config.arch, small_stem=config.small_stem, image_size=config.image_size
+    )
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 

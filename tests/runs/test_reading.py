@@ -76,9 +76,8 @@ def test_a_flip_in_others_files_is_told_or_changes_nothing(legacy: bool, tmp_pat
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content, _ = read_checkpoint(path)
-        except ValueError as error:
+        except ValueError:  # Anything else would be a traceback.
             told += 1
-            assert "\n" not in str(error)
         else:
             assert legacy or same(content, CONTENT)
     assert told > (20 if legacy else 150)
