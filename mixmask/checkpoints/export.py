@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
-from mixmask.backbones import SLIM
+from mixmask.backbones import SLIM, torchvision_name
 from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
@@ -96,9 +96,15 @@ def _check_backbone(loaded: Loaded, to: str) -> None:
             f"timm has no backbone {loaded.arch}, which is our own; use --to safetensors, which "
             "load_backbone reads, or pretrain with --arch resnet18"
         )
+    if to == "timm" and torchvision_name(loaded.arch):
+        raise ValueError(
+            f"--to timm takes timm's backbones, got {loaded.arch} of torchvision; use --to "
+            "safetensors, which load_backbone reads"
+        )
     if to in ("torchvision", "detectron2"):
         if loaded.arch not in RESNETS:
-            other = "safetensors" if loaded.arch in SLIM else "timm"
+            ours = loaded.arch in SLIM or torchvision_name(loaded.arch)
+            other = "safetensors" if ours else "timm"
             raise ValueError(
                 f"--to {to} takes {', '.join(RESNETS)}, got {loaded.arch}; use --to {other}"
             )
