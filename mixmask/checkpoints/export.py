@@ -129,6 +129,9 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
     }
     for name in ("mean", "std"):
         metadata[name] = ",".join(map(str, getattr(loaded, name)))
+    norm = getattr(loaded.backbone, "norm", None)
+    if isinstance(norm, nn.LayerNorm):  # transformers' ViTs have another than timm's.
+        metadata["norm_eps"] = str(norm.eps)
     if loaded.image_size is not None:
         metadata["image_size"] = str(loaded.image_size)
     if loaded.small_stem and loaded.arch not in SLIM:

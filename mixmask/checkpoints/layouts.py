@@ -57,6 +57,7 @@ class Layout(NamedTuple):
     normalization: Normalization | None = IMAGENET  # None: what timm notes of the architecture.
     small_stem_normalization: Normalization | None = None  # Where it has another for small images.
     small_stem_padding: int = 1  # Of the stem for small images, which no key tells.
+    norm_eps: float | None = None  # Of its layer norms, where it is not timm's.
     followers: frozenset[str] = frozenset(_FOLLOWERS)  # The encoders that are not taken.
 
 
@@ -100,23 +101,6 @@ _TRANSFORMER = (
 # The first row that matches names the format.
 LAYOUTS = (
     Layout("mixmask", lambda file: file.ours),
-    Layout("moco", lambda file: file.has("encoder_q.", "base_encoder.")),
-    Layout(
-        "solo-learn",
-        _is_solo_learn,
-        small_stem_normalization=_CIFAR,
-        small_stem_padding=2,
-    ),
-    Layout(  # It exports the teacher of DINO, and of the methods built on it.
-        "lightly-train",
-        lambda file: "lightly_train" in file.entries,
-        followers=frozenset(_FOLLOWERS - {"teacher"} | {"student"}),
-    ),
-    Layout("lightning", lambda file: "pytorch-lightning_version" in file.entries),
-    Layout("dino", lambda file: {"student", "teacher"} <= set(file.entries)),
-    Layout("vissl", lambda file: file.has("_feature_blocks.")),
-    Layout("swav", lambda file: file.has("projection_head.") and file.has("prototypes.")),
-    Layout("mae", lambda file: file.has("decoder_embed.", "decoder_pred.")),
     Layout(
         "transformers' resnet",
         lambda file: file.has("embedder.embedder."),
@@ -151,7 +135,25 @@ LAYOUTS = (
         lambda file: file.has("layernorm_before."),
         _TRANSFORMER,
         normalization=_HALF,
+        norm_eps=1e-12,
     ),
+    Layout("moco", lambda file: file.has("encoder_q.", "base_encoder.")),
+    Layout(
+        "solo-learn",
+        _is_solo_learn,
+        small_stem_normalization=_CIFAR,
+        small_stem_padding=2,
+    ),
+    Layout(  # It exports the teacher of DINO, and of the methods built on it.
+        "lightly-train",
+        lambda file: "lightly_train" in file.entries,
+        followers=frozenset(_FOLLOWERS - {"teacher"} | {"student"}),
+    ),
+    Layout("lightning", lambda file: "pytorch-lightning_version" in file.entries),
+    Layout("dino", lambda file: {"student", "teacher"} <= set(file.entries)),
+    Layout("vissl", lambda file: file.has("_feature_blocks.")),
+    Layout("swav", lambda file: file.has("projection_head.") and file.has("prototypes.")),
+    Layout("mae", lambda file: file.has("decoder_embed.", "decoder_pred.")),
     Layout("torchvision", lambda file: any("layer1.0." in name for name in file.names)),
     Layout("timm", lambda _: True, normalization=None),
 )

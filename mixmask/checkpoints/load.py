@@ -120,6 +120,10 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         backbone.conv1.padding = (int(padding),) * 2  # type: ignore[union-attr]
     if not match.stem_relu or noted.get("stem_relu") == "false":
         backbone.act1 = nn.Identity()
+    eps = noted.get("norm_eps", match.layout.norm_eps)
+    for module in backbone.modules() if eps is not None else ():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = float(eps)
     used = set(taken)
     left = tuple(key for key in match.all_keys if key not in used)
     mean, std = _normalization(content, noted, match, arch, small=tells_stem)
