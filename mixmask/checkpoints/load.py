@@ -108,11 +108,10 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
     tells_stem = arch not in SLIM and is_small_stem(match.state)
     if small_stem is None:
         small_stem = str(noted.get("small_stem", tells_stem)).lower() == "true"
-    size = noted.get("image_size") or _image_size(match.state)
-    size = None if size is None else int(size)
+    size = int(noted.get("image_size") or 0) or None
     backbone = build_backbone(arch, small_stem=small_stem, image_size=size)
-    channels = _channels(backbone, match.state)
-    if channels != 3:
+    size, channels = size or _image_size(backbone, match.state), _channels(backbone, match.state)
+    if channels != 3 or (size and not noted.get("image_size")):
         backbone = build_backbone(arch, small_stem=small_stem, image_size=size, in_chans=channels)
     taken = _fill(file, backbone, match, arch, given)
     if small_stem and arch not in SLIM:
@@ -120,7 +119,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         backbone.conv1.padding = (int(padding),) * 2  # type: ignore[union-attr]
     if not match.stem_relu or noted.get("stem_relu") == "false":
         backbone.act1 = nn.Identity()
-    eps = noted.get("norm_eps", match.layout.norm_eps)
+    eps: Any = noted.get("norm_eps", match.layout.norm_eps)
     for module in backbone.modules() if eps is not None else ():
         if isinstance(module, nn.LayerNorm):
             module.eps = float(eps)
@@ -171,15 +170,21 @@ def _find(
 
 def _channels(backbone: nn.Module, state: dict[str, Tensor]) -> int:
     """Return the channels of the images: those of the first convolution's input."""
-    first = next(name for name, tensor in backbone.state_dict().items() if tensor.ndim == 4)
-    return state[first].shape[1] if first in state and state[first].ndim == 4 else 3
+    for name, wanted in backbone.state_dict().items():
+        if name.endswith(".weight") and wanted.ndim == 4:  # (out, in, height, width)
+            found = state.get(name, wanted)
+            return found.shape[1] if found.ndim == 4 and wanted.shape[1] == 3 else 3
+    return 3
 
 
-def _image_size(state: dict[str, Tensor]) -> int | None:
-    """Tell a ViT's image size by its positions (1, tokens, D), some of them of no patch."""
-    for names in (("patch_embed.proj", "pos_embed"), ("conv_proj", "encoder.pos_embedding")):
-        patches, positions = state.get(f"{names[0]}.weight"), state.get(names[1])
-        if patches is not None and positions is not None and positions.ndim == 3:
+def _image_size(backbone: nn.Module, state: dict[str, Tensor]) -> int | None:
+    """Tell a ViT's image size by its positions (1, tokens, D), where they are not as built."""
+    built = backbone.state_dict()
+    for patch, name in (("patch_embed.proj", "pos_embed"), ("conv_proj", "encoder.pos_embedding")):
+        patches, positions = state.get(f"{patch}.weight"), state.get(name)
+        if patches is None or positions is None or positions.ndim != 3 or name not in built:
+            continue
+        if positions.shape != built[name].shape:  # A few of the tokens stand for no patch.
             return math.isqrt(positions.shape[1]) * patches.shape[-1]
     return None
 

@@ -381,7 +381,7 @@ def test_transformers_own_models(layout: str, tmp_path: Path) -> None:
     loaded = load_backbone(tmp_path / "model.safetensors", arch=None if "resnet" in arch else arch)
     assert loaded.layout == layout
 
-    def features(images: Tensor) -> Tensor:
+    def features(images: Tensor) -> Any:
         output = model(images)
         return output.last_hidden_state[:, 0] if "vit" in arch else output.pooler_output
 
@@ -412,7 +412,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_an_arch_that_was_given_is_not_asked_for_again(tmp_path: Path) -> None:
     torch.save(build_backbone("convnext_atto").state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="given; name the one|the --arch that it was trained as"):
+    with pytest.raises(ValueError, match="pass the --arch that it was trained as"):
         load_backbone(tmp_path / "x.pth", arch="vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="another network than convnext_femto; name the one"):
         load_backbone(tmp_path / "x.pth", arch="convnext_femto")
