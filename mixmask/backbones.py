@@ -1,51 +1,143 @@
-"""Backbones: timm's by name, and two slim ResNets for runs of minutes."""
+"""Backbones: timm's and torchvision's by name, and two slim ResNets for runs of minutes."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 
 # Our own: channels of the first of four blocks. A ResNet-18, of eight blocks, starts with 64.
 SLIM = {"narrow": 16, "medium": 32}
+# Tells torchvision's network from timm's of the same name, which often has other layers.
+TORCHVISION = "torchvision/"
+_HEADS = ("fc", "classifier", "heads", "head")  # torchvision's names of a classifier.
 
 
-def build_backbone(arch: str, *, small_stem: bool = False, channels: int = 3) -> nn.Module:
+def build_backbone(
+    arch: str, *, small_stem: bool = False, image_size: int | None = None, in_chans: int = 3
+) -> nn.Module:
     """Build an untrained backbone that returns pooled features (N, `num_features`).
 
     Args:
-        arch: A name that timm knows, or "narrow": four blocks of 16 to 128 channels, or "medium":
-            the same with twice the channels, four times the weights.
+        arch: A name that timm knows, with or without a tag of pretrained weights (which are not
+            loaded); torchvision's name of a network, after "torchvision/" where timm has one of
+            that name; "narrow": four blocks of 16 to 128 channels; or "medium": the same with
+            twice the channels, four times the weights.
         small_stem: Replace a ResNet's stem by a 3x3 convolution of stride 1, for small images.
-        channels: Of the images.
+        image_size: Height and width of the images, in pixels. Networks of a fixed size are built
+            for it; those that can take other sizes later, as timm's ViTs, still do.
+            Default: the network's own.
+        in_chans: Channels of the images.
 
     Raises:
-        ValueError: If there is no such backbone; the message names the nearest ones.
+        ValueError: If there is no such backbone (the message names the nearest ones), or it cannot
+            take such images.
     """
-    import timm
-
     if arch in SLIM:
-        return _build_slim(SLIM[arch], channels)
-    known = timm.list_models()
-    if arch not in known:
-        near = ", ".join(get_close_matches(arch, [*SLIM, *known], 3))
-        raise ValueError(f"--arch {arch} is no backbone in timm; nearest names: {near or 'none'}")
-    backbone: nn.Module = timm.create_model(arch, num_classes=0, in_chans=channels)
-    if small_stem:
+        backbone = _build_slim(SLIM[arch], in_chans)
+    elif name := torchvision_name(arch):
+        backbone = _build_torchvision(name, image_size, in_chans)
+    else:
+        backbone = _build_timm(arch, image_size, in_chans)
+    if small_stem and arch not in SLIM:
         if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
             raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        out = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-        backbone.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        backbone.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
+    if image_size is not None:
+        _try_size(backbone, arch, image_size, in_chans)
+    return backbone
+
+
+def torchvision_name(arch: str) -> str | None:
+    """Return torchvision's name of a network; None for timm's and ours.
+
+    Example:
+        >>> torchvision_name("vit_b_16"), torchvision_name("torchvision/convnext_tiny")
+        ('vit_b_16', 'convnext_tiny')
+        >>> torchvision_name("convnext_tiny") is None  # timm has one of that name.
+        True
+    """
+    import timm
+    from torchvision import models
+
+    name = arch.removeprefix(TORCHVISION)
+    known = models.list_models(module=models)  # Those that classify.
+    return name if name in known and (name != arch or not timm.is_model(name)) else None
+
+
+def _build_timm(arch: str, image_size: int | None, in_chans: int) -> nn.Module:
+    import timm
+
+    known = timm.list_models()
+    if arch not in known and arch not in timm.list_pretrained():
+        near = ", ".join(get_close_matches(str(arch), [*SLIM, *known], 3))
+        raise ValueError(f"--arch {arch} is no backbone in timm; nearest names: {near or 'none'}")
+    notes: Any = timm.get_pretrained_cfg(arch)
+    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    # What a family does not know of, it refuses with a TypeError; the last is its own size.
+    attempts: list[dict[str, Any]] = (
+        [{**sized, "dynamic_img_size": True}, sized, {}] if notes.fixed_input_size else [{}]
+    )
+    for number, options in enumerate(attempts, 1):
+        try:
+            backbone: Any = timm.create_model(arch, num_classes=0, in_chans=in_chans, **options)
+            break
+        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+            if number == len(attempts):
+                raise ValueError(
+                    f"--arch {arch} cannot be built for {in_chans} channels ({error}); use another"
+                ) from error
     # Some families widen their features after the pooling, but report the width before it.
     width = getattr(backbone, "head_hidden_size", None)
     if width not in (None, backbone.num_features):
         backbone.num_features = width
+    built: nn.Module = backbone
+    return built
+
+
+def _build_torchvision(name: str, image_size: int | None, in_chans: int) -> nn.Module:
+    """Build a network of torchvision without its classifier's linear layers."""
+    from torchvision import models
+
+    sized = {} if image_size is None or not name.startswith("vit_") else {"image_size": image_size}
+    try:
+        backbone: nn.Module = models.get_model(name, weights=None, **sized)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"--arch {name} cannot take {image_size} pixels ({error})") from error
+    head = next((head for head in _HEADS if hasattr(backbone, head)), "fc")
+    layers = [layer for layer in getattr(backbone, head).modules() if not list(layer.children())]
+    linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    if not linear or in_chans != 3:
+        fix = "use a backbone of timm" if in_chans == 3 else "use one of timm, which takes others"
+        raise ValueError(f"--arch {name} has no linear classifier, or takes 3 channels only; {fix}")
+    setattr(backbone, head, nn.Sequential(*layers[: linear[0]]))  # A norm stays under its number.
+    backbone.num_features = layers[linear[0]].in_features
     return backbone
 
 
-def _build_slim(width: int, channels: int) -> nn.Module:
+@torch.no_grad()
+def _try_size(backbone: nn.Module, arch: str, image_size: int, in_chans: int) -> None:
+    """Refuse a size that a backbone cannot take, before anything is trained or written."""
+    weight = next(backbone.parameters())
+    training = backbone.training
+    try:
+        backbone.eval()(weight.new_zeros(1, in_chans, image_size, image_size))
+    except Exception as error:  # Each family fails in its own way.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        own = getattr(backbone, "pretrained_cfg", {}).get("input_size", (0, 224))[-1]
+        raise ValueError(
+            f"--arch {arch} cannot take images of {image_size} pixels ({reason}); use --image-size "
+            f"{own}, for which it was made, or another --arch"
+        ) from error
+    finally:
+        backbone.train(training)
+
+
+def _build_slim(width: int, in_chans: int) -> nn.Module:
     """Build four blocks and a stem of three small convolutions: what 32 pixels leave room for."""
     import timm
 
@@ -57,6 +149,6 @@ def _build_slim(width: int, channels: int) -> nn.Module:
         "avg_down": True,
         "zero_init_last": False,
     }
-    slim: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=channels, **options)
+    slim: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=in_chans, **options)
     slim.maxpool = nn.Identity()
     return slim

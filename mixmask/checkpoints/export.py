@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_choice
-from mixmask.backbones import SLIM
+from mixmask.backbones import SLIM, torchvision_name
 from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.runs.folder import atomic_write, check_files
+from mixmask.runs.reading import UNSEALED, seal_safetensors
 
 FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
@@ -66,7 +67,8 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
     elif out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        contents = {out: save(state, {"format": "pt", **_metadata(loaded)})}
+        metadata = {"format": "pt", "sha256": UNSEALED, **_metadata(loaded)}
+        contents = {out: seal_safetensors(save(state, metadata))}
     else:
         contents = {out: _torch_save(state, _metadata(loaded))}
     write_files(contents, force=force)
@@ -88,9 +90,15 @@ def _check_backbone(loaded: Loaded, to: str) -> None:
             f"timm has no backbone {loaded.arch}, which is our own; use --to safetensors, which "
             "load_backbone reads, or pretrain with --arch resnet18"
         )
+    if to == "timm" and torchvision_name(loaded.arch):
+        raise ValueError(
+            f"--to timm takes timm's backbones, got {loaded.arch} of torchvision; use --to "
+            "safetensors, which load_backbone reads"
+        )
     if to in ("torchvision", "detectron2"):
         if loaded.arch not in RESNETS:
-            other = "safetensors" if loaded.arch in SLIM else "timm"
+            ours = loaded.arch in SLIM or torchvision_name(loaded.arch)
+            other = "safetensors" if ours else "timm"
             raise ValueError(
                 f"--to {to} takes {', '.join(RESNETS)}, got {loaded.arch}; use --to {other}"
             )
@@ -113,6 +121,13 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
         "small_stem": str(loaded.small_stem).lower(),
         "source": f"{loaded.layout}: {loaded.file.name if loaded.file else 'unknown file'}",
     }
+    for name in ("mean", "std"):
+        metadata[name] = ",".join(map(str, getattr(loaded, name)))
+    norm = getattr(loaded.backbone, "norm", None)
+    if isinstance(norm, nn.LayerNorm):  # transformers' ViTs have another than timm's.
+        metadata["norm_eps"] = str(norm.eps)
+    if loaded.image_size is not None:
+        metadata["image_size"] = str(loaded.image_size)
     if loaded.small_stem and loaded.arch not in SLIM:
         padding, relu = _stem(loaded.backbone)
         metadata |= {"stem_padding": str(padding), "stem_relu": str(relu).lower()}

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mixmask.checkpoints.resnets import infer_arch, is_small_stem
+from mixmask.checkpoints.resnets import infer_arch
+from mixmask.data.views import MEAN, STD
+from mixmask.runs.folder import is_run
 
-# Keys under which a checkpoint may hold its weights.
-_NESTS = ("state_dict", "model", "model_state_dict")
+# Mean and deviation of each channel, by which an encoder's images were normalised.
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+IMAGENET: Normalization = (MEAN, STD)
+_HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)
+_CIFAR: Normalization = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # As solo-learn has it.
+
+# Where a file may hold its weights, those meant first; what it holds elsewhere comes after.
+_NESTS = (
+    "state_dict", "model", "model_state_dict", "model_state", "net", "network", "encoder",
+    "backbone", "teacher", "student",
+)  # fmt: skip
 # Words in the name of an encoder that follows the trained one slowly.
 _FOLLOWERS = {"ema", "k", "key", "m", "momentum", "slow", "target", "teacher"}
 _WRAPPERS = {"_orig_mod", "module"}  # torch.compile; data parallel.
@@ -22,12 +35,15 @@ _CHILDREN = (("conv1", "bn1", "act1", "maxpool", *_STAGES), ("conv1", "bn1", *_S
 
 
 class Content(NamedTuple):
-    """What a format is told by; prefix and names are without wrappers."""
+    """What a format is told by; names are without wrappers."""
 
     entries: Mapping[str, object]  # Of the file; empty if it holds no mapping.
     ours: bool  # Whether a run or an export of this package wrote it.
-    prefix: str  # Where the backbone begins.
     names: Collection[str]  # Of all tensors.
+
+    def has(self, *words: str) -> bool:
+        """Tell whether a tensor's name has one of these words, which end in a dot."""
+        return any(f".{word}" in f".{name}" for name in self.names for word in words)
 
 
 class Layout(NamedTuple):
@@ -35,11 +51,20 @@ class Layout(NamedTuple):
 
     name: str  # Whose format it is.
     matches: Callable[[Content], bool]  # Tells it from those below it.
+    # Patterns of its names, and timm's: text, or a function as `re.sub` takes it. Parts of one
+    # tensor of timm's are numbered behind a bar, as in "qkv|0.weight".
+    renames: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = ()
+    normalization: Normalization | None = IMAGENET  # None: what timm notes of the architecture.
+    small_stem_normalization: Normalization | None = None  # Where it has another for small images.
     small_stem_padding: int = 1  # Of the stem for small images, which no key tells.
+    norm_eps: float | None = None  # Of its layer norms, where it is not timm's.
+    followers: frozenset[str] = frozenset(_FOLLOWERS)  # The encoders that are not taken.
 
 
 def _is_solo_learn(file: Content) -> bool:
-    if file.prefix not in ("backbone.", "encoder.") or "classifier.weight" not in file.names:
+    if "classifier.weight" not in file.names or not any(
+        name.startswith(("backbone.", "encoder.")) for name in file.names
+    ):
         return False
     # Its optimiser's groups have names, unlike those of others with a classifier.
     states = file.entries.get("optimizer_states")
@@ -48,56 +73,146 @@ def _is_solo_learn(file: Content) -> bool:
     return not groups or any(group.get("name") == "classifier" for group in groups)
 
 
+def _one_more(form: str) -> Callable[[re.Match[str]], str]:
+    """Fill a form with a match's groups, the first of them, a number, raised by one."""
+    return lambda match: form.format(int(match[1]) + 1, *match.groups()[1:])
+
+
+_ATTENTION = (  # Of transformers' ViTs, before its version 5 and since.
+    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.qkv|0."),
+    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.qkv|1."),
+    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.qkv|2."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+)
+_TRANSFORMER = (
+    (r"embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"embeddings\.position_embeddings$", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    *_ATTENTION,
+    (r"layer_scale(\d)\.lambda1$", r"ls\1.gamma"),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"layernorm\.(\w+)$", r"norm.\1"),
+)
+
 # The first row that matches names the format.
 LAYOUTS = (
     Layout("mixmask", lambda file: file.ours),
-    Layout("moco", lambda file: file.prefix.endswith(("encoder_q.", "base_encoder."))),
-    Layout("solo-learn", _is_solo_learn, small_stem_padding=2),
+    Layout(
+        "transformers' resnet",
+        lambda file: file.has("embedder.embedder."),
+        (
+            (r"embedder\.embedder\.convolution\.", "conv1."),
+            (r"embedder\.embedder\.normalization\.", "bn1."),
+            (r"encoder\.stages\.(\d)\.layers\.(\d+)\.", _one_more("layer{}.{}.")),
+            (r"\.shortcut\.convolution\.", ".downsample.0."),
+            (r"\.shortcut\.normalization\.", ".downsample.1."),
+            (r"\.layer\.(\d)\.convolution\.", _one_more(".conv{}.")),
+            (r"\.layer\.(\d)\.normalization\.", _one_more(".bn{}.")),
+        ),
+    ),
+    Layout(
+        "transformers' convnext",
+        lambda file: file.has("downsampling_layer.") and file.has("embeddings."),
+        (
+            (r"embeddings\.patch_embeddings\.", "stem.0."),
+            (r"embeddings\.layernorm\.", "stem.1."),
+            (r"encoder\.stages\.(\d)\.layers\.(\d+)\.", r"stages.\1.blocks.\2."),
+            (r"encoder\.stages\.(\d)\.downsampling_layer\.", r"stages.\1.downsample."),
+            (r"\.layer_scale_parameter$", ".gamma"),
+            (r"\.dwconv\.", ".conv_dw."),
+            (r"(blocks\.\d+)\.layernorm\.", r"\1.norm."),
+            (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+            (r"layernorm\.(\w+)$", r"head.norm.\1"),
+        ),
+    ),
+    Layout("transformers' dinov2", lambda file: file.has("layer_scale1."), _TRANSFORMER),
+    Layout(
+        "transformers' vit",
+        lambda file: file.has("layernorm_before."),
+        _TRANSFORMER,
+        normalization=_HALF,
+        norm_eps=1e-12,
+    ),
+    Layout("moco", lambda file: file.has("encoder_q.", "base_encoder.")),
+    Layout(
+        "solo-learn",
+        _is_solo_learn,
+        small_stem_normalization=_CIFAR,
+        small_stem_padding=2,
+    ),
+    Layout(  # It exports the teacher of DINO, and of the methods built on it.
+        "lightly-train",
+        lambda file: "lightly_train" in file.entries,
+        followers=frozenset(_FOLLOWERS - {"teacher"} | {"student"}),
+    ),
     Layout("lightning", lambda file: "pytorch-lightning_version" in file.entries),
-    Layout("state dict", lambda file: file.prefix != ""),
+    Layout("dino", lambda file: {"student", "teacher"} <= set(file.entries)),
+    Layout("vissl", lambda file: file.has("_feature_blocks.")),
+    Layout("swav", lambda file: file.has("projection_head.") and file.has("prototypes.")),
+    Layout("mae", lambda file: file.has("decoder_embed.", "decoder_pred.")),
     Layout("torchvision", lambda file: any("layer1.0." in name for name in file.names)),
-    Layout("timm", lambda _: True),
+    Layout("timm", lambda _: True, normalization=None),
 )
 
 
 class Match(NamedTuple):
     """The part of a checkpoint that is the backbone, with its classifier where it has one."""
 
-    layout: str  # Whose checkpoint it is.
+    layout: Layout
+    name: str  # Of the layout; "state dict" where the backbone is part of another model.
     state: dict[str, Tensor]  # Under torchvision's and timm's names.
-    keys: dict[str, str]  # The checkpoint's own key of each.
+    keys: dict[str, tuple[str, ...]]  # The checkpoint's own keys of each.
+    all_keys: tuple[str, ...]  # Of the mapping in which it was.
     arch: str | None  # What the keys say, or the file does.
-    stem_padding: int  # Of a 3x3 stem.
     stem_relu: bool  # Whether an activation follows the stem's batch norm.
 
 
-def weights_in(path: Path, content: object) -> Mapping[str, object]:
-    """Return the mapping from keys to tensors inside of a checkpoint; a ValueError without one."""
-    entries = content if isinstance(content, Mapping) else {}
-    for candidate in (*(entries.get(key) for key in _NESTS), content):
-        if (
-            isinstance(candidate, Mapping)
-            and all(isinstance(key, str) for key in candidate)
-            and any(isinstance(value, Tensor) for value in candidate.values())
-        ):
-            return candidate
-    held = f"a {type(content).__name__}"
+def find_nests(path: Path, content: object) -> list[Mapping[str, Tensor]]:
+    """Return all mappings from keys to tensors inside of a checkpoint, those meant first.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if is_run(content):
+        nests = [("model", content["model"])]  # type: ignore[index]
+    else:
+        nests = sorted(_nests_in(content), key=lambda nest: _rank(nest[0]))
+    if nests:
+        return [nest for _, nest in nests]
+    kind = type(content).__name__
+    held, fix = f"a {kind}", "pass a state dict, or a checkpoint that holds one"
     if isinstance(content, Mapping):
         held = f"the keys {', '.join(map(repr, list(content)[:5]))}"
-    raise ValueError(
-        f"{path} holds {held} and no weights that are known; pass a state dict, or a checkpoint "
-        "that holds one as 'state_dict' or 'model'"
-    )
+    elif not isinstance(content, (Tensor, Sequence)):  # A stand-in for what was pickled.
+        held += " as a whole"
+        fix = 'torch.save(torch.load(PATH, weights_only=False).state_dict(), "weights.pth")'
+        fix = f"if you trust it, save its weights alone: {fix}"
+    raise ValueError(f"{path} holds {held} and no weights that are known; {fix}")
 
 
-def is_run(content: object) -> bool:
-    """Tell a checkpoint of our runs by its parts."""
-    return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
+def _nests_in(
+    content: object, place: str = "", depth: int = 5
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in content.items() if depth else ():  # A pickle can hold itself.
+        yield from _nests_in(value, f"{place}.{key}".strip("."), depth - 1)
 
 
-def exported_metadata(tensors: Mapping[str, object]) -> dict[str, str]:
+def _rank(place: str) -> int:
+    return _NESTS.index(place) if place in _NESTS else len(_NESTS)
+
+
+def exported_metadata(content: object) -> dict[str, str]:
     """Return what our exports note in a state dict, where torch keeps versions of modules."""
-    versions = getattr(tensors, "_metadata", None)
+    versions = getattr(content, "_metadata", None)
     noted = versions.get("", {}) if isinstance(versions, dict) else {}
     return {key: value for key, value in noted.items() if isinstance(value, str)}
 
@@ -105,11 +220,11 @@ def exported_metadata(tensors: Mapping[str, object]) -> dict[str, str]:
 def find_backbone(
     path: Path,
     content: object,
-    tensors: Mapping[str, object],
-    metadata: Mapping[str, str],
     expected: Sequence[str],
+    *,
+    exported: bool = False,
 ) -> Match:
-    """Find the backbone in what a checkpoint held: `tensors` are what `weights_in` found there.
+    """Find the backbone in what a checkpoint held, a run's, an export's or another library's.
 
     Tensors of our runs, and those that have all expected names already, keep their names: what
     other formats call a wrapper or a shortcut is part of some architectures' own names. `expected`
@@ -118,41 +233,77 @@ def find_backbone(
     Raises:
         ValueError: If no layout is recognised, or several encoders are in question.
     """
+    nests = find_nests(path, content)
     entries = content if isinstance(content, Mapping) else {}
-    weights = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-    run, unwrapped = is_run(content), {_unwrap(key): key for key in weights}
-    keys = {key: key for key in weights}
+    run = is_run(content)
+    for weights in nests:
+        names = {_unwrap(key): key for key in weights}
+        file = Content(entries, run or exported, names)
+        layout = next(row for row in LAYOUTS if row.matches(file))
+        match = _match(path, layout, weights, ["backbone."] if run else [], expected)
+        if match is not None:
+            named = entries.get("arch")  # As MoCo's checkpoints have it.
+            return match._replace(arch=match.arch or (named if isinstance(named, str) else None))
+    shown = ", ".join(list(nests[0])[:3])
+    held, fix = "its backbone is not named", "name it, as timm or torchvision does, with --arch"
+    if expected:
+        held = "no backbone of the --arch given"
+        fix = "pass the --arch that it was trained as, or save its backbone's state dict alone"
+    raise ValueError(f"{path} holds no ResNet, and {held} (its keys: {shown}, ...); {fix}")
+
+
+def _match(
+    path: Path,
+    layout: Layout,
+    weights: Mapping[str, Tensor],
+    places: Collection[str],
+    expected: Sequence[str],
+) -> Match | None:
+    """Find the backbone in a mapping; None if there is none."""
+    keys: dict[str, tuple[str, ...]] = {key: (key,) for key in weights}
     children: tuple[str, ...] = ()
-    places = {"backbone."} if run else _exact_places(keys, expected)
-    if places:  # By their own names: nothing is renamed.
-        prefix = _trained(path, places)
-        keys = _keys_under(prefix, keys)
-    else:
-        prefix = _trained(path, _similar_places(path, unwrapped, expected))
-        keys, children = _torchvision_names(_keys_under(prefix, unwrapped))
+    own = places or _exact_places(keys, expected)  # By their own names: nothing is renamed.
+    if not own:
+        keys = _renamed(layout, weights)
+    exact = own or _exact_places(keys, expected)
+    places = exact or _similar_places(keys, expected)
+    if not places:
+        return None
+    prefix = _trained(path, places, layout)
+    keys = {name.removeprefix(prefix): k for name, k in keys.items() if name.startswith(prefix)}
+    if not exact:
+        keys, children = _torchvision_names(keys)
     if not keys:
         raise ValueError(f"{path} holds no backbone: no key begins with {prefix}")
-    state = {name: weights[key] for name, key in keys.items()}
-    file = Content(entries, run or "arch" in metadata, _unwrap(prefix), unwrapped)
-    layout = next(row for row in LAYOUTS if row.matches(file))
-    padding = layout.small_stem_padding if is_small_stem(state) else 1
-    named = entries.get("arch")  # As MoCo's checkpoints have it.
+    state = {
+        name: weights[parts[0]] if len(parts) == 1 else torch.cat([weights[key] for key in parts])
+        for name, parts in keys.items()
+    }
     return Match(
-        layout.name,
+        layout,
+        "state dict" if layout in LAYOUTS[-2:] and _unwrap(prefix) else layout.name,
         state,
         keys,
-        metadata.get("arch") or infer_arch(state) or (named if isinstance(named, str) else None),
-        int(metadata.get("stem_padding", padding)),
-        metadata.get("stem_relu", "true") == "true" and (not children or "act1" in children),
+        tuple(weights),
+        infer_arch(state),
+        not children or "act1" in children,
     )
+
+
+def _renamed(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Give a layout's tensors timm's names, with the keys of its parts in their order."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in weights:
+        name = _unwrap(key)
+        for pattern, new in layout.renames:
+            name = re.sub(pattern, new, name)
+        start, bar, rest = name.partition("|")
+        parts.setdefault(start + rest[1:] if bar else name, {})[rest[:1]] = key
+    return {name: tuple(found[number] for number in sorted(found)) for name, found in parts.items()}
 
 
 def _unwrap(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-
-
-def _keys_under(prefix: str, keys: Mapping[str, str]) -> dict[str, str]:
-    return {name.removeprefix(prefix): key for name, key in keys.items() if name.startswith(prefix)}
 
 
 def _places_of(names: Iterable[str], last: str) -> set[str]:
@@ -169,26 +320,17 @@ def _exact_places(names: Collection[str], expected: Sequence[str]) -> set[str]:
     }
 
 
-def _similar_places(path: Path, names: Collection[str], expected: Sequence[str]) -> set[str]:
+def _similar_places(names: Collection[str], expected: Sequence[str]) -> set[str]:
     """Find prefixes under which a ResNet stands, or else the first of the expected weights."""
     block = re.compile(r"((?:.*\.)?)(?:layer1|[24])\.0\.conv1\.weight")
     places = {match[1] for name in names if (match := block.fullmatch(name))}
     first = next((name for name in expected if name.endswith(".weight")), None)
-    if not places and first is not None:
-        places = _places_of(names, first)
-    if not places:
-        raise ValueError(
-            f"{path} holds no ResNet, and "
-            + ("no backbone of the --arch given" if expected else "its backbone is not named")
-            + f" (its keys: {', '.join(list(names)[:3])}, ...); name its backbone, as timm does, "
-            "with --arch"
-        )
-    return places
+    return places or (_places_of(names, first) if first else set())
 
 
-def _trained(path: Path, places: set[str]) -> str:
+def _trained(path: Path, places: Collection[str], layout: Layout) -> str:
     """Choose the place of the trained encoder among those of encoders."""
-    trained = {place for place in places if not _FOLLOWERS & set(re.split(r"[._]", place))}
+    trained = {place for place in places if not layout.followers & set(re.split(r"[._]", place))}
     candidates = sorted(trained or places)
     if len(candidates) > 1:
         raise ValueError(
@@ -198,7 +340,9 @@ def _trained(path: Path, places: set[str]) -> str:
     return candidates[0]
 
 
-def _torchvision_names(keys: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _torchvision_names(
+    keys: Mapping[str, tuple[str, ...]],
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Rename a ResNet's tensors; and return its children if it was a sequence of them."""
     stages = {match[1] for name in keys if (match := re.match(r"(\d+)\.0\.conv1\.", name))}
     rows = (row for row in _CHILDREN if stages == {str(row.index(stage)) for stage in _STAGES})

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mixmask.backbones import SLIM, build_backbone
+from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_name
 from mixmask.checkpoints.layouts import (
+    IMAGENET,
     Match,
+    Normalization,
     exported_metadata,
     find_backbone,
-    is_run,
-    weights_in,
 )
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
-from mixmask.runs.folder import CONFIG, load_checkpoint, read_config
+from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
 
-# Layers of a classifier inside of a backbone.
-_HEADS = ("classifier.", "fc.", "head.", "linear.")
+# What lies among a backbone's own layers and is none: classifiers, projections, decoders.
+_HEADS = (
+    "classifier.", "decoder", "fc.", "head.", "heads.", "linear.", "mask_token", "pooler.",
+    "projection_head.", "prototypes.",
+)  # fmt: skip
 _COUNTER = "num_batches_tracked"  # Which old files do not have.
 
 
@@ -32,16 +37,20 @@ class Loaded:
     """A backbone and where it came from.
 
     Attributes:
-        backbone: (N, 3, H, W) -> (N, `num_features`), pooled, on the CPU, in evaluation mode.
-        arch: timm's name of it, or one of our own, "narrow" or "medium".
+        backbone: (N, C, H, W) -> (N, `num_features`), pooled, on the CPU, in evaluation mode.
+        arch: timm's name of it, torchvision's after "torchvision/", or one of our own, "narrow"
+            or "medium".
         small_stem: Whether its stem is the one for small images.
-        layout: Whose checkpoint it was: "mixmask", "moco", "lightning" (as lightly's users
-            write), "solo-learn", "torchvision" (timm's ResNets have the same keys), "timm", or
+        layout: Whose checkpoint it was, by `layouts.LAYOUTS`: "mixmask", "moco", "lightning" (as
+            lightly's users write), "torchvision" (timm's ResNets have the same keys), ..., or
             "state dict" for one inside of another model.
         taken: Keys of the checkpoint that went into the backbone.
         left: Keys of the checkpoint that did not: heads, queues, momentum encoders.
         config: The run's `config.json`; empty for checkpoints of others.
         file: The file that was read.
+        mean: Of each channel, by which its images were normalised, for pixels from 0 to 1.
+        std: Deviation of each channel, likewise.
+        image_size: Height and width in pixels for which it was built; None where any will do.
     """
 
     backbone: nn.Module
@@ -52,6 +61,9 @@ class Loaded:
     left: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    image_size: int | None = None
 
     def __repr__(self) -> str:
         return f"Loaded({self.describe()})"
@@ -70,14 +82,16 @@ class Loaded:
 def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | None = None) -> Loaded:
     """Load the backbone of a run folder, or of a checkpoint file of this or another library.
 
-    Supported are runs of this package; checkpoints of MoCo and of the MixMask authors;
-    Lightning's, as users of lightly and solo-learn write them; plain state dicts with
-    torchvision's or timm's names; all of these under the prefixes of data parallel and
+    Supported are runs of this package and the rows of `layouts.LAYOUTS`: MoCo's and the MixMask
+    authors' files, Lightning's as users of lightly and solo-learn write them, lightly-train's,
+    DINO's, SwAV's, VISSL's, MAE's and transformers', and state dicts with torchvision's or timm's
+    names, alone or inside of a checkpoint; all of these under the prefixes of data parallel and
     torch.compile, and as safetensors. No code in a file is executed.
 
     Args:
         path: A run folder, or a checkpoint file.
-        arch: timm's name of the backbone. Default: the run's own, or what the keys say.
+        arch: Name of the backbone, see `build_backbone`. Default: the run's own, or what the keys
+            say.
         small_stem: Whether its stem is the one for small images. Default: the run's own, or
             whether the first convolution is a 3x3 one.
 
@@ -85,39 +99,120 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
         ValueError: If there is no checkpoint, or it is damaged, unknown, of another architecture
             (the message lists what does not fit), or could run code when it is read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
-    metadata: dict[str, str] = {}
-    if path.is_dir():
-        file, content = load_checkpoint(path)
-    else:
-        file, (content, metadata) = path, read_checkpoint(path)
-    config = _read_options(file.parent) if is_run(content) else {}
-    tensors = weights_in(file, content)
-    metadata = metadata or exported_metadata(tensors)
-    arch = arch or config.get("arch") or metadata.get("arch")
-    expected = [] if arch is None or config else list(build_backbone(arch).state_dict())
-    match = find_backbone(file, content, tensors, metadata, expected)
-    arch = arch or match.arch
+    file, content, noted = _read(Path(path))
+    given, arch = arch, arch or noted.get("arch")
+    arch, match = _find(file, content, noted, arch)
     if arch is None:
-        shown = ", ".join(list(match.keys.values())[:3])
+        shown = ", ".join(key for keys in list(match.keys.values())[:3] for key in keys)
         raise ValueError(
             f"{file} does not say which backbone it holds (its keys: {shown}, ...); name it, as "
-            "timm does, with --arch"
+            "timm or torchvision does, with --arch"
         )
+    tells_stem = arch not in SLIM and is_small_stem(match.state)
     if small_stem is None:
-        small_stem = bool(config.get("small_stem", arch not in SLIM and is_small_stem(match.state)))
-    channels = int(config.get("channels", 3))
-    backbone = build_backbone(arch, small_stem=small_stem, channels=channels)
-    taken = _fill(file, backbone, match, arch)
-    if match.stem_padding != 1 and small_stem:
-        backbone.conv1.padding = (match.stem_padding,) * 2  # type: ignore[union-attr]
-    if not match.stem_relu:
+        small_stem = str(noted.get("small_stem", tells_stem)).lower() == "true"
+    size = int(noted.get("image_size") or 0) or None
+    backbone = build_backbone(arch, small_stem=small_stem, image_size=size)
+    size, channels = size or _image_size(backbone, match.state), _channels(backbone, match.state)
+    if channels != 3 or (size and not noted.get("image_size")):
+        backbone = build_backbone(arch, small_stem=small_stem, image_size=size, in_chans=channels)
+    taken = _fill(file, backbone, match, arch, given)
+    if small_stem and arch not in SLIM:
+        padding = noted.get("stem_padding", match.layout.small_stem_padding if tells_stem else 1)
+        backbone.conv1.padding = (int(padding),) * 2  # type: ignore[union-attr]
+    if not match.stem_relu or noted.get("stem_relu") == "false":
         backbone.act1 = nn.Identity()
+    eps: Any = noted.get("norm_eps", match.layout.norm_eps)
+    for module in backbone.modules() if eps is not None else ():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = float(eps)
     used = set(taken)
-    left = tuple(key for key in tensors if key not in used)
-    return Loaded(backbone.eval(), arch, small_stem, match.layout, taken, left, config, file)
+    left = tuple(key for key in match.all_keys if key not in used)
+    mean, std = _normalization(content, noted, match, arch, small=tells_stem)
+    config = {} if match.name != "mixmask" or not is_run(content) else noted
+    return Loaded(
+        backbone.eval(), arch, small_stem, match.name, taken, left, config, file, mean, std, size
+    )
+
+
+def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
+    """Read a checkpoint, and what a run's configuration or an export notes of its backbone."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
+    if path.is_dir():
+        file, content = load_checkpoint(path, lambda held: is_run(held) or "classes" in held)
+        return file, content, _read_options(path) if is_run(content) else {}
+    content, metadata = read_checkpoint(path)
+    if is_run(content):
+        return path, content, _read_options(path.parent)
+    return path, content, metadata or exported_metadata(content)
+
+
+def _find(
+    file: Path, content: object, noted: dict[str, Any], arch: str | None
+) -> tuple[str | None, Match]:
+    """Find the backbone, as timm's or else torchvision's of the architecture's name."""
+    ours = is_run(content)
+    if arch is None or ours:
+        match = find_backbone(file, content, [])
+        return arch or match.arch, match
+    expected = list(build_backbone(arch).state_dict())
+    exported = "arch" in noted
+    try:
+        return arch, find_backbone(file, content, expected, exported=exported)
+    except ValueError:
+        other = TORCHVISION + arch  # Which has other layers under timm's name.
+        if torchvision_name(arch) or not torchvision_name(other):
+            raise
+        try:
+            return other, find_backbone(file, content, list(build_backbone(other).state_dict()))
+        except ValueError:
+            pass
+        raise
+
+
+def _channels(backbone: nn.Module, state: dict[str, Tensor]) -> int:
+    """Return the channels of the images: those of the first convolution's input."""
+    for name, wanted in backbone.state_dict().items():
+        if name.endswith(".weight") and wanted.ndim == 4:  # (out, in, height, width)
+            found = state.get(name, wanted)
+            return found.shape[1] if found.ndim == 4 and wanted.shape[1] == 3 else 3
+    return 3
+
+
+def _image_size(backbone: nn.Module, state: dict[str, Tensor]) -> int | None:
+    """Tell a ViT's image size by its positions (1, tokens, D), where they are not as built."""
+    built = backbone.state_dict()
+    for patch, name in (("patch_embed.proj", "pos_embed"), ("conv_proj", "encoder.pos_embedding")):
+        patches, positions = state.get(f"{patch}.weight"), state.get(name)
+        if patches is None or positions is None or positions.ndim != 3 or name not in built:
+            continue
+        if positions.shape != built[name].shape:  # A few of the tokens stand for no patch.
+            return math.isqrt(positions.shape[1]) * patches.shape[-1]
+    return None
+
+
+def _normalization(
+    content: object, noted: Mapping[str, Any], match: Match, arch: str, *, small: bool
+) -> Normalization:
+    """Return the mean and deviation that are noted, else the format's or the architecture's."""
+    trained = content.get("lightly_train") if isinstance(content, Mapping) else None
+    if isinstance(trained, Mapping):
+        noted = trained.get("normalize_args") or {}
+    if noted.get("mean") and noted.get("std"):
+        return _numbers(noted["mean"]), _numbers(noted["std"])
+    if small and match.layout.small_stem_normalization is not None:
+        return match.layout.small_stem_normalization
+    if match.layout.normalization is not None or torchvision_name(arch) or arch in SLIM:
+        return match.layout.normalization or IMAGENET
+    import timm
+
+    notes: Any = timm.get_pretrained_cfg(arch)
+    return tuple(notes.mean), tuple(notes.std)
+
+
+def _numbers(noted: str | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, noted.split(",") if isinstance(noted, str) else noted))
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
@@ -132,18 +227,20 @@ def _read_options(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str, ...]:
+def _fill(
+    file: Path, backbone: nn.Module, match: Match, arch: str, given: str | None
+) -> tuple[str, ...]:
     """Load the tensors and return their keys, or refuse them with what does not fit."""
     wanted = backbone.state_dict()
     state: dict[str, Tensor] = {}
-    keys = {}
+    keys: list[str] = []
     for name, tensor in match.state.items():
         # A norm that splits the batch lies, with its activation, in a sequence of its own.
         merged = re.sub(r"\.0(\.\w+)$", r"\1", name)
         inner = merged if name not in wanted and merged in wanted else name
         if inner in wanted or not inner.startswith(_HEADS):
             state[inner] = _merge_parts(inner, tensor, wanted.get(inner, tensor))
-            keys[inner] = match.keys[name]
+            keys += match.keys[name]
     misfits = {
         "missing": [name for name in wanted if name not in state and not name.endswith(_COUNTER)],
         "unexpected": [name for name in state if name not in wanted],
@@ -152,9 +249,9 @@ def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str
             for name, tensor in wanted.items()
             if name in state and state[name].shape != tensor.shape
         ],
+        "not finite": [name for name, tensor in state.items() if not tensor.isfinite().all()],
     }
     if any(misfits.values()):
-        inferred = infer_arch(match.state)
         raise ValueError(
             f"{file} does not fit {arch}: "
             + ", ".join(
@@ -162,14 +259,26 @@ def _fill(file: Path, backbone: nn.Module, match: Match, arch: str) -> tuple[str
                 for what, names in misfits.items()
                 if names
             )
-            + (
-                "; name its backbone with --arch and its stem with --small-stem or --no-small-stem"
-                if inferred in (None, arch)
-                else f"; its keys are those of {inferred}, as which it is read without --arch"
-            )
+            + f"; {_advice(misfits, infer_arch(match.state), arch, given)}"
         )
     backbone.load_state_dict(state, strict=False)
-    return tuple(keys.values())
+    return tuple(keys)
+
+
+def _advice(
+    misfits: Mapping[str, list[str]], inferred: str | None, arch: str, given: str | None
+) -> str:
+    """Say what to do about tensors that do not fit."""
+    if not any(names for what, names in misfits.items() if what != "not finite"):
+        return "the file is damaged, or the run had diverged; use an earlier checkpoint"
+    if inferred not in (None, arch):
+        fix = "without --arch" if given else f"with --arch {inferred}"
+        return f"its keys are those of {inferred}, as which it is read {fix}"
+    if any(name.startswith("conv1.weight") for name in misfits["of another shape"]):
+        return "name its stem with --small-stem or --no-small-stem"
+    if given:
+        return f"it is another network than {given}; name the one that was trained with --arch"
+    return "name its backbone with --arch"
 
 
 def _merge_parts(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Run:
 
     def load(self) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one."""
-        file, content = load_checkpoint(self.out)
+        file, content = load_checkpoint(self.out, lambda content: "classes" in content)
         classes, images = list(self.data.classes), len(self.data.train)
         try:
             if (content["classes"], content["images"]) != (classes, images):

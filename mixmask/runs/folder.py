@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from mixmask.runs.options import Options
-from mixmask.runs.reading import read_checkpoint
+from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
 # The columns of `metrics.csv` that an epoch has measured.
 Row = dict[str, float]
 
 # The newest checkpoint, and the one before in case the newest is damaged.
 LAST, PREVIOUS = "last.pt", "previous.pt"
+_UNFINISHED = f"{LAST}.tmp"  # As `atomic_write` names it.
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 
@@ -159,16 +160,19 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
-    """Write `last.pt` and keep the one before as `previous.pt`.
+    """Write `last.pt`, sealed with a checksum, and keep the one before as `previous.pt`.
 
-    A crash at any moment leaves one whole checkpoint.
+    A crash at any moment leaves one whole checkpoint, and a damaged one replaces none.
     """
     last = folder / LAST
+    if not last.exists() and is_sealed(folder / _UNFINISHED):
+        (folder / _UNFINISHED).replace(last)  # A run was killed between the two renames below.
     with atomic_write(last) as (temporary,):
         with temporary.open("wb") as file:
             torch.save(content, file)
+        seal(temporary)
         _sync(temporary)  # Before the old one is moved out of the way.
-        if last.exists():
+        if is_sealed(last):
             last.replace(folder / PREVIOUS)
 
 
@@ -177,10 +181,21 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the newest whole checkpoint on the CPU; a warning names a damaged one.
+def is_run(content: object) -> bool:
+    """Tell a checkpoint of our runs by its parts."""
+    return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
+
+
+def load_checkpoint(
+    folder: Path, is_usable: Callable[[dict[str, Any]], bool] = bool
+) -> tuple[Path, dict[str, Any]]:
+    """Read the newest whole checkpoint on the CPU; a warning names it where it is not the last.
 
     Nothing in the file is executed; see `read_checkpoint`.
+
+    Args:
+        folder: The run folder.
+        is_usable: Whether a content has the parts that the caller needs. Default: any at all.
 
     Returns:
         The file and its content.
@@ -188,17 +203,26 @@ def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: If the folder holds no whole checkpoint.
     """
-    for file in (folder / LAST, folder / PREVIOUS):
-        if not file.exists():
+    problems = []
+    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS):
+        if not file.exists() or (file.name == _UNFINISHED and not is_sealed(file)):
             continue
         try:
             content, _ = read_checkpoint(file)
-        except ValueError as error:
-            warnings.warn(f"{error}; looking for an older one", stacklevel=2)
-        else:
-            return file, content
-    if has_checkpoint(folder):
-        raise ValueError(f"{folder} holds no whole checkpoint; train it again with a new --out")
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        if not isinstance(content, dict) or not is_usable(content):
+            problems.append(f"{file} is no checkpoint of such a run")
+            continue
+        if problems:
+            warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)
+        return file, content
+    if problems:
+        raise ValueError(
+            f"{folder} holds no whole checkpoint ({'; '.join(problems)}); train it again with a "
+            "new --out"
+        )
     raise ValueError(
         f"{folder} is no run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder that "
         "--out named"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 import re
 import zipfile
@@ -9,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -38,10 +40,49 @@ _OBJECTS = (
     ),
 )
 _MAPPINGS = ("collections.defaultdict",)
+# Beginnings of the names of networks' parts, which lightly-train keeps whole beside the weights.
+_PARTS = ("lightly_train.", "timm.", "torch.nn.modules.", "torchvision.")
+
+_SEAL = b"mixmask sha256 "
+_SEAL_SIZE = len(_SEAL) + 64  # In bytes; the sum is in hexadecimal digits.
+UNSEALED = 64 * "0"
+_END = b"PK\5\6"  # Begins the last record of a zip archive, 22 bytes and a comment.
 
 
 class DamagedError(ValueError):
     """A checkpoint that was cut short or changed on disk."""
+
+
+def seal(path: Path) -> None:
+    """Append a checksum of all bytes to a file of torch.save, as its zip archive's comment.
+
+    Readers that do not know of it pass over a comment. In the file itself it is never lost, and
+    never of another version.
+    """
+    with path.open("rb+") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_SIZE.to_bytes(2, "little"))  # The comment's length.
+        size = file.tell()
+        file.seek(0)
+        file.write(_sum_of(file, size))
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file is sealed and every byte is as it was then."""
+    if not path.is_file() or path.stat().st_size < _SEAL_SIZE:
+        return False
+    with path.open("rb") as file:
+        expected = _sum_of(file, path.stat().st_size - _SEAL_SIZE)
+        return file.read() == expected
+
+
+def _sum_of(file: BinaryIO, size: int) -> bytes:
+    """Read a file's first bytes, and return the seal that belongs to them."""
+    digest = hashlib.sha256()
+    while size and (chunk := file.read(min(size, 1 << 20))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return _SEAL + digest.hexdigest().encode()
 
 
 def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
@@ -61,6 +102,10 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         return _read_safetensors(path)
     with path.open("rb") as file:
         start = file.read(64)
+        file.seek(-min(path.stat().st_size, _SEAL_SIZE + 22), os.SEEK_END)
+        end = file.read()
+    if end[22:].startswith(_SEAL) and not is_sealed(path):
+        raise DamagedError(f"{path} is damaged: its bytes do not have the sum that it notes")
     if not start.startswith((b"PK", b"\x80")):
         if not start.strip(b"\0"):
             raise DamagedError(f"{path} is damaged: it is empty, or begins with zeros")
@@ -68,9 +113,12 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
             f"{path} is no checkpoint: it begins with {start[:12]!r}; pass a run folder, or a file "
             "that torch.save or safetensors wrote"
         )
-    _refuse_foreign(path, _globals_of(path))
+    if start.startswith(b"PK"):
+        _check_archive(path, end)
+    names = _globals_of(path)
+    _refuse_foreign(path, names)
     try:
-        with _stand_ins():
+        with _stand_ins(names):
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except MemoryError:
         raise
@@ -78,14 +126,61 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         raise _explain(path, error) from error
 
 
+def _check_archive(path: Path, end: bytes) -> None:
+    """Hold a zip archive's members to their checksums, which torch.load does not look at.
+
+    Args:
+        path: The file.
+        end: Its last bytes, with the archive's last record in them.
+    """
+    sealed = end[22:].startswith(_SEAL)
+    comment = end[end.rfind(_END) :][20:]  # Its length in two bytes, then its text.
+    if not sealed and int.from_bytes(comment[:2], "little") != len(comment) - 2:
+        raise DamagedError(f"{path} is damaged or cut short: its end is missing")
+    if not sealed and len(comment) == _SEAL_SIZE + 2:
+        raise DamagedError(f"{path} is damaged: the sum that it notes is unreadable")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # Without a seal, and unless torch was told to leave the sums out.
+            spoilt = not sealed and any(each.CRC for each in members) and archive.testzip()
+    except Exception as error:  # The module raises what its parts do, on damage of each kind.
+        raise DamagedError(f"{path} is damaged or cut short ({error})") from error
+    if spoilt:
+        raise DamagedError(f"{path} is damaged: its part {spoilt} does not have its checksum")
+    parts = {each.filename.rpartition("/")[2] for each in members}
+    if "constants.pkl" in parts:
+        raise ValueError(
+            f"{path} is a TorchScript archive, whose code would run; save its weights alone: "
+            'torch.save(torch.jit.load(PATH).state_dict(), "weights.pth")'
+        )
+    if "data.pkl" not in parts:
+        raise ValueError(f"{path} is a zip file but no checkpoint; pass the file inside")
+
+
+def seal_safetensors(content: bytes) -> bytes:
+    """Fill in the checksum of a safetensors file whose metadata has `UNSEALED` as "sha256".
+
+    The sum is that of all bytes, with zeros in its own place.
+    """
+    return content.replace(UNSEALED.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+
+
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} is damaged, or no safetensors file ({error})") from error
+    if noted := metadata.get("sha256"):
+        content = path.read_bytes()
+        blank = content.replace(noted.encode(), UNSEALED.encode(), 1)
+        if "arch" in metadata and seal_safetensors(blank) != content:
+            raise DamagedError(f"{path} is damaged: its bytes do not have the sum that it notes")
+    return tensors, metadata
 
 
 class _StandIn:
@@ -106,12 +201,13 @@ class _MappingStandIn:
         return OrderedDict()  # torch fills no other mapping than a plain one.
 
 
-def _stand_ins() -> AbstractContextManager[object]:
-    """Return a context in which torch reads the objects above as stand-ins."""
+def _stand_ins(named: list[str]) -> AbstractContextManager[object]:
+    """Return a context in which torch reads the objects above, and a file's own, as stand-ins."""
     allow = getattr(torch.serialization, "safe_globals", None)
     if allow is None:  # Before torch 2.5: such files are then refused.
         return nullcontext()
-    bases = dict.fromkeys(_OBJECTS, _StandIn) | dict.fromkeys(_MAPPINGS, _MappingStandIn)
+    objects = (*_OBJECTS, *(name for name in named if name.startswith(_PARTS)))
+    bases = dict.fromkeys(objects, _StandIn) | dict.fromkeys(_MAPPINGS, _MappingStandIn)
     # torch looks a class up by where it says that it comes from.
     names = {full: full.rpartition(".") for full in bases}
     allowed: AbstractContextManager[object] = allow(
@@ -131,31 +227,24 @@ def _globals_of(path: Path) -> list[str]:
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
-    foreign = [name for name in names if name not in (*_OBJECTS, *_MAPPINGS)]
+    known = (*_OBJECTS, *_MAPPINGS)
+    foreign = [name for name in names if name not in known and not name.startswith(_PARTS)]
     foreign.sort(key=lambda name: name.startswith("torch."))  # Others' say more.
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        is_model = any(name.startswith("torch.nn.modules.") for name in names)
+        weights = ".state_dict()" if is_model else '["state_dict"]'
         raise ValueError(
             f"{path} holds more than weights, which could run code when it is read: "
             f"{', '.join(foreign[:3])}{more}; if you trust it, keep its weights alone: "
-            'torch.save(torch.load(PATH, weights_only=False)["state_dict"], "weights.pth")'
+            f'torch.save(torch.load(PATH, weights_only=False){weights}, "weights.pth")'
         )
 
 
 def _explain(path: Path, error: Exception) -> ValueError:
     """Say why a file could not be read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            parts = {name.rpartition("/")[2] for name in archive.namelist()}
-        if "constants.pkl" in parts:
-            return ValueError(
-                f"{path} is a TorchScript archive, whose code would run; save its weights alone: "
-                'torch.save(torch.jit.load(PATH).state_dict(), "weights.pth")'
-            )
-        if "data.pkl" not in parts:
-            return ValueError(f"{path} is a zip file but no checkpoint; pass the file inside")
-    elif _is_detectron2(path):
+    if _is_detectron2(path):
         return ValueError(
             f"{path} is in Detectron2's format, a pickle that could run code when it is read; "
             "pass the run or checkpoint that it was converted from"

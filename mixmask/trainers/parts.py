@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
+from mixmask.trainers.config import RunConfig
 
 
-def build_encoder(arch: str, *, small_stem: bool, channels: int = 3) -> tuple[nn.Module, int]:
-    """Build a backbone, and return it with the number of its features."""
-    backbone = build_backbone(arch, small_stem=small_stem, channels=channels)
+def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
+    """Build a configuration's backbone, and return it with the number of its features."""
+    backbone = build_backbone(
+        config.arch,
+        small_stem=config.small_stem,
+        image_size=config.image_size,
+        in_chans=config.channels,
+    )
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,14 @@ from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
-from mixmask.runs.folder import Row, load_checkpoint, save_checkpoint, write_config, write_rows
+from mixmask.runs.folder import (
+    Row,
+    is_run,
+    load_checkpoint,
+    save_checkpoint,
+    write_config,
+    write_rows,
+)
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
@@ -111,7 +118,7 @@ class Run:
 
     def load(self) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one."""
-        _, content = load_checkpoint(self.out)
+        _, content = load_checkpoint(self.out, is_run)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.accelerator.scaler is not None:

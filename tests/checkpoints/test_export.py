@@ -150,6 +150,24 @@ def test_safetensors_take_any_backbone(arch: str, tmp_path: Path) -> None:
     assert metadata["source"].startswith("mixmask: ")
 
 
+def test_every_flipped_bit_of_an_export_is_told_or_changes_nothing(tmp_path: Path) -> None:
+    ours, path = loaded("narrow"), tmp_path / "x.safetensors"
+    export_backbone(ours, "safetensors", path)
+    whole = path.read_bytes()
+    for number, place in enumerate([*range(0, 400, 9), *range(400, len(whole), len(whole) // 40)]):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << number % 8
+        path.write_bytes(changed)
+        try:
+            again = load_backbone(path)
+        except ValueError as error:
+            told = str(error)
+            continue
+        # The name of the checksum itself, without which the file is read like any other.
+        assert_same_features(ours.backbone, again.backbone)
+    assert "is damaged" in told
+
+
 # Detectron2.
 
 

@@ -237,7 +237,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     train_detector(TINY, data, copy.deepcopy(backbone), out, progress=False)
     whole = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"last.pt is damaged .* looking for an older one"):
+    with pytest.warns(UserWarning, match=r"last.pt is damaged .*previous.pt is used instead"):
         _, results = train_detector(TINY, data, backbone, out, resume=True, progress=False)
     assert [row["epoch"] for row in results["epochs"]] == [1, 2]
     for name in ("last.pt", "previous.pt"):

@@ -97,13 +97,10 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(damage: bytes, tmp_path: Pat
     save_checkpoint(tmp_path, {"step": 1})
     save_checkpoint(tmp_path, {"step": 2})
     (tmp_path / "last.pt").write_bytes(damage)
-    with pytest.warns(UserWarning, match=r"last\.pt is .*; looking for an older one"):
+    with pytest.warns(UserWarning, match=r"last\.pt is .*previous\.pt is used instead"):
         assert load_checkpoint(tmp_path)[1] == {"step": 1}
     (tmp_path / "previous.pt").unlink()
-    with (
-        pytest.warns(UserWarning, match=r"last\.pt is"),
-        pytest.raises(ValueError, match="holds no whole checkpoint; train it again"),
-    ):
+    with pytest.raises(ValueError, match=r"no whole checkpoint .*last\.pt is .*; train it again"):
         load_checkpoint(tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
         assert_same(run(config, images, tmp_path, resume=True), whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*looking for an older one")
+@pytest.mark.filterwarnings("ignore:.*is used instead")
 def test_nothing_whole_to_resume(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run folder"):
         run(make_config(**TINY), images, tmp_path, resume=True)
