@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixmask.cli._console import describe_device, resumable, say
-from mixmask.cli.options import add_fields, add_shared, check_resume
+from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.runs.folder import new_folder
-from mixmask.runs.options import Options, flag
+from mixmask.runs.options import Options, check_resume, flag
 from mixmask.runs.records import plural
 
 if TYPE_CHECKING:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from mixmask import __version__
 from mixmask.runs.folder import (
+    FORMAT,
     atomic_write,
     check_files,
     has_checkpoint,
@@ -62,7 +64,8 @@ def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
     write_rows(tmp_path, rows)
     assert read_rows(tmp_path) == rows
     write_config(tmp_path, {"ratio": (0.25, 0.75)})
-    assert read_config(tmp_path) == {"ratio": [0.25, 0.75]}
+    written = read_config(tmp_path)
+    assert written == {"format": FORMAT, "version": __version__, "ratio": [0.25, 0.75]}
 
 
 def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:

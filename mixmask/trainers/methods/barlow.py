@@ -53,9 +53,7 @@ class BarlowTwins(nn.Module):
     def __init__(self, config: BarlowTwinsConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim)
         self.mixtures = build_mixtures(config)
         self.barlow_twins = losses.BarlowTwins(

@@ -64,9 +64,7 @@ class BYOL(nn.Module):
     def __init__(self, config: BYOLConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         # The target starts at the online branch's weights and gets no gradient.

@@ -69,9 +69,7 @@ class MoCo(nn.Module):
     def __init__(self, config: MoCoConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
         self.head = build_head(features, config.dim, mlp=config.mlp)

@@ -50,9 +50,7 @@ class SimCLR(nn.Module):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         self.head = build_head(features, config.dim, mlp=True)
         self.mixtures = build_mixtures(config)
 

@@ -40,9 +40,7 @@ class SimSiam(nn.Module):
     def __init__(self, config: SimSiamConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         self.mixtures = build_mixtures(config)

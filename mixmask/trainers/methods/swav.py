@@ -50,9 +50,7 @@ class SwAV(nn.Module):
     def __init__(self, config: SwAVConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone, features = build_encoder(
-            config.arch, small_stem=config.small_stem, channels=config.channels
-        )
+        self.backbone, features = build_encoder(config)
         self.projector = build_mlp(features, config.hidden, config.dim)
         directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
         self.prototypes = nn.Parameter(directions)
