@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
