@@ -49,10 +49,10 @@ def refuse(message: str) -> int:
     return 2
 
 
-def describe_device(device: torch.device | None = None) -> str:
+def describe_device(device: torch.device) -> str:
     """Name what a run computes on, for its first line."""
-    if device.type != "cpu" if device else torch.cuda.is_available():
-        return f"GPU {device}" if device and device.index else "GPU"
+    if device.type != "cpu":
+        return f"GPU {device.index}" if device.index else "GPU"
     return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -82,7 +82,7 @@ def check_options(config: DataclassInstance) -> None:
             check_range(field.name, value, limits["low"], limits["high"])
         if limits["positive"] and not value > 0:
             raise ValueError(f"{flag(field.name)} must be positive, got {value}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
 
 

@@ -93,12 +93,18 @@ def agree(facts: Mapping[str, object]) -> None:
         names = [n for n in {**first, **other} if first.get(n) != other.get(n)]
         if names:
             shown = ", ".join(
-                f"{n.replace('_', '-')} ({first.get(n)} and {other.get(n)})" for n in names[:3]
+                f"{n.replace('_', '-')} ({_shorten(first.get(n))} and {_shorten(other.get(n))})"
+                for n in names[:3]
             )
             raise ValueError(
                 f"processes 0 and {rank} differ in {shown}; start all of them with the same "
                 "command, version and data"
             )
+
+
+def _shorten(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]} ..."
 
 
 @contextmanager

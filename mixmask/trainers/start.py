@@ -159,12 +159,10 @@ def open_run(
 
     def plan() -> _Plan:
         if source is None:
-            chosen = _plan_new(options, config, target, choose=state.is_main_process)
-        else:
-            given = [flag(name) for name in options if name not in CHANGEABLE]
-            check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
-            chosen = _plan_resumed(options, source, target, state.num_processes)
-        return chosen
+            return _plan_new(options, config, target, choose=state.is_main_process)
+        given = [flag(name) for name in options if name not in CHANGEABLE]
+        check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
+        return _plan_resumed(options, source, target, state.num_processes)
 
     planned = together(plan)
     agree(
@@ -179,13 +177,15 @@ def open_run(
         stream=wanted.stream,
         where=str(source),
     )
-    facts = {"fingerprint": fingerprint_of(data)}
-    agree(facts)
+    fingerprint = fingerprint_of(data)
+    agree({f"{name} of the data": value for name, value in fingerprint.items()})
     wanted = replace(wanted, data=resolve_data(wanted.data, data))
     if state.is_main_process:
         _warn_queue(wanted, len(data.train.images))
     with starting(folder):
-        run = Run.open(wanted, data.train.images, folder, resume=source, facts=facts)
+        run = Run.open(
+            wanted, data.train.images, folder, resume=source, facts={"fingerprint": fingerprint}
+        )
         notes = planned.notes
         if source is not None and "epochs" in options:
             notes = (*notes, _describe_length(build_config(planned.content), run))

@@ -107,7 +107,7 @@ def said(folder: Path) -> list[Said]:
         ("seed", "processes 0 and 1 differ in seed (0 and 1); start all of them with the same"),
         ("method", "processes 0 and 1 differ in "),
         ("taken", "taken exists and is not empty"),
-        ("data", "processes 0 and 1 differ in fingerprint ("),
+        ("data", "processes 0 and 1 differ in sum of the data ("),
     ],
 )
 def test_processes_that_differ_are_told_in_one_line_each(
