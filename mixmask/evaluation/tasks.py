@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.checkpoints.load import load_backbone
-from mixmask.data.sets import Split, load_data
+from mixmask.data.sets import Split
 from mixmask.evaluation.features import extract_features
 from mixmask.runs.images import load_images
 from mixmask.runs.options import check_options, check_range
@@ -121,15 +121,13 @@ def load_task(
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
+    data = data or names.pop()
     if image_size is None:
         image_size = max(int(each.config.get("image_size", 0)) for each in loaded) or 224
     check_range("image_size", image_size, 1)
-    if data is None:  # The run's own, which must be those that it was started on.
-        data = names.pop()
-        config = next(each.config for each in loaded if each.config.get("data"))
-        images = load_images(config, image_size, where=str(runs[0]))
-    else:
-        images = load_data(data, image_size)
+    # A run's own images must be those that it was started on.
+    own = [each.config for each in loaded if each.config.get("data") == data]
+    images = load_images(own[0] if own else {}, image_size, data=data, where=str(runs[0]))
     train = images.train
     if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
         (known, labels), _ = images.labelled_splits()

@@ -220,8 +220,9 @@ def read_options(path: Path) -> Options:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")  # noqa: TRY004
     for name, kind in _USED.items():
-        value: Any = content.get(name, kind())
-        if type(value) is not kind or (kind is int and not 0 <= value < 2**31):
+        value = content.get(name, kind())
+        # No count is negative, or more than what a tensor's side can be.
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
             raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
     if content.get("format", 0) > FORMAT:
         raise ValueError(

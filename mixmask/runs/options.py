@@ -82,7 +82,8 @@ def check_options(config: DataclassInstance) -> None:
             check_range(field.name, value, limits["low"], limits["high"])
         if limits["positive"] and not value > 0:
             raise ValueError(f"{flag(field.name)} must be positive, got {value}")
-        if isinstance(value, Real) and not abs(value) <= sys.float_info.max:
+        # Neither NaN nor infinite, nor a whole number that no float can hold.
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
 
 
