@@ -58,7 +58,7 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Method, list[Row]]:
-    """Train a method on images, leaving `config.json`, `metrics.csv` and `last.pt` in the folder.
+    """Train a method on images in memory or on disk; `mixmask.trainers.pretrain` loads them too.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
     resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
@@ -66,8 +66,7 @@ def pretrain(
 
     Args:
         config: The run's options.
-        images: (N, 3, H, W) uint8, N of at least the batch size; or a folder's, which workers
-            read.
+        images: (N, C, H, W) uint8, N of at least the batch size; or stored ones.
         out: The run folder, made if need be.
         monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
         resume: Go on from the newest whole checkpoint in `out`.
@@ -78,11 +77,7 @@ def pretrain(
 
     Raises:
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
-        FloatingPointError: If the loss is no longer finite or the run has collapsed; the last
-            checkpoint is kept.
-        OSError: If a folder's images can no longer be read or a worker has died, once the steps
-            before are saved.
-        KeyboardInterrupt: If the run was interrupted, once it is saved.
+        FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
     with starting(out):
         run = Run.open(config, images, out, resume=out if resume else None)

@@ -114,7 +114,8 @@ def pretrain(
         ValueError: If an option is unknown or out of its range, images are missing or others than
             those of the run, or `out` holds something.
         FloatingPointError: If the loss is no longer finite or the run has collapsed.
-        OSError: If images cannot be read or there is no room for the checkpoint.
+        OSError: If images cannot be read, a worker or another process has died, or there is no
+            room for the checkpoint; the one before is kept.
         KeyboardInterrupt: If the run was interrupted, once it is saved.
 
     Example:
