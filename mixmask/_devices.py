@@ -1,4 +1,4 @@
-"""Moving tensors without waiting."""
+"""Moving tensors without waiting, and memory that ran out."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     device = torch.device(device)
     # The host would read a copy that has not arrived; a device's own queue keeps the order.
     return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out; torch raises a plain one for the host's."""
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out or any(text in str(error) for text in texts)

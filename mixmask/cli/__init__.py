@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mixmask._devices import is_out_of_memory
 from mixmask._version import __version__
-from mixmask.cli._console import OneLineParser, refuse, say
+from mixmask.cli._console import OneLineParser, open_streams, refuse, say
 from mixmask.cli.options import set_threads
 
 _EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
@@ -32,6 +33,14 @@ _COMMANDS = {
     "ablate": ("ablate", "run a study: many small runs, their table and figure"),
 }
 
+# What helps a command whose memory ran out.
+_SMALLER = {
+    "pretrain": "--accumulate 2 halves what a step holds, --checkpointing and --precision bf16 "
+    "help too",
+    "ablate": "use a smaller --batch-size or --precision bf16",
+    "evaluate": "use a smaller --batch-size or --image-size",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -42,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 for input that is refused, 130 when interrupted.
     """
+    open_streams()
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
@@ -49,17 +59,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
     words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
+        code = _run(words)
+    finally:
+        say("", end="")  # What argparse has printed, before the interpreter fails to.
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run the command that the words name, and say in one line why it is refused or ends."""
+    try:
         options = vars(_parser(words).parse_args(words))
         command: Callable[..., None] = options.pop("command")
         set_threads(options.pop("threads", None))
         command(**options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return refuse(str(error))
-    except (torch.OutOfMemoryError, MemoryError):
-        return refuse(
-            "out of memory: --accumulate 2 halves what a step holds, --checkpointing and "
-            "--precision bf16 help too"
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(f"out of memory: {_SMALLER.get(words[0], 'use a smaller --image-size')}")
     except KeyboardInterrupt as interruption:  # Its text says how to go on, where one can.
         say("\n" + "; ".join(["mixmask: interrupted", *interruption.args]), sys.stderr)
         return 130

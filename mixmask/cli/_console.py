@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,33 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from mixmask.runs.folder import has_checkpoint
+from mixmask.runs.folder import CONFIG, NoRoomError, has_checkpoint
 from mixmask.runs.records import plural
 
 
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Write a line to standard output, or to another file, at once."""
-    (file or sys.stdout).write(text + end)
-    (file or sys.stdout).flush()
+    """Write a line to standard output, or to another file, at once.
+
+    Where nobody reads any more, the work goes on without words.
+    """
+    try:
+        (file or sys.stdout).write(text + end)
+        (file or sys.stdout).flush()
+    except OSError as error:
+        if file is sys.stderr:
+            sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+            return
+        # What is buffered would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = error.strerror or type(error).__name__
+        say(f"mixmask: standard output is gone ({reason}); going on without it", sys.stderr)
+
+
+def open_streams() -> None:
+    """Give a process that was started without standard streams some that lead nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
 
 
 def refuse(message: str) -> int:
@@ -29,10 +49,10 @@ def refuse(message: str) -> int:
     return 2
 
 
-def describe_device() -> str:
+def describe_device(device: torch.device) -> str:
     """Name what a run computes on, for its first line."""
-    if torch.cuda.is_available():
-        return "GPU"
+    if device.type != "cpu":
+        return f"GPU {device.index}" if device.index else "GPU"
     return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
@@ -43,14 +63,20 @@ def quote(path: Path) -> str:
 
 @contextmanager
 def resumable(command: str, folder: Path) -> Iterator[None]:
-    """Let an interruption inside say how to continue a run, once it has a checkpoint."""
+    """Let an interruption or a full disk say how to continue a run, where that is possible."""
+    advice = f"continue with mixmask {command} --resume {quote(folder)}"
     try:
         yield
     except KeyboardInterrupt:
-        if not has_checkpoint(folder):
-            raise
-        advice = f"continue with mixmask {command} --resume {quote(folder)}"
-        raise KeyboardInterrupt(advice) from None
+        # A pretraining run starts again from its configuration, too.
+        begun = command == "pretrain" and (folder / CONFIG).exists()
+        if begun or has_checkpoint(folder):
+            raise KeyboardInterrupt(advice) from None
+        raise
+    except NoRoomError as error:
+        if has_checkpoint(folder):
+            raise NoRoomError(f"{error}; {advice}") from None
+        raise
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ from mixmask.figures.runs import BANDS, figure_comparison
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs import records
 from mixmask.runs.folder import check_files
+from mixmask.runs.options import Options
 from mixmask.runs.records import Group, Record, describe_option, describe_value, percent
 from mixmask.trainers.methods import option_defaults
 
@@ -44,12 +45,23 @@ def _check_data(read: Sequence[Record]) -> None:
     """Check that all runs used the same images."""
     first = read[0]
     for record in read:
-        if Path(record.config["data"]) != Path(first.config["data"]):
+        if not _same_data(first.config, record.config):
             raise ValueError(
                 f"accuracies on different data do not compare: {first.folder} used "
                 f"{first.config['data']}, {record.folder} used {record.config['data']}; "
                 "name runs on the same data"
             )
+
+
+def _same_data(one: Options, other: Options) -> bool:
+    """Tell whether two runs used the same images; older ones say no more than where they were."""
+    known = [config.get("fingerprint") or {} for config in (one, other)]
+    if known[0] and known[0] == known[1]:
+        return True
+    # The sum may be of images at the run's own size.
+    counts = [{**fingerprint, "sum": ""} for fingerprint in known if fingerprint]
+    alike = all(fingerprint == counts[0] for fingerprint in counts)
+    return alike and Path(one["data"]) == Path(other["data"])
 
 
 def _table(groups: Sequence[Group]) -> list[str]:

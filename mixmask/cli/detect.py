@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mixmask._devices import is_out_of_memory
 from mixmask.cli._console import describe_device, resumable, say
-from mixmask.cli.options import add_fields, add_shared, check_resume
+from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.runs.folder import new_folder
-from mixmask.runs.options import Options, flag
+from mixmask.runs.options import Options, check_resume, flag
 from mixmask.runs.records import plural
 
 if TYPE_CHECKING:
@@ -25,20 +26,30 @@ if TYPE_CHECKING:
 _LIBRARIES = ("pycocotools", "torchmetrics")
 
 
-def detect(run: str | None, out: Path | None, resume: Path | None, **given: Any) -> None:
+def detect(
+    run: str | None,
+    out: Path | None,
+    resume: Path | None,
+    device: str | None = None,
+    **given: Any,
+) -> None:
     """Train a detector on a run's backbone, test it, and leave a folder of results."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"detection needs {', '.join(missing)}: pip install '.[detection]'")
     try:
-        _detect(run, out, resume, given)
-    except (torch.OutOfMemoryError, MemoryError):
+        _detect(run, out, resume, choose_device(device), given)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             "out of memory: use a smaller --batch-size, --size or --rois, in this order"
         ) from None
 
 
-def _detect(run: str | None, out: Path | None, resume: Path | None, given: Options) -> None:
+def _detect(
+    run: str | None, out: Path | None, resume: Path | None, device: torch.device, given: Options
+) -> None:
     from mixmask.detection.data import load_detection
     from mixmask.detection.train import load_source, train_detector
 
@@ -59,14 +70,15 @@ def _detect(run: str | None, out: Path | None, resume: Path | None, given: Optio
         f"{config.model}, {config.neck} on {config.data}: {plural(len(data.train), 'image')} to "
         f"train ({data.train.name}), {len(data.test):,} to test ({data.test.name}), "
         f"{plural(len(data.classes), 'class')}, {config.arch} at {config.size} px, "
-        f"{plural(config.epochs, 'epoch')}, {describe_device()}\nrun folder: {folder}"
+        f"{plural(config.epochs, 'epoch')}, {describe_device(device)}\nrun folder: {folder}"
     )
     start = time.perf_counter()
     go_on = resume is not None
     with resumable("detect", folder):
         _, results = train_detector(
-            config, data, backbone, folder, source=source, resume=go_on, on_row=_say_row
-        )
+            config, data, backbone, folder,
+            source=source, device=device, resume=go_on, on_row=_say_row,
+        )  # fmt: skip
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in results:
             _say_table({**results}, prefix, what)
@@ -102,4 +114,4 @@ def add_detect(parser: argparse.ArgumentParser) -> None:
     fields = dataclasses.fields(DetectionConfig)
     add_fields(parser, fields, defaults={"small_stem": ""})
     add_shared(parser, "--out", metavar="DIR", help="folder of results [runs/detect-DATA-RUN]")
-    add_shared(parser, "--resume", "--threads")
+    add_shared(parser, "--resume", "--device", "--threads")

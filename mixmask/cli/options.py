@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mixmask.runs.options import flag
+from mixmask.runs.options import check_range, flag
 from mixmask.runs.records import describe_value
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -31,7 +32,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "whether the backbone has the stem for small images [as in the run]",
     },
-    "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N [a GPU where there is one]"},
+    "--device": {"metavar": "DEVICE", "help": "cpu, cuda, cuda:N or mps [a GPU if there is one]"},
     "--threads": {"type": int, "metavar": "N", "help": "CPU threads [torch's choice]"},
     "--out": {"type": Path, "metavar": "PATH", "help": "file to write"},
     "--resume": {"type": Path, "metavar": "DIR", "help": "run folder to continue"},
@@ -120,8 +121,8 @@ def set_threads(threads: int | None) -> None:
     """Use this many CPU threads; None leaves torch's choice."""
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}; use the number of cores")
+    most = max(64, os.cpu_count() or 1)  # More of them than the system allows end the process.
+    check_range("threads", threads, 1, most)
     torch.set_num_threads(threads)
 
 
@@ -135,12 +136,3 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
     return device
-
-
-def check_resume(given: Sequence[str]) -> None:
-    """Check that nothing else was given beside `--resume`: a run keeps its options."""
-    if given:
-        raise ValueError(
-            f"--resume continues a run with its own options, got {', '.join(given)} too; "
-            "leave it out"
-        )

@@ -9,67 +9,56 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
-
 from mixmask.cli._console import describe_device, quote, resumable, say
-from mixmask.cli.options import add_fields, add_shared, check_resume
-from mixmask.data.sets import ImageData, load_data
+from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.evaluation import monitor
-from mixmask.figures.masks import figure_views
-from mixmask.figures.runs import figure_curves
-from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.folder import Row, new_folder
-from mixmask.runs.options import flag
+from mixmask.runs.folder import Row
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
-from mixmask.trainers.loop import first_views, train
-from mixmask.trainers.methods import METHODS, load_config, make_config, option_defaults
+from mixmask.trainers.loop import train
+from mixmask.trainers.methods import METHODS, option_defaults
 from mixmask.trainers.recipes import describe
-from mixmask.trainers.run import Run
+from mixmask.trainers.start import Opened, open_run
 
 # Share of an epoch's time.
 _MUCH_WAITING = 0.1
 
 
 # Any: the options of all methods, which the configuration checks.
-def train_backbone(out: Path | None, resume: Path | None, **given: Any) -> None:
+def train_backbone(
+    out: Path | None,
+    resume: Path | None,
+    config: Path | None = None,
+    device: str | None = None,
+    **given: Any,
+) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
-    if resume is not None:
-        check_resume([*map(flag, given), *(["--out"] if out else [])])
-        config = load_config(resume)
-    else:
-        config = make_config(**given)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    folder = resume
-    if folder is None:  # One process chooses the folder, or refuses it, for all.
-        name = f"{Path(config.data).name}-{config.method}-{config.mix}"
-        chosen = [new_folder(out, name) if state.is_main_process else Path()]
-        folder = broadcast_object_list(chosen)[0]
-    data = load_data(config.data, config.image_size, stream=config.stream)
     began = time.perf_counter()
-    run = Run.open(config, data.train.images, folder, resume=resume is not None)
-    if state.is_main_process:
-        _say_start(config, data, folder)
-        views = first_views(run)
-        figure = figure_views(views.images, views.query, views.mixed, views.key)
-        save_figure(figure, folder / "views.png")
-    with resumable("pretrain", folder):
+    chosen = choose_device(device) if device else None
+    opening = open_run(given, config=config, out=out, resume=resume, device=chosen)
+    with opening as opened, resumable("pretrain", opened.run.out):
+        run, data = opened.run, opened.data
+        main = run.accelerator.is_main_process
+        if main:
+            _say_start(opened)
+        opened.draw_views()
         train(run, monitor=monitor.accuracy_monitor(data))
-    if state.is_main_process:
-        title = short_path(folder.resolve())
-        save_figure(figure_curves(run.rows, title=title), folder / "curves.png")
-        _say_end(run.rows, folder, time.perf_counter() - began, labelled=data.labelled)
-    state.destroy_process_group()
+        opened.draw_curves()
+        if main:
+            _say_end(run.rows, run.out, time.perf_counter() - began, labelled=data.labelled)
 
 
-def _say_start(config: RunConfig, data: ImageData, out: Path) -> None:
+def _say_start(opened: Opened) -> None:
+    data, config, out = opened.data, opened.run.config, opened.run.out
     images = plural(len(data.train.images), "image")
+    device = describe_device(opened.run.accelerator.device)
     say(
         f"{config.method} + {config.mix} on {config.data}: {images}, {config.arch} at "
-        f"{config.image_size} px, {plural(config.epochs, 'epoch')}, {describe_device()}\n"
+        f"{config.image_size} px, {plural(config.epochs, 'epoch')}, {device}\n"
         f"run folder: {out}"
     )
+    for note in opened.notes:
+        say(note)
     if data.streamed:
         say("the images stay on disk and are decoded by workers in each epoch")
     if not data.labelled:
@@ -105,8 +94,14 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--OPTION VALUE ...]"
     parser.set_defaults(command=train_backbone, out=None, resume=None)
     run = add_run_fields(parser)
+    run.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help="YAML or JSON file of options, such as a run's config.json; others overrule it",
+    )  # fmt: skip
     add_shared(run, "--out", metavar="DIR", help="run folder to create [runs/DATA-METHOD-MIX]")
-    add_shared(run, "--resume", "--threads")
+    again = "run folder to continue; --epochs and --data may change, --out continues a copy"
+    add_shared(run, "--resume", help=again)
+    add_shared(run, "--device", "--threads")
 
 
 def add_run_fields(
@@ -132,7 +127,8 @@ def add_run_fields(
     title = ""
     for name, field in fields.items():
         title = GROUPS.get(name, title) if name in shared else "method"
-        if only is None or name in only:
+        # The channels are those of the data.
+        if name != "channels" if only is None else name in only:
             words = {"method": tuple(METHODS)}
             add_fields(groups[title], [field], defaults=defaults, owners=owners, choices=words)
     return groups["run"]

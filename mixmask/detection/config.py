@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmask.runs.folder import read_config
-from mixmask.runs.options import check_options, option
+from mixmask.runs.options import check_options, option, restore_config
 
 MODELS = ("faster-rcnn", "mask-rcnn")
 NECKS = ("c4", "fpn")
@@ -52,7 +52,7 @@ def load_config(folder: Path) -> DetectionConfig:
         content = read_config(folder)
         if "monitor" in content:  # The name in older runs.
             content["measure_every"] = content.pop("monitor")
-        return DetectionConfig(**content)
+        return restore_config(DetectionConfig, content, later=("proposals",))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

@@ -76,13 +76,14 @@ class Run:
         backbone: nn.Module,
         out: Path,
         source: Source,
+        device: torch.device | None = None,
     ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
             train, test = data.train.with_masks(), data.test.with_masks()
             data = dataclasses.replace(data, train=train, test=test)
         self.config, self.data, self.out, self.source = config, data, out, source
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(fold_seed(config.seed, "weights"))
         self.detector = build_detector(backbone, len(data.classes), config).to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -212,6 +213,7 @@ def train_detector(
     out: Path,
     *,
     source: Source | None = None,
+    device: torch.device | None = None,
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
@@ -231,6 +233,7 @@ def train_detector(
         out: The run folder, made if need be: `config.json`, `results.json`, `last.pt`,
             `previous.pt` and, at the end, `detections.png` with the first test images.
         source: What `results.json` says of the backbone.
+        device: Where to compute. Default: a GPU where there is one.
         resume: Continue from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
         on_row: Called with what was measured after each epoch.
@@ -239,7 +242,7 @@ def train_detector(
         ValueError: If the backbone does not suit, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    run = Run(config, data, backbone, out, source or {})
+    run = Run(config, data, backbone, out, source or {}, device)
     if resume:
         run.load()
     else:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.checkpoints.load import Loaded, load_backbone
-from mixmask.data.sets import Split, load_data
+from mixmask.data.sets import Split
 from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
+from mixmask.runs.images import load_images
 from mixmask.runs.options import check_options, check_range, flag
 from mixmask.runs.reading import read_checkpoint
 
@@ -174,7 +175,9 @@ def load_task(
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
     data = data or names.pop()
     image_size = _choose_size(loaded, image_size)
-    images = load_data(data, image_size)
+    # A run's own images must be those that it was started on.
+    own = [each.config for each in loaded if each.config.get("data") == data]
+    images = load_images(own[0] if own else {}, image_size, data=data, where=str(runs[0]))
     train = images.train
     if train.files and Path(data).exists():  # From another folder its name may mean others.
         data = str(Path(data).resolve())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from mixmask._distributed import rank
+from mixmask._version import __version__
 from mixmask.runs.options import Options
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
@@ -23,21 +27,38 @@ Row = dict[str, float]
 # The newest checkpoint, and the one before in case the newest is damaged.
 LAST, PREVIOUS = "last.pt", "previous.pt"
 _UNFINISHED = f"{LAST}.tmp"  # As `atomic_write` names it.
+# With --keep: the one of the best kNN accuracy; those of epochs are epoch-0012.pt and so on.
+BEST = "best.pt"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 
+# Of `config.json`, and what every command uses of it.
+FORMAT = 2
+_USED: dict[str, type] = {
+    "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
+    "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,
+}  # fmt: skip
+
+
+class NoRoomError(OSError):
+    """The disk is full, or a file may not grow as large as it has to."""
+
 
 @contextmanager
-def atomic_write(*paths: Path) -> Iterator[list[Path]]:
+def atomic_write(*paths: Path, needed: int = 0) -> Iterator[list[Path]]:
     """Replace files by what is written under temporary names, once all of them are on disk.
 
     A crash or an error leaves the old files. A reader never sees half a file.
 
     Args:
         *paths: The files to replace; their folders must exist.
+        needed: About how many bytes they take, for the message where there is no room.
 
     Yields:
         One temporary path per file, in the same order; each must be written.
+
+    Raises:
+        NoRoomError: If the disk has no room for them; the temporary files are gone by then.
 
     Example:
         >>> import tempfile
@@ -54,9 +75,45 @@ def atomic_write(*paths: Path) -> Iterator[list[Path]]:
             _sync(written)
         for written, path in zip(temporary, paths, strict=True):
             written.replace(path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        begun = sum(written.stat().st_size for written in temporary if written.exists())
+        for written in temporary:  # Their bytes are free again.
+            written.unlink(missing_ok=True)
+        raise NoRoomError(_describe_room(paths[0], begun, needed)) from None
     finally:
         for written in temporary:
             written.unlink(missing_ok=True)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Tell whether a disk is full, or a quota or a limit is reached.
+
+    torch and safetensors raise errors of their own, in C++ and Rust, for what the system said.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    told = ("No space left", "File too large", "quota exceeded", "unexpected pos")
+    before = error.__cause__ or error.__context__
+    return any(text in str(error) for text in told) or (before is not None and _is_full(before))
+
+
+def _describe_room(path: Path, begun: int, needed: int) -> str:
+    """Say what was needed, what is free, and what is kept."""
+    free = shutil.disk_usage(path.parent).free
+    amount = _megabytes(needed) if needed else f"more than {_megabytes(begun)}"
+    kept = [name for name in (LAST, PREVIOUS) if (path.parent / name).exists()]
+    return (
+        f"No space left for {path}: it takes {amount}, {_megabytes(free)} are free (a quota or "
+        "a limit on the size of files counts too); "
+        + (f"{path.parent / kept[0]} is kept: " if kept else "")
+        + "make room, then go on"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 def _sync(path: Path) -> None:
@@ -108,7 +165,7 @@ def new_folder(out: Path | None, name: str) -> Path:
     if out is None:
         names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
         return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not is_free(out):
         raise ValueError(
             f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
             "--out"
@@ -116,22 +173,68 @@ def new_folder(out: Path | None, name: str) -> Path:
     return out
 
 
+def is_free(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a killed start left of its configuration."""
+    return folder.is_dir() and all(file.name == f"{CONFIG}.tmp" for file in folder.iterdir())
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[None]:
+    """If a run fails inside, before its first checkpoint, take back what it has written.
+
+    So the same command can be repeated. After an interruption everything stays, for --resume.
+    """
+    before = set(folder.iterdir()) if folder.exists() else None
+    try:
+        yield
+    except Exception:
+        if rank() == 0 and folder.exists() and not has_checkpoint(folder):
+            for path in set(folder.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None:
+                folder.rmdir()
+        raise
+
+
 def write_config(folder: Path, config: Mapping[str, object]) -> None:
-    """Write a run's configuration."""
-    write_json(folder / CONFIG, config)
+    """Write a run's configuration, with the number of its format."""
+    write_json(folder / CONFIG, {"format": FORMAT, "version": __version__, **config})
 
 
 def read_config(folder: Path) -> Options:
-    """Read a run's configuration.
+    """Read a run's configuration; one that older versions wrote has no "format".
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is no JSON object.
+        ValueError: If it is no JSON object, of a newer format, or what all commands use has
+            another type. `restore_config` checks the rest.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"expected a JSON object, got {type(config).__name__}")  # noqa: TRY004
-    return config
+    return read_options(folder / CONFIG)
+
+
+def read_options(path: Path) -> Options:
+    """Read options by their names from a JSON file; see `read_config`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")  # noqa: TRY004
+    for name, kind in _USED.items():
+        value = content.get(name, kind())
+        # No count is negative, or more than what a tensor's side can be.
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
+            raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
+    if content.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"a newer version of mixmask ({content.get('version')}) wrote it, in format "
+            f"{content['format']}; update this one, {__version__}, which reads up to {FORMAT}"
+        )
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no JSON number")
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
@@ -167,7 +270,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
     last = folder / LAST
     if not last.exists() and is_sealed(folder / _UNFINISHED):
         (folder / _UNFINISHED).replace(last)  # A run was killed between the two renames below.
-    with atomic_write(last) as (temporary,):
+    with atomic_write(last, needed=_count_bytes(content)) as (temporary,):
         with temporary.open("wb") as file:
             torch.save(content, file)
         seal(temporary)
@@ -176,9 +279,40 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
             last.replace(folder / PREVIOUS)
 
 
+def copy_checkpoint(folder: Path, name: str) -> None:
+    """Keep `last.pt` under a further name, which takes no more room where the disk has links."""
+    with atomic_write(folder / name) as (temporary,):
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(folder / LAST)
+        except OSError:
+            shutil.copyfile(folder / LAST, temporary)
+
+
+def keep_checkpoint(folder: Path, epoch: int, keep: int) -> None:
+    """Keep `last.pt` as the checkpoint of an epoch, and those of the `keep` last epochs only."""
+    copy_checkpoint(folder, f"epoch-{epoch:04}.pt")
+    kept = sorted(folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
+    for path in kept[:-keep]:
+        path.unlink()
+
+
+def _count_bytes(content: object) -> int:
+    """Count the bytes of all tensors in nested dictionaries, lists and tuples."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts: Iterable[object] = ()
+    if isinstance(content, Mapping):
+        parts = content.values()
+    elif isinstance(content, list | tuple):
+        parts = content
+    return sum(map(_count_bytes, parts))
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
-    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+    whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
+    return whole or is_sealed(folder / _UNFINISHED)
 
 
 def is_run(content: object) -> bool:

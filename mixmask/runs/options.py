@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixmask._checks import check_choice
@@ -10,10 +13,18 @@ from mixmask._checks import check_choice
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    Config = TypeVar("Config", bound=DataclassInstance)
+
 # Values of a configuration's fields by their names.
 Options = dict[str, Any]
 
 Value = TypeVar("Value")
+
+# What `config.json` says beside the options: its format, who wrote it, how many processes trained,
+# and which data they saw.
+FACTS = ("format", "version", "processes", "fingerprint")
+# The numbers that a field of this type takes.
+_KINDS: dict[type, type] = {int: Integral, float: Real}
 
 
 def option(
@@ -58,16 +69,75 @@ def check_options(config: DataclassInstance) -> None:
     """Check each field of a configuration against its choices and limits.
 
     Raises:
-        ValueError: If a value is not allowed; the message names the option.
+        TypeError: If a value has not the type of the field's default.
+        ValueError: If a value is not allowed. Both messages name the option.
     """
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
+        if "Ratio" not in str(field.type):  # Which may be a pair, and has a check of its own.
+            _check_type(flag(field.name), value, type(field.default))
         if limits["choices"]:
             check_choice(flag(field.name), value, limits["choices"])
         if limits["low"] is not None or limits["high"] is not None:
             check_range(field.name, value, limits["low"], limits["high"])
         if limits["positive"] and not value > 0:
             raise ValueError(f"{flag(field.name)} must be positive, got {value}")
+        # Neither NaN nor infinite, nor a whole number that no float can hold.
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
+
+
+def check_resume(given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
+    """Check that nothing was given beside `--resume` but what may change.
+
+    Args:
+        given: The options that were given and may not.
+        allowed: Those that may be.
+    """
+    if given:
+        others = f" (beside it only {', '.join(allowed)})" if allowed else ""
+        raise ValueError(
+            f"--resume continues a run with its own options, got {', '.join(given)} too; "
+            f"leave it out{others}"
+        )
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    """Check that a value is of a kind, or a number that can stand for it."""
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, _KINDS.get(kind, kind)) or is_bool != (kind is bool):
+        raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}")
+
+
+def _describe(kind: type) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, kind.__name__)
+
+
+def restore_config(kind: type[Config], content: Options, *, later: Collection[str] = ()) -> Config:
+    """Build a configuration from the content of a `config.json`.
+
+    Args:
+        kind: Its dataclass.
+        content: What `read_config` returned.
+        later: Options that a file without a format number, of an older version, may lack. They
+            have their defaults, which leave things as they were.
+
+    Raises:
+        TypeError: If an option has another type.
+        ValueError: If options are unknown, missing, or out of their range; the message names them.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    optional = () if "format" in content else later
+    unknown = [name for name in content if name not in (*names, *FACTS)]
+    missing = [name for name in names if name not in content and name not in optional]
+    for what, found in (("unknown", unknown), ("missing", missing)):
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
+    # JSON knows no tuples.
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    return kind(**{name: values[name] for name in names if name in values})
 
 
 def check_range(name: str, value: float, low: float | None, high: float | None = None) -> None:

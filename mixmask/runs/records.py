@@ -14,7 +14,7 @@ from mixmask.runs.options import Options
 # Options, those of older versions too, that change speed, memory or logging but no weights.
 _SETTING = (
     "stream", "workers", "decode", "monitor", "measure_every", "tracker", "compile",
-    "compile_mode", "checkpointing",
+    "compile_mode", "checkpointing", "save_every", "keep", "format", "version", "fingerprint",
 )  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
 
 def _without_seed(config: Options) -> Options:
     """Return the options that distinguish runs; where and how they ran does not."""
-    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
+    known = {"processes": 1} | config  # Older versions do not say how many.
+    return {name: value for name, value in known.items() if name not in ("seed", *_SETTING)}
 
 
 def _distinguish(configs: Sequence[Options]) -> list[str]:

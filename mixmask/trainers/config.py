@@ -37,6 +37,13 @@ class RunConfig:
     )
     workers: int = option(0, "processes that decode images; 0 = CPU cores - 1, at most 16", low=0)
 
+    holdout: float = option(
+        0.0,
+        "share of each class set aside as the test split, of labelled images without one",
+        low=0,
+        high=0.9,
+    )
+
     image_size: int = option(224, "height and width of the views in pixels", low=1)
     channels: int = option(3, "channels of the images; taken from the data", low=1)
     min_scale: float = share(0.2, "smallest share of an image's area that a crop takes")
@@ -66,6 +73,8 @@ class RunConfig:
     arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
 
+    init: str = option("", "checkpoint that the backbone starts from, in any layout of export")
+
     epochs: int = option(200, "passes over the data", low=1)
     batch_size: int = option(256, "batch size per process", low=2)
     optimizer: str = option("sgd", "optimiser", ("sgd", "lars", "adamw"))
@@ -85,6 +94,12 @@ class RunConfig:
     )
     checkpointing: bool = option(False, "recompute activations in backward to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
+    save_every: int = option(
+        0, "steps between two checkpoints within an epoch; 0 = none but at its end", low=0
+    )
+    keep: int = option(
+        0, "checkpoints of past epochs to keep beside last.pt, and the best by kNN", low=0
+    )
     measure_every: int = option(10, "epochs between two kNN accuracies; 0 = none", low=0)
     tracker: str = option(
         "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")

@@ -14,19 +14,20 @@ from typing import NamedTuple, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
-from mixmask.runs.folder import LAST, Row, write_rows
+from mixmask.runs.folder import LAST, Row, has_checkpoint, starting, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
+from mixmask.trainers.processes import losing_others
 from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
@@ -57,7 +58,7 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Method, list[Row]]:
-    """Train a method on images, leaving `config.json`, `metrics.csv` and `last.pt` in the folder.
+    """Train a method on images in memory or on disk; `mixmask.trainers.pretrain` loads them too.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
     resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
@@ -65,8 +66,7 @@ def pretrain(
 
     Args:
         config: The run's options.
-        images: (N, 3, H, W) uint8, N of at least the batch size; or a folder's, which workers
-            read.
+        images: (N, C, H, W) uint8, N of at least the batch size; or stored ones.
         out: The run folder, made if need be.
         monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
         resume: Go on from the newest whole checkpoint in `out`.
@@ -77,22 +77,24 @@ def pretrain(
 
     Raises:
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
-        FloatingPointError: If the loss is no longer finite or the run has collapsed; the last
-            checkpoint is kept.
-        OSError: If a folder's images can no longer be read or a worker has died, once the steps
-            before are saved.
-        KeyboardInterrupt: If the run was interrupted, once it is saved.
+        FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
-    run = Run.open(config, images, out, resume=resume)
-    train(run, monitor=monitor, progress=progress)
+    with starting(out):
+        run = Run.open(config, images, out, resume=out if resume else None)
+        train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
 
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
     """Train a run from where it stands to its last epoch; see `pretrain`."""
+    with losing_others(run.out):
+        _train(run, monitor=monitor, progress=progress)
+
+
+def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
     config, main = run.config, run.accelerator.is_main_process
     if monitor and main and run.step == 0:
-        run.rows.append({"epoch": 0, "step": 0, **monitor(run.model.backbone, True)})
+        run.rows = [{"epoch": 0, "step": 0, **monitor(run.model.backbone, True)}]
         write_rows(run.out, run.rows)
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
@@ -100,34 +102,41 @@ def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) ->
     with bar, reading as batches, _finish_steps(run.accelerator) as stop_requested:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
             row = _train_epoch(run, epoch, batches, bar, stop_requested)
-            _check_health(run, row)
             last = epoch == config.epochs
             due = last or (config.measure_every > 0 and epoch % config.measure_every == 0)
             if monitor and due and main:
                 row.update(monitor(run.model.backbone, last))
             run.rows.append(row)
             run.accelerator.log(row, step=run.step)
-            run.save()
+            run.save(epoch_ends=True)
             if stop_requested() and not last:
                 raise KeyboardInterrupt
     for tracker in run.accelerator.trackers:  # end_training() would end the processes' group too.
         tracker.finish()
 
 
-def _check_health(run: Run, row: Row) -> None:
-    """Stop a run that cannot recover, before its state replaces the last good checkpoint."""
-    epoch, kept = int(row["epoch"]), f"{run.out / LAST} holds the epoch before"
+def _measure_epoch(run: Run, epoch: int) -> Row:
+    """Return the row of an epoch so far, and stop a run that cannot recover.
+
+    Its state does not replace the last good checkpoint.
+    """
+    row = run.meter.row() | {"memory_gib": memory_gib(run.accelerator.device)}
+    means = zip(row, _reduce(run.accelerator, row.values(), "mean"), strict=True)
+    row = {"epoch": epoch, "step": run.step, **dict(means)}
+    config = run.config
+    kept = f"{run.out / LAST} holds the last good step: " if has_checkpoint(run.out) else ""
     if not math.isfinite(row["loss"]):
+        fix = "" if config.precision == "fp32" else ", or use --precision fp32"
         raise FloatingPointError(
-            f"the loss became {row['loss']} in epoch {epoch}; {kept}: lower --lr, or use "
-            "--precision fp32"
+            f"the loss became {row['loss']} in epoch {epoch}; {kept}lower --lr{fix}"
         )
     if row.get("spread", 1.0) < _COLLAPSED:
         raise FloatingPointError(
             f"the run has collapsed: in epoch {epoch} all images had about the same embedding "
-            f"(spread {row['spread']:.3g}, 1 is a whole sphere); {kept}: lower --lr, or raise "
+            f"(spread {row['spread']:.3g}, 1 is a whole sphere); {kept}lower --lr, or raise "
             "--batch-size"
         )
+    return row
 
 
 def _train_epoch(
@@ -145,14 +154,17 @@ def _train_epoch(
         bar.update()
         if meter.steps % 10 == 0 or i + 1 == run.steps:
             bar.set_postfix_str(meter.summary())
-        ask = processes == 1 or run.step % _ASK_EVERY == 0
-        if ask and stop_requested() and i + 1 < run.steps:
+        # All processes ask, and save, at the same steps.
+        stop = (processes == 1 or run.step % _ASK_EVERY == 0) and stop_requested()
+        due = run.config.save_every > 0 and run.step % run.config.save_every == 0
+        if (stop or due) and i + 1 < run.steps:
+            _measure_epoch(run, epoch)
             run.save()
-            raise KeyboardInterrupt
+            if stop:
+                raise KeyboardInterrupt
+    row = _measure_epoch(run, epoch)
     run.meter = Meter()
-    row = meter.row() | {"memory_gib": memory_gib(accelerator.device)}
-    means = zip(row, _reduce(accelerator, row.values(), "mean"), strict=True)
-    return {"epoch": epoch, "step": run.step, **dict(means), "lr": lr}
+    return row | {"lr": lr}
 
 
 def _train_step(run: Run, batch: Tensor) -> float:
@@ -235,8 +247,11 @@ def _next_batch(run: Run, batches: Batches) -> Tensor:
     try:
         batch = next(batches)
     except OSError as error:
-        run.save()  # Between two steps, where everything is consistent.
-        raise OSError(f"{error}; all steps before are saved: --resume {run.out}") from error
+        saved = "the steps since the last checkpoint are lost"
+        if run.accelerator.num_processes == 1:  # Others cannot know that they are to save, too.
+            run.save()  # Between two steps, where everything is consistent.
+            saved = "all steps before are saved"
+        raise OSError(f"{error}; {saved}: --resume {run.out}") from error
     run.meter.waited += time.perf_counter() - began
     return batch
 

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
+from mixmask.checkpoints.load import load_backbone
+from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 
 
 def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
-    """Build a configuration's backbone, and return it with the number of its features."""
+    """Build a run's backbone, and return it with the number of its features.
+
+    With `--init` its weights are those of a checkpoint, in any layout that can be read.
+    """
     backbone = build_backbone(
         config.arch,
         small_stem=config.small_stem,
         image_size=config.image_size,
         in_chans=config.channels,
     )
+    if config.init:
+        loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
+        try:
+            backbone.load_state_dict(loaded.backbone.state_dict())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"--init {config.init} does not fit {config.arch} for images of "
+                f"{plural(config.channels, 'channel')} ({reason}); name another checkpoint"
+            ) from None
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 

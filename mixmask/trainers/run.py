@@ -14,19 +14,26 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from mixmask._devices import is_out_of_memory
 from mixmask._seeds import fold_seed
 from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
 from mixmask.runs.folder import (
+    BEST,
+    CONFIG,
     Row,
+    copy_checkpoint,
+    has_checkpoint,
     is_run,
+    keep_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_config,
     write_rows,
 )
+from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
@@ -64,22 +71,52 @@ class Run:
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
-    def open(cls, config: RunConfig, images: Images, out: Path, *, resume: bool = False) -> Run:
-        """Build a run, and make its folder or go on from the newest whole checkpoint in it."""
-        run = cls.build(config, images, out)
-        config = run.config
-        if resume:
-            run.load()
-        elif run.accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
+    def open(
+        cls,
+        config: RunConfig,
+        images: Images,
+        out: Path,
+        *,
+        resume: Path | None = None,
+        facts: Options | None = None,
+    ) -> Run:
+        """Build a run, and make its folder or go on from the newest whole checkpoint of one.
+
+        Args:
+            config: Its options.
+            images: (N, C, H, W) uint8, or stored ones.
+            out: Its folder.
+            resume: The folder of the run to go on from, which may be another one. One that was
+                killed before its first checkpoint starts at its first step.
+            facts: What `config.json` says beside the options, and that it be written anew.
+        """
+        begun = resume is not None and has_checkpoint(resume)
+        # A checkpoint has the weights that a run was started from.
+        run = cls.build(replace(config, init="") if begun else config, images, out)
+        run.config = replace(run.config, init=config.init)
+        if resume is not None:
+            run.load(resume)
+        if run.accelerator.is_main_process and (resume is None or facts is not None):
             # A resumed run must find its images where they were, whatever memory is free by then.
             stream = "never" if isinstance(images, Tensor) else "always"
-            write_config(out, asdict(config) | {"stream": stream})
+            processes = {"processes": run.accelerator.num_processes}
+            content = {**processes, **(facts or {}), **asdict(run.config), "stream": stream}
+            out.mkdir(parents=True, exist_ok=True)
+            write_config(out, content)
+        if resume is not None and begun and resume != out:
+            run.save()
         if config.tracker != "none":
             options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
             # Otherwise Weights & Biases writes where the command was started.
             where = {"wandb": {"dir": str(out)}}
-            run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
+            try:
+                run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
+            except Exception as error:  # Of any tracker's own kind: no key, no network.
+                reason = str(error) or type(error).__name__
+                raise ValueError(
+                    f"--tracker {config.tracker} could not be started ({reason}); set it up, or "
+                    "leave the option out"
+                ) from error
         return run
 
     @classmethod
@@ -100,31 +137,53 @@ class Run:
         view = random_view(config, images).to(accelerator.device)
         return cls(config, accelerator, model, optimizer, view, images, workers, steps, out)
 
-    def save(self) -> None:
-        """Write the checkpoint and the metrics, in one of the processes."""
-        if not self.accelerator.is_main_process:
-            return
-        content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "rows": self.rows,
-            "meter": self.meter.state(),
-        }
-        if self.accelerator.scaler is not None:
-            content["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(self.out, content)
-        write_rows(self.out, self.rows)
+    def save(self, *, epoch_ends: bool = False) -> None:
+        """Write the checkpoint and the metrics, in one of the processes; the others wait.
 
-    def load(self) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one."""
-        _, content = load_checkpoint(self.out, is_run)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.step, self.rows = content["step"], content["rows"]
-        self.meter = Meter(**content["meter"])
+        Args:
+            epoch_ends: Whether an epoch is over, of which `--keep` keeps the checkpoint.
+        """
+        if self.accelerator.is_main_process:
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "rows": self.rows,
+                "meter": self.meter.state(),
+            }
+            if self.accelerator.scaler is not None:
+                content["scaler"] = self.accelerator.scaler.state_dict()
+            save_checkpoint(self.out, content)
+            write_rows(self.out, self.rows)
+            if epoch_ends and self.config.keep:
+                keep_checkpoint(self.out, self.step // self.steps, self.config.keep)
+                *before, newest = (row.get("knn", -1.0) for row in self.rows if row["epoch"])
+                if newest >= 0 and newest >= max(before, default=0.0):
+                    copy_checkpoint(self.out, BEST)
+        # A process that leaves takes the launcher's patience with those that still write.
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Restore the newest whole checkpoint; a warning names a damaged one.
+
+        A run that was killed before its first checkpoint stays at its first step.
+        """
+        if (folder / CONFIG).exists() and not has_checkpoint(folder):
+            return
+        file, content = load_checkpoint(folder, is_run)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(content["scaler"])
+            self.step, self.rows = content["step"], content["rows"]
+            self.meter = Meter(**content["meter"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{file} does not fit the run's {CONFIG} ({type(error).__name__}: {reason}); "
+                "restore the one it was trained with, or train it again with a new --out"
+            ) from None
 
 
 def _start_accelerator(config: RunConfig, out: Path) -> Accelerator:
@@ -181,9 +240,29 @@ def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
                 f"--checkpointing is not supported by {config.arch}; leave it out, or use "
                 "--accumulate"
             ) from None
+    _check_sizes(model.backbone, config, accelerator.device)
     if config.compile:
         compile_backbones(model, config.compile_mode)
     return model
+
+
+def _check_sizes(backbone: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Check that a backbone takes views of the run's sizes: some take one size alone."""
+    size = config.image_size
+    backbone.eval()  # So that neither statistics nor random draws change.
+    try:
+        for size in {config.image_size, config.mixed_size or config.image_size}:
+            with torch.no_grad():
+                backbone(torch.zeros(1, config.channels, size, size, device=device))
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--arch {config.arch} does not take views of {size} px ({reason}); use another "
+            "--image-size or another --arch"
+        ) from None
+    backbone.train()
 
 
 def compile_backbones(model: nn.Module, mode: str = "default") -> None:

@@ -23,6 +23,8 @@ BUDGET_METHODS = ("moco-v2", "simclr", "simsiam")
 MEASURES = ("knn", "linear")
 # A cell of the mask is at least this many pixels wide, as in the paper: 8 at 32 px, 16 at 64 px.
 _CELL_PIXELS = 4
+# Options that change no weights.
+_FREE = ("stream", "workers", "save_every", "keep")
 # What a run that cannot go on raises; the other runs of a study can.
 _FAILURES = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError)
 
@@ -196,8 +198,11 @@ def _check_options(run: StudyRun) -> None:
     """Check that a folder's run has the planned options; else its accuracy is of another cell."""
     there = dataclasses.asdict(load_config(run.folder))
     for name, value in dataclasses.asdict(run.config).items():
-        if name != "stream" and there.get(name) != value:  # Where images lie changes no weights.
+        found = there.get(name)
+        if name == "data":  # A run's own is an absolute path.
+            value, found = Path(value).resolve(), Path(str(found)).resolve()
+        if name not in _FREE and found != value:
             raise ValueError(
-                f"{run.folder} holds a run with {describe_option(name, there.get(name))}, this "
+                f"{run.folder} holds a run with {describe_option(name, found)}, this "
                 f"study has {describe_option(name, value)}; use the same, or another --out"
             )

@@ -143,7 +143,8 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--arch", "resnet81"], "--arch resnet81 is no backbone in timm"),
         (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
         (["--batch-size", "21"], "--batch-size 21 is more than the 20 images"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be within 1 ... "),
+        (["--threads", "99999999"], ", got 99999999"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(
@@ -296,3 +297,65 @@ def test_out_of_memory_names_the_options_that_help(
     monkeypatch.setattr("mixmask.cli.pretrain.train", full)
     assert cli.main(["pretrain", "--out", str(tmp_path / "run")]) == 2
     assert "--accumulate 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["full", "closed", "pipe"])
+def test_standard_output_may_be_gone(where: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mixmask recipes"
+    ends = {"full": "> /dev/full", "closed": ">&-", "pipe": "| true"}
+    script = f"set -o pipefail; {command} {ends[where]}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = "mixmask: standard output is gone (No space left on device); going on without it\n"
+    assert (
+        done.stderr
+        in {
+            "full": [told],
+            "closed": [""],
+            "pipe": ["", told.replace("No space left on device", "Broken pipe")],
+        }[where]
+    )
+
+
+def test_the_hosts_memory_may_run_out_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("mixmask.cli.pretrain.train", full)
+    out = tmp_path / "run"
+    line = refused(["pretrain", "--out", str(out)], capsys)
+    assert line.startswith("mixmask: out of memory: --accumulate 2 halves what a step holds")
+    assert not out.exists()
+
+
+def test_a_device_that_is_not_there_is_refused(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(
+        options(photographs, "--device", "cuda:99", "--out", str(tmp_path / "x")), capsys
+    )
+    assert "--device cuda:99 is not available; use cpu" in line
+
+
+def test_a_run_is_started_again_from_its_configuration(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main(options(photographs, "--out", str(one), "--lr", "0.01")) == 0
+    again = ["pretrain", "--config", str(one / "config.json"), "--seed", "3", "--out", str(two)]
+    assert cli.main([*again, "--device", "cpu"]) == 0
+    first, second = (json.loads((out / "config.json").read_text()) for out in (one, two))
+    assert {name for name in first if first[name] != second[name]} == {"seed"}
+    printed = capsys.readouterr().out
+    assert cli.main(["pretrain", "--resume", str(one), "--epochs", "2"]) == 0
+    assert "2 epochs instead of 1: weights, images, views and masks go on exactly" not in printed
+    assert "2 epochs instead of 1: weights, images" in capsys.readouterr().out

@@ -15,10 +15,9 @@ from mixmask.cli.options import (
     RatioAction,
     add_fields,
     add_shared,
-    check_resume,
     choose_device,
 )
-from mixmask.runs.options import check_options, option
+from mixmask.runs.options import check_options, check_resume, option
 
 
 @dataclass(frozen=True)

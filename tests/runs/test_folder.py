@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mixmask import __version__
 from mixmask.runs.folder import (
+    FORMAT,
     atomic_write,
     check_files,
     has_checkpoint,
@@ -62,7 +66,8 @@ def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
     write_rows(tmp_path, rows)
     assert read_rows(tmp_path) == rows
     write_config(tmp_path, {"ratio": (0.25, 0.75)})
-    assert read_config(tmp_path) == {"ratio": [0.25, 0.75]}
+    written = read_config(tmp_path)
+    assert written == {"format": FORMAT, "version": __version__, "ratio": [0.25, 0.75]}
 
 
 def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
@@ -137,3 +142,75 @@ def test_new_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for taken in (folder, folder / "config.json"):
         with pytest.raises(ValueError, match="exists and is not empty; continue it with --resume"):
             new_folder(taken, "x")
+
+
+# Every kind of writer, where files may have 20,000 bytes: `path` is to hold more.
+WRITERS = {
+    "text": "folder.write_text(path, 'x' * 100_000)",
+    "rows": "folder.write_rows(path.parent, [{'epoch': i, 'loss': 0.1} for i in range(9999)])",
+    "checkpoint": "folder.save_checkpoint(path.parent, {'w': torch.zeros(50_000)})",
+    "safetensors": "write_safetensors(path)",
+    "figure": "save_figure(Figure(figsize=(99, 99)), path.with_suffix('.png'))",
+}
+STARVED = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from mixmask.figures.style import save_figure
+from mixmask.runs import folder
+
+def write_safetensors(path):
+    with folder.atomic_write(path) as (temporary,):
+        save_file({"w": torch.zeros(50_000)}, temporary)
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for name, code in WRITERS.items():
+    path = Path(sys.argv[1]) / f"{name}.out"
+    try:
+        exec(code)
+    except folder.NoRoomError as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"step": 1})
+    script = f"WRITERS = {WRITERS!r}\n{STARVED}"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(WRITERS), done.stdout
+    for line in lines:
+        assert ": No space left for " in line
+        assert (
+            f"MB are free (a quota or a limit on the size of files counts too); {tmp_path}" in line
+        )
+        assert line.endswith("last.pt is kept: make room, then go on")
+    assert "it takes 0.2 MB, " in lines[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "expected a JSON object, got list"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"lr": NaN}', "it holds NaN, which is no JSON number"),
+        ('{"arch": []}', r"'arch' must be of type str, got \[\]"),
+        ('{"image_size": -1}', "'image_size' must be of type int, got -1"),
+        ('{"small_stem": 1}', "'small_stem' must be of type bool, got 1"),
+        ('{"format": 99, "version": "9.0"}', r"newer version of mixmask \(9\.0\) wrote it, in for"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_told(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)

@@ -212,7 +212,34 @@ def test_help_names_each_option_once_and_the_methods_that_own_it(
     described = [" ".join(part.split()) for part in re.split(r"\n +(?=-)", text)]
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     names = {field.name for e in METHODS.values() for field in dataclasses.fields(e.config)}
-    for name in names:
+    for name in names - {"channels"}:  # Those of the data.
         (line,) = [line for line in described if re.match(rf"{flag(name)}[ ,]", line)]
         owners = [method for method, e in METHODS.items() if name in e.config.__dataclass_fields__]
         assert line.endswith(f"({', '.join(owners)})") == (name not in shared), line
+
+
+def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> None:
+    whole = dataclasses.asdict(make_config())
+    numbered = {"format": 2} | whole
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({n: v for n, v in numbered.items() if n != "epochs"}, "missing: 'epochs'"),
+        ({n: v for n, v in numbered.items() if n != "keep"}, "missing: 'keep'"),
+        # Runs of before there was a number may lack what came later, and nothing else.
+        ({n: v for n, v in whole.items() if n != "epochs"}, "missing: 'epochs'"),
+        (numbered | {"epochs": "many"}, "--epochs must be a whole number, got 'many'"),
+        (numbered | {"epochs": True}, "--epochs must be a whole number, got True"),
+        (numbered | {"epochs": 2.5}, "--epochs must be a whole number, got 2.5"),
+        (numbered | {"lr": None}, "--lr must be a number, got None"),
+        (numbered | {"switch": 1}, "--switch must be true or false, got 1"),
+        (numbered | {"tracker": []}, "--tracker must be text, got "),
+        (numbered | {"weight_decay": 10**400}, "--weight-decay"),
+        (numbered | {"grid_size": 1000}, "--grid-size must be within"),
+        (numbered | {"ratio": "half"}, "ratio"),
+    ]
+    for content, message in cases:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"no run that can be resumed: .*{message}"):
+            load_config(tmp_path)
+    older = {name: value for name, value in whole.items() if name not in ("keep", "stream", "init")}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert load_config(tmp_path) == make_config()

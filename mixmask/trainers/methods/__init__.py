@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Generator, Tensor, nn
 
 from mixmask._checks import check_choice
-from mixmask.runs.folder import read_config
-from mixmask.runs.options import Options, flag
+from mixmask.runs.folder import CONFIG, read_config
+from mixmask.runs.options import Options, flag, restore_config
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
 from mixmask.trainers.mixtures import Mixture, Term, Views
@@ -132,25 +132,38 @@ def option_defaults(method: str, recipe: str = "imagenet") -> Options:
 
 # Options of older versions: another name, or none any more.
 _RENAMED, _REMOVED = {"monitor": "measure_every"}, ("decode",)
+# Options that runs of versions before the format number may lack, since they came later.
+_LATER = (
+    "stream", "workers", "channels", "recipe", "alpha", "global_share", "channel_share",
+    "extra_crops", "mixed_size", "mix_every", "replace_clean", "optimizer", "accumulate",
+    "compile", "compile_mode", "checkpointing", "sync_bn", "tracker", "symmetric",
+    "one_directional", "redundancy_weight", "scale", "epsilon", "frozen", "holdout", "init",
+    "save_every", "keep",
+)  # fmt: skip
 
 
 def load_config(folder: Path) -> RunConfig:
-    """Read the configuration of a run folder.
+    """Read the configuration of a run folder, of older versions too.
 
     Raises:
-        ValueError: If it is no folder of a pretraining run.
+        ValueError: If it is no folder of a pretraining run, or not all options are there and
+            within their limits.
     """
     try:
-        given = {_RENAMED.get(name, name): value for name, value in read_config(folder).items()}
-        fields = {name: value for name, value in given.items() if name not in _REMOVED}
-        if isinstance(fields["ratio"], list):
-            fields["ratio"] = tuple(fields["ratio"])
-        return METHODS[fields["method"]].config(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return build_config(read_config(folder))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no run that can be resumed: its config.json cannot be read ({error}); "
+            f"{folder} is no run that can be resumed: its {CONFIG} cannot be used ({error}); "
             "pass a folder that --out named"
         ) from error
+
+
+def build_config(content: Options) -> RunConfig:
+    """Build a configuration from all of its options, as `config.json` has them."""
+    given = {_RENAMED.get(name, name): value for name, value in content.items()}
+    check_choice("--method", given.get("method"), tuple(METHODS))
+    fields = {name: value for name, value in given.items() if name not in _REMOVED}
+    return restore_config(METHODS[fields["method"]].config, fields, later=_LATER)
 
 
 def build_method(config: RunConfig) -> Method:

@@ -1,0 +1,85 @@
+"""The images of a run: loaded, held out, and compared with those that it was started on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixmask.data.sets import Fingerprint, ImageData, hold_out, load_data
+from mixmask.runs.records import plural
+
+
+def load_images(
+    config: Mapping[str, Any],
+    image_size: int,
+    *,
+    data: Any = None,
+    stream: str = "auto",
+    where: str = "the run",
+) -> ImageData:
+    """Load the images of a run, and compare them with those that it was started on.
+
+    Args:
+        config: The content of its `config.json`, or the options of a new run.
+        image_size: Size of the views, in pixels; see `load_data`.
+        data: Where its images are now, or a data set. Default: where they were.
+        stream: See `load_data`.
+        where: The run's name in errors.
+
+    Raises:
+        ValueError: If they are others: the number of images, the classes, or the names of the
+            files differ.
+        OSError: If nothing in it can be read.
+
+    Example:
+        >>> load_images({"data": "clothing64"}, 32).test.labels.shape
+        torch.Size([372])
+    """
+    name = data or config["data"]
+    images = load_data(name, image_size, stream=stream)
+    if share := config.get("holdout", 0.0):
+        try:
+            images = hold_out(images, share)
+        except ValueError as error:
+            raise ValueError(f"--holdout {share}: {error}") from None
+    if known := config.get("fingerprint"):
+        found = images.fingerprint()
+        if not images.train.files and image_size != config.get("image_size"):
+            known = known | {"sum": found.sum}  # Of images at another size.
+        if differences := list(_compare(known, found)):
+            raise ValueError(
+                f"{name} does not hold the images that {where} was started on: "
+                f"{'; '.join(differences)}; name their place with --data"
+            )
+    return images
+
+
+def _compare(known: Mapping[str, Any], found: Fingerprint) -> list[str]:
+    """Say what two fingerprints differ in."""
+    different = []
+    for split, noun in (("train", "training image"), ("test", "test image")):
+        if known.get(split) != (count := getattr(found, split)):
+            different.append(f"{plural(count, noun)} instead of {known.get(split)}")
+    if known.get("classes") != list(found.classes):
+        before = _shorten(known.get("classes"))
+        different.append(f"classes {_shorten(found.classes)} instead of {before}")
+    if not different and known.get("sum") != found.sum:
+        different.append("as many, but of other names or content")
+    return different
+
+
+def _shorten(names: object) -> str:
+    if not isinstance(names, list | tuple) or not names:
+        return "none"
+    return ", ".join(map(str, names[:3])) + (f", ... ({len(names)})" if len(names) > 3 else "")
+
+
+def fingerprint_of(data: ImageData) -> dict[str, Any]:
+    """Return what `config.json` says of a run's images."""
+    return {**data.fingerprint()._asdict(), "classes": list(data.classes)}
+
+
+def resolve_data(name: str, data: ImageData) -> str:
+    """Return what names the images from every folder: an absolute path, if they are files."""
+    return str(Path(name).resolve()) if data.train.files else name
