@@ -122,7 +122,8 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     most = max(64, os.cpu_count() or 1)  # More of them than the system allows end the process.
-    check_range("threads", threads, 1, most)
+    check_range("threads", threads, 1)
+    check_range("threads", threads, None, most)
     torch.set_num_threads(threads)
 
 

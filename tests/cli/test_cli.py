@@ -143,8 +143,8 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--arch", "resnet81"], "--arch resnet81 is no backbone in timm"),
         (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
         (["--batch-size", "21"], "--batch-size 21 is more than the 20 images"),
-        (["--threads", "0"], "--threads must be within 1 ... "),
-        (["--threads", "99999999"], ", got 99999999"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "99999999"], "--threads must be at most "),
     ],
 )
 def test_bad_options_are_refused_in_one_line(

@@ -372,7 +372,7 @@ def test_ablate_reports_a_failed_run_and_goes_on(
         (["--methods", "moco-v2", "byol"], "--study masks takes one of --methods"),
         (["--methods", "byol"], "--queue-size is not supported by byol"),
         (["--data", "nowhere"], "--data must be a folder or one of"),
-        (["--threads", "0"], "--threads must be within 1 ... "),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
 def test_ablate_refuses_bad_options_before_it_writes(
