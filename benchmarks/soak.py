@@ -53,6 +53,8 @@ _TINY = [
     "--measure-every=0",
 ]
 _TIMEOUT = 120
+# Two processes on a CPU, a thread each.
+_ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 # The long form's trials per part; `--small` takes a few.
 _COUNTS = {
     "kills": 100,
@@ -308,7 +310,7 @@ def _torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mixmask"]
     launched = subprocess.Popen(
         [*command, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent), **_ALONE},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
