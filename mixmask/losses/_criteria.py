@@ -26,7 +26,8 @@ class SharingCriterion(Protocol):
     """A criterion that evaluates both weighted terms at once, because they share work.
 
     `weighted` is used where it keeps the names of these parameters, and where no subclass of the
-    class that defines it has a call of its own.
+    class that defines it has a call of its own. One with a parameter `partner` beside them is
+    also passed the index (N,) of which `other` is target[partner], to share more.
     """
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -57,28 +58,32 @@ class MatchingCriterion(Protocol):
 
 def shares(criterion: Any) -> TypeGuard[SharingCriterion]:
     """Tell whether both terms may be asked for at once, and are those of the criterion's call."""
-    return _follows(criterion, "weighted")
+    return {"other", "lam"} <= _list_parameters(criterion, "weighted")
+
+
+def takes_partners(criterion: Any) -> bool:
+    """Tell whether a criterion that shares would know whom each image was mixed with."""
+    return "partner" in _list_parameters(criterion, "weighted")
 
 
 def matches(criterion: Any) -> TypeGuard[MatchingCriterion]:
     """Tell whether the mixed term is a matter of `matched`."""
-    return _follows(criterion, "matched")
+    return {"other", "lam"} <= _list_parameters(criterion, "matched")
 
 
-def _follows(criterion: Any, name: str) -> bool:
+def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
+    """Return the parameters of a method, if it is to be used in the place of the call."""
     # A proxy's attributes are those of what it wraps, its call is not: only the type tells.
     if isinstance(criterion, partial):
-        return False
+        return frozenset()
     for kind in type(criterion).__mro__:
         own = kind.__dict__
         if name in own:
             code = getattr(own[name], "__code__", None)
-            return code is not None and {"other", "lam"} <= set(
-                code.co_varnames[: code.co_argcount]
-            )
+            return frozenset() if code is None else frozenset(code.co_varnames[: code.co_argcount])
         if "__call__" in own or "forward" in own:
-            return False
-    return False
+            break
+    return frozenset()
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask.losses._criteria import Criterion, check_criterion, check_kind, matches, shares
+from mixmask.losses._criteria import (
+    Criterion,
+    check_criterion,
+    check_kind,
+    matches,
+    shares,
+    takes_partners,
+)
 from mixmask.losses._inputs import (
     Embeddings,
     Records,
@@ -100,9 +107,11 @@ def _weigh(
     n = len(mixed)
     lam = move(mixed.lam, z_mixed.device)  # () or (N,)
     # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
-    other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
+    partner = move(mixed.partner, target.device)
+    other = target.index_select(0, partner) if switch else None  # (N, ...)
     if shares(criterion):
-        return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
+        known: dict[str, Tensor] = {"partner": partner} if takes_partners(criterion) else {}
+        return check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n).mean()
     own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
     if other is None:
         return (lam * own).mean()
