@@ -13,6 +13,8 @@ from mixmask.losses._rows import upcast
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
+# Bands are larger, for each of them adds to the gradient of all columns.
+_BANDS = 4
 # Rows of a band at least, below which a matrix product reads the columns again and again.
 _FEWEST_ROWS = 32
 
@@ -286,7 +288,7 @@ def _pass_bands(
     )
     column_grad.zero_()
     work, bias = rows.dtype, None if counts is None else counts.log()  # (K,)
-    step = max(_FEWEST_ROWS, _count_elements(rows) // len(columns))
+    step = max(_FEWEST_ROWS, _BANDS * _count_elements(rows) // len(columns))
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, len(rows), step):
             band = slice(start, start + step)
@@ -304,7 +306,7 @@ def _pass_bands(
             if of_rows:
                 row_grad[band] = slopes @ columns
             if of_columns:
-                column_grad += slopes.T @ rows[band]
+                _add_product(column_grad, slopes.T, rows[band])
     return result, row_grad, column_grad
 
 
@@ -319,6 +321,13 @@ def _scale_slopes(share: Tensor, total: Tensor, scale: float, weight: Tensor | N
     """Return what the powers of a row are multiplied by to be the slopes of its logits, (n, 1)."""
     slope = scale * share / total
     return slope if weight is None else slope * weight
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _mix_plainly(
@@ -432,9 +441,9 @@ def _grade_tiles(
     with torch.autocast(rows.device.type, enabled=False):
         for here, there, powers in _raise_tiles(rows, columns, scale, own):
             slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
-            of_rows[here] += slopes @ others[there]
+            _add_product(of_rows[here], slopes, others[there])
             if columns is not None or here != there:
-                of_others[there] += slopes.T @ rows[here]
+                _add_product(of_others[there], slopes.T, rows[here])
     return of_rows, of_columns
 
 
