@@ -383,10 +383,11 @@ def _contrast_views(
         partner, lam = mixing
         there, back = there[:, -1], back[:, -1]
         if counts is not None:
-            # Where two images share a partner, its row meets copies of itself. Finite where there
-            # are none, for the second derivatives of logaddexp.
-            copies = (counts[first : first + n] - 1).clamp(min=0).log().clamp(min=-1e9)
-            back = torch.logaddexp(back, copies + _similarity(target, target, temperature))
+            # Where two images share a partner, its row meets copies of itself.
+            copies = (counts[first : first + n] - 1).clamp(min=0).log()
+            itself = _similarity(target, target, temperature)
+            # No logaddexp, whose second derivatives are NaN where one of both is nothing.
+            back = back - F.logsigmoid(back - itself - copies)
         positive = _similarity(z, target.index_select(0, partner), temperature)
         others = (there + back.index_select(0, partner)) / 2 - positive
         loss = mix_losses(loss, others, lam)
