@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pretended import DEVICE, Accelerator, pretend, pretend_two_processes
-from pretended_known import KORNIA_LABELS, KORNIA_RECORD, NEW_CRITERIA, RECORDED_WEIGHTS, ROW_COUNTS
+from pretended_known import NEW_CRITERIA, ROW_COUNTS
 from torch import Tensor, nn
 
 from mixmask import BlockMaskGenerator, LambdaWeightedLoss, losses, mix_batch
@@ -276,7 +276,7 @@ class SimSiam(nn.Module):
 def test_a_recorded_criterion_and_view(accelerator: Accelerator) -> None:
     model, (images,) = SimSiam().to(DEVICE), _batches()
     for watched in (False, True):
-        with accelerator.watched(*RECORDED_WEIGHTS) if watched else torch.enable_grad():
+        with accelerator.watched() if watched else torch.enable_grad():
             loss = model(images)
             mixed = mix_batch(model.augment.take(0), MASKS)
             (loss + model.criterion.mixed_loss(model.encoder, mixed)).backward()
@@ -302,7 +302,7 @@ KORNIA: dict[str, dict[str, Any]] = {
 def test_an_augmentation_of_kornia(name: str, accelerator: Accelerator) -> None:
     mix = RandomMixMask(4, data_keys=["input", "class"], **KORNIA[name])
     (images,), labels = _batches(), torch.arange(N).to(DEVICE)
-    with accelerator.watched(*KORNIA_LABELS, *KORNIA_RECORD):
+    with accelerator.watched():
         mix.mixed_batch(mix(images, labels)[0])
 
 
@@ -311,5 +311,5 @@ def test_a_container_of_kornia(accelerator: Accelerator) -> None:
     container: Any = K.AugmentationSequential
     views = take_labels(container(mix, data_keys=["input", "class"]))
     (images,), labels = _batches(), torch.arange(N).to(DEVICE)
-    with accelerator.watched(*KORNIA_LABELS):
+    with accelerator.watched():
         views(images, labels)

@@ -19,8 +19,7 @@ from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.parts import build_optimizer
-from mixmask.trainers.run import Run, random_view
+from mixmask.trainers.run import Run, build_optimizer, random_view
 
 # Options that take another way through a step, and a method that has them.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

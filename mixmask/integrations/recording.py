@@ -106,6 +106,7 @@ class RecordingCriterion(StandIn[Call]):
         self.switch = switch
         # What is kept is no state of the criterion, though its model holds it.
         self._ignored = "_kept", *list_unused(self._used)
+        self._tried = False
 
     @property
     def _used(self) -> Any:
@@ -194,8 +195,11 @@ class RecordingCriterion(StandIn[Call]):
 
     def _term(self, call: Call, z_mixed: Tensor, mixed: MixedBatch) -> Tensor:
         snapshot, z, target = call
+        tried, self._tried = self._tried, True
         with snapshot.installed() as criterion:
             whole = LambdaWeightedLoss(criterion, switch=self.switch, ignore=self._ignored)
+            # Its first call alone compares what is trained, for which a device is waited for.
+            whole._tried = tried
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
 
 

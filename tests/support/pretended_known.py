@@ -6,12 +6,11 @@ from pretended import Known
 
 _BOXES = "CutMix draws boxes at pixel size on the host: N x H x W bytes where N x (H + W) do"
 _ROWS = "processes compare their numbers of rows at each gather; once per run would do"
-_CELLS = "cells and partners are copied from pageable memory, anew for images, labels and record"
 _STAGED = "goes from pageable memory, which is staged up to 64 KiB only; pin what is larger"
 _LOOKED = (
     "a criterion of torch is looked at once, but one that is built in each step is looked at anew"
 )
-_TRAINED = "each step makes a new LambdaWeightedLoss, whose first call looks at what is trained"
+_TRAINED = "a LambdaWeightedLoss looks at what is trained in its first call; build it once"
 
 PIXEL_MASKS = (Known("_to_copy", "masks.py:fit_masks", _BOXES),)
 MANY_MASKS = (
@@ -27,20 +26,17 @@ NEW_CRITERIA = {
         Known("_local_scalar_dense", "losses/_criteria.py:_check_distributions", _LOOKED),
         Known("_local_scalar_dense", "losses/_criteria.py:_check_divergence", _LOOKED),
     ),
-    "a bank": (Known("_local_scalar_dense", "losses/_state.py:_has_changed", _TRAINED),),
+    "a bank": (Known("equal", "losses/_state.py:check_trained", _TRAINED),),
 }
 ROW_COUNTS = (
     Known("_to_copy", "_distributed.py:check_even", _ROWS),
     Known("tolist", "_distributed.py:check_even", _ROWS),
 )
-KORNIA_LABELS = (Known("_to_copy", "integrations/kornia.py:apply_transform_class", _CELLS),)
-KORNIA_RECORD = (Known("_to_copy", "integrations/kornia.py:mixed_batch", _CELLS),)
-RECORDED_WEIGHTS = (Known("_local_scalar_dense", "losses/_state.py:_has_changed", _TRAINED),)
 # Asked whether they have arrived before they are read.
 METER = (
     Known(
         "_to_copy",
-        "trainers/meter.py:of",
+        "trainers/meter.py:<genexpr>",
         "sums on their way, which nobody waits for",
         to_be_mended=False,
     ),
