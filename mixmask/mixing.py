@@ -215,8 +215,9 @@ def cutmix_batch(
     side = (1 - _draw_shares((count,), alpha, generator)).sqrt()  # (n,)
     centres = torch.rand(2, count, generator=generator, dtype=torch.float32, device="cpu")
     # A pixel is outside of the box where its row or its column is.
-    rows = _mark_outside(height, side, centres[0])
-    columns = _mark_outside(width, side, centres[1])
+    # Sent as rows and columns: at pixel size they would be hundreds of times as many bytes.
+    rows = move(_mark_outside(height, side, centres[0]), images.device)  # (n, H)
+    columns = move(_mark_outside(width, side, centres[1]), images.device)  # (n, W)
     mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")  # (n, H, W)
     return mix_batch(images, mask if per_sample else mask[0], partner=index)
 

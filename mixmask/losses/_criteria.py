@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 _MOST_CHANNELS = 16
 # Probabilities that were rounded to bfloat16 sum to 1 within this.
 _TOLERANCE = 0.05
-# Looking at values waits for the device, so there it is done once per criterion.
-_looked_at: WeakSet[Any] = WeakSet()
+# Looking at values waits for the device, so there it is done once per kind of criterion and its
+# options: a loop may build one in each step.
+_looked_at: set[tuple[Any, ...]] = set()
+
+_TOLD_APART = ("reduction", "log_target", "label_smoothing", "ignore_index")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,9 +101,13 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
     if torch.compiler.is_compiling():
         return
     for kind, check in _CHECKS.items():
-        if _is_kind(base, *kind) and (z.device.type == "cpu" or base not in _looked_at):
+        if not _is_kind(base, *kind):
+            continue
+        options = _read_options(criterion)
+        known = kind, *sorted((key, repr(options[key])) for key in options if key in _TOLD_APART)
+        if z.device.type == "cpu" or known not in _looked_at:
             check(z, target, criterion)
-            _looked_at.add(base)
+            _looked_at.add(known)
 
 
 def check_kind(criterion: Any) -> None:
@@ -161,9 +167,13 @@ def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:
         )
 
 
+def _read_options(criterion: Any) -> dict[str, Any]:
+    return criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+
+
 def _check_divergence(z: Tensor, target: Tensor, criterion: Any) -> None:
     """Require log-probabilities and probabilities."""
-    options = criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+    options = _read_options(criterion)
     _check_distributions("KL divergence", target.exp() if options.get("log_target") else target)
     if bool(z.detach().max() > _TOLERANCE):
         raise ValueError(

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mixmask._operators import as_operator
+from mixmask._pair_sums import add_product, choose_dtype, count_elements, follow, is_transformed
 from mixmask.losses._rows import upcast
 
-# Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
-_CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 # Bands are larger, for each of them adds to the gradient of all columns.
 _BANDS = 4
 # Rows of a band at least, below which a matrix product reads the columns again and again.
@@ -24,7 +22,7 @@ def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
 
     Second derivatives hold it, once: see `_LogSumExp.backward`.
     """
-    if _is_transformed():
+    if is_transformed():
         return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)
     sums: Tensor = _LogSumExp.apply(z, negatives, scale)
     return sums
@@ -57,61 +55,11 @@ def mix_log_sums(
     if shares is None:
         shares = torch.ones(len(rows), 1, dtype=accumulator, device=rows.device)
     shares = shares.to(accumulator)
-    if _is_transformed() or shares.requires_grad:
+    if is_transformed() or shares.requires_grad:
         mixed = _mix_plainly(rows, columns, scale, shares, counts)
         return mixed.mean() if mean else mixed
     result: Tensor = _MixedLogSums.apply(rows, columns, scale, shares, counts, mean)
     return result
-
-
-def sum_pairs(
-    rows: Tensor,
-    scale: float,
-    counts: Tensor | None = None,
-    columns: Tensor | None = None,
-    first: int = 0,
-    blocks: int = 1,
-) -> Tensor:
-    """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
-
-    Rows and columns have the length 1. Without `columns` the rows are their own, and each pair
-    is multiplied once for both of its sides.
-
-    Args:
-        rows: (M, C), in `blocks` of equal lengths.
-        scale: Factor of the products.
-        counts: (K,), how often each column stands in the second sum; None for no second sum.
-        columns: (K, C), in as many blocks.
-        first: Where in its block of columns the first row of a block stands.
-        blocks: How many views there are among rows and columns.
-    """
-    accumulator = torch.promote_types(rows.dtype, torch.float32)
-    own = _find_own(rows, columns, first, blocks)
-    weights = None
-    if counts is not None:
-        weights = torch.stack([torch.ones_like(counts), counts], dim=1).to(accumulator)  # (K, 2)
-    # Without a maximum to subtract, powers must fit the dtype, and so must their sums.
-    bound = 64 if accumulator == torch.float32 else 600
-    if _is_transformed() or abs(scale) > bound:
-        return _sum_pairs_plainly(rows, columns, scale, weights, own)
-    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, own)
-    return sums
-
-
-def _find_own(rows: Tensor, columns: Tensor | None, first: int, blocks: int) -> Tensor:
-    """Return for each row the column that is the row itself, (M,)."""
-    n = len(rows) // blocks
-    stride = n if columns is None else len(columns) // blocks
-    place = torch.arange(n, device=rows.device) + first  # (n,)
-    block = torch.arange(blocks, device=rows.device)[:, None] * stride  # (blocks, 1)
-    return (block + place).flatten()
-
-
-def _is_transformed() -> bool:
-    """Tell whether torch.func or forward mode is at work, which follow plain operations alone."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -124,7 +72,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, negatives: Tensor, scale: float) -> Tensor:
         """Return (N,) in at least float32."""
-        work = _choose_dtype(z, negatives)
+        work = choose_dtype(z, negatives)
         result, mean = _sum_chunks(z.to(work), negatives, scale, ctx.needs_input_grad[0])
         # MoCo writes keys into its queue before the backward, which autograd would refuse of a
         # saved tensor; the first derivative in z does not read the queue again.
@@ -223,7 +171,7 @@ class _MixedLogSums(torch.autograd.Function):
         mean: bool,
     ) -> Tensor:
         """Return (N,) in at least float32, or ()."""
-        work = _choose_dtype(rows, columns)
+        work = choose_dtype(rows, columns)
         of_rows, of_columns = ctx.needs_input_grad[:2]
         # A row's share of the mean is known before the backward, any other weight is not.
         weight = shares.new_full((len(rows),), 1 / len(rows)) if mean else None
@@ -245,7 +193,7 @@ class _MixedLogSums(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             mixed = _mix_plainly(rows, columns, ctx.scale, shares, counts)
             mixed = mixed.mean() if ctx.mean else mixed
-            return *_follow(mixed, (rows, columns), grad, (of_rows, of_columns)), *nothing
+            return *follow(mixed, (rows, columns), grad, (of_rows, of_columns)), *nothing
         if of_columns and not ctx.mean:
             _, _, column_grad = _pass_bands(
                 rows.to(ctx.work), columns.to(ctx.work), ctx.scale, shares, counts, grad,
@@ -288,7 +236,7 @@ def _pass_bands(
     )
     column_grad.zero_()
     work, bias = rows.dtype, None if counts is None else counts.log()  # (K,)
-    step = max(_FEWEST_ROWS, _BANDS * _count_elements(rows) // len(columns))
+    step = max(_FEWEST_ROWS, _BANDS * count_elements(rows) // len(columns))
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, len(rows), step):
             band = slice(start, start + step)
@@ -306,7 +254,7 @@ def _pass_bands(
             if of_rows:
                 row_grad[band] = slopes @ columns
             if of_columns:
-                _add_product(column_grad, slopes.T, rows[band])
+                add_product(column_grad, slopes.T, rows[band])
     return result, row_grad, column_grad
 
 
@@ -323,13 +271,6 @@ def _scale_slopes(share: Tensor, total: Tensor, scale: float, weight: Tensor | N
     return slope if weight is None else slope * weight
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
 def _mix_plainly(
     rows: Tensor, columns: Tensor, scale: float, shares: Tensor, counts: Tensor | None
 ) -> Tensor:
@@ -341,160 +282,10 @@ def _mix_plainly(
     return mixed + shares[:, 1] * (logits + counts.log()).logsumexp(dim=1)
 
 
-def _follow(
-    value: Tensor, inputs: tuple[Tensor, ...], grad: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs that are wanted, in a way that autograd can follow."""
-    asked = [one for one, needed in zip(inputs, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(value, asked, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted)
-
-
-class _PairSums(torch.autograd.Function):
-    """Tiles of pairs in two passes: the sums, and by computing the tiles again the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-        own: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Return (M, V) in at least float32."""
-        ctx.work = _choose_dtype(rows, rows)
-        others = None if columns is None else columns.to(ctx.work)
-        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, own)
-        ctx.save_for_backward(rows, columns, weights, own, sums)
-        ctx.scale = scale
-        return sums.log()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of rows and columns."""
-        rows, columns, weights, own, sums = ctx.saved_tensors
-        nothing = (None,) * 3
-        # With create_graph=True, the gradient is itself a function of the rows.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            value = _sum_pairs_plainly(rows, columns, ctx.scale, weights, own)
-            inputs = (rows,) if columns is None else (rows, columns)
-            found = _follow(value, inputs, grad, ctx.needs_input_grad[: len(inputs)])
-            return *found, *((None,) if columns is None else ()), *nothing
-        others = None if columns is None else columns.to(ctx.work)
-        of_rows, of_columns = _grade_tiles(
-            rows.to(ctx.work), others, ctx.scale, weights, own, grad / sums
-        )
-        if columns is None:
-            return of_rows.to(rows.dtype), None, *nothing
-        return of_rows.to(rows.dtype), of_columns.to(columns.dtype), *nothing
-
-
-def _fake_sums(
-    rows: Tensor, _columns: Tensor | None, _scale: float, weights: Tensor | None, _own: Tensor
-) -> Tensor:
-    sums = 1 if weights is None else weights.shape[1]
-    return upcast(rows.new_empty(len(rows), sums))
-
-
-@as_operator(
-    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, Tensor own) -> Tensor", _fake_sums
-)
-def _sum_tiles(
-    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None, own: Tensor
-) -> Tensor:
-    """Return the weighted sums of powers, (M, V)."""
-    sums = _fake_sums(rows, columns, scale, weights, own).zero_()
-    with torch.autocast(rows.device.type, enabled=False):
-        for here, there, powers in _raise_tiles(rows, columns, scale, own):
-            sums[here] += (
-                powers.sum(1, keepdim=True) if weights is None else powers @ weights[there]
-            )
-            if columns is None and here != there:  # The same pairs, seen from their other side.
-                turned = powers.T
-                sums[there] += (
-                    turned.sum(1, keepdim=True) if weights is None else turned @ weights[here]
-                )
-    return sums
-
-
-def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    others = rows[:0] if columns is None else columns
-    return upcast(torch.empty_like(rows)), upcast(torch.empty_like(others))
-
-
-@as_operator(
-    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, Tensor own, Tensor grad) -> "
-    "(Tensor, Tensor)",
-    _fake_slopes,
-)
-def _grade_tiles(
-    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None, own: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of rows and columns, given those of the sums of powers (M, V)."""
-    of_rows, of_columns = (one.zero_() for one in _fake_slopes(rows, columns))
-    others, of_others = (rows, of_rows) if columns is None else (columns, of_columns)
-    grad = grad * scale
-    if weights is None:
-        weights = torch.ones_like(grad) if columns is None else grad.new_ones(len(columns), 1)
-    # A pair counts as the row's and, without columns, also as the column's: a product of rank 2V.
-    left, right = grad, weights
-    if columns is None:
-        left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
-    with torch.autocast(rows.device.type, enabled=False):
-        for here, there, powers in _raise_tiles(rows, columns, scale, own):
-            slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
-            _add_product(of_rows[here], slopes, others[there])
-            if columns is not None or here != there:
-                _add_product(of_others[there], slopes.T, rows[here])
-    return of_rows, of_columns
-
-
-def _raise_tiles(rows: Tensor, columns: Tensor | None, scale: float, own: Tensor) -> Any:
-    """Yield tiles exp(scale * rows . columns), with zeros for a row and itself, and their places.
-
-    Without columns, only those on and above the diagonal.
-    """
-    others = rows if columns is None else columns
-    accumulator = torch.promote_types(rows.dtype, torch.float32)
-    step = int(_count_elements(rows) ** 0.5)
-    places = torch.arange(len(others), device=rows.device)
-    for start in range(0, len(rows), step):
-        here = slice(start, start + step)
-        for other in range(start if columns is None else 0, len(others), step):
-            there = slice(other, other + step)
-            powers = (rows[here] @ others[there].T).to(accumulator).mul_(scale).exp_()  # (m, k)
-            if columns is not None or here == there:
-                powers.masked_fill_(own[here, None] == places[there], 0.0)
-            yield here, there, powers
-
-
-def _sum_pairs_plainly(
-    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None, own: Tensor
-) -> Tensor:
-    """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
-    others = rows if columns is None else columns
-    logits = upcast(rows @ others.T) * scale  # (M, K)
-    logits = logits.scatter(1, own[:, None], -torch.inf)
-    if weights is None:
-        return logits.logsumexp(dim=1, keepdim=True)
-    bias = weights.log()  # (K, V)
-    return torch.stack([(logits + one).logsumexp(dim=1) for one in bias.unbind(1)], dim=1)
-
-
 def _read_version(tensor: Tensor) -> int | None:
     # Inference tensors count no versions, and may not be written to outside of inference mode.
     return None if tensor.is_inference() else tensor._version
 
 
-def _choose_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
-    """Return the dtype in which a plain matrix product of the two would run."""
-    promoted = torch.promote_types(z.dtype, negatives.dtype)
-    if torch.is_autocast_enabled(z.device.type) and promoted != torch.float64:
-        return torch.get_autocast_dtype(z.device.type)
-    return promoted
-
-
-def _count_elements(rows: Tensor) -> int:
-    return _CHUNK_ELEMENTS["cpu" if rows.device.type == "cpu" else "device"]
-
-
 def _split(negatives: Tensor, rows: int) -> tuple[Tensor, ...]:
-    return torch.split(negatives, max(256, _count_elements(negatives) // rows))
+    return torch.split(negatives, max(256, count_elements(negatives) // rows))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank, world_size
-from mixmask.losses._log_sums import mix_log_sums, sum_negatives, sum_pairs
+from mixmask._pair_sums import sum_pairs
+from mixmask.losses._log_sums import mix_log_sums, sum_negatives
 from mixmask.losses._rows import (
     check_device,
     check_reduction,
@@ -367,7 +368,8 @@ def _contrast_views(
     n, scale = len(z), 1 / temperature
     rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)
     if gather and world_size() > 1:
-        columns, first = torch.cat([gather_rows(z), gather_rows(target)]), rank() * n  # (2 W N, C)
+        views = gather_rows(z), gather_rows(target, checked=False)  # (W * N, C) each
+        columns, first = torch.cat(views), rank() * n  # (2 W N, C)
     counts = weights = None
     if mixing is not None:
         half = rows[:n] if columns is None else columns.chunk(2)[0]

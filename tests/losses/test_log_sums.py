@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask import MixedBatch
+from mixmask import MixedBatch, _pair_sums
 from mixmask import lambda_weighted_loss as weigh
 from mixmask.losses import InfoNCE, NTXent, _log_sums, info_nce, nt_xent
 
@@ -120,7 +120,7 @@ partners = pytest.mark.parametrize("partner", PARTNERS.values(), ids=PARTNERS)
 def test_chunks_of_any_size_give_the_formula(
     name: str, partner: list[int], reduction: str, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_log_sums, "_CHUNK_ELEMENTS", {"cpu": elements, "device": elements})
+    monkeypatch.setattr(_pair_sums, "_CHUNK_ELEMENTS", {"cpu": elements, "device": elements})
     monkeypatch.setattr(_log_sums, "_FEWEST_ROWS", 2)
     inputs = tuple(_rows(N).requires_grad_() for _ in range(2))
     lam = torch.linspace(0.1, 0.9, N, dtype=torch.float64)
