@@ -1,4 +1,4 @@
-"""Loops that torch.compile and torch.export take as one node, whatever the sizes are."""
+"""Loops and draws that torch.compile and torch.export take as one node, whatever the sizes are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+
+from mixmask._checks import check_generator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,3 +40,18 @@ def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function]
         return cast("Function", call)
 
     return register
+
+
+def draw_seed(generator: torch.Generator | None) -> Tensor:
+    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size.
+
+    What is drawn is then a pure function of it, which the compiler need not know for a random one,
+    and which has the same values compiled and not.
+    """
+    check_generator(generator)
+    return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")
+
+
+def seeded(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that starts from a drawn seed."""
+    return torch.Generator(device).manual_seed(int(seed))

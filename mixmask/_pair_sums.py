@@ -89,7 +89,7 @@ def _fake_sums(
     rows: Tensor, _columns: Tensor | None, _scale: float, weights: Tensor | None, *_: int
 ) -> Tensor:
     sums = 1 if weights is None else weights.shape[1]
-    return _upcast(rows.new_empty(len(rows), sums))
+    return _upcast(rows.new_empty(rows.shape[0], sums))
 
 
 @as_operator(
@@ -139,7 +139,7 @@ def _grade_tiles(
     others, of_others = (rows, of_rows) if columns is None else (columns, of_columns)
     grad = grad * scale
     if weights is None:
-        weights = torch.ones_like(grad) if columns is None else grad.new_ones(len(columns), 1)
+        weights = torch.ones_like(grad) if columns is None else grad.new_ones(columns.shape[0], 1)
     # A pair counts as the row's and, without columns, also as the column's: a product of rank 2V.
     left, right = grad, weights
     if columns is None:
@@ -163,12 +163,12 @@ def _raise_tiles(
     others = rows if columns is None else columns
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     step = max(1, int(count_elements(rows) ** 0.5))
-    for start in range(0, len(rows), step):
-        here = slice(start, min(start + step, len(rows)))
-        for other in range(start if columns is None else 0, len(others), step):
-            there = slice(other, min(other + step, len(others)))
+    for start in range(0, rows.shape[0], step):
+        here = slice(start, min(start + step, rows.shape[0]))
+        for other in range(start if columns is None else 0, others.shape[0], step):
+            there = slice(other, min(other + step, others.shape[0]))
             powers = (rows[here] @ others[there].T).to(accumulator).mul_(scale).exp_()  # (m, k)
-            for low, high, own in _find_own(len(rows), len(others), first, blocks):
+            for low, high, own in _find_own(rows.shape[0], others.shape[0], first, blocks):
                 # Rows of a block that lie in this tile, and where the first of them meets itself.
                 top, bottom = max(low, here.start), min(high, here.stop)
                 offset = own + top - low - other
@@ -197,7 +197,7 @@ def _sum_pairs_plainly(
     logits = _upcast(rows @ others.T) * scale  # (M, K)
     own = [
         torch.arange(column, column + high - low, device=rows.device)
-        for low, high, column in _find_own(len(rows), len(others), first, blocks)
+        for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
     ]
     logits = logits.scatter(1, torch.cat(own)[:, None], -torch.inf)
     if weights is None:

@@ -213,7 +213,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "nonzero needs values on the host at mixmask/mixing.py:{} in _fill",
     ),
     "no device": (
-        "_reverse", "torch.arange(n - 1, -1, -1, device=device)", "torch.arange(n - 1, -1, -1)",
+        "_reverse", "torch.arange(n, device=device)", "torch.arange(n)",
         r"index_select got tensors of cuda:0 and a host's \(8,\) at mixmask/mixing.py:{} in _fill",
     ),
     "no device, of pixels": (
@@ -231,7 +231,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         r"_to_copy copies \(8,\) to cuda:0 and blocks at mixmask/_partners.py:{} in choose_.*",
     ),
     "generator of the host": (
-        "_draw_noise", "generator=on_device", "generator=generator",
+        "_draw_noise", "seeded(seed, images.device)", "seeded(seed)",
         "normal_ on cuda:0 got a generator of the host at mixmask/mixing.py:{} in _draw_noise",
     ),
     "generator of the device": (

@@ -53,7 +53,7 @@ def mix_log_sums(
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     if shares is None:
-        shares = torch.ones(len(rows), 1, dtype=accumulator, device=rows.device)
+        shares = torch.ones(rows.shape[0], 1, dtype=accumulator, device=rows.device)
     shares = shares.to(accumulator)
     if is_transformed() or shares.requires_grad:
         mixed = _mix_plainly(rows, columns, scale, shares, counts)
@@ -107,7 +107,7 @@ class _LogSumExp(torch.autograd.Function):
 
 @as_operator(
     "(Tensor rows, Tensor negatives, float scale, bool needs_mean) -> (Tensor, Tensor)",
-    lambda rows, *_: (upcast(rows.new_empty(len(rows))), upcast(torch.empty_like(rows))),
+    lambda rows, *_: (upcast(rows.new_empty(rows.shape[0])), upcast(torch.empty_like(rows))),
 )
 def _sum_chunks(
     rows: Tensor, negatives: Tensor, scale: float, needs_mean: bool
@@ -115,10 +115,10 @@ def _sum_chunks(
     """Return the log-sum-exp (N,) and the weighted mean of the negatives (N, C)."""
     work, accumulator = rows.dtype, torch.promote_types(rows.dtype, torch.float32)
     # The running maximum keeps every power at most 1, whatever the scale.
-    largest = rows.new_full((len(rows), 1), -torch.inf, dtype=accumulator)  # (N, 1)
+    largest = rows.new_full((rows.shape[0], 1), -torch.inf, dtype=accumulator)  # (N, 1)
     total = torch.zeros_like(largest)
     mean = torch.zeros(rows.shape, dtype=accumulator, device=rows.device)  # (N, C)
-    for chunk in _split(negatives, len(rows)):
+    for chunk in _split(negatives, rows.shape[0]):
         chunk = chunk.to(work)  # (k, C)
         weights = (rows @ chunk.T).to(accumulator).mul_(scale)  # (N, k)
         rise = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
@@ -141,7 +141,7 @@ def _grade_chunks(
 ) -> Tensor:
     """Return the gradient of the negatives, (K, C)."""
     parts = []
-    for chunk in _split(negatives, len(rows)):
+    for chunk in _split(negatives, rows.shape[0]):
         weights = (rows @ chunk.to(rows.dtype).T).to(sums.dtype).mul_(scale)  # (N, k)
         weights.sub_(sums[:, None]).exp_().mul_(grad[:, None] * scale)
         parts.append(weights.T.to(rows.dtype) @ rows)  # (k, C)
@@ -174,7 +174,7 @@ class _MixedLogSums(torch.autograd.Function):
         work = choose_dtype(rows, columns)
         of_rows, of_columns = ctx.needs_input_grad[:2]
         # A row's share of the mean is known before the backward, any other weight is not.
-        weight = shares.new_full((len(rows),), 1 / len(rows)) if mean else None
+        weight = torch.ones_like(shares[:, 0]) if mean else None  # (N,)
         result, row_grad, column_grad = _pass_bands(
             rows.to(work), columns.to(work), scale, shares, counts, weight,
             of_rows, of_columns and mean,
@@ -200,8 +200,8 @@ class _MixedLogSums(torch.autograd.Function):
                 False, True,
             )  # fmt: skip
         elif of_columns:
-            column_grad = column_grad * grad
-        factor = grad if ctx.mean else grad[:, None]
+            column_grad = column_grad * (grad / rows.shape[0])
+        factor = grad / rows.shape[0] if ctx.mean else grad[:, None]
         return (
             (row_grad * factor).to(rows.dtype) if of_rows else None,
             column_grad.to(columns.dtype) if of_columns else None,
@@ -236,9 +236,9 @@ def _pass_bands(
     )
     column_grad.zero_()
     work, bias = rows.dtype, None if counts is None else counts.log()  # (K,)
-    step = max(_FEWEST_ROWS, _BANDS * count_elements(rows) // len(columns))
+    step = max(_FEWEST_ROWS, _BANDS * count_elements(rows) // columns.shape[0])
     with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, len(rows), step):
+        for start in range(0, rows.shape[0], step):
             band = slice(start, start + step)
             logits = (rows[band] @ columns.T).to(result.dtype).mul_(scale)  # (n, K)
             second = None if bias is None else logits + bias

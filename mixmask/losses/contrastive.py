@@ -231,7 +231,7 @@ def _contrast_in_batch(
         positive = mix_losses(positive, other, lam)
         counts = _count_partners(partner, columns, gather)
         if counts is not None:
-            shares = torch.stack([lam, 1 - lam], dim=-1).expand(len(z), 2)
+            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)
     sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
     return sums - (positive.mean() if mean else positive)
 
@@ -239,8 +239,8 @@ def _contrast_in_batch(
 def _count_partners(partner: Tensor, columns: Tensor, gather: bool) -> Tensor | None:
     """Count how often each of all targets is a partner's, (W * N,); None where each is once."""
     if gather and world_size() > 1:
-        partner = gather_rows(partner + rank() * len(partner), checked=False)
-    counts = torch.zeros(len(columns), dtype=torch.float32, device=columns.device)
+        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)
+    counts = torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device)
     counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))
     # Almost always a permutation, but to look at a device's values would be to wait for it.
     known = counts.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -365,7 +365,7 @@ def _contrast_views(
     mixing: Mixing | None = None,
 ) -> Tensor:
     """Contrast unit rows of each view with all others of both, (N,) or ()."""
-    n, scale = len(z), 1 / temperature
+    n, scale = z.shape[0], 1 / temperature
     rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)
     if gather and world_size() > 1:
         views = gather_rows(z), gather_rows(target, checked=False)  # (W * N, C) each

@@ -61,7 +61,7 @@ def barlow_twins(
     columns = _standardize(target, target, sync_statistics)
     if gather_distributed or sync_statistics:
         # An average of averages is that of all rows only where processes hold as many.
-        check_even(len(rows), rows.device)
+        check_even(rows.shape[0], rows.device)
     return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
 
 
@@ -144,7 +144,7 @@ class MatchedBarlowTwins(BarlowTwins):
         rows = _standardize(upcast(z_mixed), clean, sync) - mixture
         columns = _standardize(upcast(target), upcast(target), sync)
         if gather or sync:
-            check_even(len(rows), rows.device)
+            check_even(rows.shape[0], rows.device)
         return _measure_redundancy(rows, columns, 0.0, self.redundancy_weight, gather)
 
 
@@ -167,7 +167,7 @@ def _measure_redundancy(
         diagonal = (rows * columns).mean(dim=0)  # (C,)
         squares = _sum_squares(rows, columns) - diagonal.square().sum()
         return (diagonal - wanted).square().sum() + weight * squares
-    correlation = _multiply_features(rows, columns) / len(rows)  # (C, C)
+    correlation = _multiply_features(rows, columns) / rows.shape[0]  # (C, C)
     if gather:
         correlation = average(correlation)
     diagonal = correlation.diagonal()  # (C,)
@@ -182,7 +182,8 @@ def _is_wide(rows: Tensor) -> bool:
     Their rank of at most N keeps the diagonal of (C, C) from being more than a part of it: a
     difference of both keeps its digits.
     """
-    return len(rows) * 2 <= rows.shape[1]
+    # One graph serves batches of all sizes, so there it is always (C, C).
+    return not torch.compiler.is_compiling() and rows.shape[0] * 2 <= rows.shape[1]
 
 
 def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
     """
     own = _multiply_features(rows.T, rows.T)  # (N, N)
     others = own if columns is rows else _multiply_features(columns.T, columns.T)
-    return (own * others).sum() / len(rows) ** 2
+    return (own * others).sum() / rows.shape[0] ** 2
 
 
 def vicreg(
