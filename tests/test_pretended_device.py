@@ -231,12 +231,12 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         r"_to_copy copies \(8,\) to cuda:0 and blocks at mixmask/_partners.py:{} in choose_.*",
     ),
     "generator of the host": (
-        "_draw_noise", "seeded(seed, images.device)", "seeded(seed)",
-        "normal_ on cuda:0 got a generator of the host at mixmask/mixing.py:{} in _draw_noise",
+        "seeded", "torch.Generator(device)", "torch.Generator()",
+        r"normal_ on cuda:0 got a generator of the host at mixmask/mixing.py:\d+ in _draw_noise",
     ),
     "generator of the device": (
-        "_draw_noise", "torch.empty_like(images)", 'torch.empty(images.shape, device="cpu")',
-        "normal_ on the host got a generator of cuda:0 at mixmask/mixing.py:{} in _draw_noise",
+        "seeded", "torch.Generator(device)", 'torch.Generator("cuda")',
+        r"rand on the host got a generator of cuda:0 at mixmask/_blocks.py:\d+ in _draw",
     ),
 }  # fmt: skip
 
