@@ -8,12 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from mixmask._checks import check_generator
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # And not torch.library.custom_op, whose first call imports the whole compiler.
-_LIBRARY = torch.library.Library("mixmask", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("mixmask", "FRAGMENT")
 
 
 def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
@@ -40,16 +38,6 @@ def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function]
         return cast("Function", call)
 
     return register
-
-
-def draw_seed(generator: torch.Generator | None) -> Tensor:
-    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size.
-
-    What is drawn is then a pure function of it, which the compiler need not know for a random one,
-    and which has the same values compiled and not.
-    """
-    check_generator(generator)
-    return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")
 
 
 def seeded(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:

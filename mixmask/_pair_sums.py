@@ -76,9 +76,10 @@ class _PairSums(torch.autograd.Function):
             inputs = (rows,) if columns is None else (rows, columns)
             found = follow(value, inputs, grad, ctx.needs_input_grad[: len(inputs)])
             return *found, *((None,) if columns is None else ()), *nothing
+        first, blocks = ctx.place
         others = None if columns is None else columns.to(ctx.work)
         of_rows, of_columns = _grade_tiles(
-            rows.to(ctx.work), others, ctx.scale, weights, *ctx.place, grad / sums
+            rows.to(ctx.work), others, ctx.scale, weights, first, blocks, grad / sums
         )
         if columns is None:
             return of_rows.to(rows.dtype), None, *nothing

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask._operators import as_operator, draw_seed, seeded
+from mixmask._operators import as_operator, seeded
+from mixmask._seeds import draw_seed
 
 # "reverse", "random", or an index (N,).
 Partner = str | Tensor

@@ -24,7 +24,7 @@ from mixmask._checks import (
     ratio_bounds,
 )
 from mixmask._devices import move
-from mixmask._operators import draw_seed
+from mixmask._seeds import draw_seed
 
 
 class MaskGenerator(Protocol):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
 from mixmask._devices import move
-from mixmask._operators import as_operator, draw_seed, seeded
+from mixmask._operators import as_operator, seeded
 from mixmask._partners import Partner, choose_partners
+from mixmask._seeds import draw_seed
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
 
 

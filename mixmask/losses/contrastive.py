@@ -333,15 +333,16 @@ class NTXent:
             others = None if other is None else nt_xent(z, other, **options)
             return reduce(mix_losses(own, others, lam), self.reduction)
         loss = _contrast_one_way if self.one_directional else _contrast_views
-        options = self.temperature, self.gather_distributed, self.reduction
-        return loss(*_normalize(z, target), *options, (partner, lam))
+        tau, gather = self.temperature, self.gather_distributed
+        return loss(*_normalize(z, target), tau, gather, self.reduction, (partner, lam))
 
 
-def _normalize(z: Tensor, target: Tensor) -> list[Tensor]:
+def _normalize(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     check_rows(z, target)
     dtype = torch.promote_types(z.dtype, target.dtype)
     # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
-    return [F.normalize(upcast(rows), dim=1).to(dtype) for rows in (z, target)]
+    z, target = (F.normalize(upcast(rows), dim=1).to(dtype) for rows in (z, target))
+    return z, target
 
 
 def _contrast_one_way(

@@ -122,10 +122,10 @@ def test_chunks_of_any_size_give_the_formula(
 ) -> None:
     monkeypatch.setattr(_pair_sums, "_CHUNK_ELEMENTS", {"cpu": elements, "device": elements})
     monkeypatch.setattr(_log_sums, "_FEWEST_ROWS", 2)
-    inputs = tuple(_rows(N).requires_grad_() for _ in range(2))
+    inputs: Any = tuple(_rows(N).requires_grad_() for _ in range(2))
     lam = torch.linspace(0.1, 0.9, N, dtype=torch.float64)
-    ours = weigh(BATCH[name](reduction=reduction), *inputs, _record(partner, lam))
-    slow = _weighted(name, *inputs, torch.tensor(partner), lam)
+    ours = weigh(BATCH[name](reduction=reduction), inputs[0], inputs[1], _record(partner, lam))
+    slow = _weighted(name, inputs[0], inputs[1], torch.tensor(partner), lam)
     torch.testing.assert_close(ours, slow)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs))
 
@@ -140,8 +140,8 @@ def test_odd_sizes_in_single_precision(name: str, partner: list[int], n: int, c:
         index[: n // 3] = 5
     lam = torch.rand(n)
     ours = weigh(BATCH[name](), z, target, _record(index, lam))
-    exact = [rows.detach().double().requires_grad_() for rows in (z, target)]
-    slow = _weighted(name, *exact, index, lam.double())
+    exact: Any = [rows.detach().double().requires_grad_() for rows in (z, target)]
+    slow = _weighted(name, exact[0], exact[1], index, lam.double())
     torch.testing.assert_close(ours.double(), slow, rtol=1e-6, atol=1e-6)
     gradients = zip(
         torch.autograd.grad(ours, (z, target)), torch.autograd.grad(slow, exact), strict=True
@@ -173,13 +173,13 @@ def test_mixed_terms_in_bfloat16_stay_within_the_error_of_the_formula(
 def test_second_derivatives_in_the_batch_are_those_of_the_formula(
     name: str, partner: list[int]
 ) -> None:
-    inputs = tuple(_rows(N).requires_grad_() for _ in range(2))
+    inputs: Any = tuple(_rows(N).requires_grad_() for _ in range(2))
     lam = torch.linspace(0.1, 0.9, N, dtype=torch.float64)
     second = []
     for loss in (
-        weigh(BATCH[name](), *inputs, _record(partner, lam)),
-        weigh(BATCH[name](reduction="none"), *inputs, _record(partner, lam)),
-        _weighted(name, *inputs, torch.tensor(partner), lam),
+        weigh(BATCH[name](), inputs[0], inputs[1], _record(partner, lam)),
+        weigh(BATCH[name](reduction="none"), inputs[0], inputs[1], _record(partner, lam)),
+        _weighted(name, inputs[0], inputs[1], torch.tensor(partner), lam),
     ):
         first = torch.autograd.grad(loss, inputs, create_graph=True)
         penalty = torch.stack([(one**2).sum() for one in first]).sum()
@@ -216,8 +216,12 @@ def test_small_temperatures_neither_overflow_nor_vanish(
     criterion = dataclasses.replace(criterion, temperature=tau)
     lam = torch.tensor(0.3)
     ours = weigh(criterion, z, target, _record(partner, lam))
-    wide, index = (z.double(), target.double()), torch.tensor(partner)
-    own, other = _in_batch(name, *wide, tau), _in_batch(name, wide[0], wide[1][index], tau)
+    wide: Any = (z.double(), target.double())
+    index = torch.tensor(partner)
+    own, other = (
+        _in_batch(name, wide[0], wide[1], tau),
+        _in_batch(name, wide[0], wide[1][index], tau),
+    )
     slow = (lam * own + (1 - lam) * other).mean()
     torch.testing.assert_close(ours.double(), slow, rtol=1e-5, atol=1e-5)
     assert all(one.isfinite().all() for one in torch.autograd.grad(ours, (z, target)))
@@ -258,7 +262,7 @@ def test_transformations_of_torch_func_are_followed(
     found = torch.func.vmap(loss, in_dims=(0, None))(many, target)
     torch.testing.assert_close(found, torch.stack([loss(one, target) for one in many]))
     direction = _rows(N)
-    _, slope = torch.func.jvp(lambda one: loss(one, target), (z.detach(),), (direction,))
+    slope = torch.func.jvp(lambda one: loss(one, target), (z.detach(),), (direction,))[1]
     torch.testing.assert_close(slope, (expected * direction).sum())
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z.detach(), direction)
