@@ -1,13 +1,14 @@
-"""Time and peak memory of MixMask's loss for MoCo, forward and backward.
+"""Time and peak memory of losses with both mixed terms, forward and backward.
 
-Against the three cross-entropies of the authors' release and against the one cross-entropy of
-plain MoCo.
+MoCo's against the three cross-entropies of the authors' release and against the one cross-entropy
+of plain MoCo; those over a batch against three calls and one call of their plain formula.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from batch_losses import measure_all
 from common import arguments, compare, interleave, peak_bytes, report
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def main() -> None:
         compare(name, one, own, samples["plain"], sizes=sizes, calls=calls, bound=0.85),
         compare(name, one, own_peak, peaks["plain"], sizes=sizes, quantity="peak memory"),
     ]
-    report("loss", cases, options)
+    report("loss", [*cases, *measure_all(options)], options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from mixmask._operators import as_operator, seeded
+
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10
 # So many are tried together: most masks accept one of the first, and more would be wasted,
@@ -40,14 +42,14 @@ def keep_smallest(scores: Tensor, wanted: Tensor) -> Tensor:
     return ranks < wanted[:, None]
 
 
-# An operator of its own, so that torch.compile takes the loop, whose length depends on the
-# draws, as one node. It is a pure function of the seed: the draw of the seed stays outside,
-# where the compiler knows it for a random one.
-@torch.library.custom_op(
-    "mixmask::block_masks",
-    mutates_args=(),
-    schema="(Tensor seed, int n, int grid_size, float low, float high, int min_cells, "
+def _make_empty(seed: Tensor, n: int, grid_size: int, *_options: object) -> Tensor:
+    return seed.new_empty((n, grid_size, grid_size), dtype=torch.bool)
+
+
+@as_operator(
+    "(Tensor seed, SymInt n, int grid_size, float low, float high, int min_cells, "
     "float min_aspect, bool exact, bool roll) -> Tensor",
+    _make_empty,
 )
 def draw_blocks(
     seed: Tensor,
@@ -61,7 +63,7 @@ def draw_blocks(
     roll: bool,
 ) -> Tensor:
     """Draw (n, g, g) masks from a seed; the options are those of `masks.block_masks`."""
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = seeded(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     lay = lay_blocks_once if n == 1 else lay_blocks
     masks, stalled = lay(wanted, grid_size, min_cells, min_aspect, generator)
@@ -70,9 +72,14 @@ def draw_blocks(
     return _roll(masks, generator) if roll else masks
 
 
-@draw_blocks.register_fake
-def _(seed: Tensor, n: int, grid_size: int, *_options: object) -> Tensor:
-    return seed.new_empty((n, grid_size, grid_size), dtype=torch.bool)
+@as_operator("(Tensor seed, SymInt n, int grid_size, float low, float high) -> Tensor", _make_empty)
+def draw_cells(seed: Tensor, n: int, grid_size: int, low: float, high: float) -> Tensor:
+    """Draw (n, g, g) masks of independent cells from a seed; see `masks.discrete_masks`."""
+    generator = seeded(seed)
+    wanted = draw_cell_counts(n, grid_size, low, high, generator)
+    # The cells with the smallest of independent numbers are a uniform choice of that many.
+    scores = _draw(n, grid_size * grid_size, generator=generator)  # (n, g * g)
+    return keep_smallest(scores, wanted).view(n, grid_size, grid_size)
 
 
 def lay_blocks(

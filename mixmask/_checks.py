@@ -50,7 +50,7 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         raise TypeError(
             f"images must be floating or uint8, got {images.dtype}; convert them with .float()"
         )
-    if partners and len(images) == 1:
+    if partners and images.shape[0] == 1:
         raise ValueError(
             "a batch of one image has nobody to mix with; "
             "use at least two images, or drop_last=True in the loader"
@@ -59,7 +59,8 @@ def check_images(images: Tensor, *, partners: bool) -> None:
 
 def check_integer(name: str, value: int, least: int, fix: str) -> None:
     """Require an integer that is not smaller than the least one."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    # A size of torch.export's is an integer to be.
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}; {fix}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}; {fix}")

@@ -29,8 +29,7 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
 
     Args:
         rows: (N, ...), as many on every process.
-        checked: Exchange the sizes first, which waits for the device; False where they are
-            known to be equal.
+        checked: Compare the sizes first, see `check_even`; False where they are known to be equal.
 
     Returns:
         (W * N, ...); the rows themselves where there is one process.
@@ -41,7 +40,7 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     if world_size() == 1:
         return rows
     if checked:
-        check_even(len(rows), rows.device)
+        check_even(len(rows), rows.device, rows.shape[1:])
     gathered: Tensor = _Gather.apply(rows)
     return gathered
 
@@ -61,21 +60,32 @@ def average(value: Tensor) -> Tensor:
     return averaged
 
 
-def check_even(n: int, device: torch.device) -> None:
+# Rows at the last comparison, by what was compared.
+_compared: dict[Any, tuple[int, int]] = {}
+
+
+def check_even(n: int, device: torch.device, kind: Any = None) -> None:
     """Refuse a batch that is split unevenly: the rows of other processes would be mistaken.
 
-    Every process must call this, on the device of the process group, and all of them raise.
+    Every process must call this, on the device of the process group. On a CPU all of them raise.
+    On a device, reading the numbers would wait for it, so a process reads them where its own
+    number is not that of its last call for this kind: where one process changes, it raises.
     """
-    if world_size() == 1:
+    world = world_size()
+    if world == 1 or torch.compiler.is_compiling():
         return
-    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)  # (W,)
-    _all_gather(sizes, torch.tensor([n], device=device))
+    # Always exchanged, for a process cannot know whether another one is about to read.
+    sizes = torch.empty(world, dtype=torch.int64, device=device)  # (W,)
+    _all_gather(sizes, torch.full((1,), n, dtype=torch.int64, device=device))
+    if device.type != "cpu" and _compared.get(kind) == (world, n):
+        return
     counts = sizes.tolist()
     if len(set(counts)) > 1:
         raise ValueError(
             f"every process must hold as many images, got {counts} by rank; use drop_last=True "
             "in the loader, with a DistributedSampler"
         )
+    _compared[kind] = world, n
 
 
 class _Gather(torch.autograd.Function):

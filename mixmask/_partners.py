@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixmask._checks import check_choice, check_generator
+from mixmask._checks import check_choice
 from mixmask._devices import move
+from mixmask._operators import as_operator, seeded
+from mixmask._seeds import draw_seed
 
 # "reverse", "random", or an index (N,).
 Partner = str | Tensor
@@ -26,21 +28,22 @@ def choose_partners(
     check_choice("partner", partner, ("reverse", "random"))
     if partner == "reverse":
         return _reverse(n, device)
-    check_generator(generator)
+    return move(_draw_ring(draw_seed(generator), n), device)
+
+
+@as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: seed.new_empty(n))
+def _draw_ring(seed: Tensor, n: int) -> Tensor:
     # A permutation read as a ring: each image's partner is the one before it.
-    ring = torch.randperm(n, generator=generator, device="cpu")
-    return move(torch.empty_like(ring).index_copy_(0, ring, ring.roll(1)), device)
+    ring = torch.randperm(n, generator=seeded(seed))  # (n,)
+    return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 
 
 def _reverse(n: int, device: torch.device) -> Tensor:
-    index = torch.arange(n - 1, -1, -1, device=device)
-    if n % 2 == 0:
-        return index
+    place = torch.arange(n, device=device)  # (n,)
+    middle, odd = n // 2, n % 2
     # Reversal would pair the middle of an odd batch with itself: the middle three form a ring.
-    middle = n // 2
-    ends = index[: middle - 1], index[middle + 2 :]
-    ring = torch.arange(middle - 1, middle + 2, device=device).roll(-1)
-    return torch.cat([ends[0], ring, ends[1]])
+    # In one expression, for a compiler would start anew where a batch is odd.
+    return n - 1 - place + odd * ((place == middle).long() - (place == middle - 1).long())
 
 
 def _check_partner(partner: Tensor, n: int) -> Tensor:
@@ -52,11 +55,17 @@ def _check_partner(partner: Tensor, n: int) -> Tensor:
             "draw it with torch.randperm(len(images))"
         )
     # Looking at values on a device would wait for it; there, indexing itself is checked.
-    if partner.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(partner.min()), int(partner.max())
-        if low < 0 or high >= n:
-            raise ValueError(
-                f"partner must lie within 0 ... {n - 1}, got {low} ... {high}; "
-                "draw it with torch.randperm(len(images))"
-            )
-    return partner.long()
+    return _check_range(partner.long(), n) if partner.device.type == "cpu" else partner.long()
+
+
+# The result is used in the place of what was checked, or a compiler would drop the check.
+@as_operator("(Tensor partner, SymInt n) -> Tensor", lambda partner, _: torch.empty_like(partner))
+def _check_range(partner: Tensor, n: int) -> Tensor:
+    low, high = int(partner.min()), int(partner.max())
+    if low < 0 or high >= n:
+        raise ValueError(
+            f"partner must lie within 0 ... {n - 1}, got {low} ... {high}; "
+            "draw it with torch.randperm(len(images))"
+        )
+    # An operator must not return its input.
+    return partner.clone() if torch.compiler.is_compiling() else partner

@@ -1,10 +1,13 @@
-"""Seeds of positions within a run, so that no step depends on those before."""
+"""Seeds of draws, and of positions within a run, so that no step depends on those before."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+from torch import Tensor
+
+from mixmask._checks import check_generator
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -26,3 +29,13 @@ def step_generator(*parts: int | str) -> torch.Generator:
         True
     """
     return torch.Generator().manual_seed(fold_seed(*parts))
+
+
+def draw_seed(generator: torch.Generator | None) -> Tensor:
+    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size.
+
+    What is drawn is then a pure function of it, which the compiler need not know for a random one,
+    and which has the same values compiled and not.
+    """
+    check_generator(generator)
+    return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mixmask._blocks import LARGEST_GRID, draw_blocks, draw_cell_counts, keep_smallest
+from mixmask._blocks import LARGEST_GRID, draw_blocks, draw_cells
 from mixmask._checks import (
     Ratio,
     check_generator,
@@ -24,6 +24,7 @@ from mixmask._checks import (
     ratio_bounds,
 )
 from mixmask._devices import move
+from mixmask._seeds import draw_seed
 
 
 class MaskGenerator(Protocol):
@@ -89,7 +90,7 @@ def block_masks(
     """
     check_integer("n", n, 0, "pass len(images)")
     low, high = _check_block_options(grid_size, ratio, min_cells, min_aspect)
-    seed = _draw_seed(generator)
+    seed = draw_seed(generator)
     # Drawn on the host, then sent: cells and never pixels, and nobody waits.
     masks = draw_blocks(seed, n, grid_size, low, high, min_cells, min_aspect, exact, roll)
     return move(masks, device)
@@ -129,12 +130,7 @@ def discrete_masks(
     check_integer("n", n, 0, "pass len(images)")
     check_grid_size(grid_size)
     low, high = ratio_bounds(ratio)
-    check_generator(generator)
-    wanted = draw_cell_counts(n, grid_size, low, high, generator)
-    # The cells with the smallest of independent numbers are a uniform choice of that many.
-    shape = n, grid_size * grid_size
-    scores = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")  # (n, g * g)
-    return move(keep_smallest(scores, wanted).view(n, grid_size, grid_size), device)
+    return move(draw_cells(draw_seed(generator), n, grid_size, low, high), device)
 
 
 @dataclass(frozen=True)
@@ -285,7 +281,7 @@ def _check_masks(masks: Tensor, images: Tensor, *, by_channel: bool) -> None:
             f"masks must be bool, got {masks.dtype}; use masks > 0.5, or mixup_batch for soft ones"
         )
     n, channels = images.shape[:2]
-    fits = masks.ndim == 2 or (masks.ndim == 3 and len(masks) == n)
+    fits = masks.ndim == 2 or (masks.ndim == 3 and masks.shape[0] == n)
     if by_channel and masks.ndim == 4:
         fits = masks.shape[0] in (1, n) and masks.shape[1] == channels
     if not fits:
@@ -311,9 +307,3 @@ def _check_block_options(
     if min_aspect > 1:
         raise ValueError(f"min_aspect must be at most 1, got {min_aspect}; use its inverse")
     return ratio_bounds(ratio)
-
-
-def _draw_seed(generator: torch.Generator | None) -> Tensor:
-    """Draw the seed from which a whole batch follows: one draw from the user's generator."""
-    check_generator(generator)
-    return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device="cpu")

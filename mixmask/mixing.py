@@ -14,9 +14,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixmask._checks import Ratio, check_choice, check_generator, check_images, check_positive
+from mixmask._checks import Ratio, check_choice, check_images, check_positive
 from mixmask._devices import move
+from mixmask._operators import as_operator, seeded
 from mixmask._partners import Partner, choose_partners
+from mixmask._seeds import draw_seed
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
 
 
@@ -120,7 +122,7 @@ def mix_batch(
         (torch.Size([8, 3, 32, 32]), 0.5, [7, 6, 5, 4, 3, 2, 1, 0])
     """
     check_images(images, partners=True)
-    index = choose_partners(partner, len(images), images.device, generator)
+    index = choose_partners(partner, images.shape[0], images.device, generator)
     mask = fit_masks(masks, images, generator)
     # Measured on the mask that is applied, which need not have the share that was asked for.
     lam = mask.mean(dim=(-2, -1), dtype=torch.float32)  # () or (N,)
@@ -159,9 +161,12 @@ def mixup_batch(
         torch.Size([8])
     """
     check_images(images, partners=True)
-    n = len(images)
+    n = images.shape[0]
     index = choose_partners(partner, n, images.device, generator)
-    lam = move(_draw_shares((n,) if per_sample else (), alpha, generator), images.device)
+    lam = move(
+        _draw_shares(n if per_sample else 1, alpha, generator), images.device
+    )  # (N,) or (1,)
+    lam = lam if per_sample else lam[0]
     share = lam.view(-1, 1, 1, 1) if per_sample else lam  # (N, 1, 1, 1) or ()
     # Bytes would wrap around.
     work = images if images.is_floating_point() else images.float()
@@ -212,11 +217,12 @@ def cutmix_batch(
     index = choose_partners(partner, n, images.device, generator)
     count = n if per_sample else 1
     # The root of the box's area: it has the proportions of the image.
-    side = (1 - _draw_shares((count,), alpha, generator)).sqrt()  # (n,)
-    centres = torch.rand(2, count, generator=generator, dtype=torch.float32, device="cpu")
+    side = (1 - _draw_shares(count, alpha, generator)).sqrt()  # (n,)
+    centres = _draw_centres(draw_seed(generator), count)  # (2, n)
     # A pixel is outside of the box where its row or its column is.
-    rows = _mark_outside(height, side, centres[0])
-    columns = _mark_outside(width, side, centres[1])
+    # Sent as rows and columns: at pixel size they would be hundreds of times as many bytes.
+    rows = move(_mark_outside(height, side, centres[0]), images.device)  # (n, H)
+    columns = move(_mark_outside(width, side, centres[1]), images.device)  # (n, W)
     mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")  # (n, H, W)
     return mix_batch(images, mask if per_sample else mask[0], partner=index)
 
@@ -264,15 +270,15 @@ def erase_batch(
     if not 0 <= std < float("inf"):
         raise ValueError(f"std must be at least 0, got {std}; 0 fills with the mean")
     mask = fit_masks(masks, images, generator, by_channel=True)
-    noise = _draw_noise(images, generator).mul_(std).add_(mean)
+    noise = _draw_noise(draw_seed(generator), images).mul_(std).add_(mean)
     by_channel = mask.ndim == 4
     # (H, W) -> (1, H, W), (N, H, W) -> (N, 1, H, W)
     kept = mask if by_channel else rearrange(mask, "... h w -> ... 1 h w")
     lam = mask.mean(dim=(-3, -2, -1) if by_channel else (-2, -1), dtype=torch.float32)
     # A shared mask has a shared share: () rather than (1,).
-    if by_channel and len(mask) == 1:
+    if by_channel and mask.shape[0] == 1:
         lam = lam[0]
-    index = torch.arange(len(images), device=images.device)
+    index = torch.arange(images.shape[0], device=images.device)
     return MixedBatch(torch.where(kept, images, noise), lam, index, mask)
 
 
@@ -332,7 +338,7 @@ class MixMask(nn.Module):
         check_images(images, partners=False)
         if not self.per_sample:
             return self.masks
-        return self.masks(len(images), device=images.device, generator=generator)
+        return self.masks(images.shape[0], device=images.device, generator=generator)
 
     def extra_repr(self) -> str:
         """Show the options in the printed module."""
@@ -359,16 +365,31 @@ def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     return partners
 
 
-def _draw_shares(shape: tuple[int, ...], alpha: float, generator: torch.Generator | None) -> Tensor:
-    """Draw from Beta(alpha, alpha) on the host, as a ratio of two gamma variables."""
+def _draw_shares(n: int, alpha: float, generator: torch.Generator | None) -> Tensor:
+    """Draw n shares from Beta(alpha, alpha) on the host."""
     check_positive("alpha", alpha)
-    check_generator(generator)
-    gamma = torch._standard_gamma(
-        torch.full((2, *shape), alpha, dtype=torch.float64, device="cpu"), generator=generator
-    )
+    return _draw_beta(draw_seed(generator), n, float(alpha))
+
+
+def _make_floats(seed: Tensor, *shape: int) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.float32)
+
+
+@as_operator(
+    "(Tensor seed, SymInt n, float alpha) -> Tensor", lambda seed, n, _: _make_floats(seed, n)
+)
+def _draw_beta(seed: Tensor, n: int, alpha: float) -> Tensor:
+    # A ratio of two gamma variables.
+    parameters = torch.full((2, n), alpha, dtype=torch.float64, device="cpu")
+    gamma = torch._standard_gamma(parameters, generator=seeded(seed))  # (2, n)
     # The tiny summand keeps a very small alpha from dividing zero by zero.
     tiny = torch.finfo(gamma.dtype).tiny
     return ((gamma[0] + tiny) / (gamma.sum(dim=0) + 2 * tiny)).float()
+
+
+@as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: _make_floats(seed, 2, n))
+def _draw_centres(seed: Tensor, n: int) -> Tensor:
+    return torch.rand(2, n, generator=seeded(seed), dtype=torch.float32)
 
 
 def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
@@ -381,12 +402,7 @@ def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
     return (pixel < low[:, None]) | (pixel >= high[:, None])
 
 
-def _draw_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw standard Gaussian noise on the images' device; from a seed if there is a generator."""
-    if generator is None:
-        return torch.randn_like(images)
-    check_generator(generator)
-    # The noise is made where it is used, from a seed that is drawn on the host.
-    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-    on_device = torch.Generator(images.device).manual_seed(seed)
-    return torch.empty_like(images).normal_(generator=on_device)
+@as_operator("(Tensor seed, Tensor images) -> Tensor", lambda _, images: torch.empty_like(images))
+def _draw_noise(seed: Tensor, images: Tensor) -> Tensor:
+    """Draw standard Gaussian noise where the images are, from a seed that was drawn on the host."""
+    return torch.empty_like(images).normal_(generator=seeded(seed, images.device))

@@ -246,7 +246,7 @@ def test_mixing_matches_the_published_code(golden: Golden) -> None:
 def test_mixup_matches_the_published_code(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = golden("moco_both")
     share = numbers["lam_unmix"].float()
-    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda *_: share)
+    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda *_: share.view(1))
     mixed = mixup_batch(numbers["x_q"])
     torch.testing.assert_close(mixed.images, numbers["mixed_unmix"], rtol=0, atol=1e-5)
     assert mixed.lam == share
@@ -273,7 +273,7 @@ def test_mixup_blends(dtype: torch.dtype, per_sample: bool) -> None:
 
 
 def test_mixup_rounds_bytes_and_keeps_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda *_: torch.tensor(0.75))
+    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda *_: torch.tensor([0.75]))
     images = torch.tensor([0, 255, 1, 2], dtype=torch.uint8).view(4, 1, 1, 1)
     # 0.5 goes to the even neighbour, as torch.round does.
     assert mixup_batch(images).images.flatten().tolist() == [0, 192, 64, 2]
@@ -324,7 +324,7 @@ def _mix_by_where(images: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
 
 
 def test_cutmix_boxes_have_the_drawn_area(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda shape, *_: torch.full(shape, 0.75))
+    monkeypatch.setattr(mixmask.mixing, "_draw_shares", lambda n, *_: torch.full((n,), 0.75))
     mixed = cutmix_batch(torch.rand(500, 1, 40, 60), per_sample=True)
     assert mixed.mask is not None
     # Half of each side, 20 x 30 pixels; clipping only makes boxes smaller.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 _MOST_CHANNELS = 16
 # Probabilities that were rounded to bfloat16 sum to 1 within this.
 _TOLERANCE = 0.05
-# Looking at values waits for the device, so there it is done once per criterion.
-_looked_at: WeakSet[Any] = WeakSet()
+# Looking at values waits for the device, so there it is done once per kind of criterion and its
+# options: a loop may build one in each step.
+_looked_at: set[tuple[Any, ...]] = set()
+
+_TOLD_APART = ("reduction", "log_target", "label_smoothing", "ignore_index")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,7 +28,8 @@ class SharingCriterion(Protocol):
     """A criterion that evaluates both weighted terms at once, because they share work.
 
     `weighted` is used where it keeps the names of these parameters, and where no subclass of the
-    class that defines it has a call of its own.
+    class that defines it has a call of its own. One with a parameter `partner` beside them is
+    also passed the index (N,) of which `other` is target[partner], to share more.
     """
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -57,28 +60,32 @@ class MatchingCriterion(Protocol):
 
 def shares(criterion: Any) -> TypeGuard[SharingCriterion]:
     """Tell whether both terms may be asked for at once, and are those of the criterion's call."""
-    return _follows(criterion, "weighted")
+    return {"other", "lam"} <= _list_parameters(criterion, "weighted")
+
+
+def takes_partners(criterion: Any) -> bool:
+    """Tell whether a criterion that shares would know whom each image was mixed with."""
+    return "partner" in _list_parameters(criterion, "weighted")
 
 
 def matches(criterion: Any) -> TypeGuard[MatchingCriterion]:
     """Tell whether the mixed term is a matter of `matched`."""
-    return _follows(criterion, "matched")
+    return {"other", "lam"} <= _list_parameters(criterion, "matched")
 
 
-def _follows(criterion: Any, name: str) -> bool:
+def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
+    """Return the parameters of a method, if it is to be used in the place of the call."""
     # A proxy's attributes are those of what it wraps, its call is not: only the type tells.
     if isinstance(criterion, partial):
-        return False
+        return frozenset()
     for kind in type(criterion).__mro__:
         own = kind.__dict__
         if name in own:
             code = getattr(own[name], "__code__", None)
-            return code is not None and {"other", "lam"} <= set(
-                code.co_varnames[: code.co_argcount]
-            )
+            return frozenset() if code is None else frozenset(code.co_varnames[: code.co_argcount])
         if "__call__" in own or "forward" in own:
-            return False
-    return False
+            break
+    return frozenset()
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
@@ -94,9 +101,13 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
     if torch.compiler.is_compiling():
         return
     for kind, check in _CHECKS.items():
-        if _is_kind(base, *kind) and (z.device.type == "cpu" or base not in _looked_at):
+        if not _is_kind(base, *kind):
+            continue
+        options = _read_options(criterion)
+        known = kind, *sorted((key, repr(options[key])) for key in options if key in _TOLD_APART)
+        if z.device.type == "cpu" or known not in _looked_at:
             check(z, target, criterion)
-            _looked_at.add(base)
+            _looked_at.add(known)
 
 
 def check_kind(criterion: Any) -> None:
@@ -156,9 +167,13 @@ def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:
         )
 
 
+def _read_options(criterion: Any) -> dict[str, Any]:
+    return criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+
+
 def _check_divergence(z: Tensor, target: Tensor, criterion: Any) -> None:
     """Require log-probabilities and probabilities."""
-    options = criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+    options = _read_options(criterion)
     _check_distributions("KL divergence", target.exp() if options.get("log_target") else target)
     if bool(z.detach().max() > _TOLERANCE):
         raise ValueError(

@@ -99,9 +99,9 @@ def check_sizes(n: int, **tensors: Tensor) -> None:
     """Require tensors that hold one row per image, by their names."""
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
-        if tensor.ndim == 0 or len(tensor) != n:
+        if tensor.ndim == 0 or tensor.shape[0] != n:
             fix = "pass the embeddings of this batch, before any gathering"
-            if tensor.ndim and len(tensor) == 2 * n:
+            if tensor.ndim and tensor.shape[0] == 2 * n:
                 fix = f"both views in one tensor are split first, as in {name}.chunk(2)"
             raise ValueError(
                 f"{name} must hold one row for each of the {n} mixed images, got "
@@ -111,7 +111,7 @@ def check_sizes(n: int, **tensors: Tensor) -> None:
 
 def count_rows(z: Tensor) -> int:
     check_tensor("z", z)
-    return len(z) if z.ndim else 0
+    return z.shape[0] if z.ndim else 0
 
 
 def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:

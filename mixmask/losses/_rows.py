@@ -22,9 +22,9 @@ def check_rows(
         )
     if z.numel() == 0:
         raise ValueError(f"{first} must not be empty, got {tuple(z.shape)}; skip empty batches")
-    if len(z) < at_least:
+    if z.shape[0] < at_least:
         raise ValueError(
-            f"this loss is a statistic of at least {at_least} images, got {len(z)}; "
+            f"this loss is a statistic of at least {at_least} images, got {z.shape[0]}; "
             "use drop_last=True in the loader"
         )
     check_device(second, target, first, z)

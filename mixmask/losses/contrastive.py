@@ -7,12 +7,12 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 from mixmask._checks import check_positive
-from mixmask._distributed import gather_rows, rank
-from mixmask.losses._negatives import sum_negatives
+from mixmask._distributed import gather_rows, rank, world_size
+from mixmask._pair_sums import sum_pairs
+from mixmask.losses._log_sums import mix_log_sums, sum_negatives
 from mixmask.losses._rows import (
     check_device,
     check_reduction,
@@ -71,9 +71,9 @@ def info_nce(
     queue = _read(negatives)
     _check_inputs(z, target, queue)
     if queue is None:
-        loss = _contrast_in_batch(z, target, temperature, gather_distributed)
-    else:
-        loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
+        mean = reduction == "mean"
+        return _contrast_in_batch(z, target, temperature, gather_distributed, mean=mean)
+    loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
     return reduce(loss, reduction)
 
 
@@ -113,10 +113,20 @@ class InfoNCE:
         """Return the loss of `info_nce`."""
         return info_nce(z, target, **vars(self))
 
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+    def weighted(
+        self,
+        z: Tensor,
+        target: Tensor,
+        other: Tensor | None,
+        lam: Tensor,
+        partner: Tensor | None = None,
+    ) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         queue, tau = _read(self.negatives), self.temperature
         _check_inputs(z, target, queue)
+        if queue is None and other is not None and partner is not None:
+            mean, mixing = self.reduction == "mean", (partner, lam)
+            return _contrast_in_batch(z, target, tau, self.gather_distributed, mixing, mean=mean)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
         negative = None if queue is None else sum_negatives(z, queue, 1 / tau)
 
@@ -197,16 +207,44 @@ def _similarity(z: Tensor, target: Tensor, temperature: float) -> Tensor:
     return (upcast(z) * upcast(target)).sum(dim=1) / temperature
 
 
-def _contrast_in_batch(z: Tensor, target: Tensor, temperature: float, gather: bool) -> Tensor:
-    """Contrast each row with its target against all other targets, (N,)."""
+# Whom each image was mixed with, (N,), and its share, () or (N,).
+Mixing = tuple[Tensor, Tensor]
+
+
+def _contrast_in_batch(
+    z: Tensor,
+    target: Tensor,
+    temperature: float,
+    gather: bool,
+    mixing: Mixing | None = None,
+    *,
+    mean: bool = False,
+) -> Tensor:
+    """Contrast each row with its target, or with a mixture, against all targets: (N,) or ()."""
     target = target.to(z.dtype)
-    first = 0
-    if gather:
-        target, first = gather_rows(target), rank() * len(z)  # (W * N, C)
-    logits = upcast(einsum(z, target, "n c, k c -> n k")) / temperature  # (N, W * N)
-    # Row i's own target stands in this process's block.
-    labels = torch.arange(first, first + len(z), device=z.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    columns = gather_rows(target) if gather else target  # (W * N, C)
+    positive = _similarity(z, target, temperature)  # (N,)
+    shares = counts = None
+    if mixing is not None:
+        partner, lam = mixing
+        other = _similarity(z, target.index_select(0, partner), temperature)
+        positive = mix_losses(positive, other, lam)
+        counts = _count_partners(partner, columns, gather)
+        if counts is not None:
+            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)
+    sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
+    return sums - (positive.mean() if mean else positive)
+
+
+def _count_partners(partner: Tensor, columns: Tensor, gather: bool) -> Tensor | None:
+    """Count how often each of all targets is a partner's, (W * N,); None where each is once."""
+    if gather and world_size() > 1:
+        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)
+    counts = torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device)
+    counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))
+    # Almost always a permutation, but to look at a device's values would be to wait for it.
+    known = counts.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if known and bool((counts == 1).all()) else counts
 
 
 def nt_xent(
@@ -251,21 +289,8 @@ def nt_xent(
     """
     check_positive("temperature", temperature)
     check_reduction(reduction)
-    check_rows(z, target)
-    dtype = torch.promote_types(z.dtype, target.dtype)
-    # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
-    z, target = (F.normalize(upcast(rows), dim=1).to(dtype) for rows in (z, target))
-    if one_directional:
-        loss = _contrast_in_batch(z, target, temperature, gather_distributed)
-        return reduce(loss, reduction)
-    all_z, all_target, first = z, target, 0
-    if gather_distributed:
-        all_z, all_target, first = gather_rows(z), gather_rows(target), rank() * len(z)
-    own = torch.arange(first, first + len(z), device=z.device)
-    # (N,) each; halved, so that a batch's mean is SimCLR's over its 2N rows.
-    there = _contrast_views(z, all_z, all_target, own, temperature)
-    back = _contrast_views(target, all_target, all_z, own, temperature)
-    return reduce((there + back) / 2, reduction)
+    loss = _contrast_one_way if one_directional else _contrast_views
+    return loss(*_normalize(z, target), temperature, gather_distributed, reduction)
 
 
 @dataclass(frozen=True)
@@ -293,22 +318,80 @@ class NTXent:
         """Return the loss of `nt_xent`."""
         return nt_xent(z, target, **vars(self))
 
-    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+    def weighted(
+        self,
+        z: Tensor,
+        target: Tensor,
+        other: Tensor | None,
+        lam: Tensor,
+        partner: Tensor | None = None,
+    ) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        options = {**vars(self), "reduction": "none"}
-        own = nt_xent(z, target, **options)  # (N,)
-        others = None if other is None else nt_xent(z, other, **options)
-        return reduce(mix_losses(own, others, lam), self.reduction)
+        if other is None or partner is None:
+            options = {**vars(self), "reduction": "none"}
+            own = nt_xent(z, target, **options)  # (N,)
+            others = None if other is None else nt_xent(z, other, **options)
+            return reduce(mix_losses(own, others, lam), self.reduction)
+        loss = _contrast_one_way if self.one_directional else _contrast_views
+        tau, gather = self.temperature, self.gather_distributed
+        return loss(*_normalize(z, target), tau, gather, self.reduction, (partner, lam))
+
+
+def _normalize(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows(z, target)
+    dtype = torch.promote_types(z.dtype, target.dtype)
+    # In float16 the squares of a row overflow, and F.normalize divides zeros by zero.
+    z, target = (F.normalize(upcast(rows), dim=1).to(dtype) for rows in (z, target))
+    return z, target
+
+
+def _contrast_one_way(
+    z: Tensor,
+    target: Tensor,
+    temperature: float,
+    gather: bool,
+    reduction: str,
+    mixing: Mixing | None = None,
+) -> Tensor:
+    mean = reduction == "mean"
+    return _contrast_in_batch(z, target, temperature, gather, mixing, mean=mean)
 
 
 def _contrast_views(
-    rows: Tensor, same: Tensor, opposite: Tensor, own: Tensor, temperature: float
+    z: Tensor,
+    target: Tensor,
+    temperature: float,
+    gather: bool,
+    reduction: str,
+    mixing: Mixing | None = None,
 ) -> Tensor:
-    """Contrast rows with both views' columns; `own` says which column is the row's image."""
-    # Upcast before the division, which could overflow half precision.
-    across = upcast(einsum(rows, opposite, "n c, k c -> n k"))  # (N, W * N)
-    within = upcast(einsum(rows, same, "n c, k c -> n k"))
+    """Contrast unit rows of each view with all others of both, (N,) or ()."""
+    n, scale = z.shape[0], 1 / temperature
+    rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)
+    if gather and world_size() > 1:
+        views = gather_rows(z), gather_rows(target, checked=False)  # (W * N, C) each
+        columns, first = torch.cat(views), rank() * n  # (2 W N, C)
+    counts = weights = None
+    if mixing is not None:
+        half = rows[:n] if columns is None else columns.chunk(2)[0]
+        counts = _count_partners(mixing[0], half, gather)
+        # The mixed rows stand in the partners' loss once each, the targets as often as chosen.
+        weights = None if counts is None else torch.cat([torch.ones_like(counts), counts])
     # A row is no negative of itself.
-    within = within.scatter(1, own[:, None], -torch.inf)
-    logits = torch.cat([across, within], dim=1) / temperature  # (N, 2 W * N)
-    return F.cross_entropy(logits, own, reduction="none")
+    sums = sum_pairs(rows, scale, weights, columns, first, blocks=2)  # (2 N, 1 or 2)
+    there, back = sums[:n], sums[n:]
+    # Halved, so that a batch's mean is SimCLR's over its 2N rows.
+    loss = (there[:, 0] + back[:, 0]) / 2 - _similarity(z, target, temperature)  # (N,)
+    if mixing is not None:
+        partner, lam = mixing
+        there, back = there[:, -1], back[:, -1]
+        if counts is not None:
+            # Where two images share a partner, its row meets copies of itself.
+            copies = (counts[first : first + n] - 1).clamp(min=0).log()
+            itself = _similarity(target, target, temperature)
+            # No logaddexp, whose second derivatives are NaN where one of both is nothing.
+            back = back - F.logsigmoid(back - itself - copies)
+        positive = _similarity(z, target.index_select(0, partner), temperature)
+        others = (there + back.index_select(0, partner)) / 2 - positive
+        loss = mix_losses(loss, others, lam)
+    return reduce(loss, reduction)

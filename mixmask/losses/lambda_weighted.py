@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_choice
 from mixmask._devices import move
-from mixmask.losses._criteria import Criterion, check_criterion, check_kind, matches, shares
+from mixmask.losses._criteria import (
+    Criterion,
+    check_criterion,
+    check_kind,
+    matches,
+    shares,
+    takes_partners,
+)
 from mixmask.losses._inputs import (
     Embeddings,
     Records,
@@ -83,7 +90,7 @@ def lambda_weighted_loss(
         torch.Size([])
     """
     check_mixed(mixed)
-    check_sizes(len(mixed), z_mixed=z_mixed, target=target)
+    check_sizes(mixed.partner.shape[0], z_mixed=z_mixed, target=target)
     check_criterion(criterion, z_mixed, target)
     if matches(criterion):
         raise TypeError(
@@ -97,12 +104,14 @@ def _weigh(
     criterion: Criterion, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, *, switch: bool
 ) -> Tensor:
     """Return the mixed term of `lambda_weighted_loss`, its inputs checked."""
-    n = len(mixed)
+    n = mixed.partner.shape[0]
     lam = move(mixed.lam, z_mixed.device)  # () or (N,)
     # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
-    other = target.index_select(0, move(mixed.partner, target.device)) if switch else None
+    partner = move(mixed.partner, target.device)
+    other = target.index_select(0, partner) if switch else None  # (N, ...)
     if shares(criterion):
-        return check_loss(criterion.weighted(z_mixed, target, other, lam), n).mean()
+        known: dict[str, Tensor] = {"partner": partner} if takes_partners(criterion) else {}
+        return check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n).mean()
     own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
     if other is None:
         return (lam * own).mean()
@@ -204,7 +213,7 @@ class LambdaWeightedLoss(nn.Module):
         clean = as_directions(z, target)
         # All sizes are checked before the first call of the criterion can move its state.
         pairs = as_pairs(z_mixed, mixed)
-        n = len(pairs[0][1]) if pairs else count_rows(clean[0][0])
+        n = pairs[0][1].partner.shape[0] if pairs else count_rows(clean[0][0])
         for one, its_target in clean:
             check_sizes(n, z=one, target=its_target)
         mixed_terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
@@ -320,7 +329,7 @@ class LambdaWeightedLoss(nn.Module):
     def _weigh_clean(self, z: Tensor, target: Tensor, directions: int) -> Tensor:
         """Return the original term of one direction, which moves the state."""
         check_criterion(self.criterion, z, target)
-        loss = check_loss(self.criterion(z, target), len(z)).mean()
+        loss = check_loss(self.criterion(z, target), z.shape[0]).mean()
         return loss / directions if self.directions == "mean" and directions > 1 else loss
 
     def _mixed_terms(
@@ -340,7 +349,7 @@ class LambdaWeightedLoss(nn.Module):
         if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
             return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
-        check_sizes(len(mixed), z_mixed=z_mixed, target=target)
+        check_sizes(mixed.partner.shape[0], z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
         if matches(criterion):
             return self._match(z_mixed, target, mixed, z)
@@ -374,12 +383,14 @@ class LambdaWeightedLoss(nn.Module):
                 f"{type(self.criterion).__name__} compares with the clean embeddings; pass them "
                 "as z="
             )
-        check_sizes(len(mixed), z=z)
+        check_sizes(mixed.partner.shape[0], z=z)
         # Matched to the mixture of clean embeddings: here the partners' are taken of z.
         other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None
         lam = move(mixed.lam, z_mixed.device)
         with self._lend() as lent:
-            return check_loss(lent.matched(z_mixed, target, z, other, lam), len(mixed)).mean()
+            return check_loss(
+                lent.matched(z_mixed, target, z, other, lam), mixed.partner.shape[0]
+            ).mean()
 
     def _lend(self) -> AbstractContextManager[Any]:
         """Lend the criterion's state; what is trained is kept safe at the first call alone."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_non_negative
-from mixmask._distributed import average, check_even, gather_rows
+from mixmask._distributed import average, check_even, gather_rows, world_size
 from mixmask.losses._rows import check_rows, mix_losses, mix_rows, upcast
 
 _STATISTICS_EPS = 1e-5
@@ -57,13 +57,12 @@ def barlow_twins(
     check_non_negative("redundancy_weight", redundancy_weight)
     check_rows(z, target, at_least=2)
     z, target = upcast(z), upcast(target)
-    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)  # (C, C)
     rows = _standardize(z, z, sync_statistics)  # (N, C)
     columns = _standardize(target, target, sync_statistics)
     if gather_distributed or sync_statistics:
         # An average of averages is that of all rows only where processes hold as many.
-        check_even(len(rows), rows.device)
-    return _measure_redundancy(rows, columns, identity, redundancy_weight, gather_distributed)
+        check_even(rows.shape[0], rows.device)
+    return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class MatchedBarlowTwins(BarlowTwins):
         rows = _standardize(upcast(z_mixed), clean, sync) - mixture
         columns = _standardize(upcast(target), upcast(target), sync)
         if gather or sync:
-            check_even(len(rows), rows.device)
+            check_even(rows.shape[0], rows.device)
         return _measure_redundancy(rows, columns, 0.0, self.redundancy_weight, gather)
 
 
@@ -161,15 +160,40 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
 
 
 def _measure_redundancy(
-    rows: Tensor, columns: Tensor, wanted: Tensor | float, weight: float, gather: bool
+    rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool
 ) -> Tensor:
-    """Return the weighted squares of the cross-correlation less what is wanted, ()."""
-    correlation = _multiply_features(rows, columns) / len(rows)  # (C, C)
+    """Return the weighted squares of the cross-correlation less the wanted diagonal, ()."""
+    if not (gather and world_size() > 1) and _is_wide(rows):
+        diagonal = (rows * columns).mean(dim=0)  # (C,)
+        squares = _sum_squares(rows, columns) - diagonal.square().sum()
+        return (diagonal - wanted).square().sum() + weight * squares
+    correlation = _multiply_features(rows, columns) / rows.shape[0]  # (C, C)
     if gather:
         correlation = average(correlation)
-    squares = (correlation - wanted) ** 2  # (C, C)
-    diagonal = squares.diagonal().sum()
-    return diagonal + weight * (squares.sum() - diagonal)
+    diagonal = correlation.diagonal()  # (C,)
+    # Squared after the diagonal has gone: next to its squares the others' would be rounded.
+    squares = (correlation - torch.diag(diagonal)).square().sum()
+    return (diagonal - wanted).square().sum() + weight * squares
+
+
+def _is_wide(rows: Tensor) -> bool:
+    """Tell whether products of images, (N, N), are far smaller than those of features, (C, C).
+
+    Their rank of at most N keeps the diagonal of (C, C) from being more than a part of it: a
+    difference of both keeps its digits.
+    """
+    # One graph serves batches of all sizes, so there it is always (C, C).
+    return not torch.compiler.is_compiling() and rows.shape[0] * 2 <= rows.shape[1]
+
+
+def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
+    r"""Return the sum of the squares of rows^T columns / N, ().
+
+    $\|A^T B\|^2 = \langle A A^T, B B^T \rangle$: of two products (N, N), and none (C, C).
+    """
+    own = _multiply_features(rows.T, rows.T)  # (N, N)
+    others = own if columns is rows else _multiply_features(columns.T, columns.T)
+    return (own * others).sum() / rows.shape[0] ** 2
 
 
 def vicreg(
@@ -274,13 +298,16 @@ def _regularize(
         z = gather_rows(z)  # (W * N, C)
     n, features = z.shape
     centred = z - z.mean(dim=0)  # (N, C)
-    covariance = _multiply_features(centred, centred) / (n - 1)  # (C, C)
-    variance = covariance.diagonal()  # (C,)
+    if _is_wide(z):
+        variance = centred.square().sum(dim=0) / (n - 1)  # (C,)
+        squares = _sum_squares(centred, centred) * (n / (n - 1)) ** 2 - variance.square().sum()
+    else:
+        covariance = _multiply_features(centred, centred) / (n - 1)  # (C, C)
+        variance = covariance.diagonal()  # (C,)
+        # Squared after the diagonal has gone: next to its squares the others' would be rounded.
+        squares = (covariance - torch.diag(variance)).square().sum()
     hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
-    # Squared after the diagonal has gone: next to its squares the others' would be rounded.
-    off_diagonal = covariance - torch.diag(variance)
-    covariances = (off_diagonal**2).sum() / features
-    return variance_weight * hinge + covariance_weight * covariances
+    return variance_weight * hinge + covariance_weight * squares / features
 
 
 def _multiply_features(rows: Tensor, others: Tensor) -> Tensor:

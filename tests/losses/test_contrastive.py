@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask import MixedBatch, lambda_weighted_loss
-from mixmask.losses import InfoNCE, _negatives, info_nce
+from mixmask import MixedBatch, _pair_sums, lambda_weighted_loss
+from mixmask.losses import InfoNCE, info_nce
 from mixmask.losses.contrastive import _similarity
 
 Golden = Callable[[str], dict[str, Tensor]]
@@ -49,7 +49,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """Split the queue: 256 rows are the smallest chunk, whatever the elements allowed."""
     rows: int = request.param
     elements = 1 if rows == 256 else rows
-    monkeypatch.setattr(_negatives, "_CHUNK_ELEMENTS", {"cpu": elements, "device": elements})
+    monkeypatch.setattr(_pair_sums, "_CHUNK_ELEMENTS", {"cpu": elements, "device": elements})
     return rows
 
 
@@ -124,7 +124,7 @@ def test_weighted_returns_a_row_an_image() -> None:
 
 
 def test_gradients_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_negatives, "_CHUNK_ELEMENTS", {"cpu": 1, "device": 1})
+    monkeypatch.setattr(_pair_sums, "_CHUNK_ELEMENTS", {"cpu": 1, "device": 1})
     z, target, negatives = (_unit(n, 2).requires_grad_() for n in (3, 3, 259))
     mixed = _mixed(torch.tensor([1, 2, 0]), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
 

@@ -272,8 +272,9 @@ def test_dtypes_may_differ_between_the_views(one_directional: bool) -> None:
 def test_one_image_has_nothing_to_contrast_with(one_directional: bool) -> None:
     z = _rows(1, C).requires_grad_()
     loss = nt_xent(z, _rows(1, C), one_directional=one_directional)
-    assert loss == 0
-    assert not torch.autograd.grad(loss, z)[0].any()
+    # The sum over one row, and that row's own logit, are rounded each by itself.
+    assert loss.abs() < 1e-15
+    assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-15
 
 
 @directions

@@ -1,0 +1,246 @@
+"""Log-sum-exps over pairs of rows, in tiles, and what all sums in chunks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mixmask._operators import as_operator
+
+# Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
+_CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
+
+
+def sum_pairs(
+    rows: Tensor,
+    scale: float,
+    counts: Tensor | None = None,
+    columns: Tensor | None = None,
+    first: int = 0,
+    blocks: int = 1,
+) -> Tensor:
+    """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
+
+    Rows and columns have the length 1. Without `columns` the rows are their own, and each pair
+    is multiplied once for both of its sides.
+
+    Args:
+        rows: (M, C), in `blocks` of equal lengths.
+        scale: Factor of the products.
+        counts: (K,), how often each column stands in the second sum; None for no second sum.
+        columns: (K, C), in as many blocks.
+        first: Where in its block of columns the first row of a block stands.
+        blocks: How many views there are among rows and columns.
+    """
+    accumulator = torch.promote_types(rows.dtype, torch.float32)
+    weights = None
+    if counts is not None:
+        weights = torch.stack([torch.ones_like(counts), counts], dim=1).to(accumulator)  # (K, 2)
+    # Without a maximum to subtract, powers must fit the dtype, and so must their sums.
+    bound = 64 if accumulator == torch.float32 else 600
+    if is_transformed() or abs(scale) > bound:
+        return _sum_pairs_plainly(rows, columns, scale, weights, first, blocks)
+    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, first, blocks)
+    return sums
+
+
+class _PairSums(torch.autograd.Function):
+    """Tiles of pairs in two passes: the sums, and by computing the tiles again the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+        first: int,
+        blocks: int,
+    ) -> Tensor:  # fmt: skip
+        """Return (M, V) in at least float32."""
+        ctx.work = choose_dtype(rows, rows)
+        others = None if columns is None else columns.to(ctx.work)
+        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, first, blocks)
+        ctx.save_for_backward(rows, columns, weights, sums)
+        ctx.scale, ctx.place = scale, (first, blocks)
+        return sums.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows and columns."""
+        rows, columns, weights, sums = ctx.saved_tensors
+        nothing = (None,) * 4
+        # With create_graph=True, the gradient is itself a function of the rows.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            value = _sum_pairs_plainly(rows, columns, ctx.scale, weights, *ctx.place)
+            inputs = (rows,) if columns is None else (rows, columns)
+            found = follow(value, inputs, grad, ctx.needs_input_grad[: len(inputs)])
+            return *found, *((None,) if columns is None else ()), *nothing
+        first, blocks = ctx.place
+        others = None if columns is None else columns.to(ctx.work)
+        of_rows, of_columns = _grade_tiles(
+            rows.to(ctx.work), others, ctx.scale, weights, first, blocks, grad / sums
+        )
+        if columns is None:
+            return of_rows.to(rows.dtype), None, *nothing
+        return of_rows.to(rows.dtype), of_columns.to(columns.dtype), *nothing
+
+
+def _fake_sums(
+    rows: Tensor, _columns: Tensor | None, _scale: float, weights: Tensor | None, *_: int
+) -> Tensor:
+    sums = 1 if weights is None else weights.shape[1]
+    return _upcast(rows.new_empty(rows.shape[0], sums))
+
+
+@as_operator(
+    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt first, int blocks) "
+    "-> Tensor",
+    _fake_sums,
+)
+def _sum_tiles(
+    rows: Tensor,
+    columns: Tensor | None,
+    scale: float,
+    weights: Tensor | None,
+    first: int,
+    blocks: int,
+) -> Tensor:
+    """Return the weighted sums of powers, (M, V)."""
+    sums = _fake_sums(rows, columns, scale, weights).zero_()
+    with torch.autocast(rows.device.type, enabled=False):
+        for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
+            sums[here] += (
+                powers.sum(1, keepdim=True) if weights is None else powers @ weights[there]
+            )
+            if columns is None and here != there:  # The same pairs, seen from their other side.
+                turned = powers.T
+                sums[there] += (
+                    turned.sum(1, keepdim=True) if weights is None else turned @ weights[here]
+                )
+    return sums
+
+
+def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    others = rows[:0] if columns is None else columns
+    return _upcast(torch.empty_like(rows)), _upcast(torch.empty_like(others))
+
+
+@as_operator(
+    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt first, int blocks, "
+    "Tensor grad) -> (Tensor, Tensor)",
+    _fake_slopes,
+)
+def _grade_tiles(
+    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+    first: int, blocks: int, grad: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of rows and columns, given those of the sums of powers (M, V)."""
+    of_rows, of_columns = (one.zero_() for one in _fake_slopes(rows, columns))
+    others, of_others = (rows, of_rows) if columns is None else (columns, of_columns)
+    grad = grad * scale
+    if weights is None:
+        weights = torch.ones_like(grad) if columns is None else grad.new_ones(columns.shape[0], 1)
+    # A pair counts as the row's and, without columns, also as the column's: a product of rank 2V.
+    left, right = grad, weights
+    if columns is None:
+        left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
+    with torch.autocast(rows.device.type, enabled=False):
+        for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
+            slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
+            add_product(of_rows[here], slopes, others[there])
+            if columns is not None or here != there:
+                add_product(of_others[there], slopes.T, rows[here])
+    return of_rows, of_columns
+
+
+def _raise_tiles(
+    rows: Tensor, columns: Tensor | None, scale: float, first: int, blocks: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield tiles exp(scale * rows . columns), with zeros for a row and itself, and their places.
+
+    Without columns, only those on and above the diagonal.
+    """
+    others = rows if columns is None else columns
+    accumulator = torch.promote_types(rows.dtype, torch.float32)
+    step = max(1, int(count_elements(rows) ** 0.5))
+    for start in range(0, rows.shape[0], step):
+        here = slice(start, min(start + step, rows.shape[0]))
+        for other in range(start if columns is None else 0, others.shape[0], step):
+            there = slice(other, min(other + step, others.shape[0]))
+            powers = (rows[here] @ others[there].T).to(accumulator).mul_(scale).exp_()  # (m, k)
+            for low, high, own in _find_own(rows.shape[0], others.shape[0], first, blocks):
+                # Rows of a block that lie in this tile, and where the first of them meets itself.
+                top, bottom = max(low, here.start), min(high, here.stop)
+                offset = own + top - low - other
+                if top < bottom and top - bottom < offset < there.stop - other:
+                    powers[top - start : bottom - start].diagonal(offset).zero_()
+            yield here, there, powers
+
+
+def _find_own(rows: int, columns: int, first: int, blocks: int) -> Iterator[tuple[int, int, int]]:
+    """Yield where a block of rows begins and ends, and the column that is its first row itself."""
+    n, k = rows // blocks, columns // blocks
+    for block in range(blocks):
+        yield block * n, (block + 1) * n, block * k + first
+
+
+def _sum_pairs_plainly(
+    rows: Tensor,
+    columns: Tensor | None,
+    scale: float,
+    weights: Tensor | None,
+    first: int,
+    blocks: int,
+) -> Tensor:
+    """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
+    others = rows if columns is None else columns
+    logits = _upcast(rows @ others.T) * scale  # (M, K)
+    own = [
+        torch.arange(column, column + high - low, device=rows.device)
+        for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
+    ]
+    logits = logits.scatter(1, torch.cat(own)[:, None], -torch.inf)
+    if weights is None:
+        return logits.logsumexp(dim=1, keepdim=True)
+    bias = weights.log()  # (K, V)
+    return torch.stack([(logits + one).logsumexp(dim=1) for one in bias.unbind(1)], dim=1)
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward mode is at work, which follow plain operations alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def follow(
+    value: Tensor, inputs: tuple[Tensor, ...], grad: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs that are wanted, in a way that autograd can follow."""
+    asked = [one for one, needed in zip(inputs, wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(value, asked, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def choose_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
+    """Return the dtype in which a plain matrix product of the two would run."""
+    promoted = torch.promote_types(z.dtype, negatives.dtype)
+    if torch.is_autocast_enabled(z.device.type) and promoted != torch.float64:
+        return torch.get_autocast_dtype(z.device.type)
+    return promoted
+
+
+def count_elements(rows: Tensor) -> int:
+    return _CHUNK_ELEMENTS["cpu" if rows.device.type == "cpu" else "device"]
+
+
+def _upcast(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
