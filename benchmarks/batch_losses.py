@@ -121,7 +121,10 @@ def measure(
         own, other = loss(z_mixed, target), loss(z_mixed, target[partner])
         step(loss(z, target) + lam * own + (1 - lam) * other)
 
-    sides = {"ours": share, "three plain calls": partial(call_thrice, plain)}
+    sides: dict[str, Callable[[], object]] = {
+        "ours": share,
+        "three plain calls": partial(call_thrice, plain),
+    }
     sides["one plain call"] = lambda: step(plain(z, target))
     for peer, loss in peers.items():
         sides[f"three calls of {peer}"] = partial(call_thrice, loss)

@@ -293,7 +293,10 @@ def test_what_was_mixed_is_passed_as_a_whole(kind: str) -> None:
 
 def test_a_subclass_may_inherit_both_or_replace_the_shared_terms_alone() -> None:
     class Counting(_Renamed):
-        def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        # As the protocol asks; `partner` is an offer.
+        def weighted(  # type: ignore[override]
+            self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor
+        ) -> Tensor:
             calls.append(lam)
             return super().weighted(z, target, other, lam)
 
