@@ -233,7 +233,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def choose_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
     """Return the dtype in which a plain matrix product of the two would run."""
     promoted = torch.promote_types(z.dtype, negatives.dtype)
-    if torch.is_autocast_enabled(z.device.type) and promoted != torch.float64:
+    known = z.device.type != "meta"  # Of which autocast has no opinion.
+    if known and torch.is_autocast_enabled(z.device.type) and promoted != torch.float64:
         return torch.get_autocast_dtype(z.device.type)
     return promoted
 

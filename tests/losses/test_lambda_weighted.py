@@ -306,7 +306,8 @@ def test_a_subclass_may_inherit_both_or_replace_the_shared_terms_alone() -> None
     # A scalar per sample's λ: only the shared terms can give it.
     for criterion in (InfoNCE(), _Renamed(), Counting()):
         loss = lambda_weighted_loss(criterion, z, target, mixed)
-        assert torch.equal(loss, lambda_weighted_loss(InfoNCE(), z, target, mixed))
+        # Without the partners it sums in another order.
+        torch.testing.assert_close(loss, lambda_weighted_loss(InfoNCE(), z, target, mixed))
     assert len(calls) == 1
 
 
