@@ -161,7 +161,9 @@ def measure_all(options: argparse.Namespace) -> list[Case]:
     of_views, of_targets = losses.NTXent(_TEMPERATURE), losses.InfoNCE(temperature=_TEMPERATURE)
     return [
         *measure("NT-Xent", of_views, nt_xent, peers["NT-Xent"], n, c, options),
-        *measure("NT-Xent", of_views, nt_xent, peers["NT-Xent, cubic"], n // 16, c, options),
+        *measure(
+            "NT-Xent", of_views, nt_xent, peers["NT-Xent, cubic"], max(n // 16, 4), c, options
+        ),
         *measure(
             "InfoNCE", _NormalizedInfoNCE(of_targets), info_nce, peers["InfoNCE"], n, c, options
         ),

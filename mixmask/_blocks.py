@@ -7,6 +7,7 @@ product of a run of columns and a ladder of rows.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ _FEW = 512
 # Cells are kept as bits of int64 words, a row of the grid never split over two.
 _WORD_BITS = 64
 LARGEST_GRID = 62
+
+# Masks are drawn on the host, whatever torch's default device is.
+_arange = partial(torch.arange, device="cpu")
 
 
 def draw_cell_counts(
@@ -91,11 +95,12 @@ def lay_blocks(
     acceptable rectangle. Returned are masks (n, g, g) and the indices of those that stalled.
     """
     rows_per_word = _WORD_BITS // g
-    first_row = torch.arange(0, g, rows_per_word)
-    ladder = torch.tensor([sum(1 << g * i for i in range(k)) for k in range(rows_per_word + 1)])
+    first_row = _arange(0, g, rows_per_word)
+    steps = [sum(1 << g * i for i in range(k)) for k in range(rows_per_word + 1)]
+    ladder = torch.tensor(steps, device="cpu")
     log_aspect = -math.log(min_aspect)
 
-    index, words = torch.arange(len(wanted)), wanted.new_zeros(len(wanted), len(first_row))
+    index, words = _arange(len(wanted)), wanted.new_zeros(len(wanted), len(first_row))
     finished = words.clone()
     missing, refusals = wanted[:, None], torch.zeros_like(wanted)[:, None]
     stalled = [index[:0]]
@@ -119,7 +124,7 @@ def lay_blocks(
         blocks = (ladder.take(bottom) - ladder.take(top)) * columns[:, :, None]
         added = _count_bits(blocks & ~words[:, None]).sum(dim=2)  # (n, a)
 
-        fits &= torch.arange(attempts) < _ATTEMPTS - refusals
+        fits &= _arange(attempts) < _ATTEMPTS - refusals
         # The maximum of booleans is found at the first that is True: (n, 1).
         laid, first = (fits & (added >= 1) & (added <= missing)).max(dim=1, keepdim=True)
         words |= (blocks * laid[:, :, None]).gather(1, first[:, :, None].expand_as(blocks))[:, 0]
@@ -136,7 +141,7 @@ def lay_blocks(
             )
 
     # Bits to cells: (n, words) -> (n, g, g).
-    row, column = torch.arange(g)[:, None], torch.arange(g)
+    row, column = _arange(g)[:, None], _arange(g)
     masks = finished[:, row // rows_per_word] >> (row % rows_per_word * g + column) & 1
     return masks.bool(), torch.cat(stalled)
 
@@ -171,14 +176,14 @@ def lay_blocks_once(
     octets = torch.frombuffer(
         bytearray(cells.to_bytes(math.ceil(g * g / 8), "little")), dtype=torch.uint8
     )
-    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1  # (octets, 8)
+    bits = octets[:, None] >> _arange(8, dtype=torch.uint8) & 1  # (octets, 8)
     mask = bits.flatten()[: g * g].view(1, g, g).bool()
-    return mask, torch.arange(int(stalled))
+    return mask, _arange(int(stalled))
 
 
 def _draw(*shape: int, generator: torch.Generator) -> Tensor:
     """Draw numbers in [0, 1), the same ones whatever torch's default dtype is."""
-    return torch.rand(shape, generator=generator, dtype=torch.float32)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _count_bits(words: Tensor) -> Tensor:
@@ -197,8 +202,8 @@ def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
     empty mask grows from a random cell.
     """
     n, g, _ = masks.shape
-    seeds = torch.zeros(n, g * g, dtype=torch.bool)
-    seeds[torch.arange(n), torch.randint(g * g, (n,), generator=generator)] = True
+    seeds = torch.zeros(n, g * g, dtype=torch.bool, device="cpu")
+    seeds[_arange(n), torch.randint(g * g, (n,), generator=generator, device="cpu")] = True
     empty = ~masks.any(dim=2).any(dim=1)
     masks = masks | seeds.view(n, g, g) & empty[:, None, None]
     distance = (~masks).float() * 2 * g  # (n, g, g)
@@ -210,13 +215,13 @@ def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
 
 def _spread(distance: Tensor, axis: int) -> Tensor:
     """Let each cell learn the distances of those before it along an axis, a step being one."""
-    steps = torch.arange(distance.shape[axis], dtype=distance.dtype)
+    steps = _arange(distance.shape[axis], dtype=distance.dtype)
     steps = steps.view(-1, 1) if axis == 1 else steps
     return (distance - steps).cummin(dim=axis).values + steps
 
 
 def _roll(masks: Tensor, generator: torch.Generator) -> Tensor:
     n, g, _ = masks.shape
-    shift = torch.randint(g, (2, n, 1), generator=generator)
-    rows, columns = (torch.arange(g) - shift) % g
-    return masks[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    shift = torch.randint(g, (2, n, 1), generator=generator, device="cpu")
+    rows, columns = (_arange(g) - shift) % g
+    return masks[_arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,14 @@ def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
         tensor = tensor.pin_memory()
     # The host would read a copy that has not arrived; a device's own queue keeps the order.
     return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which products on a tensor's device keep their dtype."""
+    if tensor.is_meta:  # autocast knows of no such device.
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(tensor.device.type, enabled=False)
+    return context
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mixmask._devices import without_autocast
 from mixmask._operators import as_operator
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
@@ -108,7 +109,7 @@ def _sum_tiles(
 ) -> Tensor:
     """Return the weighted sums of powers, (M, V)."""
     sums = _fake_sums(rows, columns, scale, weights).zero_()
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
             sums[here] += (
                 powers.sum(1, keepdim=True) if weights is None else powers @ weights[there]
@@ -145,7 +146,7 @@ def _grade_tiles(
     left, right = grad, weights
     if columns is None:
         left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
             slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
             add_product(of_rows[here], slopes, others[there])

@@ -34,7 +34,7 @@ def choose_partners(
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: seed.new_empty(n))
 def _draw_ring(seed: Tensor, n: int) -> Tensor:
     # A permutation read as a ring: each image's partner is the one before it.
-    ring = torch.randperm(n, generator=seeded(seed))  # (n,)
+    ring = torch.randperm(n, generator=seeded(seed), device="cpu")  # (n,)
     return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 
 

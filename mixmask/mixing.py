@@ -389,7 +389,7 @@ def _draw_beta(seed: Tensor, n: int, alpha: float) -> Tensor:
 
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: _make_floats(seed, 2, n))
 def _draw_centres(seed: Tensor, n: int) -> Tensor:
-    return torch.rand(2, n, generator=seeded(seed), dtype=torch.float32)
+    return torch.rand(2, n, generator=seeded(seed), dtype=torch.float32, device="cpu")
 
 
 def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_a_network_of_every_family_is_read_from_our_own_run(module: str, tmp_pat
     save_checkpoint(
         tmp_path, {"model": weights, "optimizer": {}, "step": 1, "rows": [], "meter": {}}
     )
-    write_config(tmp_path, {"arch": arch, "image_size": None})
+    write_config(tmp_path, {"arch": arch})
     loaded = load_backbone(tmp_path)
     assert (loaded.arch, len(loaded.taken), loaded.left) == (arch, len(state), ())
     for name, tensor in loaded.backbone.state_dict().items():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixmask._devices import without_autocast
 from mixmask._operators import as_operator
 from mixmask._pair_sums import add_product, choose_dtype, count_elements, follow, is_transformed
 from mixmask.losses._rows import upcast
@@ -237,7 +238,7 @@ def _pass_bands(
     column_grad.zero_()
     work, bias = rows.dtype, None if counts is None else counts.log()  # (K,)
     step = max(_FEWEST_ROWS, _BANDS * count_elements(rows) // columns.shape[0])
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         for start in range(0, rows.shape[0], step):
             band = slice(start, start + step)
             logits = (rows[band] @ columns.T).to(result.dtype).mul_(scale)  # (n, K)

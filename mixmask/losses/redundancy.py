@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_non_negative
+from mixmask._devices import without_autocast
 from mixmask._distributed import average, check_even, gather_rows, world_size
 from mixmask.losses._rows import check_rows, mix_losses, mix_rows, upcast
 
@@ -313,5 +314,5 @@ def _regularize(
 def _multiply_features(rows: Tensor, others: Tensor) -> Tensor:
     """Return the (C, C) sums over the batch of each feature times each of the others'."""
     # Autocast would round them to half precision, and their squares are then subtracted.
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         return rows.T @ others

@@ -94,8 +94,8 @@ def test_a_start_that_fails_leaves_no_folder(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    fixed = TINY | {"arch": "vit_tiny_patch16_224", "image_size": 32}
-    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take views of 32 px"):
+    fixed = TINY | {"arch": "vit_tiny_patch16_224", "image_size": 20}
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 20 pixels"):
         start(out, data=str(data), **fixed)
     assert not out.exists()
 
