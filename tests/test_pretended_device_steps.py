@@ -173,7 +173,7 @@ def test_the_loop_never_waits_between_its_steps(
     monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda _: DEVICE))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(loop, "memory_gib", lambda _: 0.0)
-    monkeypatch.setattr(Run, "save", lambda _, **options: None)
+    monkeypatch.setattr(Run, "save", lambda _, **__: None)
     config = tiny_config("moco-v2", mix="both", blur=0.5, epochs=1)
     with accelerator.watched(*METER):
         accelerator.steady = False
