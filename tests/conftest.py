@@ -22,8 +22,12 @@ _SLOW_FILES = (
     "test_benchmarks", "test_evidence", "test_examples", "test_own_loops", "test_processes",
     "test_distributed", "test_lightly", "test_solo", "test_foreign", "test_finetune", "test_cli",
     "test_detect", "test_evaluate_command", "test_readme", "test_studies", "test_stream",
+    "test_methods", "test_layouts", "test_start", "test_ranks", "test_notebook", "test_compiled",
 )  # fmt: skip
-_SLOW_NAMES = ("compile", "process", "torchrun", "one_graph")
+_SLOW_NAMES = (
+    "compile", "process", "torchrun", "one_graph", "need_no_backend", "a_loader_returns",
+    "needs_no_value", "every_writer", "exports_with", "stems_survive", "never_waits",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

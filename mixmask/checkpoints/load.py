@@ -108,7 +108,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             f"{file} does not say which backbone it holds (its keys: {shown}, ...); name it, as "
             "timm or torchvision does, with --arch"
         )
-    tells_stem = arch not in SLIM and is_small_stem(match.state)
+    tells_stem = arch not in SLIM and is_small_stem(match.state) and _has_pooled_stem(arch)
     if small_stem is None:
         small_stem = str(noted.get("small_stem", tells_stem)).lower() == "true"
     size = int(noted.get("image_size") or 0) or None
@@ -249,7 +249,13 @@ def _fill(
             for name, tensor in wanted.items()
             if name in state and state[name].shape != tensor.shape
         ],
-        "not finite": [name for name, tensor in state.items() if not tensor.isfinite().all()],
+        # Some networks keep bounds that are infinite from the start.
+        "not finite": [
+            name
+            for name, tensor in state.items()
+            if not tensor.isfinite().all()
+            and wanted.get(name, tensor.new_zeros(1)).isfinite().all()
+        ],
     }
     if any(misfits.values()):
         raise ValueError(
@@ -263,6 +269,11 @@ def _fill(
         )
     backbone.load_state_dict(state, strict=False)
     return tuple(keys)
+
+
+def _has_pooled_stem(arch: str) -> bool:
+    """Tell whether `--small-stem` suits a backbone; others begin with a 3x3 convolution, too."""
+    return isinstance(getattr(build_backbone(arch), "maxpool", None), nn.MaxPool2d)
 
 
 def _advice(
