@@ -108,7 +108,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             f"{file} does not say which backbone it holds (its keys: {shown}, ...); name it, as "
             "timm or torchvision does, with --arch"
         )
-    tells_stem = arch not in SLIM and is_small_stem(match.state) and _has_pooled_stem(arch)
+    tells_stem = arch not in SLIM and is_small_stem(match.state)
     if small_stem is None:
         small_stem = str(noted.get("small_stem", tells_stem)).lower() == "true"
     size = int(noted.get("image_size") or 0) or None
@@ -269,11 +269,6 @@ def _fill(
         )
     backbone.load_state_dict(state, strict=False)
     return tuple(keys)
-
-
-def _has_pooled_stem(arch: str) -> bool:
-    """Tell whether `--small-stem` suits a backbone; others begin with a 3x3 convolution, too."""
-    return isinstance(getattr(build_backbone(arch), "maxpool", None), nn.MaxPool2d)
 
 
 def _advice(

@@ -61,6 +61,9 @@ def infer_arch(state: Mapping[str, Tensor]) -> str | None:
 
 
 def is_small_stem(state: Mapping[str, Tensor]) -> bool:
-    """Tell the stem for small images, which has no max-pooling, by its 3x3 convolution."""
+    """Tell the stem for small images, which has no max-pooling, by its only, 3x3 convolution."""
     first = state.get("conv1.weight")
-    return first is not None and first.ndim == 4 and first.shape[-1] == 3
+    # HRNet and Xception begin with two of them.
+    if first is None or "conv2.weight" in state:
+        return False
+    return first.ndim == 4 and first.shape[-1] == 3
