@@ -19,8 +19,7 @@ from mixmask.runs.records import plural
 from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.report import Report
-from mixmask.trainers.studies import Cell
+from mixmask.trainers.studies import Cell, Report
 
 # Options of a run that hold in all cells of a study.
 _PASSED_ON = (

@@ -132,6 +132,18 @@ def default(name: str, value: Value) -> Value:
     return dataclasses.field(default=value, metadata=shared)
 
 
+@dataclass(frozen=True)
+class LargeBatchConfig(RunConfig):
+    """SimCLR's settings on ImageNet (appendix B.6), from which those of other methods differ."""
+
+    optimizer: str = default("optimizer", "lars")
+    batch_size: int = default("batch_size", 4096)
+    lr: float = default("lr", 4.8)
+    warmup: float = default("warmup", 0.1)
+    weight_decay: float = default("weight_decay", 1e-6)
+    epochs: int = default("epochs", 100)
+
+
 def cifar_presets(**options: object) -> dict[str, Options]:
     """Return the same options for all data sets of small images."""
     return dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet", "stl10"), options)

@@ -16,8 +16,7 @@ from mixmask.evaluation.neighbours import KNN
 from mixmask.evaluation.tasks import Details, Source, Task
 from mixmask.figures.style import write_figure
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.report import Report
-from mixmask.trainers.studies import Cell
+from mixmask.trainers.studies import Cell, Report
 
 
 def test_confusion_names_run_protocol_accuracy_and_images(

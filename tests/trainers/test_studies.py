@@ -16,14 +16,16 @@ from torch import Tensor
 
 from mixmask.trainers.loop import pretrain
 from mixmask.trainers.methods.moco import MoCo
-from mixmask.trainers.report import collect, table_csv, table_markdown
 from mixmask.trainers.studies import (
     BUDGET_METHODS,
     Cell,
     StudyRun,
     budget_cells,
+    collect,
     mask_cells,
     plan_runs,
+    table_csv,
+    table_markdown,
 )
 
 TINY: dict[str, Any] = {

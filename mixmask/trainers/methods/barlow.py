@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.runs.options import Options, option
-from mixmask.trainers.config import RunConfig, cifar_presets, default
+from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
@@ -23,14 +23,12 @@ PRESETS: dict[str, Options] = {
 
 
 @dataclass(frozen=True)
-class BarlowTwinsConfig(RunConfig):
+class BarlowTwinsConfig(LargeBatchConfig):
     """Barlow Twins' own options; the defaults are those of its code on ImageNet, 1000 epochs."""
 
-    optimizer: str = default("optimizer", "lars")
     batch_size: int = default("batch_size", 2048)
     lr: float = default("lr", 1.6)
     warmup: float = default("warmup", 0.01)
-    weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 1000)
 
     dim: int = option(8192, "size of the embedding", low=1)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from mixmask.losses import negative_cosine
 from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
-from mixmask.trainers.config import RunConfig, cifar_presets, default
+from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
@@ -28,14 +28,10 @@ PRESETS: dict[str, Options] = {
 
 
 @dataclass(frozen=True)
-class BYOLConfig(RunConfig):
+class BYOLConfig(LargeBatchConfig):
     """BYOL's own options; the defaults are those of its paper on ImageNet, 300 epochs."""
 
-    optimizer: str = default("optimizer", "lars")
-    batch_size: int = default("batch_size", 4096)
-    lr: float = default("lr", 4.8)
     warmup: float = default("warmup", 0.033)
-    weight_decay: float = default("weight_decay", 1e-6)
     epochs: int = default("epochs", 300)
     min_scale: float = default("min_scale", 0.08)
     dim: int = option(256, "size of the embedding", low=1)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from mixmask.losses import NTXent
 from mixmask.runs.options import Options, option
-from mixmask.trainers.config import RunConfig, cifar_presets, default
+from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_head
 
@@ -25,15 +25,9 @@ PRESETS: dict[str, Options] = {
 
 
 @dataclass(frozen=True)
-class SimCLRConfig(RunConfig):
+class SimCLRConfig(LargeBatchConfig):
     """SimCLR's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
 
-    optimizer: str = default("optimizer", "lars")
-    batch_size: int = default("batch_size", 4096)
-    lr: float = default("lr", 4.8)
-    warmup: float = default("warmup", 0.1)
-    weight_decay: float = default("weight_decay", 1e-6)
-    epochs: int = default("epochs", 100)
     min_scale: float = default("min_scale", 0.08)
     jitter: float = default("jitter", 0.8)
     hue: float = default("hue", 0.2)

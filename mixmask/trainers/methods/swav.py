@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from mixmask import losses
 from mixmask.losses import sinkhorn
 from mixmask.runs.options import Options, option, share
-from mixmask.trainers.config import RunConfig, cifar_presets, default
+from mixmask.trainers.config import LargeBatchConfig, cifar_presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
@@ -25,15 +25,9 @@ PRESETS: dict[str, Options] = {
 
 
 @dataclass(frozen=True)
-class SwAVConfig(RunConfig):
+class SwAVConfig(LargeBatchConfig):
     """SwAV's own options; the defaults are those of its paper on ImageNet, 100 epochs."""
 
-    optimizer: str = default("optimizer", "lars")
-    batch_size: int = default("batch_size", 4096)
-    lr: float = default("lr", 4.8)
-    warmup: float = default("warmup", 0.1)
-    weight_decay: float = default("weight_decay", 1e-6)
-    epochs: int = default("epochs", 100)
     dim: int = option(128, "size of the embedding", low=1)
     hidden: int = option(2048, "width of the projector's hidden layer", low=1)
     prototypes: int = option(3000, "number of prototypes", low=2)
