@@ -326,3 +326,16 @@ def test_the_command_reads_others_and_refuses_in_one_line(
         assert len(lines) == 1
         assert message in lines[0]
     assert cli.main([*command, "--force"]) == 0
+
+
+def test_backbones_are_exported_as_graphs(run: Path, tmp_path: Path) -> None:
+    backbone, x = load_backbone(run).backbone, torch.rand(1, 3, 16, 16)
+    graph = torch.export.export(backbone, (x,)).module()
+    torch.testing.assert_close(graph(x), backbone(x))
+    onnx = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript, with which torch writes ONNX, is not")
+    file = tmp_path / "backbone.onnx"
+    torch.onnx.export(backbone, (x,), file, dynamo=True)
+    session = onnx.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (ours,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(ours, backbone(x).detach(), atol=1e-5)

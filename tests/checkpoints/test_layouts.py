@@ -16,7 +16,6 @@ from encoders import photographs, torchvision_resnet, used
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixmask.backbones import build_backbone
 from mixmask.checkpoints.export import export_backbone
 from mixmask.checkpoints.layouts import LAYOUTS
 from mixmask.checkpoints.load import Loaded, load_backbone
@@ -386,36 +385,6 @@ def test_transformers_own_models(layout: str, tmp_path: Path) -> None:
         return output.last_hidden_state[:, 0] if "vit" in arch else output.pooler_output
 
     assert_close(loaded, features, size)
-
-
-# Channels, and what no row says.
-
-
-@pytest.mark.parametrize("arch, channels", [("resnet18", 1), ("narrow", 4), ("convnext_atto", 13)])
-def test_channels_follow_the_weights(arch: str, channels: int, tmp_path: Path) -> None:
-    model = build_backbone(arch, in_chans=channels).eval()
-    save_file(model.state_dict(), tmp_path / "x.safetensors")
-    loaded = load_backbone(tmp_path / "x.safetensors", arch=arch)
-    images = torch.randn(2, channels, 32, 32)
-    assert torch.equal(loaded.backbone(images), model(images))
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    state = torchvision_resnet().state_dict()
-    state["layer1.0.bn1.weight"][3] = float("inf")
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(
-        ValueError, match=r"1 not finite \(layer1\.0\.bn1\.weight\); the file is dam"
-    ):
-        load_backbone(tmp_path / "x.pth")
-
-
-def test_an_arch_that_was_given_is_not_asked_for_again(tmp_path: Path) -> None:
-    torch.save(build_backbone("convnext_atto").state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="pass the --arch that it was trained as"):
-        load_backbone(tmp_path / "x.pth", arch="vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="another network than convnext_femto; name the one"):
-        load_backbone(tmp_path / "x.pth", arch="convnext_femto")
 
 
 def test_the_table_ends_with_rows_that_match_anything() -> None:

@@ -8,18 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from tiny_runs import tiny_images
 from torch import Tensor
 
+from mixmask.data import images as images_module
 from mixmask.data.images import (
     UnreadableError,
     image_suffixes,
     open_image,
     take_crops,
     take_square,
+    to_rgb,
 )
 from mixmask.data.sets import StoredImages, load_data
+from mixmask.data.views import random_boxes
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def square(file: Path, size: int = 4) -> Tensor:
@@ -171,3 +180,66 @@ def test_pipes_among_images_are_never_opened(tmp_path: Path) -> None:
         data = load_data(str(tmp_path), 10, stream="always")
     assert isinstance(data.train.images, StoredImages)
     assert data.train.images[:][:, 0, 0, 0].tolist() == [0, 1, 0]
+
+
+def read_crops(
+    file: Path, count: int, size: int, *, min_scale: float, generator: torch.Generator
+) -> torch.Tensor:
+    with open_image(file) as image:
+        return take_crops(image, count, size, min_scale=min_scale, generator=generator)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_crops_are_those_of_the_whole_image(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"photograph.{suffix}"
+    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((70, 60), Image.Resampling.BICUBIC).save(file)
+    crops = read_crops(file, 3, 40, min_scale=0.3, generator=seeded(4))
+    assert (crops.shape, crops.dtype) == ((3, 3, 40, 40), torch.uint8)
+    whole = TF.pil_to_tensor(Image.open(file))
+    boxes = random_boxes(3, 60, 70, 0.3, generator=seeded(4)).int().tolist()
+    for crop, (left, top, w, h) in zip(crops, boxes, strict=True):
+        expected = TF.resized_crop(whole, top, left, h, w, [40, 40], antialias=True)
+        assert (crop.float() - expected.float()).abs().mean() < 0.5
+    assert not torch.equal(crops[0], crops[1])
+
+
+def test_large_jpegs_are_decoded_smaller_with_the_same_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "large.jpg"
+    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((1201, 903), Image.Resampling.BICUBIC).save(file, quality=95)
+    sizes = []
+
+    def noting(image: Image.Image) -> Image.Image:
+        sizes.append(to_rgb(image).size)
+        return to_rgb(image)
+
+    def taken() -> torch.Tensor:
+        return read_crops(file, 2, 64, min_scale=0.3, generator=seeded(2)).float()
+
+    monkeypatch.setattr(images_module, "to_rgb", noting)
+    reduced = taken()
+    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    whole = taken()
+    assert sizes == [(301, 226), (1201, 903)]
+    assert (whole - reduced).abs().mean() < 0.5
+    assert whole.std() > 20
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((20, 20), 300, dtype=np.uint16))
+    else:
+        picture = Image.new("RGB", (20, 20), (204, 204, 204)).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = bytes(range(256))
+    picture.save(file)
+    crops = read_crops(file, 2, 8, min_scale=0.5, generator=seeded())
+    assert crops.shape == (2, 3, 8, 8)
+    if mode != "I;16":
+        assert (crops.float() - 204).abs().max() <= 3

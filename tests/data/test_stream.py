@@ -18,18 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 from tiny_runs import assert_same, interrupt_at, on_disk, read_rows, run, tiny_images
 
-from mixmask.data import images as images_module
-from mixmask.data import resources, stream
-from mixmask.data.images import UnreadableError, open_image, take_crops, to_rgb
-from mixmask.data.resources import choose_workers
+from mixmask.data import stream
+from mixmask.data.images import UnreadableError, open_image, take_crops
 from mixmask.data.sets import StoredImages
 from mixmask.data.stream import Draw, Stream, start_worker
-from mixmask.data.views import random_boxes
 from mixmask.trainers import loop
 from mixmask.trainers.loop import first_views
 from mixmask.trainers.methods import make_config
@@ -88,72 +83,6 @@ def _nothing_left_behind() -> Iterator[None]:
     assert all(thread.name != "read ahead" for thread in threading.enumerate())
 
 
-# Crops
-
-
-def read_crops(
-    file: Path, count: int, size: int, *, min_scale: float, generator: torch.Generator
-) -> torch.Tensor:
-    with open_image(file) as image:
-        return take_crops(image, count, size, min_scale=min_scale, generator=generator)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_crops_are_those_of_the_whole_image(suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f"photograph.{suffix}"
-    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).resize((70, 60), Image.Resampling.BICUBIC).save(file)
-    crops = read_crops(file, 3, 40, min_scale=0.3, generator=seeded(4))
-    assert (crops.shape, crops.dtype) == ((3, 3, 40, 40), torch.uint8)
-    whole = TF.pil_to_tensor(Image.open(file))
-    boxes = random_boxes(3, 60, 70, 0.3, generator=seeded(4)).int().tolist()
-    for crop, (left, top, w, h) in zip(crops, boxes, strict=True):
-        expected = TF.resized_crop(whole, top, left, h, w, [40, 40], antialias=True)
-        assert (crop.float() - expected.float()).abs().mean() < 0.5
-    assert not torch.equal(crops[0], crops[1])
-
-
-def test_large_jpegs_are_decoded_smaller_with_the_same_crops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "large.jpg"
-    pixels = tiny_images(1)[0].permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).resize((1201, 903), Image.Resampling.BICUBIC).save(file, quality=95)
-    sizes = []
-
-    def noting(image: Image.Image) -> Image.Image:
-        sizes.append(to_rgb(image).size)
-        return to_rgb(image)
-
-    def taken() -> torch.Tensor:
-        return read_crops(file, 2, 64, min_scale=0.3, generator=seeded(2)).float()
-
-    monkeypatch.setattr(images_module, "to_rgb", noting)
-    reduced = taken()
-    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
-    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
-    whole = taken()
-    assert sizes == [(301, 226), (1201, 903)]
-    assert (whole - reduced).abs().mean() < 0.5
-    assert whole.std() > 20
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
-def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
-    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    if mode == "I;16":
-        picture = Image.fromarray(np.full((20, 20), 300, dtype=np.uint16))
-    else:
-        picture = Image.new("RGB", (20, 20), (204, 204, 204)).convert(mode)
-    if mode == "P":
-        picture.info["transparency"] = bytes(range(256))
-    picture.save(file)
-    crops = read_crops(file, 2, 8, min_scale=0.5, generator=seeded())
-    assert crops.shape == (2, 3, 8, 8)
-    if mode != "I;16":
-        assert (crops.float() - 204).abs().max() <= 3
-
-
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "gone"])
 def test_file_that_cannot_be_read(damage: str, folder: Path) -> None:
     for file in (folder / "00.jpg", folder / "01.png"):
@@ -163,8 +92,8 @@ def test_file_that_cannot_be_read(damage: str, folder: Path) -> None:
             file.unlink()
         else:
             file.write_bytes(content[damage])
-        with pytest.raises(UnreadableError):
-            read_crops(file, 2, 8, min_scale=0.5, generator=seeded())
+        with pytest.raises(UnreadableError), open_image(file) as image:
+            take_crops(image, 2, 8, min_scale=0.5, generator=seeded())
 
 
 # Batches
@@ -409,41 +338,3 @@ def test_picture_of_a_step_is_drawn_from_a_folder_too(images: StoredImages, tmp_
 def test_batch_larger_than_the_folder(images: StoredImages, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--batch-size 25 is more than the 24 images"):
         run(configured(batch_size=25), images, tmp_path)
-
-
-# Workers
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Set the cores and the free bytes of shared memory."""
-
-    def be(cores: int, shared: int) -> None:
-        monkeypatch.setattr(resources, "available_cores", lambda: cores)
-        monkeypatch.setattr(resources, "_SHARED_MEMORY", tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=shared))
-
-    return be
-
-
-@pytest.mark.parametrize("cores, workers", [(1, 0), (2, 1), (9, 8), (64, 16)])
-def test_workers_by_cores(cores: int, workers: int, machine: Callable[[int, int], None]) -> None:
-    machine(cores, 10**12)
-    assert choose_workers(0, 1000) == workers
-    assert choose_workers(40, 1000) == 40
-
-
-def test_workers_by_shared_memory(machine: Callable[[int, int], None]) -> None:
-    machine(9, 64 * 2**20)
-    with pytest.warns(UserWarning, match="shared memory has room for 1 of 8 workers"):
-        assert choose_workers(0, 10 * 2**20) == 1
-    message = r"--workers 3 needs 90 MiB of shared memory, which has room for 1; .*--shm-size"
-    with pytest.raises(ValueError, match=message):
-        choose_workers(3, 10 * 2**20)
-
-
-def test_cores_and_memory_are_shared_by_local_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, free = resources.available_cores(), resources.free_bytes()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert resources.available_cores() == max(1, alone // 4)
-    assert resources.free_bytes() < 0.6 * free
