@@ -78,18 +78,17 @@ def _one_more(form: str) -> Callable[[re.Match[str]], str]:
     return lambda match: form.format(int(match[1]) + 1, *match.groups()[1:])
 
 
-_ATTENTION = (  # Of transformers' ViTs, before its version 5 and since.
-    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.qkv|0."),
-    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.qkv|1."),
-    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.qkv|2."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-)
-_TRANSFORMER = (
+# Of transformers' ViTs, before its version 5 and since.
+_TRANSFORMER: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
-    *_ATTENTION,
+    (
+        r"\.attention\.(?:attention\.)?(query|key|value|[qkv]_proj)\.",
+        lambda match: f".attn.qkv|{'qkv'.index(match[1][0])}.",  # timm keeps the three in one.
+    ),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
     (r"layer_scale(\d)\.lambda1$", r"ls\1.gamma"),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from mixmask.trainers.config import PRESETS
 
 # What a recipe's settings follow.
@@ -19,54 +17,39 @@ SOURCES: dict[str, str] = {
 }
 
 
-class Expected(NamedTuple):
-    """A published accuracy: of which options beside the recipe's, how measured, by whom."""
-
-    method: str
-    options: str
-    accuracy: float
-    measure: str
-    source: str
-
-
-_AUTHORS = "the authors' code"
-_UNMIX = "Un-Mix's code"
-_PAPER = "MixMask, table 1"
-_LIGHTLY = "lightly's benchmark"
-_SOLO = "solo-learn's results"
-
-EXPECTED: dict[str, tuple[Expected, ...]] = {
-    "cifar10": (
-        Expected("moco-v2", "--mix none --symmetric", 90.49, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix none", 89.11, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix unmix --symmetric", 92.25, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix unmix", 91.34, "kNN", _UNMIX),
-    ),
-    "cifar100": (
-        Expected("moco-v2", "--mix none --symmetric", 65.49, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix none", 63.64, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix unmix --symmetric", 68.83, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix unmix", 67.33, "kNN", _UNMIX),
-        Expected("moco-v2", "--mix mixmask --pattern discrete", 68.1, "kNN", _PAPER),
-        Expected("simclr", "--mix none", 65.78, "online linear", _SOLO),
-        Expected("byol", "--mix none", 70.46, "online linear", _SOLO),
-        Expected("simsiam", "--mix none", 66.04, "online linear", _SOLO),
-        Expected("barlow-twins", "--mix none", 70.90, "online linear", _SOLO),
-    ),
-    "tiny-imagenet": (Expected("moco-v2", "--mix mixmask", 47.4, "kNN", _PAPER),),
-    "imagenette": (
-        Expected("moco-v2", "--mix none", 87.4, "kNN", _LIGHTLY),
-        Expected("simclr", "--mix none", 88.9, "kNN", _LIGHTLY),
-        Expected("byol", "--mix none", 88.7, "kNN", _LIGHTLY),
-        Expected("simsiam", "--mix none", 87.2, "kNN", _LIGHTLY),
-        Expected("swav", "--mix none", 90.2, "kNN", _LIGHTLY),
-    ),
-    "imagenet": (
-        Expected("moco-v2", "--mix none", 67.7, "linear", _AUTHORS),
-        Expected("moco-v2", "--mix mixmask", 69.2, "linear", _AUTHORS),
-        Expected("moco-v2", "--mix both", 69.5, "linear", _AUTHORS),
-    ),
-}
+# What others have published: recipe -> (measure, source) -> method and options beside the recipe's
+# -> accuracy in percent.
+PUBLISHED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
+    "cifar10": {
+        ("kNN", "Un-Mix's code"): {
+            "moco-v2 --mix none --symmetric": 90.49, "moco-v2 --mix none": 89.11,
+            "moco-v2 --mix unmix --symmetric": 92.25, "moco-v2 --mix unmix": 91.34,
+        },
+    },
+    "cifar100": {
+        ("kNN", "Un-Mix's code"): {
+            "moco-v2 --mix none --symmetric": 65.49, "moco-v2 --mix none": 63.64,
+            "moco-v2 --mix unmix --symmetric": 68.83, "moco-v2 --mix unmix": 67.33,
+        },
+        ("kNN", "MixMask, table 1"): {"moco-v2 --mix mixmask --pattern discrete": 68.1},
+        ("online linear", "solo-learn's results"): {
+            "simclr --mix none": 65.78, "byol --mix none": 70.46, "simsiam --mix none": 66.04,
+            "barlow-twins --mix none": 70.90,
+        },
+    },
+    "tiny-imagenet": {("kNN", "MixMask, table 1"): {"moco-v2 --mix mixmask": 47.4}},
+    "imagenette": {
+        ("kNN", "lightly's benchmark"): {
+            "moco-v2 --mix none": 87.4, "simclr --mix none": 88.9, "byol --mix none": 88.7,
+            "simsiam --mix none": 87.2, "swav --mix none": 90.2,
+        },
+    },
+    "imagenet": {
+        ("linear", "the authors' code"): {
+            "moco-v2 --mix none": 67.7, "moco-v2 --mix mixmask": 69.2, "moco-v2 --mix both": 69.5,
+        },
+    },
+}  # fmt: skip
 
 _SHOWN = ("arch", "image_size", "grid_size", "batch_size", "epochs")
 
@@ -85,8 +68,8 @@ def describe() -> str:
         )
         lines += [name, f"  settings: {settings or 'the defaults'}", f"  source: {SOURCES[name]}"]
         lines += [
-            f"  published: {e.accuracy} % with --method {e.method} {e.options} "
-            f"({e.measure}; {e.source})"
-            for e in EXPECTED.get(name, ())
+            f"  published: {accuracy} % with --method {words} ({measure}; {source})"
+            for (measure, source), accuracies in PUBLISHED.get(name, {}).items()
+            for words, accuracy in accuracies.items()
         ]
     return "\n".join(lines)

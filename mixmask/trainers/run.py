@@ -91,18 +91,19 @@ class Run:
             facts: What `config.json` says beside the options, and that it be written anew.
         """
         begun = resume is not None and has_checkpoint(resume)
-        # A checkpoint has the weights that a run was started from.
-        run = cls.build(replace(config, init="") if begun else config, images, out)
-        run.config = replace(run.config, init=config.init)
+        if begun:  # The checkpoint has the weights that the run was started from.
+            run = cls.build(replace(config, init=""), images, out)
+            run.config = replace(run.config, init=config.init)
+        else:
+            run = cls.build(config, images, out)
         if resume is not None:
             run.load(resume)
         if run.accelerator.is_main_process and (resume is None or facts is not None):
             # A resumed run must find its images where they were, whatever memory is free by then.
             stream = "never" if isinstance(images, Tensor) else "always"
             processes = {"processes": run.accelerator.num_processes}
-            content = {**processes, **(facts or {}), **asdict(run.config), "stream": stream}
             out.mkdir(parents=True, exist_ok=True)
-            write_config(out, content)
+            write_config(out, processes | (facts or {}) | asdict(run.config) | {"stream": stream})
         if resume is not None and begun and resume != out:
             run.save()
         if config.tracker != "none":
@@ -122,7 +123,8 @@ class Run:
     @classmethod
     def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
         """Build a run at its first step; the seed alone decides its weights."""
-        config = replace(config, channels=images.shape[1])
+        if images.shape[1] != config.channels:
+            config = replace(config, channels=images.shape[1])
         accelerator = _start_accelerator(config, out)
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0

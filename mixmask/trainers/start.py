@@ -180,7 +180,8 @@ def open_run(
     )
     fingerprint = fingerprint_of(data)
     agree({f"{name} of the data": value for name, value in fingerprint.items()})
-    wanted = replace(wanted, data=resolve_data(wanted.data, data))
+    if (place := resolve_data(wanted.data, data)) != wanted.data:
+        wanted = replace(wanted, data=place)
     if state.is_main_process:
         _warn_queue(wanted, len(data.train.images))
     with starting(folder):
