@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mixmask._checks import Ratio, ratio_bounds
 from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
+PATTERNS = ("block", "discrete")
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
 
@@ -39,7 +40,7 @@ class RunConfig:
 
     holdout: float = option(
         0.0,
-        "share of each class set aside as the test split, of labelled images without one",
+        "share of each class held out as the test split, for labelled images without one",
         low=0,
         high=0.9,
     )
@@ -57,7 +58,7 @@ class RunConfig:
     ratio: Ratio = option(  # noqa: RUF009
         0.5, "share of an image's own pixels; two numbers for a range"
     )
-    pattern: str = option("block", "pattern of the mask", ("block", "discrete"))
+    pattern: str = option("block", "pattern of the mask", PATTERNS)
     per_sample: bool = option(False, "one mask per sample instead of one per batch")
     roll: bool = option(False, "shift block masks at random, so that all places are equally likely")
     switch: bool = option(True, "add the partner's term with weight 1 - λ")
@@ -73,7 +74,7 @@ class RunConfig:
     arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
 
-    init: str = option("", "checkpoint that the backbone starts from, in any layout of export")
+    init: str = option("", "checkpoint to start the backbone from, in any layout that export reads")
 
     epochs: int = option(200, "passes over the data", low=1)
     batch_size: int = option(256, "batch size per process", low=2)
@@ -100,9 +101,9 @@ class RunConfig:
     keep: int = option(
         0, "checkpoints of past epochs to keep beside last.pt, and the best by kNN", low=0
     )
-    measure_every: int = option(10, "epochs between two kNN accuracies; 0 = none", low=0)
+    measure_every: int = option(10, "epochs between measurements of kNN accuracy; 0 = none", low=0)
     tracker: str = option(
-        "none", "where metrics go beside metrics.csv", ("none", "tensorboard", "wandb")
+        "none", "where metrics go, besides metrics.csv", ("none", "tensorboard", "wandb")
     )
     seed: int = option(0, "seed of all random draws", low=0)
 
@@ -144,9 +145,14 @@ class LargeBatchConfig(RunConfig):
     epochs: int = default("epochs", 100)
 
 
-def cifar_presets(**options: object) -> dict[str, Options]:
-    """Return the same options for all data sets of small images."""
-    return dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet", "stl10"), options)
+# Recipes that take the same options in a method: small images, and parts of ImageNet.
+SMALL_IMAGES = ("cifar10", "cifar100", "tiny-imagenet", "stl10")
+IMAGENET_PARTS = ("imagenette", "imagenet100")
+
+
+def presets(recipes: tuple[str, ...], **options: object) -> dict[str, Options]:
+    """Return the same options for several recipes."""
+    return dict.fromkeys(recipes, options)
 
 
 # What suits small images: ResNet-18 as on CIFAR, after Un-Mix (Shen et al.), on which the paper's

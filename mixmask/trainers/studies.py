@@ -18,7 +18,7 @@ from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows, write_text
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
-from mixmask.trainers.config import RunConfig
+from mixmask.trainers.config import PATTERNS, RunConfig
 from mixmask.trainers.loop import Monitor, pretrain
 from mixmask.trainers.methods import load_config, make_config
 
@@ -93,7 +93,7 @@ def mask_cells(
     """Lay out the paper's table 1: each factor varied, the others at the recipe's values.
 
     The recipe's pattern, ratio and switch are the paper's best, and its grid is the best one at
-    that size of image. The setting that all factors share is one run a seed.
+    that size of image. The setting that all factors share is run once per seed.
 
     Args:
         grid_sizes: Cells per side. Default: the paper's with at least 4 pixels per cell, and
@@ -119,7 +119,7 @@ def mask_cells(
             )
     factors: dict[str, Sequence[object]] = {
         "grid_size": sizes,
-        "pattern": ("block", "discrete"),
+        "pattern": PATTERNS,
         "ratio": ratios,
         "switch": (True, False),
     }

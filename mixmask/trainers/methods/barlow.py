@@ -10,15 +10,14 @@ from torch import Generator, Tensor, nn
 
 from mixmask import losses
 from mixmask.runs.options import Options, option
-from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
+from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
-    **cifar_presets(optimizer="sgd", lr=0.06, dim=2048),
-    "imagenette": {"lr": 0.2, "weight_decay": 1e-6, "dim": 2048},
-    "imagenet100": {"lr": 0.2, "dim": 2048},
+    **presets(SMALL_IMAGES, optimizer="sgd", lr=0.06, dim=2048),
+    **presets(IMAGENET_PARTS, lr=0.2, weight_decay=1e-6, dim=2048),
 }
 
 

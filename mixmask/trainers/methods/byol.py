@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from mixmask.losses import negative_cosine
 from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
-from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
+from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
 
@@ -21,9 +21,8 @@ PRESETS: dict[str, Options] = {
         "optimizer": "sgd", "batch_size": 32, "lr": 0.1, "hidden": 512, "dim": 128,
         "encoder_momentum": 0.9,
     },
-    **cifar_presets(optimizer="sgd", lr=0.06, hidden=2048, encoder_momentum=0.99),
-    "imagenette": {"lr": 0.3, "weight_decay": 1e-6},
-    "imagenet100": {"lr": 0.3},
+    **presets(SMALL_IMAGES, optimizer="sgd", lr=0.06, hidden=2048, encoder_momentum=0.99),
+    **presets(IMAGENET_PARTS, lr=0.3, weight_decay=1e-6),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from mixmask._distributed import broadcast_from_first, gather_rows, rank, world_size
 from mixmask.losses import InfoNCE
 from mixmask.runs.options import Options, option, share
-from mixmask.trainers.config import RunConfig, cifar_presets
+from mixmask.trainers.config import SMALL_IMAGES, RunConfig, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import (
     Queue,
@@ -31,7 +31,7 @@ _CIFAR = {
 PRESETS: dict[str, Options] = {
     "clothing64": {"queue_size": 512, "temperature": 0.1, "encoder_momentum": 0.996},
     # Un-Mix's recipe (Shen et al.), on which the paper's CIFAR-100 rows build.
-    **cifar_presets(**_CIFAR),
+    **presets(SMALL_IMAGES, **_CIFAR),
     "imagenette": {**_CIFAR, "lr": 0.12},
 }
 

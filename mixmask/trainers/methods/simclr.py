@@ -10,17 +10,16 @@ from torch import Generator, Tensor, nn
 
 from mixmask.losses import NTXent
 from mixmask.runs.options import Options, option
-from mixmask.trainers.config import LargeBatchConfig, cifar_presets, default
+from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_head
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.06},
     # Rate and temperature: SimCLR, appendix B.9.
-    **cifar_presets(lr=1.0, temperature=0.5, weight_decay=1e-4, jitter=0.4, hue=0.1),
+    **presets(SMALL_IMAGES, lr=1.0, temperature=0.5, weight_decay=1e-4, jitter=0.4, hue=0.1),
     # The rate is .3 for 256 images (SimCLR, section 2.2).
-    "imagenette": {"lr": 0.3, "weight_decay": 1e-6},
-    "imagenet100": {"lr": 0.3},
+    **presets(IMAGENET_PARTS, lr=0.3, weight_decay=1e-6),
 }
 
 

@@ -10,16 +10,15 @@ from torch import Generator, Tensor, nn
 
 from mixmask.losses import NegativeCosine
 from mixmask.runs.options import Options, option
-from mixmask.trainers.config import RunConfig, cifar_presets, default
+from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, RunConfig, default, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"lr": 0.1, "dim": 256, "hidden": 64},
     # SimSiam, appendix D: lr .03 for 256 images.
-    **cifar_presets(lr=0.06),
-    "imagenette": {"lr": 0.05},
-    "imagenet100": {"lr": 0.05},
+    **presets(SMALL_IMAGES, lr=0.06),
+    **presets(IMAGENET_PARTS, lr=0.05),
 }
 
 

@@ -12,13 +12,13 @@ from torch import Generator, Tensor, nn
 from mixmask import losses
 from mixmask.losses import sinkhorn
 from mixmask.runs.options import Options, option, share
-from mixmask.trainers.config import LargeBatchConfig, cifar_presets
+from mixmask.trainers.config import SMALL_IMAGES, LargeBatchConfig, presets
 from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
 from mixmask.trainers.parts import build_encoder, build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
-    **cifar_presets(optimizer="sgd", lr=0.06, prototypes=100),
+    **presets(SMALL_IMAGES, optimizer="sgd", lr=0.06, prototypes=100),
     "imagenette": {"lr": 0.3, "weight_decay": 1e-6, "prototypes": 300},
     "imagenet100": {"lr": 0.3, "prototypes": 1000},
 }
