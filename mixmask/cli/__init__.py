@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
+    # Python's own form has the place in the code, which says nothing to who types a command.
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
     words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
@@ -99,7 +100,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS)
-        if words[:1] == [name]:
+        if words[:1] == [name]:  # Importing the modules of all commands takes seconds.
             add_options = getattr(importlib.import_module(f"mixmask.cli.{module}"), f"add_{name}")
             add_options(command)
     return parser

@@ -55,6 +55,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
         f"{study}: {plural(len(cells), 'line')}, {plural(len(runs), 'run')} "
         f"({sum(bool(run.rows) for run in runs)} finished); tables and figure in {out}"
     )
+    # Before the first run, so that a place that cannot be written costs no training.
     report = Report(study, out, cells, runs, len(data.test.images))
     report.write()
     try:
@@ -73,7 +74,7 @@ def _train_all(report: Report, images: Images, monitor: Monitor) -> None:
     """Train the runs that are missing, print a line each, and keep table and figure up to date."""
     runs = report.runs
     remaining = [run for run in runs if not run.rows]
-    rates: list[float] = []
+    rates: list[float] = []  # Minutes per epoch, of the runs that this call has trained.
     width = len(str(len(runs)))
     for number, run in enumerate(remaining):
         place = len(runs) - len(remaining) + number + 1
@@ -130,19 +131,16 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=tuple(METHODS), metavar="NAME",
         help=f"one for masks [moco-v2], several for budgets [{' '.join(studies.BUDGET_METHODS)}]",
     )  # fmt: skip
-    parser.add_argument(
-        "--grid-sizes", type=int, nargs="+", metavar="N",
-        help="masks: cells per side [the paper's that suit the size of a view]",
-    )  # fmt: skip
+    for name, text in (
+        ("--grid-sizes", "masks: cells per side [the paper's that suit the size of a view]"),
+        ("--budgets", "budgets: epochs of whole runs [fifths of --epochs]"),
+    ):
+        parser.add_argument(name, type=int, nargs="+", metavar="N", help=text)
     parser.add_argument(
         "--ratio", dest="ratios", type=float, nargs="+", action=RatioAction, const=True,
         metavar="SHARE",
         help="masks: share of own pixels, or two numbers for a range; repeat the option for "
         "several [--ratio 0.5 --ratio 0.25 0.75 --ratio 0 1]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budgets", type=int, nargs="+", metavar="N",
-        help="budgets: epochs of whole runs [fifths of --epochs]",
     )  # fmt: skip
     parser.add_argument(
         "--baseline-lr", type=float, metavar="LR",

@@ -36,6 +36,7 @@ def compare(runs: list[Path], out: Path, band: str) -> None:
         for name in _TITLE
         if name in common
     )
+    # Setting -> column -> epoch -> one value per seed.
     curves = {group.label: {name: group.points(name) for name in _COLUMNS} for group in groups}
     save_figure(figure_comparison(curves, title=title, kind=band), out)
     say("\n".join([title, "", *_table(groups), *_notes(groups, band), "", f"drew {out}"]))
@@ -72,6 +73,7 @@ def _table(groups: Sequence[Group]) -> list[str]:
         epoch = str(knn[0]) if knn else "–"
         texts = [percent(last[1]) if last else "–" for last in (knn, linear)]
         cells.append([group.label, str(len(group.records)), epoch, *texts])
+    # Widths: the names are aligned on the left, the numbers on the right.
     label, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     return [
         "  ".join([row[0].ljust(label), *map(str.rjust, row[1:], others)]).rstrip() for row in cells

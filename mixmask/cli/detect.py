@@ -50,6 +50,7 @@ def detect(
 def _detect(
     run: str | None, out: Path | None, resume: Path | None, device: torch.device, given: Options
 ) -> None:
+    # These need the libraries that `detect` has looked for.
     from mixmask.detection.data import load_detection
     from mixmask.detection.train import load_source, train_detector
 

@@ -37,6 +37,7 @@ def evaluate(
     protocol = choose(**given)
     task = evaluation.load_task(run, device=choose_device(device), **source)
     folder = out or (run if run.is_dir() else run.parent)
+    # Results that may not be replaced are refused before hours of work, not after.
     evaluation.results_file(protocol, task.sources[0], folder, force=force)
     say(
         f"{task.sources[0].arch} of {task.sources[0].title} on {task.sources[0].data}: "
@@ -70,6 +71,7 @@ def _say_result(result: Result) -> None:
     if accuracy.top5 is not None:
         _say_row("top-5", accuracy.top5, ends["top5"])
     shares = zip(accuracy.per_class.tolist(), result.classes, strict=True)
+    # NaN: a class without test images has no accuracy.
     share, name = min(each for each in shares if not math.isnan(each[0]))
     worst = f"; worst: {name}, {share:.1%}"
     _say_row("mean over classes", accuracy.mean_class, ends["mean_class"], worst)

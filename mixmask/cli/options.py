@@ -84,6 +84,7 @@ def add_fields(
         if field.name in owners:
             text += f" ({', '.join(owners[field.name])})"
         words = tuple(choices.get(field.name, field.metadata["choices"])) or None
+        # No `default` here: the parser returns what was given, and the configuration the rest.
         kind = type(field.default)
         how: dict[str, Any] = {"type": kind, "choices": words}
         if kind is bool:
@@ -92,6 +93,7 @@ def add_fields(
             how = {"type": float, "nargs": "+", "action": RatioAction, "metavar": "SHARE"}
         elif not words:
             how["metavar"] = kind.__name__.upper()
+        # argparse fills in what follows a % in a help text.
         parser.add_argument(flag(field.name), help=text.replace("%", "%%"), **how)
 
 
@@ -133,7 +135,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device)  # Names of devices that are not there are valid, too.
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
     return device

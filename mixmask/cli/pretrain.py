@@ -35,6 +35,8 @@ def train_backbone(
     """Train a backbone, measuring it before and after, and leave a run folder."""
     began = time.perf_counter()
     chosen = choose_device(device) if device else None
+    # From here on a failure before the first checkpoint takes the folder back, and an interruption
+    # says how to continue.
     opening = open_run(given, config=config, out=out, resume=resume, device=chosen)
     with opening as opened, resumable("pretrain", opened.run.out):
         run, data = opened.run, opened.data
@@ -123,6 +125,7 @@ def add_run_fields(
             fields.setdefault(field.name, field)
             if field.name not in shared:
                 owners.setdefault(field.name, []).append(method)
+    # A group begins at the field that GROUPS names; a method's own options go to that of methods.
     groups = {title: parser.add_argument_group(title) for title in GROUPS.values()}
     title = ""
     for name, field in fields.items():

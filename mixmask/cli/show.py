@@ -26,6 +26,7 @@ def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, see
     if images:
         pictures = torch.stack([_read(path) for path in images])
     else:
+        # A skirt and a coat.
         pictures = load_data("clothing64", 64).train.images[torch.tensor([2520, 1100])]
     generator = torch.Generator().manual_seed(seed)
     figure = figure_masks(pictures, grid_sizes=grid_sizes, ratio=ratio, generator=generator)
@@ -40,7 +41,7 @@ def _read(path: Path) -> Tensor:
             return take_square(image, 224)
     except UnreadableError as error:
         fix = "pass a JPEG or PNG file"
-        raise ValueError(f"{path} is no readable image ({error}); {fix}") from error
+        raise ValueError(f"{path} is not a readable image ({error}); {fix}") from error
 
 
 def add_show(parser: argparse.ArgumentParser) -> None:

@@ -92,7 +92,7 @@ class Files:
                 raise FileNotFoundError(text) from error
             # Of TIFF files, Pillow reads those with up to four bands.
             fix = door(self.root / f"*{self[number].suffix}")
-            text = f"{self[number]} is no readable image ({error})"
+            text = f"{self[number]} is not a readable image ({error})"
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
 
@@ -157,7 +157,7 @@ def list_folder(path: Path) -> ListedData:
     either of them within `train` (or `training`) and, for a test split, `test`, `testing`, `val`,
     `valid`, `validation` or `dev`, in any case; Tiny ImageNet's, whose `val/val_annotations.txt`
     names the classes; and ImageNet-100's in parts, `train.X1`, `train.X2` ... and `val.X`. A
-    single folder around all images is no class. Links to folders are followed; names that start
+    single folder around all images is not a class. Links to folders are followed; names that start
     with a dot are not looked at. Files of other kinds, and folders beside the splits, are named
     in a warning.
 
@@ -172,11 +172,13 @@ def list_folder(path: Path) -> ListedData:
         if top not in tree.folders:
             break
         tree = tree.below(top)
+    # Without a training split the whole folder is one: `test` alone would be a class.
     trains, tests = find_splits(tops & tree.folders)
     parts = [tree.below(top) for top in trains] or [tree]
     if trains and (beside := tops - {*trains, *tests}):
         warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
 
+    # One part without classes leaves all of them without.
     labelled = [part.labels() for part in parts]
     labels = [label for part in labelled for label in part] if all(labelled) else []
     classes = tuple(sorted(set(labels)))
@@ -247,7 +249,7 @@ def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
         entries = _open_archive(path, os.getpid()).infolist()
     except BadZipFile as error:
         fix = "pass a folder of images, or a .zip file of one"
-        raise ValueError(f"{path} is no folder of images; {fix}") from error
+        raise ValueError(f"{path} is not a folder of images; {fix}") from error
     if any(entry.flag_bits & 1 for entry in entries):
         raise ValueError(f"{path} is encrypted; unpack it and pass the folder")
     for entry in entries:
@@ -302,7 +304,7 @@ def _list_test(part: _Tree, classes: tuple[str, ...]) -> Listed:
         raise ValueError(f"{part.path} holds no images; fill or remove it")
     files = Files.of(part.path, part.names, part.archive)
     labels = (_read_annotations(part) if classes else None) or part.labels()
-    # A single folder within the folder is no class.
+    # A single folder within the folder is not a class.
     if not classes or not labels or (len(set(labels)) == 1 and labels[0] not in classes):
         return Listed(files, None)
     if unknown := set(labels) - set(classes):

@@ -232,7 +232,7 @@ def load_data(
         title, listed = name, list_folder(_check_path(name))
     train, test, classes = listed
     _warn_small(title, _look(title, train.files), image_size)
-    size = round(image_size * 8 / 7)
+    size = round(image_size * 8 / 7)  # As 256 to 224: crops of it lose little of the image.
     count = len(train.files) + (len(test.files) if test else 0)
     needed = count * train.files.channels * size * size * train.files.dtype.itemsize
     read = _leave_split if _streams(stream, title, needed) else _read_split
@@ -259,7 +259,7 @@ def _load_named(name: str, root: Path | None) -> ImageData:
 
 def _decode(files: Iterable[bytes]) -> Tensor:
     images = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
 
 
 def _from_arrays(dataset: Any) -> Split:
@@ -299,6 +299,7 @@ def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedD
             f"training images have {forms[0]}, test images {forms[1]}; return both alike"
         )
     listed = [Listed(source, source.labels()) for source in sources]
+    # Labels that are all 0, or -1 for none, tell nothing apart.
     highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
     classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
     if not classes:  # A single one leaves nothing to tell apart.

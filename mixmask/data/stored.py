@@ -55,9 +55,10 @@ class StoredImages:
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Read the images of an index, as a tensor would take it: (..., C, size, size)."""
-        numbers = torch.arange(len(self))[index]
+        numbers = torch.arange(len(self))[index]  # Of any shape; negative indices are resolved.
         flat = numbers.flatten().tolist()
         squares = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
+        # Threads, not processes: Pillow decodes without Python's lock.
         with ThreadPoolExecutor(min(16, available_cores())) as pool:
             for first in range(0, len(flat), _AHEAD):
                 read = pool.map(self._read, flat[first : first + _AHEAD])

@@ -8,10 +8,6 @@ from pathlib import Path
 from mixmask.runs.folder import read_config
 from mixmask.runs.options import check_options, option, restore_config
 
-MODELS = ("faster-rcnn", "mask-rcnn")
-NECKS = ("c4", "fpn")
-BATCH_NORMS = ("train", "frozen")
-
 
 @dataclass(frozen=True)
 class DetectionConfig:
@@ -22,10 +18,14 @@ class DetectionConfig:
     test_split: str = option("", "test split; default: VOC's test or COCO's val")
     arch: str = option("", "backbone, a timm name or 'narrow'; default: that of the run")
     small_stem: bool = option(False, "3x3 first convolution, no pooling; default: as in the run")
-    model: str = option("faster-rcnn", "predict boxes, or boxes and masks", MODELS)
-    neck: str = option("c4", "features of one stage, or a pyramid of four", NECKS)
+    model: str = option(
+        "faster-rcnn", "predict boxes, or boxes and masks", ("faster-rcnn", "mask-rcnn")
+    )
+    neck: str = option("c4", "features of one stage, or a pyramid of four", ("c4", "fpn"))
     batch_norm: str = option(
-        "train", "train batch norm (for 4 or more images per step), or freeze it", BATCH_NORMS
+        "train",
+        "train batch norm (for 4 or more images per step), or freeze it",
+        ("train", "frozen"),
     )
     epochs: int = option(24, "passes over the training split", low=1)
     batch_size: int = option(8, "images per step", low=1)
@@ -37,12 +37,12 @@ class DetectionConfig:
     proposals: int = option(
         1000, "regions proposed per image in a test; twice as many in training", low=1
     )
-    measure_every: int = option(4, "epochs between two tests; 0: only one at the end", low=0)
+    measure_every: int = option(4, "epochs between tests; 0: one at the end only", low=0)
     workers: int = option(0, "processes that read images; 0: none beside the training", low=0)
     seed: int = option(0, "seed of all random draws", low=0)
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
+        """Check all options."""
         check_options(self)
 
 

@@ -363,10 +363,10 @@ def _measure_statistics(run: Run) -> None:
         norm.momentum = momentum
 
 
-def _draw(run: Run, *, count: int = 4) -> None:
-    """Draw the first test images with what is annotated and what is detected."""
+def _draw(run: Run) -> None:
+    """Draw the first four test images with what is annotated and what is detected."""
     test, row = run.data.test, run.rows[-1]
-    images, targets = zip(*(test[i] for i in range(min(count, len(test)))), strict=True)
+    images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
     predictions = predict(run.detector, images, run.device)
     title = (
         f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "

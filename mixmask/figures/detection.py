@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_SURE = 0.5  # Smallest score of a detection that is drawn.
+
 
 def figure_detections(
     images: Sequence[Tensor],
@@ -20,33 +22,32 @@ def figure_detections(
     predictions: Sequence[dict[str, Tensor]],
     classes: Sequence[str],
     *,
-    threshold: float = 0.5,
     title: str = "",
 ) -> Figure:
-    """Draw what was annotated beside what was detected, one row per image.
+    """Draw what was annotated beside what was detected with a score of 0.5 or more, row by row.
 
     Args:
         images: (3, H, W) uint8 each.
         targets: Per image `boxes` (n, 4) in pixels, `labels` (n,) and optionally `masks` (n, H, W).
         predictions: Per image the same and `scores` (n,).
         classes: Names; label 1 is the first.
-        threshold: Smallest score of a detection that is drawn.
         title: Whose detections they are, and how precise.
     """
+    # Inches: a column is about 4.2 wide, and each row as high as its image needs.
     height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 1
     figure = new_figure(8.6, height)
     axes = figure.subplots(len(images), 2, squeeze=False)
     for (left, right), image, target, prediction in zip(
         axes, images, targets, predictions, strict=True
     ):
-        sure = prediction["scores"] >= threshold
+        sure = prediction["scores"] >= _SURE
         shown = {name: values[sure] for name, values in prediction.items()}
         count = int(sure.sum())
         show_image(left, image, f"annotated: {len(target['boxes'])}")
-        show_image(right, image, f"detected: {count} with a score of {threshold:g} or more")
+        show_image(right, image, f"detected: {count} with a score of {_SURE:g} or more")
         for axis, boxes in ((left, target), (right, shown)):
             _draw_boxes(axis, boxes)
-    for i, name in enumerate(classes):
+    for i, name in enumerate(classes):  # Marks without points, for the legend.
         axes[0, 0].plot([], [], "s", color=_colour(i + 1), label=name)
     figure.legend(loc="outside lower center", ncols=min(len(classes), 6), frameon=False)
     add_caption(figure, title)
@@ -73,5 +74,5 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor]) -> None:
                 bbox={"facecolor": "white", "edgecolor": colour, "pad": 0.8},
             )  # fmt: skip
         if "masks" in boxes:
-            mask = boxes["masks"][i].float().numpy()
+            mask = boxes["masks"][i].float().numpy()  # (H, W)
             axis.contour(mask, [0.5], colors=[colour], linewidths=1.2)

@@ -61,7 +61,7 @@ def figure_map(
         _scatter(axis, points, labels, len(classes))
         axis.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
         axis.set_title(shorten(name, 60), fontsize=9)
-        axis.set_box_aspect(1)
+        axis.set_box_aspect(1)  # The axes of a map have no unit in common.
         axis.spines[["top", "right"]].set_visible(False)
     caption = "" if labels is None else _name_classes(figure, axes[0], labels, classes)
     add_caption(figure, title, caption)
@@ -85,7 +85,7 @@ def figure_neighbours(
         names: The query's class and its neighbours' classes, per row; None without labels.
         title: Above the sheet.
     """
-    rows, columns = neighbours.shape[:2]
+    rows, columns = neighbours.shape[:2]  # M, k
     figure = new_figure(max(1.15 * (columns + 1), 6), 1.32 * rows + 0.7)
     axes = figure.subplots(rows, columns + 1, squeeze=False)
     for i, axis_row in enumerate(axes):
@@ -127,7 +127,7 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = 
             f"{tuple(confusion.shape)}; pass the names of all classes"
         )
     totals = confusion.sum(dim=1, keepdim=True)  # (C, 1)
-    shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()
+    shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()  # (C, C), rows sum to 100
     side = min(max(0.5 * count + 2.5, 5.0), 13.0)
     figure = new_figure(side + 0.8, side)
     axis = figure.subplots()
@@ -156,7 +156,9 @@ def _scatter(axis: Axes, points: Tensor, labels: Tensor | None, classes: int) ->
     size = 22 if len(points) <= 1000 else 8
     for label in [None] if labels is None else labels.unique().tolist():
         colour, mark = ("grey", "o") if label is None else class_style(label, classes)
-        x, y = (points if label is None else points[labels == label]).T.numpy()
+        x, y = (
+            points if label is None else points[labels == label]
+        ).T.numpy()  # (n, 2) -> 2 x (n,)
         axis.scatter(x, y, s=size, color=colour, marker=mark, linewidths=0, alpha=0.8)
 
 

@@ -37,12 +37,14 @@ def figure_masks(
         ratio: Share of an image's own pixels, or a range (low, high).
         generator: A CPU generator for the masks. Default: torch's global one.
     """
+    # (2, 3, H, W) each: by reversal, a pair's images are each other's partners.
     pairs = [
         torch.stack([images[i], images[(i + 1) % len(images)]]) for i in range(0, len(images), 2)
     ]
     settings = [(pattern, grid) for pattern in _PATTERNS for grid in grid_sizes]
     figure = new_figure(1.25 * (1 + len(settings)), 4.15 * len(pairs))
     axes = figure.subplots(3 * len(pairs), 1 + len(settings), squeeze=False)
+    # Three rows per pair: masks, mixes, switch images.
     for pair, rows in zip(pairs, rearrange(axes, "(p r) c -> p r c", r=3), strict=True):
         rows[0, 0].axis("off")
         rows[0, 0].text(0.5, 0.5, _LEGEND, ha="center", va="center", fontsize=9)

@@ -63,7 +63,7 @@ def band(values: Tensor, kind: str = "se") -> tuple[Tensor, Tensor, Tensor]:
         return mean, mean, mean
     if kind == "range":
         return mean, values.amin(dim=0), values.amax(dim=0)
-    half = values.std(dim=0, correction=1)
+    half = values.std(dim=0, correction=1)  # (seeds, E) -> (E,)
     if kind == "se":
         half = half / len(values) ** 0.5
     return mean, mean - half, mean + half
@@ -114,7 +114,7 @@ def figure_comparison(
         title: What the settings have in common.
         kind: What the band is, see `band`.
     """
-    panels = []
+    panels = []  # (column, heading, settings), where losses of one column may take several.
     for column, heading in _PANELS.items():
         points = {name: columns.get(column, {}) for name, columns in curves.items()}
         names = [name for name in points if _is_drawn(points[name])]
@@ -174,7 +174,6 @@ def figure_budgets(
     *,
     untrained: Mapping[str, float] = MappingProxyType({}),
     title: str = "",
-    kind: str = "sd",
 ) -> Figure:
     """Draw accuracy over training budgets: one column per method, one row per measure.
 
@@ -182,7 +181,6 @@ def figure_budgets(
         panels: Method -> measure -> name of a setting -> epochs -> one accuracy per seed, 0 ... 1.
         untrained: Measure -> accuracy before training.
         title: What holds in all panels.
-        kind: What the band is, see `band`.
     """
     figure = new_figure(1.2 + 3.2 * len(panels), 6)
     axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
@@ -192,7 +190,7 @@ def figure_budgets(
             for i, (name, points) in enumerate(measures.get(measure, {}).items()):
                 measured = {epochs: values for epochs, values in points.items() if values}
                 if measured:
-                    _draw(axis, measured, i, name, kind, 100)
+                    _draw(axis, measured, i, name, "sd", 100)
             if axis.lines and measure in untrained:
                 _draw_untrained(axis, untrained[measure], "untrained")
             if axis in axes[:, 0]:
@@ -200,7 +198,7 @@ def figure_budgets(
             finish_curves(axis)
         column[-1].set_xlabel("epochs of the whole run")
     add_legend(figure, axes.flat)
-    _add_caption(figure, title, kind)
+    _add_caption(figure, title, "sd")
     return figure
 
 
@@ -215,7 +213,7 @@ def _group_scales(curves: Mapping[str, Points]) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     top = math.inf
     for name in sorted(bounds, key=lambda name: bounds[name]):
-        if bounds[name][0] > top + abs(top):
+        if bounds[name][0] > top + abs(top):  # Twice a positive top; 0 for a negative one.
             groups.append([])
         top = max(bounds[name][-1], top if groups[-1] else -math.inf)
         groups[-1].append(name)
@@ -247,9 +245,10 @@ def _draw(axis: Axes, points: Points, i: int, name: str, kind: str, scale: float
 def _mark(axis: Axes, x: float, accuracies: Sequence[float], i: int, label: str) -> None:
     if not accuracies:
         return
-    values = 100 * torch.tensor(accuracies, dtype=torch.float64)[:, None]
+    values = 100 * torch.tensor(accuracies, dtype=torch.float64)[:, None]  # (seeds, 1)
     mean, low, high = (float(bound) for bound in band(values, "sd"))
     colour, marker = COLOURS[i], "os"[i]
+    # Pale dots for the seeds behind a bar for their mean.
     axis.plot([x] * len(values), values[:, 0], marker, color=colour, alpha=0.4, markersize=4)
     axis.errorbar(
         x, mean, [[mean - low], [high - mean]], fmt="_", color=colour, capsize=3, markersize=12,

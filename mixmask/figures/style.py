@@ -78,6 +78,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
     """Write a figure in a format, whatever the file's name."""
+    # Without a format, matplotlib would go by the suffix, which of a temporary file is .tmp.
     figure.savefig(path, dpi=150, format=form)
 
 

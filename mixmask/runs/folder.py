@@ -71,7 +71,7 @@ def atomic_write(*paths: Path, needed: int = 0) -> Iterator[list[Path]]:
     temporary = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         yield temporary
-        for written in temporary:
+        for written in temporary:  # All of them, before the first one replaces anything.
             _sync(written)
         for written, path in zip(temporary, paths, strict=True):
             written.replace(path)
@@ -145,7 +145,7 @@ def check_files(*paths: Path, force: bool = True) -> None:
     """
     for path in paths:
         if not path.parent.is_dir():
-            raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
+            raise ValueError(f"--out lies in {path.parent}, which is not a folder; make it first")
         if path.is_dir():
             raise ValueError(f"--out {path} is a folder; name a file in it")
         if path.exists() and not force:
@@ -206,7 +206,7 @@ def read_config(folder: Path) -> Options:
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is no JSON object, of a newer format, or what all commands use has
+        ValueError: If it is not a JSON object, of a newer format, or what all commands use has
             another type. `restore_config` checks the rest.
     """
     return read_options(folder / CONFIG)
@@ -234,7 +234,7 @@ def read_options(path: Path) -> Options:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no JSON number")
+    raise ValueError(f"it holds {name}, which is not a JSON number")
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
@@ -292,6 +292,7 @@ def copy_checkpoint(folder: Path, name: str) -> None:
 def keep_checkpoint(folder: Path, epoch: int, keep: int) -> None:
     """Keep `last.pt` as the checkpoint of an epoch, and those of the `keep` last epochs only."""
     copy_checkpoint(folder, f"epoch-{epoch:04}.pt")
+    # By length first: epoch 10000 has a digit more.
     kept = sorted(folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
     for path in kept[:-keep]:
         path.unlink()
@@ -347,7 +348,7 @@ def load_checkpoint(
             problems.append(str(error))
             continue
         if not isinstance(content, dict) or not is_usable(content):
-            problems.append(f"{file} is no checkpoint of such a run")
+            problems.append(f"{file} is not a checkpoint of such a run")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)
@@ -358,6 +359,6 @@ def load_checkpoint(
             "new --out"
         )
     raise ValueError(
-        f"{folder} is no run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder that "
-        "--out named"
+        f"{folder} is not a run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder "
+        "that --out named"
     )

@@ -43,6 +43,7 @@ def load_images(
             images = hold_out(images, share)
         except ValueError as error:
             raise ValueError(f"--holdout {share}: {error}") from None
+    # Runs of older versions have none, so that nothing can be compared.
     if known := config.get("fingerprint"):
         found = images.fingerprint()
         if not images.train.files and image_size != config.get("image_size"):

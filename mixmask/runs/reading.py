@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
 
     Raises:
         DamagedError: If the file is cut short or changed.
-        ValueError: If it is no checkpoint, or holds objects that only running code could restore.
+        ValueError: If it is not a checkpoint, or holds objects that only code could restore.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -110,11 +110,12 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         if not start.strip(b"\0"):
             raise DamagedError(f"{path} is damaged: it is empty, or begins with zeros")
         raise ValueError(
-            f"{path} is no checkpoint: it begins with {start[:12]!r}; pass a run folder, or a file "
-            "that torch.save or safetensors wrote"
+            f"{path} is not a checkpoint: it begins with {start[:12]!r}; pass a run folder, or a "
+            "file that torch.save or safetensors wrote"
         )
     if start.startswith(b"PK"):
         _check_archive(path, end)
+    # What is foreign is refused by its name before anything is read.
     names = _globals_of(path)
     _refuse_foreign(path, names)
     try:
@@ -155,7 +156,7 @@ def _check_archive(path: Path, end: bytes) -> None:
             'torch.save(torch.jit.load(PATH).state_dict(), "weights.pth")'
         )
     if "data.pkl" not in parts:
-        raise ValueError(f"{path} is a zip file but no checkpoint; pass the file inside")
+        raise ValueError(f"{path} is a zip file but not a checkpoint; pass the file inside")
 
 
 def seal_safetensors(content: bytes) -> bytes:
@@ -174,7 +175,8 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} is damaged, or no safetensors file ({error})") from error
+        raise DamagedError(f"{path} is damaged, or not a safetensors file ({error})") from error
+    # Files of others may note a sum of their own kind: ours name their architecture, too.
     if noted := metadata.get("sha256"):
         content = path.read_bytes()
         blank = content.replace(noted.encode(), UNSEALED.encode(), 1)

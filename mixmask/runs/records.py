@@ -57,18 +57,18 @@ def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}
         defaults: Returns a method's options for what an older run does not say.
 
     Raises:
-        ValueError: If it is no run, or has measured nothing yet.
+        ValueError: If it is not a run, or has measured nothing yet.
     """
     folder = path.parent if path.is_file() else path
     try:
         config = read_config(folder)
-        config["mix"], config["data"], config["seed"]
+        config["mix"], config["data"], config["seed"]  # A KeyError names what is missing.
         # A run of an older version has what newer options leave as it was.
         config = defaults(config["method"]) | config
         rows = read_rows(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no run ({type(error).__name__}: {error}); "
+            f"{path} is not a run ({type(error).__name__}: {error}); "
             "pass a folder that mixmask pretrain wrote"
         ) from error
     if not rows:
@@ -84,6 +84,7 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
     """
     by_options: dict[str, dict[int, Record]] = {}
     for record in records:
+        # As text: lists and dictionaries cannot be keys.
         key = json.dumps(_without_seed(record.config), sort_keys=True)
         seeds, seed = by_options.setdefault(key, {}), record.config["seed"]
         if seed in seeds:
@@ -111,6 +112,7 @@ def _without_seed(config: Options) -> Options:
 
 def _distinguish(configs: Sequence[Options]) -> list[str]:
     """Choose a few options that distinguish the configurations, method and mixture first."""
+    # Greedily: an option joins if it parts settings that those before it leave together.
     chosen: list[str] = []
     distinct = 1
     for name in dict.fromkeys(("method", "mix", *configs[0])):

@@ -1,4 +1,4 @@
-"""Reference trainers: one readable file a method, and the loop that runs them."""
+"""Reference trainers: one readable file per method, and the loop that runs them."""
 
 from __future__ import annotations
 

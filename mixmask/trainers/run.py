@@ -37,7 +37,7 @@ from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import METHODS, Method
+from mixmask.trainers.methods import Method, build_method
 
 
 def random_view(config: RunConfig, images: Images) -> RandomView:
@@ -82,13 +82,10 @@ class Run:
     ) -> Run:
         """Build a run, and make its folder or go on from the newest whole checkpoint of one.
 
-        Args:
-            config: Its options.
-            images: (N, C, H, W) uint8, or stored ones.
-            out: Its folder.
-            resume: The folder of the run to go on from, which may be another one. One that was
-                killed before its first checkpoint starts at its first step.
-            facts: What `config.json` says beside the options, and that it be written anew.
+        `images` are (N, C, H, W) uint8, or stored ones. `resume` is the folder of the run to go
+        on from, which may be another than `out`; a run that was killed before its first
+        checkpoint starts at its first step. `facts` are what `config.json` says beside the
+        options; a resumed run with facts writes it anew.
         """
         begun = resume is not None and has_checkpoint(resume)
         if begun:  # The checkpoint has the weights that the run was started from.
@@ -225,7 +222,7 @@ def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
 def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
     """Build the method on its device, with what the options say about batch norm and memory."""
     torch.manual_seed(fold_seed(config.seed, "weights"))
-    model: Method = METHODS[config.method].build(config)
+    model = build_method(config)
     assert isinstance(model, nn.Module)
     if config.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":

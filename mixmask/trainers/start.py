@@ -65,9 +65,7 @@ class Opened:
     def draw_views(self) -> None:
         """Draw what the first steps see, in one of the processes."""
         if self.run.accelerator.is_main_process:
-            views = first_views(self.run)
-            figure = figure_views(views.images, views.query, views.mixed, views.key)
-            save_figure(figure, self.run.out / "views.png")
+            save_figure(figure_views(*first_views(self.run)), self.run.out / "views.png")
 
     def draw_curves(self) -> None:
         """Draw the run's metrics, in one of the processes."""

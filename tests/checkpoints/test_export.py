@@ -240,7 +240,7 @@ def test_detectron2s_heads_have_bottlenecks(tmp_path: Path) -> None:
         ("resnet18", False, "detectron2", "x.pth", r"file named \*\.pkl.*use --out .*x\.pkl"),
         ("resnet18", False, "safetensors", "x.pth", r"file named \*\.safetensors"),
         ("resnet18", False, "onnx", "x.pth", "--to must be one of 'torchvision'"),
-        ("resnet18", False, "timm", "no/x.pth", "which is no folder; make it first"),
+        ("resnet18", False, "timm", "no/x.pth", "which is not a folder; make it first"),
         ("resnet18", False, "timm", "folder", "folder is a folder; name a file in it"),
     ],
 )
@@ -328,8 +328,9 @@ def test_the_command_reads_others_and_refuses_in_one_line(
     assert cli.main([*command, "--force"]) == 0
 
 
-def test_backbones_are_exported_as_graphs(run: Path, tmp_path: Path) -> None:
-    backbone, x = load_backbone(run).backbone, torch.rand(1, 3, 16, 16)
+def test_backbones_are_exported_as_graphs(tmp_path: Path) -> None:
+    pretrained(tmp_path)
+    backbone, x = load_backbone(tmp_path).backbone, torch.rand(1, 3, 16, 16)
     graph = torch.export.export(backbone, (x,)).module()
     torch.testing.assert_close(graph(x), backbone(x))
     onnx = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -124,7 +124,7 @@ def test_existing_run_folder_is_refused(
 
 def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["pretrain", "--resume", str(tmp_path)], capsys)
-    assert "is no run that can be resumed" in line
+    assert "is not a run that can be resumed" in line
 
 
 def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,10 +188,10 @@ def test_show_refuses_what_it_cannot_draw(
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
-    assert "bad.jpg is no readable image" in refused(["show", str(bad), str(bad)], capsys)
+    assert "bad.jpg is not a readable image" in refused(["show", str(bad), str(bad)], capsys)
     assert "one image has no partner" in refused(["show", str(bad)], capsys)
     nowhere = str(tmp_path / "no" / "x.png")
-    assert "which is no folder" in refused(["show", "--out", nowhere], capsys)
+    assert "which is not a folder" in refused(["show", "--out", nowhere], capsys)
 
 
 def test_help_explains_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
