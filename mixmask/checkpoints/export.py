@@ -71,6 +71,7 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
         contents = {out: seal_safetensors(save(state, metadata))}
     else:
         contents = {out: _torch_save(state, _metadata(loaded))}
+    # Weights and configurations are replaced together.
     write_files(contents, force=force)
     return Exported(tuple(contents), _notes(loaded, to))
 

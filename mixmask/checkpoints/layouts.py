@@ -235,6 +235,7 @@ def find_backbone(
     nests = find_nests(path, content)
     entries = content if isinstance(content, Mapping) else {}
     run = is_run(content)
+    # The first mapping that holds a backbone counts, since those that are meant come first.
     for weights in nests:
         names = {_unwrap(key): key for key in weights}
         file = Content(entries, run or exported, names)

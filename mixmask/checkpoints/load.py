@@ -100,6 +100,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             (the message lists what does not fit), or could run code when it is read.
     """
     file, content, noted = _read(Path(path))
+    # The caller has the last word, then what the file notes, then what its keys tell.
     given, arch = arch, arch or noted.get("arch")
     arch, match = _find(file, content, noted, arch)
     if arch is None:
@@ -114,6 +115,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
     size = int(noted.get("image_size") or 0) or None
     backbone = build_backbone(arch, small_stem=small_stem, image_size=size)
     size, channels = size or _image_size(backbone, match.state), _channels(backbone, match.state)
+    # Built again, where the weights tell another size or number of channels than the name does.
     if channels != 3 or (size and not noted.get("image_size")):
         backbone = build_backbone(arch, small_stem=small_stem, image_size=size, in_chans=channels)
     taken = _fill(file, backbone, match, arch, given)
@@ -156,6 +158,7 @@ def _find(
     if arch is None or ours:
         match = find_backbone(file, content, [])
         return arch or match.arch, match
+    # Names decide between places in a file, so that sizes do not matter yet.
     expected = list(build_backbone(arch).state_dict())
     exported = "arch" in noted
     try:

@@ -180,7 +180,7 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
         if len(index) < 2:
             name = data.classes[label]
             raise ValueError(f"class {name} has one image, which cannot be shared out; add images")
-        count = min(max(1, round(share * len(index))), len(index) - 1)
+        count = min(max(1, round(share * len(index))), len(index) - 1)  # 1 is left on each side.
         held[index[torch.randperm(len(index), generator=generator)[:count]]] = True
     train, test = (data.train.subset(side.nonzero()[:, 0]) for side in (~held, held))
     return replace(data, train=train, test=test)
@@ -249,6 +249,7 @@ def _load_named(name: str, root: Path | None) -> ImageData:
         )
     import torchvision
 
+    # torchvision downloads only what is not there yet.
     dataset, splits = _TORCHVISION[name]
     folder = root or Path.home() / ".cache" / "mixmask"
     train, test = (

@@ -143,6 +143,7 @@ def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> Detectio
     # An object of no image, -1, has the last row's size, which is nobody's.
     limits = torch.cat([sizes, sizes.new_zeros(1, 2)])[image].repeat(1, 2)  # (A, 4)
     clipped = boxes.clamp(min=0).minimum(limits)
+    # In this order: an object that has several problems counts for the first one.
     problems = {
         "belong to no image of it, and were left out": image < 0,
         "have no box, and were left out": ~boxes.isfinite().all(dim=1),
@@ -172,6 +173,7 @@ def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> Detectio
         source.split,
         _find_images(tree, source, files),
         sizes,
+        # Objects are sorted by image: where each image's own begin, and where the last ones end.
         torch.searchsorted(image[left], torch.arange(len(files) + 1)),
         clipped[left].float(),
         torch.tensor([classes.index(names[i]) + 1 for i in left.tolist()]),

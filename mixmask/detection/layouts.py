@@ -50,7 +50,7 @@ def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[Source]]:
     """Read the training and the test split, "" for the usual ones, and name their layout."""
     for layout, (folder, suffix, usual) in _LAYOUTS.items():
         base, files = tree.find(folder, suffix)
-        if layout == "coco":
+        if layout == "coco":  # Its lists have a prefix, which those that users write may lack.
             files = {
                 name.removeprefix("instances_"): path
                 for name, path in files.items()
@@ -173,6 +173,7 @@ def _voc_image(tree: Tree, base: str, name: str) -> tuple[Row, list[Row]]:
     with explain(f"{path} is broken XML"):
         root = ET.fromstring(content)  # noqa: S314  Entities are refused above.
     size: list[str | int] = [root.findtext(f"size/{side}") or 0 for side in ("width", "height")]
+    # Some writers leave the size out, or write zeros.
     if any(number(side) <= 0 for side in size):
         with tree.open_image(folder + file) as opened:
             size = list(opened.size)

@@ -69,6 +69,7 @@ def average_precision(
         backend="pycocotools",
     )
     for prediction, target in pairs:
+        # Predicted masks are bool, annotated ones uint8.
         bools = {"masks": target["masks"].bool()} if masks else {}
         metric.update([prediction], [{**target, **bools}])
     result = metric.compute()

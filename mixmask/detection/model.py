@@ -168,7 +168,7 @@ def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign
     """
     names = [str(i) for i in range(len(strides))]
     pool = MultiScaleRoIAlign(names, output_size, sampling_ratio=2)
-    pool.scales = [1 / stride for stride in strides]
+    pool.scales = [1 / stride for stride in strides]  # Where they are set, nothing is guessed.
     levels = [int(math.log2(stride)) for stride in strides]
     # Regions of 224 pixels at a size of 800 belong to the third of four levels.
     canonical_size = max(1, round(224 * size / _PUBLISHED_SIZE))

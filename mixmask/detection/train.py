@@ -88,7 +88,7 @@ class Run:
         self.detector = build_detector(backbone, len(data.classes), config).to(self.device)
         self.optimizer = torch.optim.SGD(
             [p for p in self.detector.parameters() if p.requires_grad],
-            lr=0.0,
+            lr=0.0,  # Set in each step.
             momentum=0.9,
             weight_decay=config.weight_decay,
         )
@@ -266,6 +266,7 @@ def train_detector(
 def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:
     """Train one epoch, or what a resumed run has left of it."""
     train_mode(run.detector)
+    # The clock goes on with the seconds of an epoch that was interrupted.
     start, saved = time.perf_counter() - run.seconds, run.seconds
     for batch in run.read_batches(run.step % run.steps, run.steps, "order", epoch):
         losses = _train_step(run, batch)
@@ -347,6 +348,7 @@ def _measure_statistics(run: Run) -> None:
     Running means lag behind the weights, which harms a detector more than a classifier (MoCo's
     configuration asks for it as `PRECISE_BN`).
     """
+    # Frozen ones keep those of pretraining.
     tuned = [norm for norm in batch_norms(run.detector) if norm.weight.requires_grad]
     if not tuned:
         return

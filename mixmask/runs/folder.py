@@ -222,7 +222,8 @@ def read_options(path: Path) -> Options:
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")  # noqa: TRY004
     for name, kind in _USED.items():
         value = content.get(name, kind())
-        # No count is negative, or more than what a tensor's side can be.
+        # Not `isinstance`, by which true is an int. No count is negative, or more than what a
+        # tensor's side can be.
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
             raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
     if content.get("format", 0) > FORMAT:

@@ -128,6 +128,7 @@ def restore_config(kind: type[Config], content: Options, *, later: Collection[st
         ValueError: If options are unknown, missing, or out of their range; the message names them.
     """
     names = [field.name for field in dataclasses.fields(kind)]
+    # Since there are format numbers, a file has all options of its time.
     optional = () if "format" in content else later
     unknown = [name for name in content if name not in (*names, *FACTS)]
     missing = [name for name in names if name not in content and name not in optional]

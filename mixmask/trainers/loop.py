@@ -93,17 +93,19 @@ def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) ->
 
 def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
     config, main = run.config, run.accelerator.is_main_process
-    if monitor and main and run.step == 0:
+    if monitor and main and run.step == 0:  # What the trained backbone is compared with.
         run.rows = [{"epoch": 0, "step": 0, **monitor(run.model.backbone, True)}]
         write_rows(run.out, run.rows)
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
     reading = closing(_batches(run))
+    # However the loop ends, the reader is closed: its workers do not end by themselves.
     with bar, reading as batches, _finish_steps(run.accelerator) as stop_requested:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
             row = _train_epoch(run, epoch, batches, bar, stop_requested)
             last = epoch == config.epochs
             due = last or (config.measure_every > 0 and epoch % config.measure_every == 0)
+            # One process measures, and the others wait for it in `save`.
             if monitor and due and main:
                 row.update(monitor(run.model.backbone, last))
             run.rows.append(row)
@@ -120,6 +122,7 @@ def _measure_epoch(run: Run, epoch: int) -> Row:
 
     Its state does not replace the last good checkpoint.
     """
+    # Means over the processes, so that all of them decide alike below.
     row = run.meter.row() | {"memory_gib": memory_gib(run.accelerator.device)}
     means = zip(row, _reduce(run.accelerator, row.values(), "mean"), strict=True)
     row = {"epoch": epoch, "step": run.step, **dict(means)}
@@ -148,7 +151,7 @@ def _train_epoch(
     meter.start(run.config.batch_size * processes)
     lr = 0.0
     run.model.train()
-    for i in range(run.step % run.steps, run.steps):
+    for i in range(run.step % run.steps, run.steps):  # A resumed run may begin in the middle.
         batch = _next_batch(run, batches)  # (crops * N, 3, H, W) uint8
         lr = _train_step(run, batch)
         bar.update()
@@ -185,10 +188,12 @@ def _train_step(run: Run, batch: Tensor) -> float:
     for part, (x1, x2, *extra) in enumerate(zip(*(v.chunk(parts) for v in views), strict=True)):
         terms = model.terms(x1, x2, generator, extra=extra, mix=mix)
         for number, term in enumerate(_autocast(accelerator, terms)):
+            # This frees the term's graph, before the next one is computed.
             accelerator.backward(term.loss / parts)
             run.meter.add(term, 1 / parts)
             if term.pair and part == number == 0:
                 run.meter.look(term.pair)
+    # Not by DDP's hooks, which would reduce in each term's backward pass.
     _average_gradients(accelerator, model.parameters())
     lr = learning_rate(config, run.step / total)
     for group in run.optimizer.param_groups:
@@ -214,6 +219,7 @@ def _batches(run: Run) -> Batches:
                 shuffle = step_generator(config.seed, "order", epoch + 1)
                 order = torch.randperm(len(run.images), generator=shuffle)
                 order = _beside(run.images, order)  # Copied once per epoch, not per step.
+            # Processes take neighbouring parts of one order, so that an epoch repeats no image.
             start = (i * processes + rank) * config.batch_size
             seed = fold_seed(config.seed, rank, step, "crops")
             yield Draw(order[start : start + config.batch_size], _crops(config, step), seed)

@@ -73,6 +73,7 @@ def together(call: Callable[[], Result]) -> Result:
         result = call()
     except (ValueError, TypeError, OSError) as error:
         refusal = error
+    # Who refuses takes part too, for the others wait here.
     texts = gather_objects(str(refusal) if refusal else "")
     if refusal:
         raise refusal

@@ -126,7 +126,7 @@ class Run:
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0
         if isinstance(images, Tensor):
-            images = images.to(accelerator.device)  # (N, 3, H, W) uint8
+            images = images.to(accelerator.device)  # (N, C, H, W) uint8, once for all steps
         else:
             crops = part_bytes(images, config.image_size, 2 + config.extra_crops)
             workers = choose_workers(config.workers, crops)
@@ -156,6 +156,7 @@ class Run:
             write_rows(self.out, self.rows)
             if epoch_ends and self.config.keep:
                 keep_checkpoint(self.out, self.step // self.steps, self.config.keep)
+                # An epoch that was not measured is never the best; of equals, the last is.
                 *before, newest = (row.get("knn", -1.0) for row in self.rows if row["epoch"])
                 if newest >= 0 and newest >= max(before, default=0.0):
                     copy_checkpoint(self.out, BEST)

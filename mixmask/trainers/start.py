@@ -163,6 +163,7 @@ def open_run(
         check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
         return _plan_resumed(options, source, target, state.num_processes)
 
+    # Every process plans for itself, so that all of them stop where one refuses.
     planned = together(plan)
     agree(
         {"version": __version__, "resume": resume}
@@ -170,6 +171,7 @@ def open_run(
     )
     folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
     wanted = planned.config
+    # Where a run goes on, these are compared with the images that it was started on.
     data = load_images(
         {**planned.content, "data": wanted.data, "holdout": wanted.holdout},
         wanted.image_size,
@@ -199,7 +201,7 @@ def _plan_new(
 ) -> _Plan:
     """Take options from a file and from the caller, who has the last word."""
     config = make_config(**((read_options_file(Path(file)) if file else {}) | options))
-    if config.init:
+    if config.init:  # A run may be continued from another working directory.
         config = replace(config, init=str(Path(config.init).resolve()))
     name = f"{Path(config.data).name}-{config.method}-{config.mix}"
     return _Plan(config, new_folder(out, name) if choose else None, {})

@@ -164,7 +164,7 @@ def budget_cells(
     """
     cells = []
     for method in dict.fromkeys(methods):
-        whole = make_config(**given, method=method).epochs
+        whole = make_config(**given, method=method).epochs  # By the method's recipe.
         chosen = budgets or [max(1, round(whole * fifth / 5)) for fifth in range(1, 6)]
         for mix in ("none", "mixmask"):
             own = given if mix == "mixmask" or baseline_lr is None else given | {"lr": baseline_lr}
@@ -199,6 +199,7 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     for run in runs:
         if run.folder.is_file() or (run.folder.exists() and any(run.folder.iterdir())):
             _check_options(run)
+        # Only a whole run with an accuracy counts; others go on.
         rows = read_rows(run.folder) if (run.folder / METRICS).is_file() else []
         if rows and rows[-1]["epoch"] == run.config.epochs and "knn" in rows[-1]:
             run.rows = rows
@@ -268,6 +269,7 @@ def collect(cells: Sequence[Cell], runs: Sequence[StudyRun]) -> list[Line]:
     """Sort a study's runs into its table; those without an accuracy are left out."""
     lines = []
     for cell in cells:
+        # Cells of several factors may share their runs: those of the setting that all vary.
         own = [run for run in runs if run.folder.parent.name == cell.name]
         accuracies = {
             measure: [value for run in own if (value := run.last(measure)) is not None]
