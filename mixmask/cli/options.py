@@ -25,7 +25,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--data": {"metavar": "DATA", "help": "data set or folder of images [that of the run]"},
     "--image-size": {
-        "type": int, "metavar": "N", "help": "image height and width in pixels [of the run]",
+        "type": int, "metavar": "N", "help": "image height and width in pixels [that of the run]",
     },
     "--arch": {"metavar": "ARCH", "help": "backbone, by its name in timm [that of the run]"},
     "--small-stem": {

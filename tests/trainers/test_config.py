@@ -238,7 +238,7 @@ def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> N
     ]
     for content, message in cases:
         (tmp_path / "config.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=f"no run that can be resumed: .*{message}"):
+        with pytest.raises(ValueError, match=f"is not a run that can be resumed: .*{message}"):
             load_config(tmp_path)
     older = {name: value for name, value in whole.items() if name not in ("keep", "stream", "init")}
     (tmp_path / "config.json").write_text(json.dumps(older))
