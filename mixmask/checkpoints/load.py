@@ -133,8 +133,9 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
     mean, std = _normalization(content, noted, match, arch, small=tells_stem)
     config = {} if match.name != "mixmask" or not is_run(content) else noted
     return Loaded(
-        backbone.eval(), arch, small_stem, match.name, taken, left, config, file, mean, std, size
-    )
+        backbone.eval(), arch, small_stem, match.name, taken, left,
+        config=config, file=file, mean=mean, std=std, image_size=size,
+    )  # fmt: skip
 
 
 def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:

@@ -169,16 +169,16 @@ def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> Detectio
     left = left[image[left].argsort(stable=True)]  # (A,), the objects image by image.
     annotations = [source.annotations[i] for i in left.tolist()]
     return DetectionSplit(
-        tree,
-        source.split,
-        _find_images(tree, source, files),
-        sizes,
+        tree=tree,
+        name=source.split,
+        files=_find_images(tree, source, files),
+        sizes=sizes,
         # Objects are sorted by image: where each image's own begin, and where the last ones end.
-        torch.searchsorted(image[left], torch.arange(len(files) + 1)),
-        clipped[left].float(),
-        torch.tensor([classes.index(names[i]) + 1 for i in left.tolist()]),
-        torch.tensor([int(_is_crowd(row)) for row in annotations]),
-        tuple(row.get("segmentation") or None for row in annotations),
+        starts=torch.searchsorted(image[left], torch.arange(len(files) + 1)),
+        boxes=clipped[left].float(),
+        labels=torch.tensor([classes.index(names[i]) + 1 for i in left.tolist()]),
+        iscrowd=torch.tensor([int(_is_crowd(row)) for row in annotations]),
+        segmentations=tuple(row.get("segmentation") or None for row in annotations),
     )
 
 
