@@ -200,7 +200,7 @@ def list_folder(path: Path) -> ListedData:
 
 
 def _list_tree(path: Path) -> _Tree:
-    """List what lies in a folder or an archive, and name what is no image."""
+    """List what lies in a folder or an archive, and name what is not an image."""
     archive = path if path.is_file() else None
     tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
     for name, kind in _walk_archive(path) if archive else _walk(path):

@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
 
     Raises:
         DamagedError: If the file is cut short or changed.
-        ValueError: If it is not a checkpoint, or holds objects that only code could restore.
+        ValueError: If it is not a checkpoint, or restoring its objects would run code.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(damage: bytes, tmp_path: Pat
 
 
 def test_a_folder_without_checkpoints_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not a run folder: it holds neither last\.pt nor"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it holds neither last\.pt"):
         load_checkpoint(tmp_path)
 
 
