@@ -35,7 +35,6 @@ def embed(
     table = out.with_suffix(".csv")
     check_files(out, table, force=force)
     task = load([run], device, **source)
-    # Without a test split, both splits of a task are the training images.
     splits = [task.train] if task.test is task.train else [task.train, task.test]
     parts = [extract_features(task.backbones[0], split.images).cpu() for split in splits]
     features = torch.cat(parts)  # (N, D), the training images first
