@@ -40,7 +40,7 @@ def _read(path: Path) -> Tensor:
             return take_square(image, 224)
     except UnreadableError as error:
         fix = "pass a JPEG or PNG file"
-        raise ValueError(f"{path} is no readable image ({error}); {fix}") from error
+        raise ValueError(f"{path} is not a readable image ({error}); {fix}") from error
 
 
 def add_show(parser: argparse.ArgumentParser) -> None:

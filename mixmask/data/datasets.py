@@ -28,7 +28,7 @@ _LABEL_KEYS = ("label", "labels", "target", "fine_label", "cls")
 _TRAIN = r"train(ing)?(\.x\d*)?"
 _TESTS = (r"test(ing)?", r"val(id|idation)?", r"dev", r"val\.x")
 
-# How files that are no images become a data set, in the body of a function.
+# How files that are not images become a data set, in the body of a function.
 _READERS = {
     ".npz": 'import numpy; return numpy.load("{file}")["images"]',
     ".npy": 'import numpy; return numpy.load("{file}", mmap_mode="r")',
@@ -163,7 +163,7 @@ class DatasetImages:
         """Read an image, (C, H, W) or of PIL if it has colours.
 
         Raises:
-            TypeError: If it is no image.
+            TypeError: If it is not an image.
             ValueError: If it is unlike the others.
         """
         item = self.dataset[self.indices[number]]
@@ -186,7 +186,7 @@ class DatasetImages:
         every item is.
 
         Raises:
-            ValueError: If they are no integers.
+            ValueError: If they are not integers.
         """
         found: Any = getattr(self.dataset, "targets", None)
         for key in getattr(self.dataset, "column_names", None) or ():

@@ -92,7 +92,7 @@ class Files:
                 raise FileNotFoundError(text) from error
             # Of TIFF files, Pillow reads those with up to four bands.
             fix = door(self.root / f"*{self[number].suffix}")
-            text = f"{self[number]} is no readable image ({error})"
+            text = f"{self[number]} is not a readable image ({error})"
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
 
@@ -198,7 +198,7 @@ def list_folder(path: Path) -> ListedData:
 
 
 def _list_tree(path: Path) -> _Tree:
-    """List what lies in a folder or an archive, and name what is no image."""
+    """List what lies in a folder or an archive, and name what is not an image."""
     archive = path if path.is_file() else None
     tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
     for name, kind in _walk_archive(path) if archive else _walk(path):
@@ -247,7 +247,7 @@ def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
         entries = _open_archive(path, os.getpid()).infolist()
     except BadZipFile as error:
         fix = "pass a folder of images, or a .zip file of one"
-        raise ValueError(f"{path} is no folder of images; {fix}") from error
+        raise ValueError(f"{path} is not a folder of images; {fix}") from error
     if any(entry.flag_bits & 1 for entry in entries):
         raise ValueError(f"{path} is encrypted; unpack it and pass the folder")
     for entry in entries:

@@ -64,7 +64,7 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
     except _DAMAGES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # Its text is the address of a buffer.
-            reason = "of no kind that Pillow knows"
+            reason = "not in a format that Pillow reads"
         if isinstance(error, Image.DecompressionBombError):
             reason += "; if you trust it, allow more with MIXMASK_MAX_PIXELS in the environment"
         raise UnreadableError(reason) from error

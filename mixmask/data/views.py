@@ -33,7 +33,7 @@ def check_pixels(images: Tensor, name: str = "images") -> None:
     The range of floats is looked at, which on a GPU waits for it; uint8 needs no look.
 
     Raises:
-        TypeError: If they are no tensor, or one of another dtype.
+        TypeError: If they are not a tensor, or have another dtype.
         ValueError: If they have another shape or range.
     """
     if not isinstance(images, Tensor):

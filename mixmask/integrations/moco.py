@@ -87,7 +87,7 @@ def wrap(
     Raises:
         ValueError: If the model lacks an attribute or is already wrapped, or if an option does
             not fit.
-        TypeError: If it has no temperature, is no module, or copies itself to several devices
+        TypeError: If it has no temperature, is not a module, or copies itself to several devices
             (`nn.DataParallel`).
 
     Source:
@@ -151,7 +151,7 @@ def mixed_loss(model: nn.Module) -> Tensor:
         () scalar. It is handed out once, and nothing of the step is kept.
 
     Raises:
-        TypeError: If it is no module, or copies itself to several devices.
+        TypeError: If it is not a module, or copies itself to several devices.
         ValueError: If the model is not wrapped, if no training step of it has run yet, or if the
             term was taken already.
     """

@@ -288,7 +288,7 @@ def record_embeddings(
         as its query, its call 1 the second one.
 
     Raises:
-        TypeError: If the module is none, or the criterion is no loss of embeddings.
+        TypeError: If the module is not a torch module, or the criterion not a loss of embeddings.
 
     Example:
         >>> import mixmask, torch

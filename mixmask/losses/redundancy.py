@@ -40,7 +40,7 @@ def barlow_twins(
             code computes; `gather_distributed` alone is what lightly's criterion does.
 
     Returns:
-        () scalar, at least float32. There is no loss of one image, so mixed terms need a λ
+        () scalar, at least float32. A single image has no loss, so mixed terms need a λ
         shared by the batch.
 
     Raises:

@@ -145,7 +145,7 @@ def check_files(*paths: Path, force: bool = True) -> None:
     """
     for path in paths:
         if not path.parent.is_dir():
-            raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
+            raise ValueError(f"--out lies in {path.parent}, which is not a folder; make it first")
         if path.is_dir():
             raise ValueError(f"--out {path} is a folder; name a file in it")
         if path.exists() and not force:
@@ -206,7 +206,7 @@ def read_config(folder: Path) -> Options:
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is no JSON object, of a newer format, or what all commands use has
+        ValueError: If it is not a JSON object, of a newer format, or what all commands use has
             another type. `restore_config` checks the rest.
     """
     return read_options(folder / CONFIG)
@@ -234,7 +234,7 @@ def read_options(path: Path) -> Options:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no JSON number")
+    raise ValueError(f"it holds {name}, which is not a JSON number")
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
@@ -347,7 +347,7 @@ def load_checkpoint(
             problems.append(str(error))
             continue
         if not isinstance(content, dict) or not is_usable(content):
-            problems.append(f"{file} is no checkpoint of such a run")
+            problems.append(f"{file} is not a checkpoint of such a run")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)
@@ -358,6 +358,6 @@ def load_checkpoint(
             "new --out"
         )
     raise ValueError(
-        f"{folder} is no run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder that "
-        "--out named"
+        f"{folder} is not a run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder "
+        "that --out named"
     )

@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
 
     Raises:
         DamagedError: If the file is cut short or changed.
-        ValueError: If it is no checkpoint, or holds objects that only running code could restore.
+        ValueError: If it is not a checkpoint, or restoring its objects would run code.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -110,8 +110,8 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         if not start.strip(b"\0"):
             raise DamagedError(f"{path} is damaged: it is empty, or begins with zeros")
         raise ValueError(
-            f"{path} is no checkpoint: it begins with {start[:12]!r}; pass a run folder, or a file "
-            "that torch.save or safetensors wrote"
+            f"{path} is not a checkpoint: it begins with {start[:12]!r}; pass a run folder, or a "
+            "file that torch.save or safetensors wrote"
         )
     if start.startswith(b"PK"):
         _check_archive(path, end)

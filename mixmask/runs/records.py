@@ -57,7 +57,7 @@ def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}
         defaults: Returns a method's options for what an older run does not say.
 
     Raises:
-        ValueError: If it is no run, or has measured nothing yet.
+        ValueError: If it is not a run, or has measured nothing yet.
     """
     folder = path.parent if path.is_file() else path
     try:
@@ -68,7 +68,7 @@ def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}
         rows = read_rows(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no run ({type(error).__name__}: {error}); "
+            f"{path} is not a run ({type(error).__name__}: {error}); "
             "pass a folder that mixmask pretrain wrote"
         ) from error
     if not rows:

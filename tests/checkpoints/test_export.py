@@ -240,7 +240,7 @@ def test_detectron2s_heads_have_bottlenecks(tmp_path: Path) -> None:
         ("resnet18", False, "detectron2", "x.pth", r"file named \*\.pkl.*use --out .*x\.pkl"),
         ("resnet18", False, "safetensors", "x.pth", r"file named \*\.safetensors"),
         ("resnet18", False, "onnx", "x.pth", "--to must be one of 'torchvision'"),
-        ("resnet18", False, "timm", "no/x.pth", "which is no folder; make it first"),
+        ("resnet18", False, "timm", "no/x.pth", "which is not a folder; make it first"),
         ("resnet18", False, "timm", "folder", "folder is a folder; name a file in it"),
     ],
 )

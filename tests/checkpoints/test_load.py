@@ -371,7 +371,7 @@ def detectron2(path: Path) -> None:
         (archive, "is a zip file but no checkpoint"),
         (torchscript, "is a TorchScript archive"),
         (detectron2, "is in Detectron2's format"),
-        (lambda path: path.write_text("<!DOCTYPE html>"), "is no checkpoint: it begins with b'<!"),
+        (lambda path: path.write_text("<!DOCTYPE html>"), "is not a checkpoint: it begins with b"),
         (lambda path: path.write_bytes(b""), "is damaged: it is empty"),
         (lambda path: torch.save([1, 2], path), "holds a list and no weights"),
         (lambda path: torch.save({"epoch": 3}, path), "holds the keys 'epoch' and no weights"),
@@ -398,7 +398,7 @@ def test_safetensors_cut_short(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run folder: it holds neither last\.pt nor"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it holds neither last\.pt nor"):
         load_backbone(tmp_path)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         load_backbone(tmp_path / "nowhere")

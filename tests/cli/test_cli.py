@@ -124,7 +124,7 @@ def test_existing_run_folder_is_refused(
 
 def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["pretrain", "--resume", str(tmp_path)], capsys)
-    assert "is no run that can be resumed" in line
+    assert "is not a run that can be resumed" in line
 
 
 def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
         (["--ratio", "0.1", "0.2", "0.3"], "--ratio takes one or two numbers, got 3"),
         (["--grid-size", "64"], "--grid-size must be within 2 ... 16"),
-        (["--arch", "resnet81"], "--arch resnet81 is no backbone in timm"),
+        (["--arch", "resnet81"], "--arch resnet81 is not a timm backbone"),
         (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
         (["--batch-size", "21"], "--batch-size 21 is more than the 20 images"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
@@ -188,10 +188,10 @@ def test_show_refuses_what_it_cannot_draw(
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
-    assert "bad.jpg is no readable image" in refused(["show", str(bad), str(bad)], capsys)
+    assert "bad.jpg is not a readable image" in refused(["show", str(bad), str(bad)], capsys)
     assert "one image has no partner" in refused(["show", str(bad)], capsys)
     nowhere = str(tmp_path / "no" / "x.png")
-    assert "which is no folder" in refused(["show", "--out", nowhere], capsys)
+    assert "which is not a folder" in refused(["show", "--out", nowhere], capsys)
 
 
 def test_help_explains_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:

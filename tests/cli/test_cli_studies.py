@@ -134,7 +134,7 @@ def test_compare_refuses_what_is_no_comparison(
     a, b = runs["a"], runs["b"]
     assert "compare needs two runs or more" in refused(["compare", a, "--out", out], capsys)
     line = refused(["compare", a, tmp_path, "--out", out], capsys)
-    assert f"{tmp_path} is no run (FileNotFoundError" in line
+    assert f"{tmp_path} is not a run (FileNotFoundError" in line
     line = refused(["compare", a, a / "last.pt", "--out", out], capsys)
     assert "the same seed, 0, so they are one run" in line
     images = {"train": 1, "test": 1, "classes": ["cat"], "sum": ""}
@@ -142,7 +142,7 @@ def test_compare_refuses_what_is_no_comparison(
     assert "do not compare" in refused(["compare", a, other, "--out", out], capsys)
     assert not out.exists()
     nowhere = tmp_path / "no" / "x.png"
-    assert "which is no folder" in refused(["compare", a, b, "--out", nowhere], capsys)
+    assert "which is not a folder" in refused(["compare", a, b, "--out", nowhere], capsys)
     assert "--out" in refused(["compare", a, b, "--out", tmp_path], capsys)
 
 

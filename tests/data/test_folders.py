@@ -257,14 +257,14 @@ def test_damaged_files_in_an_archive_are_left_out(tmp_path: Path) -> None:
         start = archive.getinfo("train/b/2.png").header_offset
     body = start + 30 + len("train/b/2.png")
     (tmp_path / "data.zip").write_bytes(whole[:body] + b"x" * 20 + whole[body + 20 :])
-    with pytest.warns(UserWarning, match=r"data.zip/train/b/2.png is no readable image \(.*; ano"):
+    with pytest.warns(UserWarning, match=r"data.zip/train/b/2.png is not a readable image \(.*;"):
         data = load_data(str(tmp_path / "data.zip"), 14)
     assert data.train.files == ("a/1.png", "b/1.png")
 
 
 def test_archives_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"x.zip is no folder of images; pass a folder of images"):
+    with pytest.raises(ValueError, match=r"x.zip is not a folder of images; pass a folder of"):
         load_data(str(tmp_path / "x.zip"), 14)
     with ZipFile(tmp_path / "y.zip", "w") as archive:
         archive.writestr("notes.txt", "none")

@@ -70,7 +70,9 @@ def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
         loaded = load_data(str(tmp_path), 14)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2
-    assert "cat/bad1.jpg is no readable image (of no kind that Pillow knows);" in messages[0]
+    assert (
+        "cat/bad1.jpg is not a readable image (not in a format that Pillow reads);" in messages[0]
+    )
     assert messages[1] == "2 unreadable images so far"
     assert len(loaded.train.images) == 4
     assert loaded.train.labels is not None
@@ -82,7 +84,7 @@ def test_folder_with_nothing_to_read(tmp_path: Path) -> None:
         load_data(str(tmp_path), 14)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"2 images in a row cannot be read: .*a.jpg is no readable"):
+    with pytest.raises(OSError, match=r"2 images in a row cannot be read: .*a.jpg is not a re"):
         load_data(str(tmp_path), 14)
 
 

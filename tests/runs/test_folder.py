@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(damage: bytes, tmp_path: Pat
 
 
 def test_a_folder_without_checkpoints_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run folder: it holds neither last\.pt nor prev"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it holds neither last\.pt"):
         load_checkpoint(tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None
     there.touch()
     check_files(there, tmp_path / "new.png")
     for path, message in (
-        (tmp_path / "no" / "x.png", "no, which is no folder; make it first"),
+        (tmp_path / "no" / "x.png", "no, which is not a folder; make it first"),
         (tmp_path, "is a folder; name a file in it"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -201,7 +201,7 @@ def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> 
         ("{", "Expecting property name"),
         ("[1]", "expected a JSON object, got list"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"lr": NaN}', "it holds NaN, which is no JSON number"),
+        ('{"lr": NaN}', "it holds NaN, which is not a JSON number"),
         ('{"arch": []}', r"'arch' must be of type str, got \[\]"),
         ('{"image_size": -1}', "'image_size' must be of type int, got -1"),
         ('{"small_stem": 1}', "'small_stem' must be of type bool, got 1"),

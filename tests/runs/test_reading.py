@@ -111,9 +111,9 @@ def saved(folder: Path, steps: int = 3) -> Path:
     "spoil, told",
     [
         (lambda path: path.write_bytes(flipped(path.read_bytes(), 900)), "is damaged"),
-        (lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint of such a run"),
-        (lambda path: torch.save([1], path), "is no checkpoint of such a run"),
-        (lambda path: torch.save({"step": 3, "model": {}}, path), "is no checkpoint of such a run"),
+        (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of such a run"),
+        (lambda path: torch.save([1], path), "is not a checkpoint of such a run"),
+        (lambda path: torch.save({"step": 3, "model": {}}, path), "is not a checkpoint of such"),
     ],
     ids=["damaged", "foreign", "no mapping", "a part missing"],
 )

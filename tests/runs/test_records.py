@@ -123,9 +123,9 @@ def test_a_run_of_an_older_version_is_a_seed_of_a_newer_ones_group(tmp_path: Pat
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("{", "is no run .JSONDecodeError"),
-        ("[]", "is no run .ValueError: expected a JSON object, got list"),
-        ('{"lr": 1}', "is no run .KeyError: 'mix'"),
+        ("{", "is not a run .JSONDecodeError"),
+        ("[]", "is not a run .ValueError: expected a JSON object, got list"),
+        ('{"lr": 1}', "is not a run .KeyError: 'mix'"),
         (json.dumps(CONFIG), "has no epoch yet"),
     ],
 )
@@ -135,5 +135,5 @@ def test_what_is_no_run_is_refused(config: str, message: str, tmp_path: Path) ->
 
 
 def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run .FileNotFoundError.*pass a folder that"):
+    with pytest.raises(ValueError, match=r"is not a run .FileNotFoundError.*pass a folder that"):
         read_record(tmp_path)

@@ -103,7 +103,7 @@ def test_an_option_of_other_methods_is_refused_by_their_names(
         make_config(method=method, **{name: 1})
     fields = dataclasses.asdict(make_config(method=method)) | {name: 1}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"is no run that can be resumed.*'{name}'"):
+    with pytest.raises(ValueError, match=f"is not a run that can be resumed.*'{name}'"):
         load_config(tmp_path)
 
 
@@ -118,14 +118,14 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
         make_config(method="dino")
     fields = dataclasses.asdict(make_config()) | {"method": "dino"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"is no run that can be resumed.*'dino'"):
+    with pytest.raises(ValueError, match=r"is not a run that can be resumed.*'dino'"):
         load_config(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"ratio": 0.5, "colour": "red"}'])
 def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="is no run that can be resumed"):
+    with pytest.raises(ValueError, match="is not a run that can be resumed"):
         load_config(tmp_path)
 
 

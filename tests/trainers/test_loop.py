@@ -110,7 +110,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 @pytest.mark.filterwarnings("ignore:.*is used instead")
 def test_nothing_whole_to_resume(images: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         run(make_config(**TINY), images, tmp_path, resume=True)
     (tmp_path / "last.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no whole checkpoint"):

@@ -166,7 +166,7 @@ def test_a_folder_of_another_run_is_refused(images: Tensor, tmp_path: Path) -> N
         plan_runs(tiny_cells(epochs=1, lr=0.1), 1, tmp_path)
     (tmp_path / "grid-4_block_ratio-0.5_switch" / "seed-0").mkdir(parents=True)
     (tmp_path / "grid-4_block_ratio-0.5_switch" / "seed-0" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="seed-0 is no run that can be resumed"):
+    with pytest.raises(ValueError, match="seed-0 is not a run that can be resumed"):
         plan_runs(tiny_cells(epochs=1), 1, tmp_path)
 
 

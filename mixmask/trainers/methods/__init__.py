@@ -146,14 +146,14 @@ def load_config(folder: Path) -> RunConfig:
     """Read the configuration of a run folder, of older versions too.
 
     Raises:
-        ValueError: If it is no folder of a pretraining run, or not all options are there and
+        ValueError: If it is not a folder of a pretraining run, or not all options are there and
             within their limits.
     """
     try:
         return build_config(read_config(folder))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no run that can be resumed: its {CONFIG} cannot be used ({error}); "
+            f"{folder} is not a run that can be resumed: its {CONFIG} cannot be used ({error}); "
             "pass a folder that --out named"
         ) from error
 
