@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask._devices import move
-from mixmask._operators import as_operator, seeded
+from mixmask._devices import as_operator, move, seeded
 from mixmask._seeds import draw_seed
 
 # "reverse", "random", or an index (N,).

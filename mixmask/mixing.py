@@ -15,8 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
-from mixmask._devices import move
-from mixmask._operators import as_operator, seeded
+from mixmask._devices import as_operator, move, seeded
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks

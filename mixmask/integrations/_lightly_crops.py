@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even
-from mixmask.integrations._terms import SplitCriterion
+from mixmask.integrations._steps import SplitCriterion
 from mixmask.losses._inputs import Embeddings, Records, as_pairs
 from mixmask.mixing import MixedBatch
 

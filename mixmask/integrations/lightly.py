@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even, world_size
-from mixmask.integrations._terms import SplitCriterion
+from mixmask.integrations._steps import SplitCriterion
 from mixmask.losses._inputs import Embeddings, Records, as_list, as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mixmask import losses
-from mixmask.integrations._terms import Mixing, View, check_mixing, mix_views
+from mixmask.integrations._steps import Mixing, View, check_mixing, mix_views
 
 TESTED = ("0.18.0",)
 _LEFT_OUT = {

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mixmask import losses
 from mixmask._distributed import world_size
-from mixmask.integrations._terms import View, mix_views
+from mixmask.integrations._steps import View, mix_views
 from mixmask.mixing import MixMask
 
 _MODULE = "mixmask.integrations.solo"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import losses
-from mixmask.integrations._terms import Mixing, SplitCriterion, View, check_mixing, mix_views
+from mixmask.integrations._steps import Mixing, SplitCriterion, View, check_mixing, mix_views
 
 try:
     import stable_pretraining as theirs

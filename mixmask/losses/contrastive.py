@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank, world_size
-from mixmask._pair_sums import sum_pairs
 from mixmask.losses._log_sums import mix_log_sums, sum_negatives
+from mixmask.losses._pair_sums import sum_pairs
 from mixmask.losses._rows import (
     check_device,
     check_reduction,

@@ -32,8 +32,7 @@ from mixmask.losses._inputs import (
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import lend_state
-from mixmask.losses._tracing import is_library, is_traceable, lend_buffers
+from mixmask.losses._state import is_library, is_traceable, lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
 
 

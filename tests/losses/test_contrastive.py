@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask import MixedBatch, _pair_sums, lambda_weighted_loss
-from mixmask.losses import InfoNCE, info_nce
+from mixmask import MixedBatch, lambda_weighted_loss
+from mixmask.losses import InfoNCE, _pair_sums, info_nce
 from mixmask.losses.contrastive import _similarity
 
 Golden = Callable[[str], dict[str, Tensor]]

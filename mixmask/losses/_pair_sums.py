@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mixmask._devices import without_autocast
-from mixmask._operators import as_operator
+from mixmask._devices import as_operator, without_autocast
+from mixmask.losses._rows import upcast
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
@@ -91,7 +91,7 @@ def _fake_sums(
     rows: Tensor, _columns: Tensor | None, _scale: float, weights: Tensor | None, *_: int
 ) -> Tensor:
     sums = 1 if weights is None else weights.shape[1]
-    return _upcast(rows.new_empty(rows.shape[0], sums))
+    return upcast(rows.new_empty(rows.shape[0], sums))
 
 
 @as_operator(
@@ -124,7 +124,7 @@ def _sum_tiles(
 
 def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     others = rows[:0] if columns is None else columns
-    return _upcast(torch.empty_like(rows)), _upcast(torch.empty_like(others))
+    return upcast(torch.empty_like(rows)), upcast(torch.empty_like(others))
 
 
 @as_operator(
@@ -196,7 +196,7 @@ def _sum_pairs_plainly(
 ) -> Tensor:
     """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
     others = rows if columns is None else columns
-    logits = _upcast(rows @ others.T) * scale  # (M, K)
+    logits = upcast(rows @ others.T) * scale  # (M, K)
     own = [
         torch.arange(column, column + high - low, device=rows.device)
         for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
@@ -242,7 +242,3 @@ def choose_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
 
 def count_elements(rows: Tensor) -> int:
     return _CHUNK_ELEMENTS["cpu" if rows.device.type == "cpu" else "device"]
-
-
-def _upcast(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
