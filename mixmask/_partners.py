@@ -32,7 +32,8 @@ def choose_partners(
 
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: seed.new_empty(n))
 def _draw_ring(seed: Tensor, n: int) -> Tensor:
-    # A permutation read as a ring: each image's partner is the one before it.
+    # A permutation read as a ring: each image's partner is the one before it, so that all are
+    # partners once and nobody is its own.
     ring = torch.randperm(n, generator=seeded(seed), device="cpu")  # (n,)
     return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 
@@ -46,6 +47,7 @@ def _reverse(n: int, device: torch.device) -> Tensor:
 
 
 def _check_partner(partner: Tensor, n: int) -> Tensor:
+    # A bool tensor would be taken for a selection of images.
     if partner.is_floating_point() or partner.is_complex() or partner.dtype == torch.bool:
         raise TypeError(f"partner must hold integer indices, got {partner.dtype}; use torch.long")
     if partner.shape != (n,):
