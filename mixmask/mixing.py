@@ -131,13 +131,9 @@ def mix_batch(
 
 
 def mixup_batch(
-    images: Tensor,
-    *,
-    alpha: float = 1.0,
-    per_sample: bool = False,
-    partner: Partner = "reverse",
-    generator: torch.Generator | None = None,
-) -> MixedBatch:
+    images: Tensor, *, alpha: float = 1.0, per_sample: bool = False,
+    partner: Partner = "reverse", generator: torch.Generator | None = None,
+) -> MixedBatch:  # fmt: skip
     r"""Blend each image with its partner: Un-Mix's global mixture, $\lambda x + (1-\lambda)x_\pi$.
 
     Args:
@@ -177,13 +173,9 @@ def mixup_batch(
 
 
 def cutmix_batch(
-    images: Tensor,
-    *,
-    alpha: float = 1.0,
-    per_sample: bool = False,
-    partner: Partner = "reverse",
-    generator: torch.Generator | None = None,
-) -> MixedBatch:
+    images: Tensor, *, alpha: float = 1.0, per_sample: bool = False,
+    partner: Partner = "reverse", generator: torch.Generator | None = None,
+) -> MixedBatch:  # fmt: skip
     """Paste a box of the partner into each image: Un-Mix's regional mixture.
 
     The box has the area (1 - share) of the image, a uniform centre and is clipped at the

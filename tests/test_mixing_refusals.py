@@ -135,7 +135,7 @@ def test_bad_masks_are_refused(
         (
             lambda: MixMask(pattern="discrete", roll=True),
             ValueError,
-            r"roll=True is for blocks: discrete masks favour no place",
+            r"roll=True needs pattern='block', got 'discrete'",
         ),
         (
             lambda: erase_batch((EIGHT * 255).byte(), MASK),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even
-from mixmask.integrations._steps import SplitCriterion
+from mixmask.integrations._steps import weigh_squares
 from mixmask.losses._inputs import Embeddings, Records, as_pairs
 from mixmask.mixing import MixedBatch
 
@@ -131,7 +131,7 @@ class WrappedSwaV(_Crops):
         loss: Tensor = self.criterion(large, low_resolution_outputs, queue_outputs)
         if not pairs:
             return loss
-        queued = queue_outputs or [crop[:0] for crop in large]
+        queued = queue_outputs or [crop[:0] for crop in large]  # (0, K) where there is no queue.
         codes = [self._codes(*scores) for scores in zip(large, queued, strict=True)]
         return loss + self._mixed_terms(losses.SwAV(self.temperature), codes, pairs, views)
 
@@ -142,7 +142,7 @@ class WrappedSwaV(_Crops):
             epsilon=self.sinkhorn_epsilon,
             gather_distributed=self.sinkhorn_gather_distributed,
         )
-        return codes[: len(scores)]
+        return codes[: len(scores)]  # (N + Q, K) -> (N, K)
 
 
 class WrappedDINO(_Crops):
@@ -229,10 +229,7 @@ class WrappedLeJEPA(_Crops):
             return loss
         centers = global_proj.detach().mean(dim=0)  # (W, N, C) -> (N, C)
         weight = float(self.lambda_param)
-        towards = SplitCriterion(
-            lambda z, target: (1 - weight) * (z - target).square().mean(dim=1),  # (N,)
-            lambda z: weight * self.sigreg(z),
-        )
+        towards = weigh_squares(1 - weight, lambda z: weight * self.sigreg(z))
         return loss + self._mixed_terms(towards, [centers], pairs, [-1] * len(pairs))
 
 

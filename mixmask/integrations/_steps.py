@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion, lambda_weighted_loss
+from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
 from mixmask.losses._criteria import check_kind
+from mixmask.losses._rows import mix_losses
 from mixmask.losses._state import Loan, Part, lend_state, list_codes
 from mixmask.mixing import MixedBatch
 
@@ -50,10 +51,21 @@ class SplitCriterion:
 
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return both weighted terms, (); see `losses.SharingCriterion`."""
-        distance = lam * self.distance(z, target)  # (N,)
-        if other is not None:
-            distance = distance + (1 - lam) * self.distance(z, other)
-        return distance.mean() + self.rest(z)
+        own = self.distance(z, target)  # (N,)
+        others = None if other is None else self.distance(z, other)  # (N,)
+        return mix_losses(own, others, lam).mean() + self.rest(z)
+
+
+def weigh_squares(weight: float, rest: Callable[[Tensor], Tensor]) -> SplitCriterion:
+    """Return VICReg's form: a weighted mean of squares, (N,), and what sees no target, ()."""
+    return SplitCriterion(
+        lambda z, target: weight * (z - target).square().flatten(1).mean(dim=1), rest
+    )
+
+
+def measure_byol(z: Tensor, target: Tensor) -> Tensor:
+    """Return BYOL's squared distance of unit rows (its eq. 2) per image, (N,)."""
+    return 2 + 2 * negative_cosine(z, target, reduction="none")
 
 
 def check_mixing(mixing: Any) -> None:
@@ -70,7 +82,7 @@ def mix_views(mixing: Mixing, views: Iterable[View], *, switch: bool) -> tuple[T
     terms, shares = [], []
     for images, embed, towards in views:
         mixed = mixing(images)
-        z = embed(mixed.images)
+        z = embed(mixed.images)  # (N, C), once for all targets.
         terms += [
             lambda_weighted_loss(criterion, z, target, mixed, switch=switch)
             for criterion, target in towards
@@ -102,6 +114,7 @@ class StandIn(Generic[T]):
             raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
+            # The same objects, so that optimizers, `to` and `state_dict` see what they saw.
             for name in _SHARED_STATE:
                 vars(self)[name] = vars(replaced)[name]
         # Not by assignment, which would make it a child and rename its state.
@@ -244,7 +257,7 @@ def list_unused(criterion: Any) -> tuple[str, ...]:
 
 
 def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Tell whether an embedding is one of the outputs, or is near to one in autograd's graph."""
+    """Tell whether an embedding is one of the outputs, or near to one in autograd's graph."""
     origins = {output.grad_fn for output in outputs}
     level = {z.grad_fn}
     # Normalising and the like take a few nodes; an encoder is not walked through.
@@ -260,6 +273,7 @@ def split_arguments(
     criterion: Any, args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Return z, target and further arguments by name, from what a criterion is called with."""
+    # The common call needs no look at the signature, which builtins may not have.
     if len(args) == 2:
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion

@@ -5,7 +5,7 @@
 
 Needs lightly 1.5.26 or newer, the extra `lightly`.
 
-Which criteria are supported, and what the mixed term of each is:
+Supported criteria and their mixed terms:
 
 | criterion | mixed term |
 | --- | --- |
@@ -15,7 +15,7 @@ Which criteria are supported, and what the mixed term of each is:
 | `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
 | `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
 
-The others are called as usual and refuse mixed views, with the reason.
+The other criteria work as usual, and refuse mixed views with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even, world_size
-from mixmask.integrations._steps import SplitCriterion
+from mixmask.integrations._steps import SplitCriterion, weigh_squares
 from mixmask.losses._inputs import Embeddings, Records, as_list, as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 
@@ -86,18 +86,18 @@ def wrap(
 ) -> nn.Module:
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
-    The result behaves as the criterion: same arguments, same attributes, to read and to set, same
-    class for isinstance. `z_mixed` and `mixed` come after its own arguments, or by name; without
-    them the call is lightly's. Banks, queues, centers and covariances are updated once per step,
-    by the clean call.
+    The result behaves like the criterion: it takes the same arguments, its attributes can be read
+    and set, and isinstance sees the same class. `z_mixed` and `mixed` come after the criterion's
+    own arguments, or by name; without them the call is lightly's. Banks, queues, centers and
+    covariances are updated once per step, by the clean call.
 
     Args:
         criterion: A module of `lightly.loss`. Any other module (z, target), and a subclass with
             a `forward` of its own, gets `losses.LambdaWeightedLoss`.
         switch: False keeps the term of λ alone (the paper's ablation).
         ignore: See `losses.LambdaWeightedLoss`.
-        save_bank: Save a memory bank in the `state_dict`, which lightly does not, so that a
-            resumed run keeps its negatives. False also reads checkpoints without a bank.
+        save_bank: Save the memory bank in the `state_dict`, which lightly does not do, so that a
+            resumed run keeps its negatives. Pass False to load checkpoints without a bank.
 
     Returns:
         `WrappedNTXent`, `WrappedSwaV`, `WrappedDINO`, `WrappedLeJEPA` or `WrappedCriterion`.
@@ -168,6 +168,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
                 moves.
             TypeError: If the criterion does not take two batches of embeddings.
         """
+        # Mixed views come after the criterion's own arguments, which may be fewer than it takes.
         own = len(self._names)
         if arguments and _are_records(arguments[-1]):
             own = len(arguments) - 2
@@ -188,7 +189,8 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         name = module.forward.__qualname__.partition(".")[0]
         if name in _LEFT_OUT:
             raise TypeError(
-                f"{name} takes no mixed views: {_LEFT_OUT[name]}; call it without z_mixed and mixed"
+                f"mixed views are not supported for {name}: {_LEFT_OUT[name]}; call it without "
+                "z_mixed and mixed"
             )
         batches = self._names[:2]
         if len(batches) < 2 or not given.keys() >= {*batches}:
@@ -239,7 +241,7 @@ class WrappedNTXent(WrappedCriterion):
 
     def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         del options
-        rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)
+        rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)  # (N, C)
         loss = self._contrast(keys)(rows, keys)
         if self.memory_bank.size[0] > 0 and rows.requires_grad:
             # The bank's forward would copy it beside this.
@@ -250,7 +252,7 @@ class WrappedNTXent(WrappedCriterion):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         del z
-        rows, keys = F.normalize(z_mixed, dim=1), F.normalize(target, dim=1)
+        rows, keys = F.normalize(z_mixed, dim=1), F.normalize(target, dim=1)  # (N, C)
         criterion = self._contrast(keys)
         return losses.lambda_weighted_loss(criterion, rows, keys, mixed, switch=self.switch)
 
@@ -278,10 +280,6 @@ def _are_records(argument: Any) -> bool:
 
 
 def _vicreg(criterion: Any) -> losses.Criterion:
-    def distance(z: Tensor, target: Tensor) -> Tensor:
-        squares = ((z - target) ** 2).flatten(1).mean(dim=1)  # (N,)
-        return squares * float(criterion.lambda_param)
-
     def rest(z: Tensor) -> Tensor:
         if criterion.gather_distributed and world_size() > 1:
             z = torch.cat(gather(z))  # (W * N, C)
@@ -290,7 +288,7 @@ def _vicreg(criterion: Any) -> losses.Criterion:
         covariance: Tensor = criterion.nu_param * covariance_loss(x=z)
         return variance + covariance
 
-    return SplitCriterion(distance, rest)
+    return weigh_squares(float(criterion.lambda_param), rest)
 
 
 def _tico(criterion: Any) -> losses.Criterion:
@@ -319,20 +317,16 @@ def _cosine(criterion: Any) -> losses.Criterion:
     return rows
 
 
-def _itself(criterion: Any) -> losses.Criterion:
-    own: losses.Criterion = criterion
-    return own
-
-
 # Without state or with state that `rest` minds, so nothing has to be copied. By `forward`, so that
 # a derived criterion with its own is not taken for lightly's.
 _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
     theirs.NegativeCosineSimilarity.forward: _cosine,
     theirs.VICRegLoss.forward: _vicreg,
     theirs.TiCoLoss.forward: _tico,
-    theirs.BarlowTwinsLoss.forward: _itself,
-    theirs.DCLLoss.forward: _itself,
-    theirs.MMCRLoss.forward: _itself,
+    **dict.fromkeys(
+        (theirs.BarlowTwinsLoss.forward, theirs.DCLLoss.forward, theirs.MMCRLoss.forward),
+        lambda own: own,
+    ),
 }
 _CROPS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     theirs.SwaVLoss.forward: WrappedSwaV,

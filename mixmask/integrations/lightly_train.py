@@ -126,6 +126,10 @@ class _Mixed:
     symmetric: bool
     # Provided by their class.
     criterion: Any
+    # Provided by the classes below: the criterion with the target that another view gives, and
+    # what the online branch gives to it.
+    _towards: Callable[[dict[str, Any], int], tuple[losses.Criterion, Tensor]]
+    _embed: Callable[[Tensor], Tensor]
 
     def training_step_impl(self, batch: Any, batch_idx: int) -> Any:
         """Return their loss plus the mixed term."""
@@ -135,6 +139,7 @@ class _Mixed:
             result = super().training_step_impl(batch, batch_idx)  # type: ignore[misc]
         finally:
             handle.remove()
+        # Both methods call their criterion once per step, with both global views.
         (call,) = calls
         views: list[View] = [
             # A view's target is that of the other one.
@@ -144,14 +149,6 @@ class _Mixed:
         term, share = mix_views(self.mixing, views, switch=self.switch)
         logged = {"mixmask/loss": term.detach(), "mixmask/lambda": share}
         return type(result)(result.loss + term, {**(result.log_dict or {}), **logged})
-
-    def _towards(self, call: dict[str, Any], other: int) -> tuple[losses.Criterion, Tensor]:
-        """Return the criterion, and the target that another view gives."""
-        raise NotImplementedError
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Return what the online branch gives to the criterion."""
-        raise NotImplementedError
 
 
 class _SimCLR(_Mixed):

@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import losses
-from mixmask.integrations._steps import Mixing, SplitCriterion, View, check_mixing, mix_views
+from mixmask.integrations._steps import (
+    Mixing,
+    View,
+    check_mixing,
+    measure_byol,
+    mix_views,
+    weigh_squares,
+)
 
 try:
     import stable_pretraining as theirs
@@ -149,6 +156,7 @@ class _Step:
             return output
         targets = self.targets(pairs)
         embed = partial(self.embed, module)
+        # (2N, C, H, W), whether the backbone saw the views one by one or at once.
         both = self.views(torch.cat(images), len(targets[0]))
         views: list[View] = [
             (view, embed, [(self.criterion(module, target), target)])
@@ -165,7 +173,7 @@ class _Step:
                 "this name, or write the two lines of the README into your forward"
             )
         if self.method == "SimSiam":
-            first, second = torch.cat([z for z, _ in pairs]).chunk(2)
+            first, second = torch.cat([z for z, _ in pairs]).chunk(2)  # (2N, C) -> (N, C) each
             return [second, first]
         (z, target), *others = pairs
         # One call compares both views; BYOL has a call per direction.
@@ -184,7 +192,7 @@ class _Step:
 
     def embed(self, module: Any, images: Tensor) -> Tensor:
         """Return what the online branch gives to their loss."""
-        z: Tensor = _student(module.projector)(_student(module.backbone)(images))
+        z: Tensor = _student(module.projector)(_student(module.backbone)(images))  # (N, C)
         if self.method in ("SimSiam", "byol_loss"):
             z = module.predictor(z)
         return F.normalize(z, dim=-1) if self.method == "MoCov2" else z
@@ -202,23 +210,11 @@ class _Step:
         return own if build is None else build(own)
 
 
-def _vicreg(criterion: Any) -> losses.Criterion:
-    def distance(z: Tensor, target: Tensor) -> Tensor:
-        weighted: Tensor = criterion.sim_coeff * (z - target).square().mean(dim=1)  # (N,)
-        return weighted
-
-    return SplitCriterion(distance, criterion.vcreg_loss)
-
-
-def _squared_distance(z: Tensor, target: Tensor) -> Tensor:
-    return 2 + 2 * losses.NegativeCosine(reduction="none")(z, target)  # (N,)
-
-
 # A loss of another class under one of their names is taken as it is.
 _CRITERIA: dict[type, Callable[[Any], losses.Criterion]] = {
     NTXEntLoss: lambda own: losses.NTXent(own.temperature, gather_distributed=True),
-    BYOLLoss: lambda _: _squared_distance,
-    VICRegLoss: _vicreg,
+    BYOLLoss: lambda _: measure_byol,
+    VICRegLoss: lambda own: weigh_squares(own.sim_coeff, own.vcreg_loss),
 }
 _METHODS = (methods.BarlowTwins, methods.BYOL, methods.SimCLR, methods.VICReg)
 _LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")

@@ -55,8 +55,7 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-        first: int,
-        blocks: int,
+        first: int, blocks: int,
     ) -> Tensor:  # fmt: skip
         """Return (M, V) in at least float32."""
         ctx.work = choose_dtype(rows, rows)
@@ -100,25 +99,20 @@ def _fake_sums(
     _fake_sums,
 )
 def _sum_tiles(
-    rows: Tensor,
-    columns: Tensor | None,
-    scale: float,
-    weights: Tensor | None,
-    first: int,
-    blocks: int,
-) -> Tensor:
+    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+    first: int, blocks: int,
+) -> Tensor:  # fmt: skip
     """Return the weighted sums of powers, (M, V)."""
     sums = _fake_sums(rows, columns, scale, weights).zero_()
+
+    def weigh(powers: Tensor, place: slice) -> Tensor:
+        return powers.sum(1, keepdim=True) if weights is None else powers @ weights[place]
+
     with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
-            sums[here] += (
-                powers.sum(1, keepdim=True) if weights is None else powers @ weights[there]
-            )
+            sums[here] += weigh(powers, there)  # (m, k) -> (m, V)
             if columns is None and here != there:  # The same pairs, seen from their other side.
-                turned = powers.T
-                sums[there] += (
-                    turned.sum(1, keepdim=True) if weights is None else turned @ weights[here]
-                )
+                sums[there] += weigh(powers.T, here)  # (k, m) -> (k, V)
     return sums
 
 
@@ -138,13 +132,14 @@ def _grade_tiles(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of rows and columns, given those of the sums of powers (M, V)."""
     of_rows, of_columns = (one.zero_() for one in _fake_slopes(rows, columns))
+    # Without columns a pair's two slopes go to the same rows.
     others, of_others = (rows, of_rows) if columns is None else (columns, of_columns)
-    grad = grad * scale
+    grad = grad * scale  # (M, V)
     if weights is None:
         weights = torch.ones_like(grad) if columns is None else grad.new_ones(columns.shape[0], 1)
     # A pair counts as the row's and, without columns, also as the column's: a product of rank 2V.
-    left, right = grad, weights
-    if columns is None:
+    left, right = grad, weights  # (M, V), (K, V)
+    if columns is None:  # (M, 2 V) each.
         left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
     with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
@@ -164,6 +159,7 @@ def _raise_tiles(
     """
     others = rows if columns is None else columns
     accumulator = torch.promote_types(rows.dtype, torch.float32)
+    # Square tiles of as many logits as are held at a time.
     step = max(1, int(count_elements(rows) ** 0.5))
     for start in range(0, rows.shape[0], step):
         here = slice(start, min(start + step, rows.shape[0]))
@@ -187,13 +183,9 @@ def _find_own(rows: int, columns: int, first: int, blocks: int) -> Iterator[tupl
 
 
 def _sum_pairs_plainly(
-    rows: Tensor,
-    columns: Tensor | None,
-    scale: float,
-    weights: Tensor | None,
-    first: int,
-    blocks: int,
-) -> Tensor:
+    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+    first: int, blocks: int,
+) -> Tensor:  # fmt: skip
     """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
     others = rows if columns is None else columns
     logits = upcast(rows @ others.T) * scale  # (M, K)

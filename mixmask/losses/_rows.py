@@ -60,7 +60,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def upcast(rows: Tensor) -> Tensor:
-    """Return rows in at least float32, in which sums over a batch are taken."""
+    """Return rows in at least float32, for sums over features and over the batch."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 

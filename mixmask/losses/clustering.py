@@ -41,7 +41,7 @@ def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str 
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If z and target are not both (N, K) on one device, or an option does not fit.
         TypeError: If z is not floating.
 
     Source:
@@ -60,13 +60,7 @@ def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str 
 
 @dataclass(frozen=True)
 class SwAV:
-    """`swav` with its options stored; a mixed view meets one code, λ c_i + (1 - λ) c_π(i).
-
-    Example:
-        >>> p1, p2 = torch.randn(2, 8, 32)
-        >>> SwAV()(p1, sinkhorn(p2)).shape
-        torch.Size([])
-    """
+    """`swav` with its options stored; a mixed view meets one code, λ c_i + (1 - λ) c_π(i)."""
 
     temperature: float = 0.1
     _: KW_ONLY
@@ -127,9 +121,10 @@ def sinkhorn(
     several = gather_distributed and world_size() > 1
     if several:
         check_even(len(scores), scores.device)
-    # Logarithms: of scores far apart, whole rows of powers would underflow.
-    codes = upcast(scores) / epsilon
+    # In logarithms: of scores far apart, whole rows of powers would underflow.
+    codes = upcast(scores) / epsilon  # (N, K)
     for _ in range(iterations):
+        # Columns first: each prototype is used equally (eq. 3), by all processes together.
         largest = codes.amax(dim=0)  # (K,)
         if several:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -157,8 +152,8 @@ def dino(
     Args:
         z: (N, K) logits of the student for one view, floating.
         target: (N, K) logits of the teacher for another view; no gradient goes there.
-        center: (K,) or (1, K), c, or a function that returns it and is asked at every call; None
-            for none. `update_center` returns the next one, once per step.
+        center: (K,) or (1, K), c, or a function that returns it and is called for every loss;
+            None for no center. `update_center` returns the next one, once per step.
         temperature: τ of the student.
         target_temperature: τ_t of the teacher.
         reduction: "mean" or "none".
@@ -167,8 +162,9 @@ def dino(
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
-        TypeError: If z is not floating.
+        ValueError: If z and target are not both (N, K), if they or the center do not fit in shape
+            or device, or if an option does not fit.
+        TypeError: If z is not floating, or the center is not a tensor.
 
     Source:
         Caron et al., "DINO", eq. 2-4 and algorithm 1.
@@ -219,7 +215,7 @@ class DINO:
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
-        # Asked once: both targets are centred alike.
+        # Read once: both targets are centred alike.
         center = _read(self.center)
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
@@ -296,10 +292,10 @@ def _check_center(center: Tensor, target: Tensor) -> None:
 
 def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tensor:
     """Return the teacher's distribution, (N, K), without a gradient."""
-    logits = upcast(target.detach())
+    logits = upcast(target.detach())  # (N, K)
     if center is not None:
         _check_center(center, logits)
-        logits = logits - center
+        logits = logits - center  # (N, K) - (K,)
     return (logits / temperature).softmax(dim=1)
 
 

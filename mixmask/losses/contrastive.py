@@ -46,7 +46,7 @@ def info_nce(
         z: (N, C) queries, floating; normalise them first, they are used as they are.
         target: (N, C) keys, row i belonging to query i.
         negatives: (K, C) queue of normalised, detached rows, in any order, or a function
-            () -> (K, C) that is asked at every call; None takes the batch's other targets.
+            () -> (K, C) that is called for every loss; None takes the batch's other targets.
         temperature: τ.
         gather_distributed: Take the targets of all processes as negatives, not only the batch's.
         reduction: "mean" or "none".
@@ -68,9 +68,10 @@ def info_nce(
         torch.Size([4])
     """
     _check_options(negatives, temperature, gather_distributed, reduction)
-    queue = _read(negatives)
+    queue = _read(negatives)  # (K, C)
     _check_inputs(z, target, queue)
     if queue is None:
+        # Told apart from here on, for a mean takes its columns' gradient along in one pass.
         mean = reduction == "mean"
         return _contrast_in_batch(z, target, temperature, gather_distributed, mean=mean)
     loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
@@ -114,28 +115,25 @@ class InfoNCE:
         return info_nce(z, target, **vars(self))
 
     def weighted(
-        self,
-        z: Tensor,
-        target: Tensor,
-        other: Tensor | None,
-        lam: Tensor,
+        self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor,
         partner: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         queue, tau = _read(self.negatives), self.temperature
         _check_inputs(z, target, queue)
         if queue is None and other is not None and partner is not None:
+            # Both terms contrast with the same targets: one matrix of logits serves them.
             mean, mixing = self.reduction == "mean", (partner, lam)
             return _contrast_in_batch(z, target, tau, self.gather_distributed, mixing, mean=mean)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
-        negative = None if queue is None else sum_negatives(z, queue, 1 / tau)
+        negative = None if queue is None else sum_negatives(z, queue, 1 / tau)  # (N,)
 
         def contrast(target: Tensor) -> Tensor:
             if negative is None:
                 return _contrast_in_batch(z, target, tau, self.gather_distributed)
             return _contrast(z, target, negative, tau)
 
-        own = contrast(target)
+        own = contrast(target)  # (N,)
         others = None if other is None else contrast(other)
         return reduce(mix_losses(own, others, lam), self.reduction)
 
@@ -229,9 +227,11 @@ def _contrast_in_batch(
         partner, lam = mixing
         other = _similarity(z, target.index_select(0, partner), temperature)
         positive = mix_losses(positive, other, lam)
+        # In the partner's term a target stands as often as it was chosen: for a permutation once
+        # each, so both terms have the same log-sum-exp, and λ weighs the positives alone.
         counts = _count_partners(partner, columns, gather)
         if counts is not None:
-            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)
+            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)  # (N, 2)
     sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
     return sums - (positive.mean() if mean else positive)
 
@@ -239,7 +239,8 @@ def _contrast_in_batch(
 def _count_partners(partner: Tensor, columns: Tensor, gather: bool) -> Tensor | None:
     """Count how often each of all targets is a partner's, (W * N,); None where each is once."""
     if gather and world_size() > 1:
-        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)
+        # An index within this process's batch becomes one into the gathered rows.
+        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)  # (W * N,)
     counts = torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device)
     counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))
     # Almost always a permutation, but to look at a device's values would be to wait for it.
@@ -295,13 +296,7 @@ def nt_xent(
 
 @dataclass(frozen=True)
 class NTXent:
-    """`nt_xent` with its options stored.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 8, 16)
-        >>> NTXent(0.1)(z1, z2).shape
-        torch.Size([])
-    """
+    """`nt_xent` with its options stored, as a criterion (z, target)."""
 
     temperature: float = 0.5
     _: KW_ONLY
@@ -319,15 +314,12 @@ class NTXent:
         return nt_xent(z, target, **vars(self))
 
     def weighted(
-        self,
-        z: Tensor,
-        target: Tensor,
-        other: Tensor | None,
-        lam: Tensor,
+        self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor,
         partner: Tensor | None = None,
-    ) -> Tensor:
-        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
+    ) -> Tensor:  # fmt: skip
+        """Weigh both terms as `InfoNCE.weighted` does."""
         if other is None or partner is None:
+            # Without knowing who the partners are, nothing is shared but the options.
             options = {**vars(self), "reduction": "none"}
             own = nt_xent(z, target, **options)  # (N,)
             others = None if other is None else nt_xent(z, other, **options)
@@ -384,14 +376,15 @@ def _contrast_views(
     loss = (there[:, 0] + back[:, 0]) / 2 - _similarity(z, target, temperature)  # (N,)
     if mixing is not None:
         partner, lam = mixing
-        there, back = there[:, -1], back[:, -1]
+        # The second sums, in which targets are counted; the first ones again for a permutation.
+        there, back = there[:, -1], back[:, -1]  # (N,)
         if counts is not None:
             # Where two images share a partner, its row meets copies of itself.
             copies = (counts[first : first + n] - 1).clamp(min=0).log()
             itself = _similarity(target, target, temperature)
             # No logaddexp, whose second derivatives are NaN where one of both is nothing.
             back = back - F.logsigmoid(back - itself - copies)
-        positive = _similarity(z, target.index_select(0, partner), temperature)
+        positive = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
         others = (there + back.index_select(0, partner)) / 2 - positive
         loss = mix_losses(loss, others, lam)
     return reduce(loss, reduction)

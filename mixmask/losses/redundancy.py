@@ -59,7 +59,7 @@ def barlow_twins(
     check_rows(z, target, at_least=2)
     z, target = upcast(z), upcast(target)
     rows = _standardize(z, z, sync_statistics)  # (N, C)
-    columns = _standardize(target, target, sync_statistics)
+    columns = _standardize(target, target, sync_statistics)  # (N, C)
     if gather_distributed or sync_statistics:
         # An average of averages is that of all rows only where processes hold as many.
         check_even(rows.shape[0], rows.device)
@@ -73,11 +73,6 @@ class BarlowTwins:
     Around a mixed view its λ-weighted form cannot reach zero, not even for an encoder that mixes
     ideally: C(z_m, t) cannot be the identity and, for the partner's targets, the identity again.
     `MatchedBarlowTwins` asks for what such an encoder gives.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 32, 8)
-        >>> BarlowTwins()(z1, z2).shape
-        torch.Size([])
     """
 
     redundancy_weight: float = 5e-3
@@ -154,9 +149,10 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
     if sync:
         mean = average(reference.mean(dim=0))  # (C,)
         # Around the mean of all processes, so that no square of a mean is subtracted.
-        variance = average((reference - mean).square().mean(dim=0))
+        variance = average((reference - mean).square().mean(dim=0))  # (C,)
     else:
-        variance, mean = torch.var_mean(reference, dim=0, correction=0)
+        # Over N and not N - 1, as batch norm does: the authors' code standardises by one.
+        variance, mean = torch.var_mean(reference, dim=0, correction=0)  # (C,)
     return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
 
 
@@ -164,6 +160,7 @@ def _measure_redundancy(
     rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool
 ) -> Tensor:
     """Return the weighted squares of the cross-correlation less the wanted diagonal, ()."""
+    # A gathered correlation is a mean over processes, which products of images do not give.
     if not (gather and world_size() > 1) and _is_wide(rows):
         diagonal = (rows * columns).mean(dim=0)  # (C,)
         squares = _sum_squares(rows, columns) - diagonal.square().sum()
@@ -249,15 +246,9 @@ def vicreg(
 class VICReg:
     """`vicreg` with its options stored; λ weighs the distance alone.
 
-    In the mixed term v and c are taken once, of the mixed view: those of the targets belong to
-    the loss of the clean images, which has them already. The function `vicreg`, or a criterion
-    of one's own, counts them again when it is passed to `lambda_weighted_loss`: its mixed term
-    is v(t) + c(t) larger, times their weights, and pushes on the targets twice.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 32, 8)
-        >>> VICReg()(z1, z2).shape
-        torch.Size([])
+    The mixed term has v and c once, of the mixed view: those of the targets are part of the
+    clean images' loss already. If the function `vicreg` is passed to `lambda_weighted_loss`, they
+    count again and push on the targets twice.
     """
 
     invariance_weight: float = 25.0
@@ -278,6 +269,7 @@ class VICReg:
         """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
         check_rows(z, target, at_least=2)
         z = upcast(z)
+        # Eq. 4 for the invariance alone: v and c see no target.
         own = ((z - upcast(target)) ** 2).mean(dim=1)  # (N,)
         others = None if other is None else ((z - upcast(other)) ** 2).mean(dim=1)
         distance = mix_losses(own, others, lam).mean()
@@ -307,12 +299,13 @@ def _regularize(
         variance = covariance.diagonal()  # (C,)
         # Squared after the diagonal has gone: next to its squares the others' would be rounded.
         squares = (covariance - torch.diag(variance)).square().sum()
+    # The published code takes the mean of both views' hinges where the loss adds them up.
     hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
     return variance_weight * hinge + covariance_weight * squares / features
 
 
 def _multiply_features(rows: Tensor, others: Tensor) -> Tensor:
-    """Return the (C, C) sums over the batch of each feature times each of the others'."""
+    """Return rows^T others in full precision: (N, C) and (N, C) give (C, C)."""
     # Autocast would round them to half precision, and their squares are then subtracted.
     with without_autocast(rows):
         return rows.T @ others

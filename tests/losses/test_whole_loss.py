@@ -169,22 +169,22 @@ SCALAR = ROWS.sum()
         (
             lambda whole: whole(ROWS, ROWS, [ROWS, ROWS], [SHARED]),
             ValueError,
-            "as many, at least one, got 2 and 1; pass one embedding for each mixed view",
+            "the same length, at least one, got 2 and 1; pass one embedding for each mixed view",
         ),
         (
             lambda whole: whole(ROWS, ROWS, [ROWS, ROWS], SHARED),
             ValueError,
-            "as many, at least one, got 2 and 1; pass one embedding for each mixed view",
+            "the same length, at least one, got 2 and 1; pass one embedding for each mixed view",
         ),
         (
             lambda whole: whole(ROWS, ROWS, [], []),
             ValueError,
-            "as many, at least one, got 0 and 0",
+            "the same length, at least one, got 0 and 0",
         ),
         (
             lambda whole: whole.mixed_loss([], ROWS, []),
             ValueError,
-            "as many, at least one, got 0 and 0",
+            "the same length, at least one, got 0 and 0",
         ),
         (
             lambda whole: whole(ROWS, ROWS, ROWS, EACH),
