@@ -71,9 +71,7 @@ def info_nce(
     queue = _read(negatives)  # (K, C)
     _check_inputs(z, target, queue)
     if queue is None:
-        # Told apart from here on, for a mean takes its columns' gradient along in one pass.
-        mean = reduction == "mean"
-        return _contrast_in_batch(z, target, temperature, gather_distributed, mean=mean)
+        return _contrast_in_batch(z, target, temperature, gather_distributed, reduction)
     loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
     return reduce(loss, reduction)
 
@@ -123,14 +121,14 @@ class InfoNCE:
         _check_inputs(z, target, queue)
         if queue is None and other is not None and partner is not None:
             # Both terms contrast with the same targets: one matrix of logits serves them.
-            mean, mixing = self.reduction == "mean", (partner, lam)
-            return _contrast_in_batch(z, target, tau, self.gather_distributed, mixing, mean=mean)
+            gather, mixing = self.gather_distributed, (partner, lam)
+            return _contrast_in_batch(z, target, tau, gather, self.reduction, mixing)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
         negative = None if queue is None else sum_negatives(z, queue, 1 / tau)  # (N,)
 
         def contrast(target: Tensor) -> Tensor:
             if negative is None:
-                return _contrast_in_batch(z, target, tau, self.gather_distributed)
+                return _contrast_in_batch(z, target, tau, self.gather_distributed, "none")
             return _contrast(z, target, negative, tau)
 
         own = contrast(target)  # (N,)
@@ -210,14 +208,9 @@ Mixing = tuple[Tensor, Tensor]
 
 
 def _contrast_in_batch(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
+    z: Tensor, target: Tensor, temperature: float, gather: bool, reduction: str,
     mixing: Mixing | None = None,
-    *,
-    mean: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contrast each row with its target, or with a mixture, against all targets: (N,) or ()."""
     target = target.to(z.dtype)
     columns = gather_rows(target) if gather else target  # (W * N, C)
@@ -232,6 +225,8 @@ def _contrast_in_batch(
         counts = _count_partners(partner, columns, gather)
         if counts is not None:
             shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)  # (N, 2)
+    # Of a mean the gradient of the columns comes with the same pass, so it is asked for here.
+    mean = reduction == "mean"
     sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
     return sums - (positive.mean() if mean else positive)
 
@@ -290,7 +285,7 @@ def nt_xent(
     """
     check_positive("temperature", temperature)
     check_reduction(reduction)
-    loss = _contrast_one_way if one_directional else _contrast_views
+    loss = _contrast_in_batch if one_directional else _contrast_views
     return loss(*_normalize(z, target), temperature, gather_distributed, reduction)
 
 
@@ -324,7 +319,7 @@ class NTXent:
             own = nt_xent(z, target, **options)  # (N,)
             others = None if other is None else nt_xent(z, other, **options)
             return reduce(mix_losses(own, others, lam), self.reduction)
-        loss = _contrast_one_way if self.one_directional else _contrast_views
+        loss = _contrast_in_batch if self.one_directional else _contrast_views
         tau, gather = self.temperature, self.gather_distributed
         return loss(*_normalize(z, target), tau, gather, self.reduction, (partner, lam))
 
@@ -337,26 +332,10 @@ def _normalize(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z, target
 
 
-def _contrast_one_way(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
-    reduction: str,
-    mixing: Mixing | None = None,
-) -> Tensor:
-    mean = reduction == "mean"
-    return _contrast_in_batch(z, target, temperature, gather, mixing, mean=mean)
-
-
 def _contrast_views(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
-    reduction: str,
+    z: Tensor, target: Tensor, temperature: float, gather: bool, reduction: str,
     mixing: Mixing | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contrast unit rows of each view with all others of both, (N,) or ()."""
     n, scale = z.shape[0], 1 / temperature
     rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)

@@ -169,7 +169,7 @@ def test_copies_go_on_alike(name: str) -> None:
         ((ROWS, ROWS, ROWS[:3], FEW), r"must hold one row for each of the 3 .* got \(4, 5\)"),
         ((ROWS, ROWS, ROWS), r"z_mixed and mixed belong together, got only one"),
         ((ROWS, ROWS, None, SHARED), r"z_mixed and mixed belong together, got only one"),
-        ((ROWS, ROWS, [ROWS], [SHARED, SHARED]), r"must have the same length, .* got 1 and 2; pass"),
+        ((ROWS, ROWS, [ROWS], [SHARED, SHARED]), r"must have the same length, .* got 1 and 2;"),
         ((ROWS, ROWS, [ROWS, ROWS[:2]], [SHARED] * 2), r"z_mixed must hold .* got \(2, 5\)"),
         ((ROWS, ROWS, [], []), r"must have the same length, at least one, got 0 and 0"),
     ],
