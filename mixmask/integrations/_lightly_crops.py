@@ -38,6 +38,7 @@ class LikeIts(nn.Module):
             nn.Module.__delattr__(self, name)
 
     def _is_its(self, name: str) -> bool:
+        # Read past __getattr__, which would ask for the criterion again before there is one.
         criterion = self.__dict__.get("_modules", {}).get("criterion")
         own = name == "criterion" or name in self.__dict__ or hasattr(type(self), name)
         return not own and hasattr(criterion, name)
@@ -78,6 +79,7 @@ class _Crops(LikeIts):
     ) -> Tensor:
         """Return the sum over mixed views of the mean over the targets of other crops."""
         total = targets[0].new_zeros(())
+        # A crop has no target in itself: lightly skips that pair, too.
         for (z, record), view in zip(pairs, views, strict=True):
             terms = [
                 losses.lambda_weighted_loss(criterion, z, target, record, switch=self.switch)
@@ -126,6 +128,7 @@ class WrappedSwaV(_Crops):
         large = high_resolution_outputs
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(large) + len(low_resolution_outputs))
+        # Sinkhorn-Knopp scales by N times the processes, and so would be wrong for uneven batches.
         if self.sinkhorn_gather_distributed:
             check_even(len(large[0]), large[0].device)
         loss: Tensor = self.criterion(large, low_resolution_outputs, queue_outputs)
@@ -178,9 +181,10 @@ class WrappedDINO(_Crops):
         """
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(student_out))
+        # First, for the criterion moves its center; clean and mixed terms meet the same one.
         if pairs:
             temperature = self._teacher_temperature(teacher_temp, epoch)
-            sharpened = losses.DINO(self.center.flatten(), self.student_temp, temperature)
+            sharpened = losses.DINO(self.center.flatten(), self.student_temp, temperature)  # (K,)
             term = self._mixed_terms(sharpened, teacher_out, pairs, views)
         loss: Tensor = self.criterion(teacher_out, student_out, teacher_temp, epoch)
         return loss + term if pairs else loss

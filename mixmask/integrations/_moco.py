@@ -27,7 +27,7 @@ class FirstStep:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         buffers = builder._buffers.items()
         self.buffers = {name: (one, one.clone()) for name, one in buffers if one is not None}
-        # With a hook, a compiled encoder would be compiled again.
+        # With a hook, a compiled encoder would be compiled again: its images go unchecked.
         compiled = hasattr(encoder, "_orig_mod") or encoder._compiled_call_impl is not None
         self.handle = None if compiled else encoder.register_forward_hook(self._keep)
 
@@ -53,6 +53,7 @@ class FirstStep:
                     "keys must have unit length, as MoCo's do; normalise them in forward, or "
                     + IN_FORWARD
                 )
+            # By the images, for a builder may encode its own mixtures first.
             outputs = [output for images, output in self.seen if _among(view, [images])]
             for output in outputs[:1] if compare else ():
                 q = normalise(output).detach()

@@ -137,6 +137,7 @@ class StandIn(Generic[T]):
 
     def _keep(self, item: T) -> None:
         """Keep what a call left; refuse it where the last step's was not taken."""
+        # Forgotten before the error, so that a caller who goes on starts with a clean step.
         if len(self._kept) == self._calls:
             self.reset()
             raise ValueError(
@@ -204,6 +205,7 @@ class Snapshot(Loan):
         ours = type(value).__module__.startswith("mixmask.losses.")
         if not (ours and is_dataclass(value)):
             return super().lend(value, *args, **options)
+        # Frozen and without state: only what its functions return can have changed by then.
         if id(value) not in self.lent:
             self.lent[id(value)] = value, _read_functions(value)
         return self.lent[id(value)][1]
@@ -278,6 +280,7 @@ def split_arguments(
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
+    # Further arguments are passed on by name, so what only goes by position is refused below.
     given: dict[str, Any] = {}
     fixed = []
     for name, value in bound.arguments.items():

@@ -180,6 +180,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
             return loss
         z, target, more = self._split(dict(zip(self._names, arguments, strict=False)) | options)
         check_sizes(len(pairs[0][1]), z=z, target=target)
+        # Before the clean call, which moves the state.
         term = self.mixed_loss(z_mixed, target, mixed, z=z)  # type: ignore[arg-type]
         return self._clean(z, target, more) + term
 
@@ -208,6 +209,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
     def _mixed_terms(
         self, pairs: list[tuple[Tensor, MixedBatch]], targets: list[Tensor], z: list[Tensor]
     ) -> list[Tensor]:
+        # lightly gathers without a look at the sizes, and would take other rows for the targets.
         if getattr(self.criterion, "gather_distributed", False):
             check_even(len(targets[0]), targets[0].device)
         return super()._mixed_terms(pairs, targets, z)
@@ -236,6 +238,7 @@ class WrappedNTXent(WrappedCriterion):
         WrappedCriterion.__init__(self, criterion, switch=switch)
         bank = self.memory_bank
         if save_bank and bank.size[0] > 0:
+            # The same tensors again, persistent this time.
             bank.register_buffer("bank", bank.bank, persistent=True)
             bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 

@@ -206,6 +206,7 @@ class _Mixture:
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
         self.views = find_views(model, args, options, 1 + self.symmetric)
+        # Once: the checks clone the queue and compare values, for which a device is waited for.
         if not self.checked:
             self.first = FirstStep(self.model)
 
@@ -229,6 +230,7 @@ class _Mixture:
             try:
                 first.check_output(output, self.queue, self.layout, self._temperatures())
             except ValueError:
+                # As if the step had not been: the next one is checked again.
                 self.term = None
                 first.restore()
                 raise
@@ -247,6 +249,7 @@ class _Mixture:
         return term
 
     def criterion(self) -> InfoNCE:
+        # Read in each step, for a loop may schedule it.
         temperature = next(iter(self._temperatures()), None)
         if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
             raise TypeError(

@@ -152,6 +152,7 @@ class _Step:
         images, pairs, recorded = self.images, self.pairs, self.recording
         # Under DistributedDataParallel the module is called around its own call.
         self.start(None, None)
+        # In evaluation there is no loss, and without a backbone's call nothing to mix.
         if not recorded or not images or "loss" not in output:
             return output
         targets = self.targets(pairs)
@@ -175,7 +176,7 @@ class _Step:
         if self.method == "SimSiam":
             first, second = torch.cat([z for z, _ in pairs]).chunk(2)  # (2N, C) -> (N, C) each
             return [second, first]
-        (z, target), *others = pairs
+        (z, target), *others = pairs  # (N, C) each
         # One call compares both views; BYOL has a call per direction.
         return [target, others[0][1] if others else z]
 

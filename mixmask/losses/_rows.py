@@ -71,7 +71,7 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
 
 def mix_rows(rows: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
     """Return lam * rows + (1 - lam) * other, (N, C); without `other`, lam * rows alone."""
-    lam = lam[:, None] if lam.ndim else lam  # (N, 1) or ()
+    lam = lam[:, None] if lam.ndim else lam  # (N, 1) per sample, () for a shared mask
     return lam * rows if other is None else lam * rows + (1 - lam) * other
 
 
