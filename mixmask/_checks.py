@@ -53,8 +53,8 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         )
     if partners and images.shape[0] == 1:
         raise ValueError(
-            "a batch of one image has nobody to mix with; "
-            "use at least two images, or drop_last=True in the loader"
+            "a batch must hold at least two images to mix, got one; "
+            "use larger batches, or drop_last=True in the loader"
         )
 
 

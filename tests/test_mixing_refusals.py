@@ -62,7 +62,9 @@ def test_bad_images_are_refused(
     ],
 )
 def test_one_image_has_no_partner(mixture: Callable[[Tensor], MixedBatch]) -> None:
-    text = r"a batch of one image has nobody to mix with; use at least two images, or drop_last"
+    text = (
+        r"a batch must hold at least two images to mix, got one; use larger batches, or drop_last"
+    )
     with pytest.raises(ValueError, match=text):
         mixture(EIGHT[:1])
 

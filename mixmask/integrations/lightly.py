@@ -49,12 +49,7 @@ try:
     from lightly.loss.vicreg_loss import covariance_loss, variance_loss
     from lightly.utils.dist import gather
 
-    from mixmask.integrations._lightly_crops import (
-        LikeIts,
-        WrappedDINO,
-        WrappedLeJEPA,
-        WrappedSwaV,
-    )
+    from mixmask.integrations._lightly_crops import LikeIts, WrappedDINO, WrappedLeJEPA, WrappedSwaV
 except ImportError as error:
     raise ImportError(
         "mixmask.integrations.lightly needs lightly 1.5.26 or newer, which could not be "
@@ -78,11 +73,7 @@ _LEFT_OUT = {
 
 
 def wrap(
-    criterion: nn.Module,
-    *,
-    switch: bool = True,
-    ignore: Sequence[str] = (),
-    save_bank: bool = True,
+    criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = (), save_bank: bool = True
 ) -> nn.Module:
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 

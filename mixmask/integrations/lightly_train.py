@@ -7,7 +7,7 @@
     lightly_train.pretrain(out="out", data="images", model="torchvision/resnet18", method="simclr")
 
 The methods `simclr` and `dino` are supported; others are refused with the reason, before training
-starts. With several devices, each process runs the script and so the call.
+starts. With several devices, every process runs the script and therefore this call.
 
 lightly-train has no public interface for this, so untested versions are refused. `patch` replaces
 the look-up of methods by name (`_methods.method_helpers.get_method_cls`); a run gets subclasses
@@ -53,7 +53,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
         symmetric: Mix the second view as well; the term is the mean of both.
 
     Returns:
-        A function that takes the patch back.
+        A function that undoes the patch.
 
     Raises:
         ImportError: If lightly-train cannot be imported or its version was not tested.

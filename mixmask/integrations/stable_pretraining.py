@@ -2,12 +2,12 @@
 
     model = wrap(SimCLR("resnet18"), mixmask.MixMask(grid_size=4))
 
-The loss of every training step then includes the mixed term. Supported are the methods `SimCLR`,
-`BYOL`, `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg`, called directly or from your own `forward`,
-and `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`, `barlow_twins`, `vicreg`
-or a function that calls the same parts by the same names. Only public parts are used: `backbone`,
-`projector`, `predictor`, `queue` and the loss modules, whose clean outputs are recorded by forward
-hooks. Probes and kNN callbacks read embeddings and labels of the clean images.
+The loss of every training step then includes the mixed term. The methods `SimCLR`, `BYOL`,
+`SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg` are supported, called directly or from your own
+`forward`; so is `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`,
+`barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Only public
+parts are used: `backbone`, `projector`, `predictor`, `queue` and the loss modules; forward hooks
+record their clean outputs. Probes and kNN callbacks see clean images only.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """
@@ -67,8 +67,8 @@ def wrap(
             Not supported by MoCo v2, which has one direction.
 
     Returns:
-        The module itself, with hooks. In training, dictionaries that its `forward` returns also
-        hold "mixmask_loss" and "mixmask_lambda", which are logged under these names.
+        The module itself, with hooks. In training, the dictionary that its `forward` returns also
+        holds "mixmask_loss" and "mixmask_lambda", which are logged under these names.
 
     Raises:
         TypeError: If the module is not of stable-pretraining, or `mixing` cannot be called.

@@ -24,7 +24,7 @@ def check_rows(
         raise ValueError(f"{first} must not be empty, got {tuple(z.shape)}; skip empty batches")
     if z.shape[0] < at_least:
         raise ValueError(
-            f"this loss is a statistic of at least {at_least} images, got {z.shape[0]}; "
+            f"this loss needs at least {at_least} images, got {z.shape[0]}; "
             "use drop_last=True in the loader"
         )
     check_device(second, target, first, z)
@@ -33,10 +33,10 @@ def check_rows(
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Require a tensor to lie where another one does."""
+    """Require two tensors on one device."""
     if tensor.device != other.device:
         raise ValueError(
-            f"{name} must lie where {other_name} does, on {other.device}, got {tensor.device}; "
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}; "
             f"move it with .to({other_name}.device)"
         )
 

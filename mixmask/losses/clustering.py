@@ -84,16 +84,12 @@ class SwAV:
 
 @torch.no_grad()
 def sinkhorn(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    iterations: int = 3,
-    *,
-    gather_distributed: bool = False,
+    scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, gather_distributed: bool = False
 ) -> Tensor:
     r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
 
     With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
-    made once per step, of clean images; permuted, they are those of the partners.
+    computed once per step, from clean images; permuted, they are the partners' codes.
 
     Args:
         scores: (N, K) prototype scores, floating.
@@ -145,7 +141,7 @@ def dino(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Bring the student's distribution to the centred and sharpened one of the teacher.
+    r"""Cross-entropy of the student's distribution with the teacher's, centred and sharpened.
 
     $\ell_i = -\sum_k softmax((t_i - c) / \tau_t)_k \log softmax(z_i / \tau)_k$.
 
@@ -184,9 +180,8 @@ def dino(
 class DINO:
     """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
 
-    `update_center` returns a new center, and so does DINO's own loss rebind its center at each
-    step. Give it as `DINO(lambda: center)`, or build the criterion where it is used; a tensor is
-    right only where it is written in place.
+    `update_center` returns a new center, so pass a function, `DINO(lambda: center)`, or build the
+    criterion where it is used. Pass a tensor only if it is updated in place.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 32)

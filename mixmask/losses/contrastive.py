@@ -43,7 +43,7 @@ def info_nce(
     other targets of the batch are the negatives.
 
     Args:
-        z: (N, C) queries, floating; normalise them first, they are used as they are.
+        z: (N, C) queries, floating; they are not normalised here.
         target: (N, C) keys, row i belonging to query i.
         negatives: (K, C) queue of normalised, detached rows, in any order, or a function
             () -> (K, C) that is called for every loss; None takes the batch's other targets.
@@ -80,10 +80,10 @@ def info_nce(
 class InfoNCE:
     """`info_nce` with its options stored, as a criterion (z, target).
 
-    The queue's rows must be normalised, as queries and keys are, and detached; they are used as
-    they are. A queue that the loop writes in place, as MoCo's buffer, can be given once. One that
-    the loop rebinds, as in `queue = torch.cat([queue, keys])[n:]`, would be held at its first
-    value: give it as `InfoNCE(lambda: queue)`, or build the criterion where it is used.
+    The queue's rows must be normalised, as queries and keys are, and detached. A queue that is
+    written in place, such as MoCo's buffer, can be passed once. If the loop rebinds it, as in
+    `queue = torch.cat([queue, keys])[n:]`, a tensor would stay the first queue: pass a function,
+    `InfoNCE(lambda: queue)`, or build the criterion where it is used.
 
     `lambda_weighted_loss` finds its `weighted` method, which takes the negatives' sum once for
     both terms.

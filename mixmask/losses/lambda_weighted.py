@@ -37,12 +37,7 @@ from mixmask.mixing import MixedBatch
 
 
 def lambda_weighted_loss(
-    criterion: Criterion,
-    z_mixed: Tensor,
-    target: Tensor,
-    mixed: MixedBatch,
-    *,
-    switch: bool = True,
+    criterion: Criterion, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, *, switch: bool = True
 ) -> Tensor:
     r"""Weigh the loss towards an image and towards its partner by their shares (eq. 4).
 

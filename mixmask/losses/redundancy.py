@@ -24,7 +24,7 @@ def barlow_twins(
     gather_distributed: bool = False,
     sync_statistics: bool = False,
 ) -> Tensor:
-    r"""Bring the cross-correlation of two views' features to the identity.
+    r"""Distance of the cross-correlation of two views' features from the identity.
 
     $\sum_i (1 - C_{ii})^2 + w \sum_{i \neq j} C_{ij}^2$ with $C = \hat z^T \hat t / N$, where each
     feature is standardised over the batch.
@@ -33,11 +33,11 @@ def barlow_twins(
         z: (N, C) projections of one view, N of at least 2, floating.
         target: (N, C) projections of the other view.
         redundancy_weight: w, the weight of the off-diagonal part.
-        gather_distributed: Average C over all processes. Each still standardises its features by
-            its own batch, unless `sync_statistics` is set.
-        sync_statistics: Standardise features by the batches of all processes, as synchronised
-            batch norm does. Set both for the loss of the whole batch, which is what the authors'
-            code computes; `gather_distributed` alone is what lightly's criterion does.
+        gather_distributed: Average C over all processes. Each process still standardises features
+            over its own batch, unless `sync_statistics` is set.
+        sync_statistics: Standardise features over the batches of all processes, as synchronised
+            batch norm does. With both set, the loss is that of the whole batch, as in the authors'
+            code; `gather_distributed` alone is what lightly's criterion computes.
 
     Returns:
         () scalar, at least float32. A single image has no loss, so mixed terms need a λ
@@ -91,15 +91,15 @@ class BarlowTwins:
 
 @dataclass(frozen=True)
 class MatchedBarlowTwins(BarlowTwins):
-    r"""Barlow Twins whose mixed term an ideal mix brings to zero.
+    r"""Barlow Twins with a mixed term that reaches zero for an ideal mix.
 
-    Clean views meet `barlow_twins`. A mixed view is matched to the mixture of the clean
+    Clean views use `barlow_twins`. A mixed view is matched to the mixture of the clean
     correlations, $C(z_m, t) \to \lambda C(z, t) + (1 - \lambda) C(z_\pi, t)$: the squares of the
     difference, weighted as in `barlow_twins`. Mixed features are standardised by the clean ones'
     mean and deviation, so that an encoder with $f(m) = \lambda f(x) + (1 - \lambda) f(x_\pi)$
     reaches zero exactly. No gradient goes to the clean z.
 
-    It needs z beside the target, so it goes into `LambdaWeightedLoss` and not into
+    It needs z as well as the target, so use it with `LambdaWeightedLoss`, not with
     `lambda_weighted_loss`.
 
     Source:
@@ -203,7 +203,7 @@ def vicreg(
     *,
     gather_distributed: bool = False,
 ) -> Tensor:
-    r"""Keep two views together, their features spread and uncorrelated.
+    r"""Pull two views together, and keep features spread and uncorrelated.
 
     $\mu_s \frac{1}{NC} \sum_i \|z_i - t_i\|^2 + \mu_v [v(z) + v(t)] + \mu_c [c(z) + c(t)]$ with
     $v(z) = \frac{1}{2C} \sum_j \max(0, 1 - \sqrt{Var(z_j) + 10^{-4}})$ and $c(z) = \frac{1}{C}

@@ -65,7 +65,7 @@ def test_other_data_keys_are_refused(key: str, value: Tensor) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 8, 8)])
 def test_a_single_image_is_refused(p: float, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="nobody to mix with"):
+    with pytest.raises(ValueError, match="at least two images to mix, got one"):
         RandomMixMask(4, p=p)(torch.rand(shape))
 
 

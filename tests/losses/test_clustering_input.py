@@ -24,7 +24,7 @@ LAM = torch.ones(())
         (ROWS[0], ROWS[0], ValueError, r"got \(8,\) and \(8,\); flatten"),
         (ROWS[:0], ROWS[:0], ValueError, r"z must not be empty, got \(0, 8\)"),
         (ROWS.long(), ROWS, TypeError, "z must be floating, got torch.int64"),
-        (ROWS, ROWS.to("meta"), ValueError, "target must lie where z does, on cpu, got meta"),
+        (ROWS, ROWS.to("meta"), ValueError, "target must be on the device of z, cpu, got meta"),
     ],
 )
 def test_bad_rows_are_refused(
@@ -56,7 +56,7 @@ def test_bad_rows_are_refused(
         (
             lambda: dino(ROWS, ROWS, torch.zeros(8, device="meta")),
             ValueError,
-            r"center must lie where target does, on cpu, got meta; move it",
+            r"center must be on the device of target, cpu, got meta; move it",
         ),
         (
             lambda: DINO([0.0] * 8),  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_bad_rows_are_refused(
         (
             lambda: update_center(torch.zeros(8, device="meta"), ROWS),
             ValueError,
-            "center must lie where target does, on cpu, got meta",
+            "center must be on the device of target, cpu, got meta",
         ),
     ],
 )

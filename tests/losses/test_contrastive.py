@@ -327,9 +327,9 @@ def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], t
 
 def test_tensors_elsewhere_are_refused() -> None:
     z, elsewhere = _unit(N, C), torch.zeros(N, C, device="meta")
-    with pytest.raises(ValueError, match="target must lie where z does, on cpu, got meta"):
+    with pytest.raises(ValueError, match="target must be on the device of z, cpu, got meta"):
         info_nce(z, elsewhere)
-    with pytest.raises(ValueError, match="negatives must lie where z does, on cpu, got meta"):
+    with pytest.raises(ValueError, match="negatives must be on the device of z, cpu, got meta"):
         info_nce(z, z, elsewhere)
 
 

@@ -180,7 +180,7 @@ LAM = torch.tensor(0.5)
         (ROWS[:0], ROWS[:0], ValueError, r"z must not be empty, got \(0, 8\)"),
         (ROWS[:1], ROWS[:1], ValueError, "of at least 2 images, got 1; use drop_last=True"),
         (ROWS.long(), ROWS.long(), TypeError, "z must be floating, got torch.int64"),
-        (ROWS, ROWS.to("meta"), ValueError, "target must lie where z does, on cpu, got meta"),
+        (ROWS, ROWS.to("meta"), ValueError, "target must be on the device of z, cpu, got meta"),
     ],
 )
 def test_bad_rows_are_refused(
@@ -221,7 +221,7 @@ def test_bad_rows_are_refused(
         (
             lambda: MatchedBarlowTwins().matched(ROWS, ROWS, ROWS.to("meta"), None, LAM),
             ValueError,
-            "z must lie where z_mixed does, on cpu, got meta",
+            "z must be on the device of z_mixed, cpu, got meta",
         ),
     ],
 )
