@@ -35,14 +35,9 @@ def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
 
 
 def mix_log_sums(
-    rows: Tensor,
-    columns: Tensor,
-    scale: float,
-    shares: Tensor | None = None,
-    counts: Tensor | None = None,
-    *,
-    mean: bool = False,
-) -> Tensor:
+    rows: Tensor, columns: Tensor, scale: float, shares: Tensor | None = None,
+    counts: Tensor | None = None, *, mean: bool = False,
+) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row's logits, (N,), or the mean of all, ().
 
     With `counts` (K,), how often each column stands in a second sum, it is the mixture of both:
@@ -168,14 +163,9 @@ class _MixedLogSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        scale: float,
-        shares: Tensor,
-        counts: Tensor | None,
-        mean: bool,
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, columns: Tensor, scale: float, shares: Tensor,
+        counts: Tensor | None, mean: bool,
+    ) -> Tensor:  # fmt: skip
         """Return (N,) in at least float32, or ()."""
         work = choose_dtype(rows, columns)
         of_rows, of_columns = ctx.needs_input_grad[:2]

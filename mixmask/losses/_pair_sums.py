@@ -17,13 +17,9 @@ _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 
 
 def sum_pairs(
-    rows: Tensor,
-    scale: float,
-    counts: Tensor | None = None,
-    columns: Tensor | None = None,
-    first: int = 0,
-    blocks: int = 1,
-) -> Tensor:
+    rows: Tensor, scale: float, counts: Tensor | None = None, columns: Tensor | None = None,
+    first: int = 0, blocks: int = 1,
+) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
 
     Rows and columns have the length 1. Without `columns` the rows are their own, and each pair

@@ -181,12 +181,9 @@ class LambdaWeightedLoss(nn.Module):
         self._tried = False
 
     def forward(
-        self,
-        z: Embeddings,
-        target: Embeddings,
-        z_mixed: Embeddings | None = None,
-        mixed: Records | None = None,
-    ) -> Tensor:
+        self, z: Embeddings, target: Embeddings,
+        z_mixed: Embeddings | None = None, mixed: Records | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the loss of the clean images plus that of each mixed view, each with weight 1.
 
         Args:
@@ -218,13 +215,9 @@ class LambdaWeightedLoss(nn.Module):
         return sum([*others, *mixed_terms], first)
 
     def mixed_loss(
-        self,
-        z_mixed: Embeddings,
-        target: Embeddings,
-        mixed: Records,
-        *,
+        self, z_mixed: Embeddings, target: Embeddings, mixed: Records, *,
         z: Embeddings | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the mixed terms alone, (), and leave the criterion's state as it is.
 
         For loops that call backward on them before the clean images' loss, so that one forward
@@ -239,12 +232,9 @@ class LambdaWeightedLoss(nn.Module):
         return sum(others, first)
 
     def terms(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        images: Embeddings,
-        target: Embeddings,
-        mixed: Records,
-    ) -> Iterator[Tensor]:
+        self, encode: Callable[[Tensor], Tensor],
+        images: Embeddings, target: Embeddings, mixed: Records,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the loss term by term, the mixed ones first; each is embedded when asked for.
 
         Call backward on a term before asking for the next: gradients add up, only one forward

@@ -195,14 +195,9 @@ def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def vicreg(
-    z: Tensor,
-    target: Tensor,
-    invariance_weight: float = 25.0,
-    variance_weight: float = 25.0,
-    covariance_weight: float = 1.0,
-    *,
-    gather_distributed: bool = False,
-) -> Tensor:
+    z: Tensor, target: Tensor, invariance_weight: float = 25.0, variance_weight: float = 25.0,
+    covariance_weight: float = 1.0, *, gather_distributed: bool = False,
+) -> Tensor:  # fmt: skip
     r"""Pull two views together, and keep features spread and uncorrelated.
 
     $\mu_s \frac{1}{NC} \sum_i \|z_i - t_i\|^2 + \mu_v [v(z) + v(t)] + \mu_c [c(z) + c(t)]$ with
