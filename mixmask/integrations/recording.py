@@ -197,7 +197,7 @@ class RecordingCriterion(StandIn[Call]):
         tried, self._tried = self._tried, True
         with snapshot.installed() as criterion:
             whole = LambdaWeightedLoss(criterion, switch=self.switch, ignore=self._ignored)
-            # Its first call alone compares what is trained, for which a device is waited for.
+            # Only its first call compares trained parameters, for which a device is waited for.
             whole._tried = tried
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
 

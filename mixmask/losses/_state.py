@@ -52,7 +52,7 @@ def lend_state(
     """Yield a criterion that works on copies; afterwards it has its own state back, untouched.
 
     Copies, and not a restored original: what autograd keeps of the call must not change under it.
-    `cautious` keeps the values of what is trained, too, to restore them before an error.
+    `cautious` also keeps the values of trained parameters, to restore them before an error.
     """
     with Loan(ignore, cautious) as loan:
         yield loan.lend_all(criterion)
@@ -60,7 +60,11 @@ def lend_state(
 
 
 class Loan(ExitStack):
-    """A walk through what a criterion holds; leaving it undoes every change."""
+    """A walk through what a criterion holds; leaving it undoes every change.
+
+    Containers and tensors are replaced by copies. Objects, modules and functions stay themselves,
+    for others may hold them too; what they hold is swapped, and swapped back by a callback.
+    """
 
     def __init__(self, ignore: Collection[str] = (), cautious: bool = False) -> None:
         super().__init__()
@@ -81,11 +85,13 @@ class Loan(ExitStack):
             base = base.func
         self.package = _name_package(getattr(base, "__func__", base))
         lent: Callable[..., Any] = self.lend(criterion)
+        # Methods name further attributes and classes, which hold further methods: until no more.
         visited: set[tuple[Any, str]] = set()
         while todo := {(k, n) for k in self.kinds for n in self.names & vars(k).keys()} - visited:
             visited |= todo
             for kind, name in todo:
                 part = vars(kind)[name]
+                # Of a bound or class method what it wraps, of a property its getter.
                 function = getattr(part, "__func__", getattr(part, "fget", part))
                 if isinstance(function, FunctionType):
                     self.lend(function, depth=self.kinds[kind])
@@ -104,6 +110,7 @@ class Loan(ExitStack):
         # What lies too deep is left, and not noted: it may be met again from nearer.
         if depth <= 0 and not (near or isinstance(value, Tensor)):
             return value
+        # Noted before its parts are walked, which may refer back to it.
         self.lent[id(value)] = value, value
         lend = self._lend_tensor if isinstance(value, Tensor) else self._lend_parts
         self.lent[id(value)] = value, lend(value, name, depth - (not near))
@@ -116,11 +123,12 @@ class Loan(ExitStack):
 
     def _lend_tensor(self, value: Tensor, name: str, _depth: int) -> Tensor:
         if value.requires_grad and value.is_leaf:
-            # The gradient of a copy would be lost, so what is trained is only watched.
+            # The gradient of a copy would be lost, so trained parameters are only watched.
             kept = value.detach().clone() if self.cautious else None
             self.trained.append((name.lstrip("."), value, value._version, value.detach(), kept))
             return value
         pointer = _find_memory(value)
+        # Of what is computed from trained tensors, a clone keeps the graph.
         if value.requires_grad or value.is_conj() or not pointer:
             return value.clone()
         # Copies of two views of one memory are views of one memory, too.
@@ -137,6 +145,7 @@ class Loan(ExitStack):
             return copied
         if isinstance(value, tuple):
             parts = [self.lend(part, f"{name}.{i}", depth) for i, part in enumerate(value)]
+            # An unchanged tuple stays itself, so that nothing is written to its owner.
             if all(map(is_, parts, value)):
                 return value
             return value._make(parts) if hasattr(value, "_make") else tuple(parts)
@@ -159,10 +168,12 @@ class Loan(ExitStack):
         else:
             for kind in type(owner).__mro__:
                 self._note_kind(kind, _DEPTH)
+        # Callbacks run last first: values come back before names that are new are dropped.
         for space in _list_spaces(owner):
             self.callback(self._drop_new, space, name, set(space))
         for store, held in _list_parts(owner):
             self._swap(store, held, name, depth)
+        # Children stay in place: hooks and optimizers hold them.
         if isinstance(owner, nn.Module):
             for key, child in owner.named_children():
                 self.lend(child, f"{name}.{key}", depth)
@@ -186,7 +197,7 @@ class Loan(ExitStack):
         return any(f".{path}." in f"{name}." for path in self.ignore)
 
     def check_trained(self) -> None:
-        """Refuse a criterion that wrote to what is trained; restore it where that is known."""
+        """Refuse a criterion that wrote to trained parameters; restore them if they were kept."""
         changed = []
         for name, tensor, version, storage, kept in self.trained:
             # What is written through .data has no new version. NaN stays what it is.
@@ -197,86 +208,10 @@ class Loan(ExitStack):
                 changed.append(name)
         if changed:
             raise ValueError(
-                "a criterion must not write to what is trained, got one whose "
+                "a criterion must not write to trained parameters, got one whose "
                 f"{', '.join(map(repr, changed[:5]))} changed during a call; update it once per "
                 "step, outside of the criterion"
             )
-
-
-@contextmanager
-def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Do what `lend_state` does in a way that can be traced, for what `is_traceable`.
-
-    Dynamo refuses to trace a module whose plain attributes change: that takes a graph break.
-    """
-    owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    saved = [_list_attributes(owner) for owner in owners]
-    copies: dict[int, Tensor] = {}
-    try:
-        for owner, attributes in zip(owners, saved, strict=True):
-            for name, value in attributes.items():
-                if isinstance(value, Tensor):
-                    copied = copies.setdefault(id(value), value.detach().clone())
-                    setattr(owner, name, copied)
-        yield criterion
-    finally:
-        for owner, attributes in zip(owners, saved, strict=True):
-            for name in _list_attributes(owner).keys() - attributes.keys():
-                delattr(owner, name)
-            for name, value in attributes.items():
-                setattr(owner, name, value)
-
-
-def is_library(criterion: object) -> bool:
-    """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
-    for function in _FUNCTIONS:
-        if criterion is function:
-            return True
-    return type(criterion).__module__.startswith("mixmask.losses.")
-
-
-def is_traceable(whole: Any) -> bool:
-    """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
-    criterion = whole.criterion
-    with Loan() as loan:
-        loan.lend_all(criterion)
-    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    tensors = [part for one in modules for part in _list_attributes(one).values()]
-    tensors = [part for part in tensors if isinstance(part, Tensor)]
-    # Copies of views would be no views: the walk outside of the graph sees to them.
-    pointers = Counter({id(one): _find_memory(one) for one in tensors}.values())
-    if any(pointer and count > 1 for pointer, count in pointers.items()):
-        return False
-    lent = [value for value, _ in loan.lent.values()]
-    options = [one.keywords for one in lent if isinstance(one, partial)]
-    trained = [one for _, one, *_ in loan.trained]
-    known = {id(one) for one in [*modules, *tensors, *options, *trained]}
-    read: set[str] = set()
-    stored: set[str] = set()
-    for value in lent:
-        if isinstance(value, FunctionType):
-            # Numbers that a function reads are constants, unless some code rebinds the name.
-            parts = [part for _, held in _list_parts(value) for part in held.items()]
-            read |= {name for name, part in parts if isinstance(part, _PLAIN)}
-            steps = [
-                one for code in list_codes(value.__code__) for one in dis.get_instructions(code)
-            ]
-            stored |= {f"{one.argval}" for one in steps if "STORE_" in one.opname}
-        elif not (id(value) in known or isinstance(value, (MethodType, partial, tuple))):
-            return False
-    for kind in loan.kinds:
-        read |= {name for name, part in vars(kind).items() if isinstance(part, _PLAIN)}
-    return not read & stored
-
-
-# What torch.compiler.assume_constant_result does, which would import the whole compiler.
-is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _list_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's buffers and, where it may change them, its plain attributes."""
-    own = {} if _is_stateless(module) else vars(module)
-    return {name: own[name] for name in own if name not in _MODULE_INTERNALS} | module._buffers
 
 
 def _list_parts(owner: Any) -> Iterator[Part]:
@@ -355,3 +290,80 @@ def _name_package(thing: Any) -> str:
 
 def _is_stateless(thing: Any) -> bool:
     return f"{_name_home(thing)}.".startswith(_STATELESS)
+
+
+@contextmanager
+def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Do what `lend_state` does in a way that can be traced, for what `is_traceable`.
+
+    Dynamo refuses to trace a module whose plain attributes change: that takes a graph break.
+    """
+    owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    saved = [_list_attributes(owner) for owner in owners]
+    copies: dict[int, Tensor] = {}
+    try:
+        for owner, attributes in zip(owners, saved, strict=True):
+            # Numbers need no copy: setting the saved ones back is enough.
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    copied = copies.setdefault(id(value), value.detach().clone())
+                    setattr(owner, name, copied)
+        yield criterion
+    finally:
+        for owner, attributes in zip(owners, saved, strict=True):
+            for name in _list_attributes(owner).keys() - attributes.keys():
+                delattr(owner, name)
+            for name, value in attributes.items():
+                setattr(owner, name, value)
+
+
+def is_library(criterion: object) -> bool:
+    """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
+    for function in _FUNCTIONS:
+        if criterion is function:
+            return True
+    return type(criterion).__module__.startswith("mixmask.losses.")
+
+
+def is_traceable(whole: Any) -> bool:
+    """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
+    criterion = whole.criterion
+    with Loan() as loan:
+        loan.lend_all(criterion)
+    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    tensors = [part for one in modules for part in _list_attributes(one).values()]
+    tensors = [part for part in tensors if isinstance(part, Tensor)]
+    # Copies of views would be no views: the walk outside of the graph sees to them.
+    pointers = Counter({id(one): _find_memory(one) for one in tensors}.values())
+    if any(pointer and count > 1 for pointer, count in pointers.items()):
+        return False
+    lent = [value for value, _ in loan.lent.values()]
+    options = [one.keywords for one in lent if isinstance(one, partial)]
+    trained = [one for _, one, *_ in loan.trained]
+    known = {id(one) for one in [*modules, *tensors, *options, *trained]}
+    read: set[str] = set()
+    stored: set[str] = set()
+    for value in lent:
+        if isinstance(value, FunctionType):
+            # Numbers that a function reads are constants, unless some code rebinds the name.
+            parts = [part for _, held in _list_parts(value) for part in held.items()]
+            read |= {name for name, part in parts if isinstance(part, _PLAIN)}
+            steps = [
+                one for code in list_codes(value.__code__) for one in dis.get_instructions(code)
+            ]
+            stored |= {f"{one.argval}" for one in steps if "STORE_" in one.opname}
+        elif not (id(value) in known or isinstance(value, (MethodType, partial, tuple))):
+            return False
+    for kind in loan.kinds:
+        read |= {name for name, part in vars(kind).items() if isinstance(part, _PLAIN)}
+    return not read & stored
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _list_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's buffers and, where it may change them, its plain attributes."""
+    own = {} if _is_stateless(module) else vars(module)
+    return {name: own[name] for name in own if name not in _MODULE_INTERNALS} | module._buffers

@@ -366,7 +366,7 @@ class LambdaWeightedLoss(nn.Module):
             return check_loss(lent.matched(z_mixed, target, z, other, lam), len(z)).mean()
 
     def _lend(self) -> AbstractContextManager[Any]:
-        """Lend the criterion's state; what is trained is kept safe at the first call alone."""
+        """Lend the criterion's state; trained parameters are kept safe at the first call alone."""
         if torch.compiler.is_compiling():
             return lend_buffers(self.criterion)
         cautious, self._tried = not self._tried, True
