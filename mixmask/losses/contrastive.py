@@ -174,8 +174,8 @@ def _check_queue(queue: Tensor) -> None:
         )
     if queue.requires_grad and not queue.is_leaf:
         raise ValueError(
-            "negatives must carry no graph, got a queue computed from trained parameters; detach the "
-            "keys before they are enqueued, as in keys.detach()"
+            "negatives must carry no graph, got a queue computed from trained parameters; detach "
+            "the keys before they are enqueued, as in keys.detach()"
         )
 
 
