@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mixmask._checks import check_integer
 from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
 from mixmask.losses._criteria import check_kind
 from mixmask.losses._rows import mix_losses
@@ -108,10 +109,7 @@ class StandIn(Generic[T]):
         return super().__new__(cls.as_module if other else cls)
 
     def __init__(self, replaced: Any, calls: int) -> None:
-        if isinstance(calls, bool) or not isinstance(calls, int):
-            raise TypeError(f"calls must be an integer, got {calls!r}; use 2 for symmetric methods")
-        if calls < 1:
-            raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
+        check_integer("calls", calls, 1, "count them in forward: 2 in symmetric methods")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
             # The same objects, so that optimizers, `to` and `state_dict` see what they saw.

@@ -311,7 +311,7 @@ ROWS = torch.rand(4, 8)
         (
             lambda: info_nce(ROWS, ROWS, ROWS.to("meta")),
             ValueError,
-            r"where z does, on cpu, got meta; move it with \.to\(z\.device\)",
+            r"on the device of z, cpu, got meta; move it with \.to\(z\.device\)",
         ),
         (
             lambda: InfoNCE(ROWS).weighted(ROWS, ROWS[:2], None, torch.ones(())),

@@ -178,7 +178,7 @@ LAM = torch.tensor(0.5)
         (ROWS, ROWS[:, :5], ValueError, r"got \(4, 8\) and \(4, 5\); flatten"),
         (ROWS[0], ROWS[0], ValueError, r"got \(8,\) and \(8,\); flatten"),
         (ROWS[:0], ROWS[:0], ValueError, r"z must not be empty, got \(0, 8\)"),
-        (ROWS[:1], ROWS[:1], ValueError, "of at least 2 images, got 1; use drop_last=True"),
+        (ROWS[:1], ROWS[:1], ValueError, "needs at least 2 images, got 1; use drop_last=True"),
         (ROWS.long(), ROWS.long(), TypeError, "z must be floating, got torch.int64"),
         (ROWS, ROWS.to("meta"), ValueError, "target must be on the device of z, cpu, got meta"),
     ],
@@ -201,7 +201,7 @@ def test_bad_rows_are_refused(
         (
             lambda: VICReg().weighted(ROWS[:1], ROWS[:1], None, LAM),
             ValueError,
-            "of at least 2 images, got 1",
+            "needs at least 2 images, got 1",
         ),
         (
             lambda: VICReg().weighted(ROWS, ROWS[:2], None, LAM),
@@ -216,7 +216,7 @@ def test_bad_rows_are_refused(
         (
             lambda: MatchedBarlowTwins().matched(ROWS[:1], ROWS[:1], ROWS[:1], None, LAM),
             ValueError,
-            "of at least 2 images, got 1",
+            "needs at least 2 images, got 1",
         ),
         (
             lambda: MatchedBarlowTwins().matched(ROWS, ROWS, ROWS.to("meta"), None, LAM),
