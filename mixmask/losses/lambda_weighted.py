@@ -363,7 +363,8 @@ class LambdaWeightedLoss(nn.Module):
         other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None  # (N, C)
         lam = move(mixed.lam, z_mixed.device)  # () or (N,)
         with self._lend() as lent:
-            return check_loss(lent.matched(z_mixed, target, z, other, lam), len(z)).mean()
+            # And not len(z), which would fix the batch's size in an exported graph.
+            return check_loss(lent.matched(z_mixed, target, z, other, lam), z.shape[0]).mean()
 
     def _lend(self) -> AbstractContextManager[Any]:
         """Lend the criterion's state; trained parameters are kept safe at the first call alone."""
