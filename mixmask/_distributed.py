@@ -28,7 +28,7 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     """Stack the rows of all processes in the order of their ranks, with gradients.
 
     Args:
-        rows: (N, ...), as many on every process.
+        rows: (N, ...), the same N on every process.
         checked: Compare the sizes first, see `check_even`; False where they are known to be equal.
 
     Returns:
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Average(torch.autograd.Function):
-    """Average; the gradient is averaged likewise, as every process sums its own loss."""
+    """Average; the gradient is averaged too, as every process has a loss of its own."""
 
     @staticmethod
     def forward(_ctx: Any, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who is mixed with whom: partners as an index over the batch, nobody with itself."""
+"""Which images are mixed: partners as an index over the batch, no image with itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def choose_partners(
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: seed.new_empty(n))
 def _draw_ring(seed: Tensor, n: int) -> Tensor:
     # A permutation read as a ring: each image's partner is the one before it, so that all are
-    # partners once and nobody is its own.
+    # partners once and none is its own.
     ring = torch.randperm(n, generator=seeded(seed), device="cpu")  # (n,)
     return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 

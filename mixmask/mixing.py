@@ -100,10 +100,9 @@ def mix_batch(
             view: mix each of several on its own, and split those that lie in one tensor first.
         masks: A generator, of which one mask is drawn for the whole batch; or a bool tensor
             at cell or pixel size, (h, w) for a shared mask or (N, h, w) for one per sample.
-        partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring
-            instead, so that nobody meets itself, and `torch.flip` is not this pairing: use
-            `mixed.partner`. "random" draws a random ring through the whole batch. Or an index
-            tensor (N,).
+        partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring, so
+            that no image is its own partner (unlike with `torch.flip`: use `mixed.partner`).
+            "random" draws a random ring through the whole batch. Or an index tensor (N,).
         generator: A CPU generator for the mask and the partners. Default: torch's global one.
 
     Returns:

@@ -311,8 +311,8 @@ def _cosine(criterion: Any) -> losses.Criterion:
     return rows
 
 
-# Without state or with state that `rest` minds, so nothing has to be copied. By `forward`, so that
-# a derived criterion with its own is not taken for lightly's.
+# Their state, if any, is left alone by these forms, so nothing has to be copied. By `forward`, so
+# that a derived criterion with its own is not taken for lightly's.
 _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
     theirs.NegativeCosineSimilarity.forward: _cosine,
     theirs.VICRegLoss.forward: _vicreg,

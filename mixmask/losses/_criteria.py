@@ -89,7 +89,7 @@ def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
-    """Refuse, as far as it can be told, what would train on something else than it seems to."""
+    """Refuse what would train on something else than it seems to, where it can be detected."""
     check_kind(criterion)
     base = _unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):

@@ -29,7 +29,7 @@ def sum_pairs(
         rows: (M, C), in `blocks` of equal lengths.
         scale: Factor of the products.
         counts: (K,), how often each column stands in the second sum; None for no second sum.
-        columns: (K, C), in as many blocks.
+        columns: (K, C), in the same number of blocks.
         first: Where in its block of columns the first row of a block stands.
         blocks: How many views there are among rows and columns.
     """

@@ -61,7 +61,7 @@ def barlow_twins(
     rows = _standardize(z, z, sync_statistics)  # (N, C)
     columns = _standardize(target, target, sync_statistics)  # (N, C)
     if gather_distributed or sync_statistics:
-        # An average of averages is that of all rows only where processes hold as many.
+        # An average of averages is that of all rows only if every process holds as many rows.
         check_even(rows.shape[0], rows.device)
     return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
 
