@@ -294,7 +294,7 @@ def ranks(part: Part, count: int) -> None:
         killed = _torchrun(pretrain(data, out, "--epochs=200"), kill_rank=trial % 2, chance=part)
         ended = killed.returncode not in (0, None)
         again = _torchrun(["pretrain", "--resume", str(out)], seconds=5)
-        goes_on = "Traceback" not in again.stderr or "is no run folder" not in again.stderr
+        goes_on = "Traceback" not in again.stderr or "is not a run folder" not in again.stderr
         part.count(ended and goes_on, f"rank {trial % 2}: {killed.stderr[-300:]!r}")
     part.count(same(weights(whole), expected), "the whole run changed")
 

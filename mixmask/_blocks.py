@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixmask._operators import as_operator, seeded
+from mixmask._devices import as_operator, seeded
 
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10

@@ -27,6 +27,7 @@ def check_tensor(name: str, value: Any, shape: str = "(N, ...)") -> None:
 
 def check_images(images: Tensor, *, partners: bool) -> None:
     """Require a batch (N, C, H, W) of floating or uint8 images; of two or more with `partners`."""
+    # Multi-crop loaders give lists of views, and loaders without a collate function of images.
     if isinstance(images, (list, tuple)):
         single = images and isinstance(images[0], Tensor) and images[0].ndim == 3
         fix = "stack single images with torch.stack"
@@ -52,14 +53,14 @@ def check_images(images: Tensor, *, partners: bool) -> None:
         )
     if partners and images.shape[0] == 1:
         raise ValueError(
-            "a batch of one image has nobody to mix with; "
-            "use at least two images, or drop_last=True in the loader"
+            "a batch must hold at least two images to mix, got one; "
+            "use larger batches, or drop_last=True in the loader"
         )
 
 
 def check_integer(name: str, value: int, least: int, fix: str) -> None:
     """Require an integer that is not smaller than the least one."""
-    # A size of torch.export's is an integer to be.
+    # bool is a subclass of int, and a size under torch.export is an integer to be.
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}; {fix}")
     if value < least:
@@ -86,6 +87,7 @@ def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
     ):
         raise TypeError(f"ratio must be a number or a range (low, high), got {ratio!r}; {fix}")
     low, high = ratio
+    # A range may touch 0 and 1: counts of cells are then clipped to at least one of each kind.
     if not 0 <= low <= high <= 1 or low == high in (0, 1):
         raise ValueError(f"ratio needs 0 <= low <= high <= 1, got {ratio}; {fix}")
     return float(low), float(high)

@@ -28,7 +28,7 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     """Stack the rows of all processes in the order of their ranks, with gradients.
 
     Args:
-        rows: (N, ...), as many on every process.
+        rows: (N, ...), the same N on every process.
         checked: Compare the sizes first, see `check_even`; False where they are known to be equal.
 
     Returns:
@@ -65,11 +65,11 @@ _compared: dict[Any, tuple[int, int]] = {}
 
 
 def check_even(n: int, device: torch.device, kind: Any = None) -> None:
-    """Refuse a batch that is split unevenly: the rows of other processes would be mistaken.
+    """Refuse a batch that is split unevenly: rows of other processes would be mistaken for ours.
 
     Every process must call this, on the device of the process group. On a CPU all of them raise.
-    On a device, reading the numbers would wait for it, so a process reads them where its own
-    number is not that of its last call for this kind: where one process changes, it raises.
+    On a GPU, reading the sizes would wait for it. A process therefore reads them only when its own
+    size differs from that of its last call for this kind; the one that changes raises.
     """
     world = world_size()
     if world == 1 or torch.compiler.is_compiling():
@@ -82,8 +82,8 @@ def check_even(n: int, device: torch.device, kind: Any = None) -> None:
     counts = sizes.tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"every process must hold as many images, got {counts} by rank; use drop_last=True "
-            "in the loader, with a DistributedSampler"
+            f"every process must hold the same number of images, got {counts} by rank; use "
+            "drop_last=True in the loader, with a DistributedSampler"
         )
     _compared[kind] = world, n
 
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Average(torch.autograd.Function):
-    """Average; the gradient is averaged likewise, as every process sums its own loss."""
+    """Average; the gradient is averaged too, as every process has a loss of its own."""
 
     @staticmethod
     def forward(_ctx: Any, value: Tensor) -> Tensor:

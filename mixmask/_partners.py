@@ -1,4 +1,4 @@
-"""Who is mixed with whom: partners as an index over the batch, nobody with itself."""
+"""Which images are mixed: partners as an index over the batch, no image with itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask._devices import move
-from mixmask._operators import as_operator, seeded
+from mixmask._devices import as_operator, move, seeded
 from mixmask._seeds import draw_seed
 
 # "reverse", "random", or an index (N,).
@@ -33,7 +32,8 @@ def choose_partners(
 
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: seed.new_empty(n))
 def _draw_ring(seed: Tensor, n: int) -> Tensor:
-    # A permutation read as a ring: each image's partner is the one before it.
+    # A permutation read as a ring: each image's partner is the one before it, so that all are
+    # partners once and none is its own.
     ring = torch.randperm(n, generator=seeded(seed), device="cpu")  # (n,)
     return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 
@@ -47,6 +47,7 @@ def _reverse(n: int, device: torch.device) -> Tensor:
 
 
 def _check_partner(partner: Tensor, n: int) -> Tensor:
+    # A bool tensor would be taken for a selection of images.
     if partner.is_floating_point() or partner.is_complex() or partner.dtype == torch.bool:
         raise TypeError(f"partner must hold integer indices, got {partner.dtype}; use torch.long")
     if partner.shape != (n,):

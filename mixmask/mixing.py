@@ -15,8 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
-from mixmask._devices import move
-from mixmask._operators import as_operator, seeded
+from mixmask._devices import as_operator, move, seeded
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
@@ -26,8 +25,8 @@ from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerat
 class MixedBatch:
     """What was mixed with what, and by how much; all that the loss needs to know.
 
-    A loader may return it: it is moved, pinned and pickled as a tensor is. Two records are equal
-    only if they are the same one.
+    A loader may return it: it can be moved, pinned and pickled as a tensor can. Two records are
+    equal only if they are the same object.
 
     Attributes:
         images: (N, C, H, W) mixed images, in the dtype and memory format of the originals.
@@ -65,6 +64,7 @@ class MixedBatch:
         """
         images = self.images.to(*args, **kwargs)
         options = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        # λ in half precision would weigh the loss by another share than the mask's.
         return self._map(images, lambda tensor: tensor.to(images.device, **options))
 
     def pin_memory(self) -> MixedBatch:
@@ -77,6 +77,7 @@ class MixedBatch:
 
 
 def _describe_shares(lam: Tensor) -> str:
+    # Meta tensors have no values to print, and an empty batch has no range.
     if lam.ndim == 0 or lam.numel() == 0 or lam.is_meta:
         return str(tuple(lam.shape)) if lam.is_meta or lam.ndim else f"{float(lam):.4g}"
     return f"{float(lam.min()):.4g}...{float(lam.max()):.4g}"
@@ -99,10 +100,9 @@ def mix_batch(
             view: mix each of several on its own, and split those that lie in one tensor first.
         masks: A generator, of which one mask is drawn for the whole batch; or a bool tensor
             at cell or pixel size, (h, w) for a shared mask or (N, h, w) for one per sample.
-        partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring
-            instead, so that nobody meets itself, and `torch.flip` is not this pairing: use
-            `mixed.partner`. "random" draws a random ring through the whole batch. Or an index
-            tensor (N,).
+        partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring, so
+            that no image is its own partner (unlike with `torch.flip`: use `mixed.partner`).
+            "random" draws a random ring through the whole batch. Or an index tensor (N,).
         generator: A CPU generator for the mask and the partners. Default: torch's global one.
 
     Returns:
@@ -122,25 +122,21 @@ def mix_batch(
         (torch.Size([8, 3, 32, 32]), 0.5, [7, 6, 5, 4, 3, 2, 1, 0])
     """
     check_images(images, partners=True)
-    index = choose_partners(partner, images.shape[0], images.device, generator)
-    mask = fit_masks(masks, images, generator)
+    index = choose_partners(partner, images.shape[0], images.device, generator)  # (N,)
+    mask = fit_masks(masks, images, generator)  # (H, W) or (N, H, W)
     # Measured on the mask that is applied, which need not have the share that was asked for.
     lam = mask.mean(dim=(-2, -1), dtype=torch.float32)  # () or (N,)
     return MixedBatch(_fill(images, mask, index), lam, index, mask)
 
 
 def mixup_batch(
-    images: Tensor,
-    *,
-    alpha: float = 1.0,
-    per_sample: bool = False,
-    partner: Partner = "reverse",
-    generator: torch.Generator | None = None,
-) -> MixedBatch:
+    images: Tensor, *, alpha: float = 1.0, per_sample: bool = False,
+    partner: Partner = "reverse", generator: torch.Generator | None = None,
+) -> MixedBatch:  # fmt: skip
     r"""Blend each image with its partner: Un-Mix's global mixture, $\lambda x + (1-\lambda)x_\pi$.
 
     Args:
-        images: (N, C, H, W) with N of at least 2, floating or uint8 (rounded).
+        images: (N, C, H, W) with N of at least 2, floating or uint8 (the blend is rounded).
         alpha: Parameter of the symmetric Beta distribution that the shares follow.
         per_sample: One share per sample instead of one for the batch.
         partner: See `mix_batch`.
@@ -163,46 +159,31 @@ def mixup_batch(
     check_images(images, partners=True)
     n = images.shape[0]
     index = choose_partners(partner, n, images.device, generator)
-    lam = move(
-        _draw_shares(n if per_sample else 1, alpha, generator), images.device
-    )  # (N,) or (1,)
-    lam = lam if per_sample else lam[0]
-    share = lam.view(-1, 1, 1, 1) if per_sample else lam  # (N, 1, 1, 1) or ()
+    lam = move(_draw_shares(n if per_sample else 1, alpha, generator), images.device)
+    # A shared share is (), as that of a shared mask is.
+    lam = lam if per_sample else lam[0]  # (N,) or ()
     # Bytes would wrap around.
     work = images if images.is_floating_point() else images.float()
-    share = share.to(work.dtype)
-    mixed = share * work + (1 - share) * work.index_select(0, index)
+    share = (rearrange(lam, "n -> n 1 1 1") if per_sample else lam).to(work.dtype)
+    mixed = share * work + (1 - share) * work.index_select(0, index)  # (N, C, H, W)
     if not images.is_floating_point():
         mixed = mixed.round().to(images.dtype)
     return MixedBatch(mixed, lam, index)
 
 
 def cutmix_batch(
-    images: Tensor,
-    *,
-    alpha: float = 1.0,
-    per_sample: bool = False,
-    partner: Partner = "reverse",
-    generator: torch.Generator | None = None,
-) -> MixedBatch:
+    images: Tensor, *, alpha: float = 1.0, per_sample: bool = False,
+    partner: Partner = "reverse", generator: torch.Generator | None = None,
+) -> MixedBatch:  # fmt: skip
     """Paste a box of the partner into each image: Un-Mix's regional mixture.
 
     The box has the area (1 - share) of the image, a uniform centre and is clipped at the
     border; `lam` is measured after clipping.
 
-    Args:
-        images: (N, C, H, W) with N of at least 2, floating or uint8.
-        alpha: Parameter of the symmetric Beta distribution that the shares follow.
-        per_sample: One box per sample instead of one for the batch.
-        partner: See `mix_batch`.
-        generator: A CPU generator. Default: torch's global one.
+    Takes and refuses what `mixup_batch` does; `per_sample` draws one box per sample.
 
     Returns:
-        A `MixedBatch`; its mask is False inside the box.
-
-    Raises:
-        ValueError: If a shape, an index, `alpha` or the generator does not fit.
-        TypeError: If an argument has the wrong type or dtype.
+        A `MixedBatch`; its mask, (H, W) or (N, H, W), is False inside the box.
 
     Source:
         Yun et al., "CutMix"; Shen et al., "Un-Mix", section 3.
@@ -216,13 +197,13 @@ def cutmix_batch(
     n, _, height, width = images.shape
     index = choose_partners(partner, n, images.device, generator)
     count = n if per_sample else 1
-    # The root of the box's area: it has the proportions of the image.
+    # CutMix draws the area; its root scales both sides, so a box has the image's proportions.
     side = (1 - _draw_shares(count, alpha, generator)).sqrt()  # (n,)
     centres = _draw_centres(draw_seed(generator), count)  # (2, n)
-    # A pixel is outside of the box where its row or its column is.
     # Sent as rows and columns: at pixel size they would be hundreds of times as many bytes.
     rows = move(_mark_outside(height, side, centres[0]), images.device)  # (n, H)
     columns = move(_mark_outside(width, side, centres[1]), images.device)  # (n, W)
+    # A pixel is outside of the box where its row or its column is.
     mask = rearrange(rows, "n h -> n h 1") | rearrange(columns, "n w -> n 1 w")  # (n, H, W)
     return mix_batch(images, mask if per_sample else mask[0], partner=index)
 
@@ -237,7 +218,7 @@ def erase_batch(
 ) -> MixedBatch:
     """Replace the masked-out part of each image by Gaussian noise, as MSCN does.
 
-    Each image is its own partner, so the loss weighs nothing and asks for the image itself.
+    Each image is its own partner, so both terms of the loss have the same target.
 
     Args:
         images: (N, C, H, W), floating; normalised images suit the default noise.
@@ -270,15 +251,16 @@ def erase_batch(
     if not 0 <= std < float("inf"):
         raise ValueError(f"std must be at least 0, got {std}; 0 fills with the mean")
     mask = fit_masks(masks, images, generator, by_channel=True)
-    noise = _draw_noise(draw_seed(generator), images).mul_(std).add_(mean)
+    noise = _draw_noise(draw_seed(generator), images).mul_(std).add_(mean)  # (N, C, H, W)
     by_channel = mask.ndim == 4
     # (H, W) -> (1, H, W), (N, H, W) -> (N, 1, H, W)
     kept = mask if by_channel else rearrange(mask, "... h w -> ... 1 h w")
+    # Over channels too where they differ: the loss has one share per image.
     lam = mask.mean(dim=(-3, -2, -1) if by_channel else (-2, -1), dtype=torch.float32)
     # A shared mask has a shared share: () rather than (1,).
     if by_channel and mask.shape[0] == 1:
         lam = lam[0]
-    index = torch.arange(images.shape[0], device=images.device)
+    index = torch.arange(images.shape[0], device=images.device)  # (N,)
     return MixedBatch(torch.where(kept, images, noise), lam, index, mask)
 
 
@@ -317,7 +299,10 @@ class MixMask(nn.Module):
         check_choice("pattern", pattern, ("block", "discrete"))
         check_choice("partner", partner, ("reverse", "random"))
         if roll and pattern == "discrete":
-            raise ValueError("roll=True is for blocks: discrete masks favour no place anyway")
+            raise ValueError(
+                "roll=True needs pattern='block', got 'discrete'; leave it out, for discrete masks "
+                "keep every place equally often anyway"
+            )
         self.masks: MaskGenerator = (
             BlockMaskGenerator(grid_size, ratio, roll=roll)
             if pattern == "block"
@@ -345,6 +330,7 @@ class MixMask(nn.Module):
         return f"{self.masks}, per_sample={self.per_sample}, partner={self.partner!r}"
 
 
+# By the size of an element: choosing by bits takes no account of what they mean.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -357,7 +343,8 @@ def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     if not plain:
         return torch.where(kept, images, images.index_select(0, index))
     # Eager torch.where on a CPU is not vectorised for a bool condition. Choosing by bits,
-    # ((partner ^ own) & ~mask) ^ own, is, and it is exact for every dtype and for NaN.
+    # ((partner ^ own) & ~mask) ^ own, is, and it is exact for every dtype and for NaN. In place,
+    # for the partners are a copy already: no memory beside the result is written.
     bits = _BITS[images.element_size()]
     partners = torch.index_select(images, 0, index, out=torch.empty_like(images))
     own, mixed = images.view(bits), partners.view(bits)
@@ -379,7 +366,7 @@ def _make_floats(seed: Tensor, *shape: int) -> Tensor:
     "(Tensor seed, SymInt n, float alpha) -> Tensor", lambda seed, n, _: _make_floats(seed, n)
 )
 def _draw_beta(seed: Tensor, n: int, alpha: float) -> Tensor:
-    # A ratio of two gamma variables.
+    # x / (x + y) of two gamma variables is a beta variable; torch's Beta takes no generator.
     parameters = torch.full((2, n), alpha, dtype=torch.float64, device="cpu")
     gamma = torch._standard_gamma(parameters, generator=seeded(seed))  # (2, n)
     # The tiny summand keeps a very small alpha from dividing zero by zero.

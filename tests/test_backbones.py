@@ -47,9 +47,11 @@ def test_a_size_that_cannot_be_is_refused_in_a_line(arch: str, size: int) -> Non
 
 
 def test_unknown_backbone_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"--arch resnet81 is no backbone.*nearest names: resnet"):
+    with pytest.raises(
+        ValueError, match=r"--arch resnet81 is not a timm backbone; nearest names: r"
+    ):
         build_backbone("resnet81")
-    with pytest.raises(ValueError, match=r"--arch resnet18\.nobodys is no backbone"):
+    with pytest.raises(ValueError, match=r"--arch resnet18\.nobodys is not a timm backbone"):
         build_backbone("resnet18.nobodys")
 
 

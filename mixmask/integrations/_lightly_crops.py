@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even
-from mixmask.integrations._terms import SplitCriterion
+from mixmask.integrations._steps import weigh_squares
 from mixmask.losses._inputs import Embeddings, Records, as_pairs
 from mixmask.mixing import MixedBatch
 
@@ -38,6 +38,7 @@ class LikeIts(nn.Module):
             nn.Module.__delattr__(self, name)
 
     def _is_its(self, name: str) -> bool:
+        # Read past __getattr__, which would ask for the criterion again before there is one.
         criterion = self.__dict__.get("_modules", {}).get("criterion")
         own = name == "criterion" or name in self.__dict__ or hasattr(type(self), name)
         return not own and hasattr(criterion, name)
@@ -78,6 +79,7 @@ class _Crops(LikeIts):
     ) -> Tensor:
         """Return the sum over mixed views of the mean over the targets of other crops."""
         total = targets[0].new_zeros(())
+        # A crop has no target in itself: lightly skips that pair, too.
         for (z, record), view in zip(pairs, views, strict=True):
             terms = [
                 losses.lambda_weighted_loss(criterion, z, target, record, switch=self.switch)
@@ -126,12 +128,13 @@ class WrappedSwaV(_Crops):
         large = high_resolution_outputs
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(large) + len(low_resolution_outputs))
+        # Sinkhorn-Knopp scales by N times the processes, and so would be wrong for uneven batches.
         if self.sinkhorn_gather_distributed:
             check_even(len(large[0]), large[0].device)
         loss: Tensor = self.criterion(large, low_resolution_outputs, queue_outputs)
         if not pairs:
             return loss
-        queued = queue_outputs or [crop[:0] for crop in large]
+        queued = queue_outputs or [crop[:0] for crop in large]  # (0, K) where there is no queue.
         codes = [self._codes(*scores) for scores in zip(large, queued, strict=True)]
         return loss + self._mixed_terms(losses.SwAV(self.temperature), codes, pairs, views)
 
@@ -142,7 +145,7 @@ class WrappedSwaV(_Crops):
             epsilon=self.sinkhorn_epsilon,
             gather_distributed=self.sinkhorn_gather_distributed,
         )
-        return codes[: len(scores)]
+        return codes[: len(scores)]  # (N + Q, K) -> (N, K)
 
 
 class WrappedDINO(_Crops):
@@ -178,9 +181,10 @@ class WrappedDINO(_Crops):
         """
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(student_out))
+        # First, for the criterion moves its center; clean and mixed terms meet the same one.
         if pairs:
             temperature = self._teacher_temperature(teacher_temp, epoch)
-            sharpened = losses.DINO(self.center.flatten(), self.student_temp, temperature)
+            sharpened = losses.DINO(self.center.flatten(), self.student_temp, temperature)  # (K,)
             term = self._mixed_terms(sharpened, teacher_out, pairs, views)
         loss: Tensor = self.criterion(teacher_out, student_out, teacher_temp, epoch)
         return loss + term if pairs else loss
@@ -229,10 +233,7 @@ class WrappedLeJEPA(_Crops):
             return loss
         centers = global_proj.detach().mean(dim=0)  # (W, N, C) -> (N, C)
         weight = float(self.lambda_param)
-        towards = SplitCriterion(
-            lambda z, target: (1 - weight) * (z - target).square().mean(dim=1),  # (N,)
-            lambda z: weight * self.sigreg(z),
-        )
+        towards = weigh_squares(1 - weight, lambda z: weight * self.sigreg(z))
         return loss + self._mixed_terms(towards, [centers], pairs, [-1] * len(pairs))
 
 

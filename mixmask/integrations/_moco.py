@@ -14,7 +14,7 @@ from mixmask._checks import check_choice
 
 MARK = "_mixmask"
 IN_FORWARD = "take mixmask.lambda_weighted_loss inside forward, before the keys are enqueued"
-# Cosines of the builder and of ours differ by rounding.
+# The builder's cosines and ours differ by rounding.
 _TOLERANCE, _TOLERANCE_OF_HALF = 1e-3, 3e-2
 
 
@@ -27,7 +27,7 @@ class FirstStep:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         buffers = builder._buffers.items()
         self.buffers = {name: (one, one.clone()) for name, one in buffers if one is not None}
-        # With a hook, a compiled encoder would be compiled again.
+        # With a hook, a compiled encoder would be compiled again: its images go unchecked.
         compiled = hasattr(encoder, "_orig_mod") or encoder._compiled_call_impl is not None
         self.handle = None if compiled else encoder.register_forward_hook(self._keep)
 
@@ -50,9 +50,10 @@ class FirstStep:
             lengths = keys.float().norm(dim=1)  # (N,)
             if not torch.allclose(lengths, torch.ones_like(lengths), atol=0.02):
                 raise ValueError(
-                    "keys must be of length one, as MoCo's are; normalise them in forward, or "
+                    "keys must have unit length, as MoCo's do; normalise them in forward, or "
                     + IN_FORWARD
                 )
+            # By the images, for a builder may encode its own mixtures first.
             outputs = [output for images, output in self.seen if _among(view, [images])]
             for output in outputs[:1] if compare else ():
                 q = normalise(output).detach()
@@ -68,6 +69,7 @@ class FirstStep:
         self, output: Any, queue: str, layout: str, temperatures: Sequence[Any]
     ) -> None:
         """Compare the logits, if there are any, with cosines of the keys and the old queue."""
+        # From before the step: by now the builder has enqueued.
         old = self.buffers[queue][1].float() if queue in self.buffers else torch.empty(0)
         rows = old.T if layout == "CK" else old  # (K, C)
         shapes = [(len(q), 1 + len(rows)) for q, _ in self.pairs]
@@ -80,6 +82,7 @@ class FirstStep:
             torch.cat([(q * keys).sum(dim=1, keepdim=True), q @ rows.T], dim=1)
             for q, keys in self.pairs
         ]
+        # Over τ, or not yet, where the loss divides by it.
         scales = *temperatures, 1.0
         if not any(_is_close(x * scale, y) for x in logits for y in expected for scale in scales):
             raise ValueError(
@@ -155,7 +158,7 @@ def normalise(q: Any) -> Tensor:
 def find_views(model: nn.Module, args: Any, options: Any, directions: int) -> list[Tensor]:
     """Return the images among the arguments of `forward`, the queries first."""
     bound = inspect.signature(type(model).forward).bind(model, *args, **options).arguments
-    named = dict(list(bound.items())[1:])
+    named = dict(list(bound.items())[1:])  # Without self.
     ordered = sorted(named, key=lambda name: name != "im_q")
     listed = [
         named[name] if isinstance(named[name], list | tuple) else [named[name]] for name in ordered

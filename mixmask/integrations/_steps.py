@@ -1,21 +1,28 @@
-"""What is kept of a step until it is read, and modules that stand in place of others."""
+"""What integrations share: the mixed term of what a step computed, and what is kept of a step."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from mixmask.losses import Criterion
+from mixmask._checks import check_integer
+from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
 from mixmask.losses._criteria import check_kind
+from mixmask.losses._rows import mix_losses
 from mixmask.losses._state import Loan, Part, lend_state, list_codes
+from mixmask.mixing import MixedBatch
 
 T = TypeVar("T")
+Mixing = Callable[[Tensor], MixedBatch]
+# Clean images (N, C, H, W), the online branch, and what their mixture is compared with.
+View = tuple[Tensor, Callable[[Tensor], Tensor], Sequence[tuple[Criterion, Tensor]]]
 
 _REPLICAS = (
     "nn.DataParallel, which calls it once per device, is not supported: put the two lines of "
@@ -25,6 +32,64 @@ _REPLICAS = (
 _SHARED_STATE = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SplitCriterion:
+    """A criterion of which λ weights the distance; the rest sees no target and counts once.
+
+    Attributes:
+        distance: (z, target) -> (N,).
+        rest: z -> ().
+    """
+
+    distance: Callable[[Tensor, Tensor], Tensor]
+    rest: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of one view towards its targets."""
+        return self.weighted(z, target, None, z.new_ones(()))
+
+    def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
+        """Return both weighted terms, (); see `losses.SharingCriterion`."""
+        own = self.distance(z, target)  # (N,)
+        others = None if other is None else self.distance(z, other)  # (N,)
+        return mix_losses(own, others, lam).mean() + self.rest(z)
+
+
+def weigh_squares(weight: float, rest: Callable[[Tensor], Tensor]) -> SplitCriterion:
+    """Return VICReg's form: a weighted mean of squares, (N,), and what sees no target, ()."""
+    return SplitCriterion(
+        lambda z, target: weight * (z - target).square().flatten(1).mean(dim=1), rest
+    )
+
+
+def measure_byol(z: Tensor, target: Tensor) -> Tensor:
+    """Return BYOL's squared distance of unit rows (its eq. 2) per image, (N,)."""
+    return 2 + 2 * negative_cosine(z, target, reduction="none")
+
+
+def check_mixing(mixing: Any) -> None:
+    """Require a function from images to their mix."""
+    if not callable(mixing):
+        raise TypeError(
+            f"mixing must be callable with images, got {type(mixing).__name__}; pass for "
+            "instance mixmask.MixMask(grid_size=4)"
+        )
+
+
+def mix_views(mixing: Mixing, views: Iterable[View], *, switch: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean mixed term over views and their targets, and the mean share of own pixels."""
+    terms, shares = [], []
+    for images, embed, towards in views:
+        mixed = mixing(images)
+        z = embed(mixed.images)  # (N, C), once for all targets.
+        terms += [
+            lambda_weighted_loss(criterion, z, target, mixed, switch=switch)
+            for criterion, target in towards
+        ]
+        shares.append(mixed.lam.mean())
+    return torch.stack(terms).mean(), torch.stack(shares).mean()
 
 
 class StandIn(Generic[T]):
@@ -44,12 +109,10 @@ class StandIn(Generic[T]):
         return super().__new__(cls.as_module if other else cls)
 
     def __init__(self, replaced: Any, calls: int) -> None:
-        if isinstance(calls, bool) or not isinstance(calls, int):
-            raise TypeError(f"calls must be an integer, got {calls!r}; use 2 for symmetric methods")
-        if calls < 1:
-            raise ValueError(f"calls must be at least 1, got {calls}; count them in forward")
+        check_integer("calls", calls, 1, "count them in forward: 2 in symmetric methods")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
+            # The same objects, so that optimizers, `to` and `state_dict` see what they saw.
             for name in _SHARED_STATE:
                 vars(self)[name] = vars(replaced)[name]
         # Not by assignment, which would make it a child and rename its state.
@@ -72,6 +135,7 @@ class StandIn(Generic[T]):
 
     def _keep(self, item: T) -> None:
         """Keep what a call left; refuse it where the last step's was not taken."""
+        # Forgotten before the error, so that a caller who goes on starts with a clean step.
         if len(self._kept) == self._calls:
             self.reset()
             raise ValueError(
@@ -139,6 +203,7 @@ class Snapshot(Loan):
         ours = type(value).__module__.startswith("mixmask.losses.")
         if not (ours and is_dataclass(value)):
             return super().lend(value, *args, **options)
+        # Frozen and without state: only what its functions return can have changed by then.
         if id(value) not in self.lent:
             self.lent[id(value)] = value, _read_functions(value)
         return self.lent[id(value)][1]
@@ -192,7 +257,7 @@ def list_unused(criterion: Any) -> tuple[str, ...]:
 
 
 def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Tell whether an embedding is one of the outputs, or is near to one in autograd's graph."""
+    """Tell whether an embedding is one of the outputs, or near to one in autograd's graph."""
     origins = {output.grad_fn for output in outputs}
     level = {z.grad_fn}
     # Normalising and the like take a few nodes; an encoder is not walked through.
@@ -208,10 +273,12 @@ def split_arguments(
     criterion: Any, args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Return z, target and further arguments by name, from what a criterion is called with."""
+    # The common call needs no look at the signature, which builtins may not have.
     if len(args) == 2:
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
+    # Further arguments are passed on by name, so what only goes by position is refused below.
     given: dict[str, Any] = {}
     fixed = []
     for name, value in bound.arguments.items():

@@ -31,32 +31,27 @@ Params = dict[str, Tensor]
 class RandomMixMask(MixAugmentationBaseV2):
     r"""Fill part of each image from another image of the batch, as kornia's augmentations do.
 
-    Images (B, C, H, W) are mixed as by `mixmask.mix_batch`; labels (B,) become the rows (B, 3) of
-    `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$. Images that `p`
-    does not choose stay as they are, with rows (label, label, 0). Rows are float64 for float64
-    images, else float32. Params stay on the CPU; a step sends them to the images' device by
-    pinned copies that nobody waits for.
+    Images (B, C, H, W) are mixed as by `mixmask.mix_batch`. Labels (B,) become rows (B, 3) as in
+    `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$. Images not
+    chosen by `p` stay as they are, with rows (label, label, 0). Rows are float64 for float64
+    images, otherwise float32. Params stay on the CPU and are copied to the images' device from
+    pinned memory, without a wait.
 
     In an `AugmentationSequential` with labels, use `data_keys=["input", "class"]` and
     `take_labels(container)`: kornia's containers refuse labels to mix augmentations.
 
     Args:
-        grid_size: Cells along a side; the paper's best are 2, 4, 8 at 32, 64, 224 pixels.
-        ratio: Share of own pixels, or a range (low, high).
-        pattern: "block" or "discrete".
-        per_sample: One mask per sample instead of one for the batch.
-        partner: "reverse" or "random"; see `mixmask.mix_batch`.
-        roll: Shift block masks by a random offset, so that no place is favoured.
-        same_on_batch: One draw for the whole batch, of the mask and of whether to mix at all. A
-            container that sets it overrules `per_sample`.
+        grid_size, ratio, pattern, per_sample, partner, roll: As for `mixmask.MixMask`.
+        same_on_batch: Draw the mask, and whether to mix at all, once for the batch. A container
+            that sets it overrides `per_sample`.
         p: Probability of each image to be mixed; with `same_on_batch`, of the batch.
-        keepdim: As in kornia, without effect: a single image has no partner.
-        data_keys: What is passed, of "input" (or "image") and "class" (or "label"). Default:
+        keepdim: Without effect, for a single image has no partner.
+        data_keys: The inputs, of "input" (or "image") and "class" (or "label"). Default:
             ["input"].
 
     Raises:
-        ValueError: If an option is out of range, at construction; if a batch has one image, or
-            the labels or the `params` do not belong to it.
+        ValueError: At construction, if an option is out of range; in a call, if the batch has
+            one image, or the labels or `params` do not belong to it.
         TypeError: If an option has the wrong type.
         NotImplementedError: If masks, boxes or keypoints are passed.
 
@@ -71,19 +66,11 @@ class RandomMixMask(MixAugmentationBaseV2):
     """
 
     def __init__(
-        self,
-        grid_size: int = 8,
-        ratio: Ratio = 0.5,
-        pattern: str = "block",
-        *,
-        per_sample: bool = False,
-        partner: str = "reverse",
-        roll: bool = False,
-        same_on_batch: bool = False,
-        p: float = 1.0,
-        keepdim: bool = False,
+        self, grid_size: int = 8, ratio: Ratio = 0.5, pattern: str = "block", *,
+        per_sample: bool = False, partner: str = "reverse", roll: bool = False,
+        same_on_batch: bool = False, p: float = 1.0, keepdim: bool = False,
         data_keys: Sequence[str | int | DataKey] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Check and store the options."""
         options = MixMask(
             grid_size, ratio, pattern, per_sample=per_sample, partner=partner, roll=roll
@@ -118,6 +105,7 @@ class RandomMixMask(MixAugmentationBaseV2):
             "cells", (g, g) or (B, g, g) bool, True for own pixels; "partner", (B,) int64.
         """
         n = batch_shape[0]
+        # A generator draws one mask for the batch, a tensor (B, g, g) holds one per sample.
         masks = self.masks(n) if self.per_sample and not self.same_on_batch else self.masks
         # One pixel per cell: the record of this mix holds the draw, as `MixMask` makes it.
         images = torch.zeros(n, 1, self.grid_size, self.grid_size, dtype=torch.uint8, device="cpu")
@@ -164,10 +152,11 @@ class RandomMixMask(MixAugmentationBaseV2):
             )
         cells, partner = _send("labels", labels, params)
         height, width = params["forward_input_shape"][-2:].tolist()
+        # On pixels, as `mix_batch` measures: where the grid does not divide them, cells differ.
         share = 1 - _own_share(cells_to_pixels(cells, height, width))  # () or (B,)
         # Halves would round labels above 2048 (bfloat16: 256).
         double = "dtype" in params and DType.get(params["dtype"]) is DType.FLOAT64
-        columns = (labels, labels[partner], share.expand(len(labels)))
+        columns = (labels, labels[partner], share.expand(len(labels)))  # (B,) each
         dtype = torch.float64 if double else torch.float32
         return torch.stack([column.to(dtype) for column in columns], dim=1)  # (B, 3)
 
@@ -199,7 +188,8 @@ class RandomMixMask(MixAugmentationBaseV2):
         params = self._params if params is None else params
         if not params:
             raise ValueError(
-                "there are no params of a mix yet; call the augmentation first, or pass params"
+                "params must be those of a mix, got none yet; call the augmentation first, or pass "
+                "params"
             )
         check_images(images, partners=True)
         cells, partner = _send("images", images, params)
@@ -297,7 +287,8 @@ def _gated(params: Params) -> tuple[Tensor, Tensor]:
             f"{partner.tolist()}; in a VideoSequential, set same_on_frame=False"
         )
     chosen = (params["batch_prob"] > 0.5).to(cells.device).expand(len(partner))  # (B,)
-    partner = torch.where(chosen, partner, own)
+    partner = torch.where(chosen, partner, own)  # (B,)
+    # All or none were chosen: one mask still serves them all, and λ stays ().
     if cells.ndim == 2 and bool(chosen.any()) == bool(chosen.all()):
         return cells | ~chosen[0], partner
     return cells | ~chosen[:, None, None], partner  # (B, g, g)

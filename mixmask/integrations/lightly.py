@@ -5,7 +5,7 @@
 
 Needs lightly 1.5.26 or newer, the extra `lightly`.
 
-Which criteria are supported, and what the mixed term of each is:
+Supported criteria and their mixed terms:
 
 | criterion | mixed term |
 | --- | --- |
@@ -15,7 +15,7 @@ Which criteria are supported, and what the mixed term of each is:
 | `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
 | `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
 
-The others are called as usual and refuse mixed views, with the reason.
+The other criteria work as usual, and refuse mixed views with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mixmask import losses
 from mixmask._distributed import check_even, world_size
-from mixmask.integrations._terms import SplitCriterion
+from mixmask.integrations._steps import SplitCriterion, weigh_squares
 from mixmask.losses._inputs import Embeddings, Records, as_list, as_pairs, check_sizes
 from mixmask.mixing import MixedBatch
 
@@ -49,12 +49,7 @@ try:
     from lightly.loss.vicreg_loss import covariance_loss, variance_loss
     from lightly.utils.dist import gather
 
-    from mixmask.integrations._lightly_crops import (
-        LikeIts,
-        WrappedDINO,
-        WrappedLeJEPA,
-        WrappedSwaV,
-    )
+    from mixmask.integrations._lightly_crops import LikeIts, WrappedDINO, WrappedLeJEPA, WrappedSwaV
 except ImportError as error:
     raise ImportError(
         "mixmask.integrations.lightly needs lightly 1.5.26 or newer, which could not be "
@@ -78,26 +73,22 @@ _LEFT_OUT = {
 
 
 def wrap(
-    criterion: nn.Module,
-    *,
-    switch: bool = True,
-    ignore: Sequence[str] = (),
-    save_bank: bool = True,
+    criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = (), save_bank: bool = True
 ) -> nn.Module:
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
-    The result behaves as the criterion: same arguments, same attributes, to read and to set, same
-    class for isinstance. `z_mixed` and `mixed` come after its own arguments, or by name; without
-    them the call is lightly's. Banks, queues, centers and covariances are updated once per step,
-    by the clean call.
+    The result behaves like the criterion: it takes the same arguments, its attributes can be read
+    and set, and isinstance sees the same class. `z_mixed` and `mixed` come after the criterion's
+    own arguments, or by name; without them the call is lightly's. Banks, queues, centers and
+    covariances are updated once per step, by the clean call.
 
     Args:
         criterion: A module of `lightly.loss`. Any other module (z, target), and a subclass with
             a `forward` of its own, gets `losses.LambdaWeightedLoss`.
         switch: False keeps the term of λ alone (the paper's ablation).
         ignore: See `losses.LambdaWeightedLoss`.
-        save_bank: Save a memory bank in the `state_dict`, which lightly does not, so that a
-            resumed run keeps its negatives. False also reads checkpoints without a bank.
+        save_bank: Save the memory bank in the `state_dict`, which lightly does not do, so that a
+            resumed run keeps its negatives. Pass False to load checkpoints without a bank.
 
     Returns:
         `WrappedNTXent`, `WrappedSwaV`, `WrappedDINO`, `WrappedLeJEPA` or `WrappedCriterion`.
@@ -168,6 +159,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
                 moves.
             TypeError: If the criterion does not take two batches of embeddings.
         """
+        # Mixed views come after the criterion's own arguments, which may be fewer than it takes.
         own = len(self._names)
         if arguments and _are_records(arguments[-1]):
             own = len(arguments) - 2
@@ -179,6 +171,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
             return loss
         z, target, more = self._split(dict(zip(self._names, arguments, strict=False)) | options)
         check_sizes(len(pairs[0][1]), z=z, target=target)
+        # Before the clean call, which moves the state.
         term = self.mixed_loss(z_mixed, target, mixed, z=z)  # type: ignore[arg-type]
         return self._clean(z, target, more) + term
 
@@ -188,7 +181,8 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         name = module.forward.__qualname__.partition(".")[0]
         if name in _LEFT_OUT:
             raise TypeError(
-                f"{name} takes no mixed views: {_LEFT_OUT[name]}; call it without z_mixed and mixed"
+                f"mixed views are not supported for {name}: {_LEFT_OUT[name]}; call it without "
+                "z_mixed and mixed"
             )
         batches = self._names[:2]
         if len(batches) < 2 or not given.keys() >= {*batches}:
@@ -206,6 +200,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
     def _mixed_terms(
         self, pairs: list[tuple[Tensor, MixedBatch]], targets: list[Tensor], z: list[Tensor]
     ) -> list[Tensor]:
+        # lightly gathers without a look at the sizes, and would take other rows for the targets.
         if getattr(self.criterion, "gather_distributed", False):
             check_even(len(targets[0]), targets[0].device)
         return super()._mixed_terms(pairs, targets, z)
@@ -234,12 +229,13 @@ class WrappedNTXent(WrappedCriterion):
         WrappedCriterion.__init__(self, criterion, switch=switch)
         bank = self.memory_bank
         if save_bank and bank.size[0] > 0:
+            # The same tensors again, persistent this time.
             bank.register_buffer("bank", bank.bank, persistent=True)
             bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 
     def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         del options
-        rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)
+        rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)  # (N, C)
         loss = self._contrast(keys)(rows, keys)
         if self.memory_bank.size[0] > 0 and rows.requires_grad:
             # The bank's forward would copy it beside this.
@@ -250,7 +246,7 @@ class WrappedNTXent(WrappedCriterion):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         del z
-        rows, keys = F.normalize(z_mixed, dim=1), F.normalize(target, dim=1)
+        rows, keys = F.normalize(z_mixed, dim=1), F.normalize(target, dim=1)  # (N, C)
         criterion = self._contrast(keys)
         return losses.lambda_weighted_loss(criterion, rows, keys, mixed, switch=self.switch)
 
@@ -278,10 +274,6 @@ def _are_records(argument: Any) -> bool:
 
 
 def _vicreg(criterion: Any) -> losses.Criterion:
-    def distance(z: Tensor, target: Tensor) -> Tensor:
-        squares = ((z - target) ** 2).flatten(1).mean(dim=1)  # (N,)
-        return squares * float(criterion.lambda_param)
-
     def rest(z: Tensor) -> Tensor:
         if criterion.gather_distributed and world_size() > 1:
             z = torch.cat(gather(z))  # (W * N, C)
@@ -290,7 +282,7 @@ def _vicreg(criterion: Any) -> losses.Criterion:
         covariance: Tensor = criterion.nu_param * covariance_loss(x=z)
         return variance + covariance
 
-    return SplitCriterion(distance, rest)
+    return weigh_squares(float(criterion.lambda_param), rest)
 
 
 def _tico(criterion: Any) -> losses.Criterion:
@@ -319,20 +311,16 @@ def _cosine(criterion: Any) -> losses.Criterion:
     return rows
 
 
-def _itself(criterion: Any) -> losses.Criterion:
-    own: losses.Criterion = criterion
-    return own
-
-
-# Without state or with state that `rest` minds, so nothing has to be copied. By `forward`, so that
-# a derived criterion with its own is not taken for lightly's.
+# Their state, if any, is left alone by these forms, so nothing has to be copied. By `forward`, so
+# that a derived criterion with its own is not taken for lightly's.
 _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
     theirs.NegativeCosineSimilarity.forward: _cosine,
     theirs.VICRegLoss.forward: _vicreg,
     theirs.TiCoLoss.forward: _tico,
-    theirs.BarlowTwinsLoss.forward: _itself,
-    theirs.DCLLoss.forward: _itself,
-    theirs.MMCRLoss.forward: _itself,
+    **dict.fromkeys(
+        (theirs.BarlowTwinsLoss.forward, theirs.DCLLoss.forward, theirs.MMCRLoss.forward),
+        lambda own: own,
+    ),
 }
 _CROPS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     theirs.SwaVLoss.forward: WrappedSwaV,

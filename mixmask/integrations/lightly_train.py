@@ -7,7 +7,7 @@
     lightly_train.pretrain(out="out", data="images", model="torchvision/resnet18", method="simclr")
 
 The methods `simclr` and `dino` are supported; others are refused with the reason, before training
-starts. With several devices, each process runs the script and so the call.
+starts. With several devices, every process runs the script and therefore this call.
 
 lightly-train has no public interface for this, so untested versions are refused. `patch` replaces
 the look-up of methods by name (`_methods.method_helpers.get_method_cls`); a run gets subclasses
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mixmask import losses
-from mixmask.integrations._terms import Mixing, View, check_mixing, mix_views
+from mixmask.integrations._steps import Mixing, View, check_mixing, mix_views
 
 TESTED = ("0.18.0",)
 _LEFT_OUT = {
@@ -53,7 +53,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
         symmetric: Mix the second view as well; the term is the mean of both.
 
     Returns:
-        A function that takes the patch back.
+        A function that undoes the patch.
 
     Raises:
         ImportError: If lightly-train cannot be imported or its version was not tested.
@@ -126,6 +126,10 @@ class _Mixed:
     symmetric: bool
     # Provided by their class.
     criterion: Any
+    # Provided by the classes below: the criterion with the target that another view gives, and
+    # what the online branch gives to it.
+    _towards: Callable[[dict[str, Any], int], tuple[losses.Criterion, Tensor]]
+    _embed: Callable[[Tensor], Tensor]
 
     def training_step_impl(self, batch: Any, batch_idx: int) -> Any:
         """Return their loss plus the mixed term."""
@@ -135,6 +139,7 @@ class _Mixed:
             result = super().training_step_impl(batch, batch_idx)  # type: ignore[misc]
         finally:
             handle.remove()
+        # Both methods call their criterion once per step, with both global views.
         (call,) = calls
         views: list[View] = [
             # A view's target is that of the other one.
@@ -144,14 +149,6 @@ class _Mixed:
         term, share = mix_views(self.mixing, views, switch=self.switch)
         logged = {"mixmask/loss": term.detach(), "mixmask/lambda": share}
         return type(result)(result.loss + term, {**(result.log_dict or {}), **logged})
-
-    def _towards(self, call: dict[str, Any], other: int) -> tuple[losses.Criterion, Tensor]:
-        """Return the criterion, and the target that another view gives."""
-        raise NotImplementedError
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Return what the online branch gives to the criterion."""
-        raise NotImplementedError
 
 
 class _SimCLR(_Mixed):

@@ -3,10 +3,10 @@
     model = wrap(model, masks)                                          # once, before DDP
     loss = criterion(*model(im_q, im_k)) + mixed_loss(model)            # each step
 
-A builder of the family (facebookresearch/moco, szq0214/Un-Mix, kirill-vish/MixMask,
-Westlake-AI/openmixup and their descendants) has `encoder_q`, `encoder_k` and a `queue (C, K)`, and
-its `forward` calls `_dequeue_and_enqueue(keys)`; the last two may have other names. The mixed term
-is taken just before the keys are enqueued, where the keys and the old queue are both at hand.
+Builders of this family (facebookresearch/moco, szq0214/Un-Mix, kirill-vish/MixMask,
+Westlake-AI/openmixup and their descendants) have `encoder_q`, `encoder_k` and a `queue (C, K)`, and
+`forward` calls `_dequeue_and_enqueue(keys)`; the last two may have other names. The mixed term is
+taken just before the keys are enqueued, when both the keys and the old queue are available.
 """
 
 from __future__ import annotations
@@ -54,29 +54,28 @@ def wrap(
 ) -> nn.Module:
     r"""Let a MoCo builder take the mixed term of its own training steps (MixMask, eq. 4).
 
-    The model keeps its class, its `state_dict` and its `forward`, but for one more pass of the
-    mixed queries through `encoder_q` in each training step. Take the term with
-    `mixed_loss(model)`.
+    The model keeps its class, `state_dict` and `forward`; each training step also passes the
+    mixed queries through `encoder_q`. Take the term with `mixed_loss(model)`.
 
-    The first step is checked, and nothing stays enqueued where a check fails: `encoder_q` must
-    get the images that are mixed, the keys must be of length one, and logits (N, 1 + K) must be
-    the cosines with keys and old queue. Without logits, `encoder_q` must be all that is trained.
+    The first step is checked, and nothing stays enqueued if a check fails: `encoder_q` must get
+    the images that are mixed, the keys must have unit length, and logits (N, 1 + K) must be the
+    cosines with keys and old queue. Without logits, only `encoder_q` may be trained.
 
     Args:
-        model: The builder, or DistributedDataParallel around it. Its `forward` enqueues the
-            batch's own keys (N, C), not yet gathered. Queries are its argument `im_q`, or else
-            the first one; of a list, the first entry.
+        model: The builder, or DistributedDataParallel around it. Its `forward` must enqueue the
+            batch's own keys (N, C), before any gathering. Queries are its argument `im_q`, or
+            else the first argument; in a list, the first entry.
         masks: What `mix_batch` takes: a generator, or a bool tensor.
         switch: False keeps the term of λ alone (the paper's ablation).
         partner: See `mix_batch`.
         per_sample: Draw one mask per sample instead of one per batch.
-        symmetric: The builder contrasts both views and enqueues `cat([k_1, k_2])`, the keys of
-            its first and second argument. Both views are mixed, for two more passes.
+        symmetric: True if the builder contrasts both views and enqueues `cat([k_1, k_2])`, the
+            keys of its first and second argument. Both views are then mixed, in two more passes.
         temperature: τ. Default: the model's `T` or `head.temperature`, read in each step.
-        encode: (model, images) -> (N, C) normalised queries, where more follows `encoder_q`; the
-            logits are then not compared. Default: `encoder_q`, then normalised.
+        encode: (model, images) -> (N, C) normalised queries, if more layers follow `encoder_q`;
+            logits are then not compared. Default: `encoder_q`, then normalisation.
         enqueue: Name of the method that enqueues.
-        queue: Name of the queue, whose keys are of length one.
+        queue: Name of the queue; its keys have unit length.
         layout: "CK" if the queue is (C, K), with keys as columns; "KC" if it is (K, C). Default:
             "CK", but a square queue needs it named.
         generator: A CPU generator for masks and partners. Default: torch's global one.
@@ -87,8 +86,8 @@ def wrap(
     Raises:
         ValueError: If the model lacks an attribute or is already wrapped, or if an option does
             not fit.
-        TypeError: If it has no temperature, is no module, or copies itself to several devices
-            (`nn.DataParallel`).
+        TypeError: If the model has no temperature, is not a module, or copies itself to several
+            devices (`nn.DataParallel`).
 
     Source:
         He et al., "MoCo", algorithm 1; MixMask, eq. 4 and algorithm 1.
@@ -142,17 +141,17 @@ def wrap(
 
 
 def mixed_loss(model: nn.Module) -> Tensor:
-    """Return the mixed term of the forward pass that has just run, to be added with weight one.
+    """Return the mixed term of the last forward pass, to be added with weight one.
 
     Args:
         model: What `wrap` returned, or DistributedDataParallel or `torch.compile` around it.
 
     Returns:
-        () scalar. It is handed out once, and nothing of the step is kept.
+        () scalar. It can be taken once; nothing of the step is kept.
 
     Raises:
-        TypeError: If it is no module, or copies itself to several devices.
-        ValueError: If the model is not wrapped, if no training step of it has run yet, or if the
+        TypeError: If the model is not a module, or copies itself to several devices.
+        ValueError: If the model is not wrapped, if it has not run a training step yet, or if the
             term was taken already.
     """
     builder = find_builder(model)
@@ -207,12 +206,14 @@ class _Mixture:
                 "call the model in eval mode or under torch.no_grad() where nothing is trained"
             )
         self.views = find_views(model, args, options, 1 + self.symmetric)
+        # Once: the checks clone the queue and compare values, for which a device is waited for.
         if not self.checked:
             self.first = FirstStep(self.model)
 
     def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
         """Take the mixed term with the old queue, then enqueue."""
         if self.views:
+            # Builders enqueue under no_grad.
             with torch.enable_grad():
                 self._mix(keys)
         return getattr(type(self.model), self.enqueue)(self.model, keys, *args, **options)
@@ -229,6 +230,7 @@ class _Mixture:
             try:
                 first.check_output(output, self.queue, self.layout, self._temperatures())
             except ValueError:
+                # As if the step had not been: the next one is checked again.
                 self.term = None
                 first.restore()
                 raise
@@ -247,6 +249,7 @@ class _Mixture:
         return term
 
     def criterion(self) -> InfoNCE:
+        # Read in each step, for a loop may schedule it.
         temperature = next(iter(self._temperatures()), None)
         if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
             raise TypeError(
@@ -273,7 +276,8 @@ class _Mixture:
         n, criterion = len(self.views[0]), self.criterion()
         directions = 1 + self.symmetric
         check_keys(keys, n, directions, getattr(self.model, self.queue), self.layout)
-        # The keys of the second view are the targets of the first, and the other way around.
+        # The keys of the second view are the targets of the first, and the other way around: of
+        # (N, C) keys both slices are all of them, of (2N, C) they are k_2 and k_1.
         pairs = list(zip(self.views[:directions], (keys[-n:], keys[:n]), strict=False))
         if self.first is not None:
             self.first.check_keys(self.views, pairs, compare=self.encode is None)

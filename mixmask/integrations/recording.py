@@ -40,20 +40,20 @@ Call = tuple[Snapshot, Tensor, Tensor]
 class RecordingCriterion(StandIn[Call]):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
-    It is called as the criterion is, and returns what that returns. Of calls with gradients it
-    keeps the arguments and a copy of what the criterion remembers, as far as `LambdaWeightedLoss`
-    sees it, until `mixed_loss` takes them: the mixed term meets the state of the clean call, even
-    where `forward` fills a bank afterwards, and leaves the state as it is. Around a module it is
-    a module of the same parameters, buffers and `state_dict`; attributes of the criterion are
-    reachable.
+    Call it as the criterion; it returns the criterion's result. For calls with gradients it keeps
+    the arguments and a copy of the criterion's state (as `LambdaWeightedLoss` defines it) until
+    `mixed_loss` takes them. The mixed term thus meets the state of the clean call, even if
+    `forward` fills a bank afterwards, and leaves the state as it is. Around a module it is a
+    module with the same parameters, buffers and `state_dict`. The criterion's attributes remain
+    available.
 
     Args:
         criterion: (z, target) -> () or (N,): a function, a module, or a method of the model.
             Further arguments, such as a temperature, are passed on, and again to the mixed term.
         calls: How often `forward` calls it per step: 2 in symmetric methods.
-        mixed_criterion: (z, target) -> () or (N,) for the mixed term, where the criterion is no
-            loss (SimSiam's `CosineSimilarity`, MoCo's logits), or returns () and each sample has
-            a λ of its own. Default: the criterion. A queue is read at the clean call:
+        mixed_criterion: (z, target) -> () or (N,) for the mixed term, if the criterion is not a
+            loss (SimSiam's `CosineSimilarity`, MoCo's logits), or returns () although each sample
+            has its own λ. Default: the criterion. A queue is read at the clean call:
             `InfoNCE(lambda: model.queue)`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
@@ -104,7 +104,7 @@ class RecordingCriterion(StandIn[Call]):
         # Not by assignment, as the criterion.
         vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
-        # What is kept is no state of the criterion, though its model holds it.
+        # What is kept is not the criterion's state, though its model holds it.
         self._ignored = "_kept", *list_unused(self._used)
         self._tried = False
 
@@ -152,18 +152,17 @@ class RecordingCriterion(StandIn[Call]):
 
         Args:
             z_mixed: (N, ...) embeddings of the mixed images by the online branch, as the criterion
-                takes them; or that branch, to be called with `mixed.images`. A list mixes several
-                views.
+                takes them; or that branch, to be called with `mixed.images`; or a list of either.
             mixed: What was mixed, or a list in the same order.
-            call: Which of forward's calls a mixed view belongs to: the one whose first argument
-                came from the view that was mixed. Default: the first; for a list, one each.
+            call: Index of the call in `forward` whose first argument came from the view that was
+                mixed. Default: the first; for a list, one each.
 
         Returns:
-            () scalar. What was recorded is then forgotten.
+            () scalar. The recorded calls are then forgotten.
 
         Raises:
-            ValueError: If forward has not called the criterion `calls` times since the last time,
-                with gradients, or if sizes do not fit.
+            ValueError: If `forward` has not called the criterion `calls` times with gradients
+                since the last `mixed_loss`, or if sizes do not fit.
             TypeError: If an argument has the wrong type.
         """
         views = [z_mixed] if isinstance(z_mixed, Tensor) or callable(z_mixed) else list(z_mixed)
@@ -171,8 +170,8 @@ class RecordingCriterion(StandIn[Call]):
         order = range(len(records)) if call is None else [call] if isinstance(call, int) else call
         if not len(views) == len(records) == len(order) or not records:
             raise ValueError(
-                f"z_mixed, mixed and call must be as many, at least one, got {len(views)}, "
-                f"{len(records)} and {len(order)}; pass one of each per mixed view"
+                "z_mixed, mixed and call must have the same length, at least one, got "
+                f"{len(views)}, {len(records)} and {len(order)}; pass one of each per mixed view"
             )
         if not all(0 <= index < self._calls for index in order):
             raise ValueError(
@@ -198,7 +197,7 @@ class RecordingCriterion(StandIn[Call]):
         tried, self._tried = self._tried, True
         with snapshot.installed() as criterion:
             whole = LambdaWeightedLoss(criterion, switch=self.switch, ignore=self._ignored)
-            # Its first call alone compares what is trained, for which a device is waited for.
+            # Only its first call compares trained parameters, for which a device is waited for.
             whole._tried = tried
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
 
@@ -213,8 +212,8 @@ RecordingCriterion.as_module = _RecordingModule
 class RecordingView(StandIn[Tensor]):
     """Stand in place of an augmentation that runs inside `forward`, and keep the view it made.
 
-    Around a module it is a module of the same `state_dict`. Calls under `torch.no_grad()` are not
-    kept.
+    Around a module it is a module with the same `state_dict`. Views made under `torch.no_grad()`
+    are not kept.
 
     Args:
         augment: Images (N, C, H, W) to a view of them: a function or a module.
@@ -272,23 +271,23 @@ def record_embeddings(
     """Record the embeddings of both views where a model computes its loss in line.
 
     A hook keeps the module's first two outputs of each step, as if the criterion had been called
-    with them, in both orders. The model is not changed. The mixed embeddings must come from the
+    with them in both orders. The model is not changed. The mixed embeddings must come from the
     same module.
 
     Args:
-        module: What gives the embeddings (N, C) that the loss compares, once per view: Barlow
-            Twins' and VICReg's `model.projector`. Name it after conversions that replace modules,
-            such as `convert_sync_batchnorm`.
+        module: The module that gives the embeddings (N, C) that the loss compares, once per view:
+            Barlow Twins' and VICReg's `model.projector`. Pass it after conversions that replace
+            modules, such as `convert_sync_batchnorm`.
         criterion: (z, target) -> () or (N,), for the mixed term: `losses.BarlowTwins(lambd)`,
             `losses.VICReg()`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Returns:
-        A `RecordingCriterion`, of which `mixed_loss` is used alone. Its call 0 has the first view
-        as its query, its call 1 the second one.
+        A `RecordingCriterion`, of which only `mixed_loss` is used. The query is the first view in
+        its call 0 and the second view in its call 1.
 
     Raises:
-        TypeError: If the module is none, or the criterion is no loss of embeddings.
+        TypeError: If the module is not a torch module, or the criterion not a loss of embeddings.
 
     Example:
         >>> import mixmask, torch
@@ -315,6 +314,7 @@ class _RecordedEmbeddings(RecordingCriterion):
         """Keep the first two outputs with a gradient, and count the rest."""
         if not (torch.is_grad_enabled() and output.requires_grad):
             return
+        # The state is that of the first two outputs; later ones only count.
         if len(self._kept) < 2:
             self._kept.append((Snapshot(self.criterion, self._ignored), output, output))
         else:
@@ -332,6 +332,7 @@ class _RecordedEmbeddings(RecordingCriterion):
                 "lambda_weighted_loss in forward"
             )
         (_, first, _), (state, second, _) = kept[:2]
+        # Embedded before the clean views, mixtures would be taken for them, and the loss be wrong.
         if any(comes_from(z, (first, second)) for z in embedded):
             raise ValueError(
                 "the module's first two outputs must be those of the clean views, got a mixed view "

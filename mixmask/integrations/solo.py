@@ -3,13 +3,13 @@
     python -m mixmask.integrations.solo main_pretrain.py --config-path … --config-name … \
         +mixmask.grid_size=4
 
-runs their script unchanged; call `patch()` in a script of your own. The block, in YAML or on the
-command line, takes the options of `mixmask.MixMask` and
+runs their script unchanged; in your own script, call `patch()`. The `mixmask` block, in YAML or on
+the command line, takes the options of `mixmask.MixMask` and
 
 - `switch`: False keeps the term of λ alone;
-- `symmetric`: False mixes the first large crop only, for one extra forward pass instead of two;
+- `symmetric`: False mixes only the first large crop: one extra forward pass instead of two;
 - `small_crops`: True also mixes the small crops of a multi-crop run;
-- `enabled`: False switches it off, as everywhere in solo-learn.
+- `enabled`: False switches MixMask off.
 
 Without the block nothing changes. The mixed term has the weight of the original loss and is logged
 as `train_mixmask_loss`, the share of own pixels as `train_lambda`. Online classifier and kNN see
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mixmask import losses
 from mixmask._distributed import world_size
-from mixmask.integrations._terms import View, mix_views
+from mixmask.integrations._steps import View, measure_byol, mix_views
 from mixmask.mixing import MixMask
 
 _MODULE = "mixmask.integrations.solo"
@@ -52,14 +52,14 @@ _LEFT_OUT = {
 
 
 def patch() -> None:
-    """Add MixMask to the methods in `solo.methods.METHODS`; harmless when called again.
+    """Add MixMask to the methods in `solo.methods.METHODS`; calling it again changes nothing.
 
-    A method reads the `mixmask:` block of its configuration. AutoResumer then resumes a run only
+    Methods read the `mixmask:` block of their configuration. AutoResumer then resumes a run only
     with the block it was started with.
 
     Raises:
-        ImportError: If solo-learn cannot be imported, or is the old release that is not built
-            from a configuration.
+        ImportError: If solo-learn cannot be imported, or is the old release whose methods are not
+            built from a configuration.
 
     Source:
         MixMask, eq. 1-4.
@@ -88,10 +88,7 @@ def patch() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a solo-learn script patched: `main([script, *its arguments])`.
-
-    Args:
-        arguments: Default: those of the command line.
+    """Run a solo-learn script patched: `main([script, *its arguments])`, or the command line.
 
     Raises:
         SystemExit: With status 2 and one line if no script is named.
@@ -140,7 +137,7 @@ def _read_options(cfg: Any) -> dict[str, Any] | None:
             f"mixmask must be a block of options, got {block!r}; write for instance "
             "mixmask: {grid_size: 4}"
         )
-    # A range is a list in YAML, and a number or a word is none.
+    # A range is a list in YAML, a number or a word is not.
     options = {key: tuple(v) if hasattr(v, "append") else v for key, v in block.items()}
     parameters = inspect.signature(MixMask).parameters
     known = [*parameters, *_OWN_OPTIONS]
@@ -156,7 +153,7 @@ def _read_options(cfg: Any) -> dict[str, Any] | None:
 
 @dataclass
 class Step:
-    """What one training step of theirs produced, as far as the mixed term needs it."""
+    """What one of their training steps produced, as far as the mixed term needs it."""
 
     clean: list[dict[str, Tensor]] = field(default_factory=list)
     momentum: list[dict[str, Tensor]] = field(default_factory=list)
@@ -184,9 +181,9 @@ class _Refusing:
     def __init__(self, cfg: Any) -> None:
         """Refuse the block, or build the method as it is."""
         if _read_options(cfg) is not None:
-            reason = _LEFT_OUT.get(cfg.method, "it is not known here")
+            reason = _LEFT_OUT.get(cfg.method, "it was not tested")
             raise ValueError(
-                f"mixmask does not work with the method {cfg.method!r}: {reason}; use one of "
+                f"mixmask does not support the method {cfg.method!r}: {reason}; use one of "
                 f"{', '.join(sorted(RECIPES))}, or leave the mixmask block out"
             )
         super().__init__(cfg)  # type: ignore[call-arg]
@@ -211,10 +208,8 @@ class _Mixed:
     and what it would enqueue waits until the mixed term has read the same queue.
     """
 
-    # Set by `patch`.
-    recipe: Recipe
-    # Provided by their class.
-    num_large_crops: int
+    recipe: Recipe  # Set by `patch`.
+    num_large_crops: int  # Provided by their class, as the next one.
     log_dict: Callable[..., None]
 
     def __init__(self, cfg: Any) -> None:
@@ -237,12 +232,14 @@ class _Mixed:
         if self.mixmask is None:
             return super().training_step(batch, batch_idx)  # type: ignore[misc]
         self._step = step = Step()
+        # Their step runs whole; `_noting` and `_later` fill the record on the way.
         try:
             step.noted = self.recipe.before(self)
             loss = super().training_step(batch, batch_idx)  # type: ignore[misc]
         finally:
             self._step = None
         mixed_loss, share = self._mixed_loss(step, batch[1])
+        # Only now, so that mixed and clean terms have met the same queue.
         for enqueue in step.after:
             enqueue()
         logged = {"train_mixmask_loss": mixed_loss, "train_lambda": share}
@@ -310,10 +307,11 @@ def _momentum(step: Step) -> list[Tensor]:
 def _contrast(z: Tensor, target: Tensor, temperature: float) -> Tensor:
     """InfoNCE per image (N,), against the other targets of all processes."""
     criterion = losses.InfoNCE(None, temperature, gather_distributed=True, reduction="none")
-    return criterion(F.normalize(z, dim=1), F.normalize(target, dim=1))
+    return criterion(F.normalize(z, dim=1), F.normalize(target, dim=1))  # (N, C) -> (N,)
 
 
 def _mocov3(model: Any, _step: Step, _other: int) -> losses.Criterion:
+    # MoCo v3 scales each direction by 2 τ (its algorithm 1).
     return lambda z, target: 2 * model.temperature * _contrast(z, target, model.temperature)
 
 
@@ -348,6 +346,7 @@ def _dino(model: Any, step: Step, _other: int) -> losses.Criterion:
 def _ressl(model: Any, step: Step, _other: int) -> losses.Criterion:
     """The first crop learns the second one's similarities to the queue."""
     criterion, queue = losses.SwAV(model.temperature_q, reduction="none"), step.noted[0].T  # (C, K)
+    # (N, C) @ (C, K) -> (N, K): similarities to the queue are ReSSL's classes.
     return lambda z, target: criterion(
         z @ queue, (target @ queue / model.temperature_k).softmax(dim=1)
     )
@@ -359,7 +358,7 @@ RECIPES = {
     "byol": Recipe(
         "p",
         _momentum,
-        lambda *_: lambda z, target: 2 + 2 * losses.NegativeCosine(reduction="none")(z, target),
+        lambda *_: measure_byol,
         weight=lambda model, crops: model.num_large_crops * (crops - 1.0),
     ),
     # The center that the clean crops met: their update binds a new tensor.

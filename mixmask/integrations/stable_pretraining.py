@@ -2,12 +2,12 @@
 
     model = wrap(SimCLR("resnet18"), mixmask.MixMask(grid_size=4))
 
-The loss of every training step then includes the mixed term. Supported are the methods `SimCLR`,
-`BYOL`, `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg`, called directly or from your own `forward`,
-and `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`, `barlow_twins`, `vicreg`
-or a function that calls the same parts by the same names. Only public parts are used: `backbone`,
-`projector`, `predictor`, `queue` and the loss modules, whose clean outputs are recorded by forward
-hooks. Probes and kNN callbacks read embeddings and labels of the clean images.
+The loss of every training step then includes the mixed term. The methods `SimCLR`, `BYOL`,
+`SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg` are supported, called directly or from your own
+`forward`; so is `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`,
+`barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Only public
+parts are used: `backbone`, `projector`, `predictor`, `queue` and the loss modules; forward hooks
+record their clean outputs. Probes and kNN callbacks see clean images only.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """
@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask import losses
-from mixmask.integrations._terms import Mixing, SplitCriterion, View, check_mixing, mix_views
+from mixmask.integrations._steps import (
+    Mixing,
+    View,
+    check_mixing,
+    measure_byol,
+    mix_views,
+    weigh_squares,
+)
 
 try:
     import stable_pretraining as theirs
@@ -60,8 +67,8 @@ def wrap(
             Not supported by MoCo v2, which has one direction.
 
     Returns:
-        The module itself, with hooks. In training, dictionaries that its `forward` returns also
-        hold "mixmask_loss" and "mixmask_lambda", which are logged under these names.
+        The module itself, with hooks. In training, the dictionary that its `forward` returns also
+        holds "mixmask_loss" and "mixmask_lambda", which are logged under these names.
 
     Raises:
         TypeError: If the module is not of stable-pretraining, or `mixing` cannot be called.
@@ -145,10 +152,12 @@ class _Step:
         images, pairs, recorded = self.images, self.pairs, self.recording
         # Under DistributedDataParallel the module is called around its own call.
         self.start(None, None)
+        # In evaluation there is no loss, and without a backbone's call nothing to mix.
         if not recorded or not images or "loss" not in output:
             return output
         targets = self.targets(pairs)
         embed = partial(self.embed, module)
+        # (2N, C, H, W), whether the backbone saw the views one by one or at once.
         both = self.views(torch.cat(images), len(targets[0]))
         views: list[View] = [
             (view, embed, [(self.criterion(module, target), target)])
@@ -165,9 +174,9 @@ class _Step:
                 "this name, or write the two lines of the README into your forward"
             )
         if self.method == "SimSiam":
-            first, second = torch.cat([z for z, _ in pairs]).chunk(2)
+            first, second = torch.cat([z for z, _ in pairs]).chunk(2)  # (2N, C) -> (N, C) each
             return [second, first]
-        (z, target), *others = pairs
+        (z, target), *others = pairs  # (N, C) each
         # One call compares both views; BYOL has a call per direction.
         return [target, others[0][1] if others else z]
 
@@ -184,7 +193,7 @@ class _Step:
 
     def embed(self, module: Any, images: Tensor) -> Tensor:
         """Return what the online branch gives to their loss."""
-        z: Tensor = _student(module.projector)(_student(module.backbone)(images))
+        z: Tensor = _student(module.projector)(_student(module.backbone)(images))  # (N, C)
         if self.method in ("SimSiam", "byol_loss"):
             z = module.predictor(z)
         return F.normalize(z, dim=-1) if self.method == "MoCov2" else z
@@ -202,23 +211,11 @@ class _Step:
         return own if build is None else build(own)
 
 
-def _vicreg(criterion: Any) -> losses.Criterion:
-    def distance(z: Tensor, target: Tensor) -> Tensor:
-        weighted: Tensor = criterion.sim_coeff * (z - target).square().mean(dim=1)  # (N,)
-        return weighted
-
-    return SplitCriterion(distance, criterion.vcreg_loss)
-
-
-def _squared_distance(z: Tensor, target: Tensor) -> Tensor:
-    return 2 + 2 * losses.NegativeCosine(reduction="none")(z, target)  # (N,)
-
-
 # A loss of another class under one of their names is taken as it is.
 _CRITERIA: dict[type, Callable[[Any], losses.Criterion]] = {
     NTXEntLoss: lambda own: losses.NTXent(own.temperature, gather_distributed=True),
-    BYOLLoss: lambda _: _squared_distance,
-    VICRegLoss: _vicreg,
+    BYOLLoss: lambda _: measure_byol,
+    VICRegLoss: lambda own: weigh_squares(own.sim_coeff, own.vcreg_loss),
 }
 _METHODS = (methods.BarlowTwins, methods.BYOL, methods.SimCLR, methods.VICReg)
 _LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")

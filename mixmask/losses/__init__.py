@@ -5,13 +5,7 @@ from mixmask.losses.clustering import DINO, SwAV, dino, sinkhorn, swav, update_c
 from mixmask.losses.contrastive import InfoNCE, NTXent, info_nce, nt_xent
 from mixmask.losses.cosine import NegativeCosine, negative_cosine
 from mixmask.losses.lambda_weighted import LambdaWeightedLoss, lambda_weighted_loss
-from mixmask.losses.redundancy import (
-    BarlowTwins,
-    MatchedBarlowTwins,
-    VICReg,
-    barlow_twins,
-    vicreg,
-)
+from mixmask.losses.redundancy import BarlowTwins, MatchedBarlowTwins, VICReg, barlow_twins, vicreg
 
 __all__ = [
     "DINO",

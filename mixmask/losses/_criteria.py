@@ -1,4 +1,4 @@
-"""What a criterion is, and what is none: a similarity, a classifier's loss on keys, a model."""
+"""What a criterion is, and what is refused: a similarity, a classifier's loss on keys, a model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 class SharingCriterion(Protocol):
     """A criterion that evaluates both weighted terms at once, because they share work.
 
-    `weighted` is used where it keeps the names of these parameters, and where no subclass of the
-    class that defines it has a call of its own. One with a parameter `partner` beside them is
-    also passed the index (N,) of which `other` is target[partner], to share more.
+    `weighted` is used if it keeps these parameter names, and if no subclass of the class that
+    defines it overrides the call. If it also has a parameter `partner`, it gets the index (N,)
+    with `other` = target[partner], to share more.
     """
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ class MatchingCriterion(Protocol):
 
 
 def shares(criterion: Any) -> TypeGuard[SharingCriterion]:
-    """Tell whether both terms may be asked for at once, and are those of the criterion's call."""
+    """Tell whether `weighted` gives both terms, and gives those of the criterion's own call."""
     return {"other", "lam"} <= _list_parameters(criterion, "weighted")
 
 
 def takes_partners(criterion: Any) -> bool:
-    """Tell whether a criterion that shares would know whom each image was mixed with."""
+    """Tell whether `weighted` of a criterion that shares takes the partners' index."""
     return "partner" in _list_parameters(criterion, "weighted")
 
 
 def matches(criterion: Any) -> TypeGuard[MatchingCriterion]:
-    """Tell whether the mixed term is a matter of `matched`."""
+    """Tell whether the mixed term is that of `matched`."""
     return {"other", "lam"} <= _list_parameters(criterion, "matched")
 
 
@@ -89,7 +89,7 @@ def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
 
 
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
-    """Refuse what would train on something else than it seems to, as far as it can be told."""
+    """Refuse what would train on something else than it seems to, where it can be detected."""
     check_kind(criterion)
     base = _unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
@@ -98,6 +98,7 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
             f"trainable parameters, and images {tuple(z.shape)}; pass the loss alone, and "
             "encode(mixed.images) as z_mixed"
         )
+    # Values cannot be looked at in a graph.
     if torch.compiler.is_compiling():
         return
     for kind, check in _CHECKS.items():
@@ -125,7 +126,7 @@ def check_kind(criterion: Any) -> None:
             f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
         )
     base = _unwrap(criterion)
-    # A loss gets smaller where the similarity gets larger.
+    # A loss falls where the similarity rises: its sign would train embeddings apart.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
             "the criterion must be a loss, got a cosine similarity, which training would make "
@@ -191,7 +192,8 @@ def _check_binary(_z: Tensor, target: Tensor, _criterion: Any) -> None:
 
 
 def _check_distributions(name: str, target: Tensor) -> None:
-    rows = target.detach().float()
+    rows = target.detach().float()  # (N, K)
+    # What has no axis of classes is no distribution either: as far off as can be.
     off = (rows.sum(dim=1) - 1).abs().max() if rows.ndim > 1 else rows.new_ones(())
     if not bool((rows.min() >= 0) & (off < _TOLERANCE)):
         raise ValueError(

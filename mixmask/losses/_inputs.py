@@ -1,4 +1,4 @@
-"""What belongs together in a step: views, directions, mixed views and their sizes."""
+"""The inputs of a step as lists: directions, mixed views, and their sizes checked."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def as_directions(
     z: Embeddings, target: Embeddings, name: str = "z"
 ) -> list[tuple[Tensor, Tensor]]:
     """Return embeddings with their targets, one pair per direction."""
+    # A tensor beside a tuple is one output of several, left unpacked, and not one direction.
     several = [isinstance(value, (list, tuple)) for value in (z, target)]
     if several[0] != several[1]:
         counts = [f"{type(value).__name__} of {len(value)}" for value in (z, target)]
@@ -54,7 +55,7 @@ def match_directions(values: list[Tensor], count: int) -> list[Tensor]:
 
 
 def as_pairs(z_mixed: Embeddings | None, mixed: Records | None) -> list[tuple[Tensor, MixedBatch]]:
-    """Return what belongs together, one pair per mixed view; none where nothing was mixed."""
+    """Return embeddings with their records, one pair per mixed view; none if nothing was mixed."""
     if z_mixed is None and mixed is None:
         return []
     if z_mixed is None or mixed is None:
@@ -67,11 +68,11 @@ def as_pairs(z_mixed: Embeddings | None, mixed: Records | None) -> list[tuple[Te
         fix = "in the same order"
         if isinstance(mixed, MixedBatch):
             fix = (
-                "and of an encoder that returns several outputs the one that the loss compares, "
+                "and if the encoder returns several outputs, the one that the loss compares, "
                 "as in z_mixed[0]"
             )
         raise ValueError(
-            f"z_mixed and mixed must be as many, at least one, got {len(embeddings)} and "
+            f"z_mixed and mixed must have the same length, at least one, got {len(embeddings)} and "
             f"{len(records)}; pass one embedding for each mixed view, {fix}"
         )
     return list(zip(embeddings, records, strict=True))
@@ -87,12 +88,11 @@ def as_records(mixed: Records) -> list[MixedBatch]:
 
 def check_mixed(mixed: Any) -> None:
     """Require what mix_batch returned, as a whole."""
-    if isinstance(mixed, MixedBatch):
-        return
-    raise TypeError(
-        f"mixed must be a MixedBatch, got {type(mixed).__name__}; pass what mix_batch returned "
-        "itself, not its images"
-    )
+    if not isinstance(mixed, MixedBatch):
+        raise TypeError(
+            f"mixed must be a MixedBatch, got {type(mixed).__name__}; pass what mix_batch returned "
+            "itself, not its images"
+        )
 
 
 def check_sizes(n: int, **tensors: Tensor) -> None:
@@ -101,7 +101,7 @@ def check_sizes(n: int, **tensors: Tensor) -> None:
         check_tensor(name, tensor)
         if tensor.ndim == 0 or tensor.shape[0] != n:
             fix = "pass the embeddings of this batch, before any gathering"
-            if tensor.ndim and tensor.shape[0] == 2 * n:
+            if tensor.ndim and tensor.shape[0] == 2 * n:  # (2N, ...), as SimCLR stacks its views.
                 fix = f"both views in one tensor are split first, as in {name}.chunk(2)"
             raise ValueError(
                 f"{name} must hold one row for each of the {n} mixed images, got "
@@ -115,7 +115,7 @@ def count_rows(z: Tensor) -> int:
 
 
 def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:
-    """Return what a criterion gave if it is () or (N,), and (N,) for shares of one's own."""
+    """Return what a criterion gave if it is () or (N,); for a λ per sample, (N,)."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the criterion must return a tensor, () or (N,), got {type(loss).__name__}; "

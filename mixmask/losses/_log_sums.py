@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmask._devices import without_autocast
-from mixmask._operators import as_operator
-from mixmask._pair_sums import add_product, choose_dtype, count_elements, follow, is_transformed
+from mixmask._devices import as_operator, without_autocast
+from mixmask.losses._pair_sums import (
+    add_product,
+    choose_dtype,
+    count_elements,
+    follow,
+    is_transformed,
+)
 from mixmask.losses._rows import upcast
 
 # Bands are larger, for each of them adds to the gradient of all columns.
@@ -30,14 +35,9 @@ def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
 
 
 def mix_log_sums(
-    rows: Tensor,
-    columns: Tensor,
-    scale: float,
-    shares: Tensor | None = None,
-    counts: Tensor | None = None,
-    *,
-    mean: bool = False,
-) -> Tensor:
+    rows: Tensor, columns: Tensor, scale: float, shares: Tensor | None = None,
+    counts: Tensor | None = None, *, mean: bool = False,
+) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row's logits, (N,), or the mean of all, ().
 
     With `counts` (K,), how often each column stands in a second sum, it is the mixture of both:
@@ -163,14 +163,9 @@ class _MixedLogSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        scale: float,
-        shares: Tensor,
-        counts: Tensor | None,
-        mean: bool,
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, columns: Tensor, scale: float, shares: Tensor,
+        counts: Tensor | None, mean: bool,
+    ) -> Tensor:  # fmt: skip
         """Return (N,) in at least float32, or ()."""
         work = choose_dtype(rows, columns)
         of_rows, of_columns = ctx.needs_input_grad[:2]

@@ -24,7 +24,7 @@ def check_rows(
         raise ValueError(f"{first} must not be empty, got {tuple(z.shape)}; skip empty batches")
     if z.shape[0] < at_least:
         raise ValueError(
-            f"this loss is a statistic of at least {at_least} images, got {z.shape[0]}; "
+            f"this loss needs at least {at_least} images, got {z.shape[0]}; "
             "use drop_last=True in the loader"
         )
     check_device(second, target, first, z)
@@ -33,10 +33,10 @@ def check_rows(
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Require a tensor to lie where another one does."""
+    """Require two tensors on one device."""
     if tensor.device != other.device:
         raise ValueError(
-            f"{name} must lie where {other_name} does, on {other.device}, got {tensor.device}; "
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}; "
             f"move it with .to({other_name}.device)"
         )
 
@@ -60,7 +60,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def upcast(rows: Tensor) -> Tensor:
-    """Return rows in at least float32, in which sums over a batch are taken."""
+    """Return rows in at least float32, for sums over features and over the batch."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -71,7 +71,7 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
 
 def mix_rows(rows: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
     """Return lam * rows + (1 - lam) * other, (N, C); without `other`, lam * rows alone."""
-    lam = lam[:, None] if lam.ndim else lam  # (N, 1) or ()
+    lam = lam[:, None] if lam.ndim else lam  # (N, 1) per sample, () for a shared mask
     return lam * rows if other is None else lam * rows + (1 - lam) * other
 
 

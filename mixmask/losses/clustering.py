@@ -41,7 +41,7 @@ def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str 
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If z and target are not both (N, K) on one device, or an option does not fit.
         TypeError: If z is not floating.
 
     Source:
@@ -60,13 +60,7 @@ def swav(z: Tensor, target: Tensor, temperature: float = 0.1, *, reduction: str 
 
 @dataclass(frozen=True)
 class SwAV:
-    """`swav` with its options stored; a mixed view meets one code, λ c_i + (1 - λ) c_π(i).
-
-    Example:
-        >>> p1, p2 = torch.randn(2, 8, 32)
-        >>> SwAV()(p1, sinkhorn(p2)).shape
-        torch.Size([])
-    """
+    """`swav` with its options stored; a mixed view meets one code, λ c_i + (1 - λ) c_π(i)."""
 
     temperature: float = 0.1
     _: KW_ONLY
@@ -90,16 +84,12 @@ class SwAV:
 
 @torch.no_grad()
 def sinkhorn(
-    scores: Tensor,
-    epsilon: float = 0.05,
-    iterations: int = 3,
-    *,
-    gather_distributed: bool = False,
+    scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, gather_distributed: bool = False
 ) -> Tensor:
     r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
 
     With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
-    made once per step, of clean images; permuted, they are those of the partners.
+    computed once per step, from clean images; permuted, they are the partners' codes.
 
     Args:
         scores: (N, K) prototype scores, floating.
@@ -127,9 +117,10 @@ def sinkhorn(
     several = gather_distributed and world_size() > 1
     if several:
         check_even(len(scores), scores.device)
-    # Logarithms: of scores far apart, whole rows of powers would underflow.
-    codes = upcast(scores) / epsilon
+    # In logarithms: of scores far apart, whole rows of powers would underflow.
+    codes = upcast(scores) / epsilon  # (N, K)
     for _ in range(iterations):
+        # Columns first: each prototype is used equally (eq. 3), by all processes together.
         largest = codes.amax(dim=0)  # (K,)
         if several:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -150,15 +141,15 @@ def dino(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Bring the student's distribution to the centred and sharpened one of the teacher.
+    r"""Cross-entropy of the student's distribution with the teacher's, centred and sharpened.
 
     $\ell_i = -\sum_k softmax((t_i - c) / \tau_t)_k \log softmax(z_i / \tau)_k$.
 
     Args:
         z: (N, K) logits of the student for one view, floating.
         target: (N, K) logits of the teacher for another view; no gradient goes there.
-        center: (K,) or (1, K), c, or a function that returns it and is asked at every call; None
-            for none. `update_center` returns the next one, once per step.
+        center: (K,) or (1, K), c, or a function that returns it and is called for every loss;
+            None for no center. `update_center` returns the next one, once per step.
         temperature: τ of the student.
         target_temperature: τ_t of the teacher.
         reduction: "mean" or "none".
@@ -167,8 +158,9 @@ def dino(
         () for "mean", (N,) for "none"; at least float32.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
-        TypeError: If z is not floating.
+        ValueError: If z and target are not both (N, K), if they or the center do not fit in shape
+            or device, or if an option does not fit.
+        TypeError: If z is not floating, or the center is not a tensor.
 
     Source:
         Caron et al., "DINO", eq. 2-4 and algorithm 1.
@@ -188,9 +180,8 @@ def dino(
 class DINO:
     """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
 
-    `update_center` returns a new center, and so does DINO's own loss rebind its center at each
-    step. Give it as `DINO(lambda: center)`, or build the criterion where it is used; a tensor is
-    right only where it is written in place.
+    `update_center` returns a new center, so pass a function, `DINO(lambda: center)`, or build the
+    criterion where it is used. Pass a tensor only if it is updated in place.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 32)
@@ -219,7 +210,7 @@ class DINO:
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
-        # Asked once: both targets are centred alike.
+        # Read once: both targets are centred alike.
         center = _read(self.center)
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
@@ -296,10 +287,10 @@ def _check_center(center: Tensor, target: Tensor) -> None:
 
 def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tensor:
     """Return the teacher's distribution, (N, K), without a gradient."""
-    logits = upcast(target.detach())
+    logits = upcast(target.detach())  # (N, K)
     if center is not None:
         _check_center(center, logits)
-        logits = logits - center
+        logits = logits - center  # (N, K) - (K,)
     return (logits / temperature).softmax(dim=1)
 
 

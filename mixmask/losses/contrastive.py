@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask._distributed import gather_rows, rank, world_size
-from mixmask._pair_sums import sum_pairs
 from mixmask.losses._log_sums import mix_log_sums, sum_negatives
+from mixmask.losses._pair_sums import sum_pairs
 from mixmask.losses._rows import (
     check_device,
     check_reduction,
@@ -43,10 +43,10 @@ def info_nce(
     other targets of the batch are the negatives.
 
     Args:
-        z: (N, C) queries, floating; normalise them first, they are used as they are.
+        z: (N, C) queries, floating; they are not normalised here.
         target: (N, C) keys, row i belonging to query i.
         negatives: (K, C) queue of normalised, detached rows, in any order, or a function
-            () -> (K, C) that is asked at every call; None takes the batch's other targets.
+            () -> (K, C) that is called for every loss; None takes the batch's other targets.
         temperature: τ.
         gather_distributed: Take the targets of all processes as negatives, not only the batch's.
         reduction: "mean" or "none".
@@ -68,11 +68,10 @@ def info_nce(
         torch.Size([4])
     """
     _check_options(negatives, temperature, gather_distributed, reduction)
-    queue = _read(negatives)
+    queue = _read(negatives)  # (K, C)
     _check_inputs(z, target, queue)
     if queue is None:
-        mean = reduction == "mean"
-        return _contrast_in_batch(z, target, temperature, gather_distributed, mean=mean)
+        return _contrast_in_batch(z, target, temperature, gather_distributed, reduction)
     loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
     return reduce(loss, reduction)
 
@@ -81,10 +80,10 @@ def info_nce(
 class InfoNCE:
     """`info_nce` with its options stored, as a criterion (z, target).
 
-    The queue's rows must be normalised, as queries and keys are, and detached; they are used as
-    they are. A queue that the loop writes in place, as MoCo's buffer, can be given once. One that
-    the loop rebinds, as in `queue = torch.cat([queue, keys])[n:]`, would be held at its first
-    value: give it as `InfoNCE(lambda: queue)`, or build the criterion where it is used.
+    The queue's rows must be normalised, as queries and keys are, and detached. A queue that is
+    written in place, such as MoCo's buffer, can be passed once. If the loop rebinds it, as in
+    `queue = torch.cat([queue, keys])[n:]`, a tensor would stay the first queue: pass a function,
+    `InfoNCE(lambda: queue)`, or build the criterion where it is used.
 
     `lambda_weighted_loss` finds its `weighted` method, which takes the negatives' sum once for
     both terms.
@@ -114,28 +113,25 @@ class InfoNCE:
         return info_nce(z, target, **vars(self))
 
     def weighted(
-        self,
-        z: Tensor,
-        target: Tensor,
-        other: Tensor | None,
-        lam: Tensor,
+        self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor,
         partner: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         queue, tau = _read(self.negatives), self.temperature
         _check_inputs(z, target, queue)
         if queue is None and other is not None and partner is not None:
-            mean, mixing = self.reduction == "mean", (partner, lam)
-            return _contrast_in_batch(z, target, tau, self.gather_distributed, mixing, mean=mean)
+            # Both terms contrast with the same targets: one matrix of logits serves them.
+            gather, mixing = self.gather_distributed, (partner, lam)
+            return _contrast_in_batch(z, target, tau, gather, self.reduction, mixing)
         # The mixed query meets the same negatives in both terms: their sum is taken once.
-        negative = None if queue is None else sum_negatives(z, queue, 1 / tau)
+        negative = None if queue is None else sum_negatives(z, queue, 1 / tau)  # (N,)
 
         def contrast(target: Tensor) -> Tensor:
             if negative is None:
-                return _contrast_in_batch(z, target, tau, self.gather_distributed)
+                return _contrast_in_batch(z, target, tau, self.gather_distributed, "none")
             return _contrast(z, target, negative, tau)
 
-        own = contrast(target)
+        own = contrast(target)  # (N,)
         others = None if other is None else contrast(other)
         return reduce(mix_losses(own, others, lam), self.reduction)
 
@@ -178,8 +174,8 @@ def _check_queue(queue: Tensor) -> None:
         )
     if queue.requires_grad and not queue.is_leaf:
         raise ValueError(
-            "negatives must carry no graph, got a queue computed from what is trained; detach the "
-            "keys before they are enqueued, as in keys.detach()"
+            "negatives must carry no graph, got a queue computed from trained parameters; detach "
+            "the keys before they are enqueued, as in keys.detach()"
         )
 
 
@@ -212,14 +208,9 @@ Mixing = tuple[Tensor, Tensor]
 
 
 def _contrast_in_batch(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
+    z: Tensor, target: Tensor, temperature: float, gather: bool, reduction: str,
     mixing: Mixing | None = None,
-    *,
-    mean: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contrast each row with its target, or with a mixture, against all targets: (N,) or ()."""
     target = target.to(z.dtype)
     columns = gather_rows(target) if gather else target  # (W * N, C)
@@ -229,9 +220,13 @@ def _contrast_in_batch(
         partner, lam = mixing
         other = _similarity(z, target.index_select(0, partner), temperature)
         positive = mix_losses(positive, other, lam)
+        # In the partner's term a target stands as often as it was chosen: for a permutation once
+        # each, so both terms have the same log-sum-exp, and λ weighs the positives alone.
         counts = _count_partners(partner, columns, gather)
         if counts is not None:
-            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)
+            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)  # (N, 2)
+    # Of a mean the gradient of the columns comes with the same pass, so it is asked for here.
+    mean = reduction == "mean"
     sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
     return sums - (positive.mean() if mean else positive)
 
@@ -239,7 +234,8 @@ def _contrast_in_batch(
 def _count_partners(partner: Tensor, columns: Tensor, gather: bool) -> Tensor | None:
     """Count how often each of all targets is a partner's, (W * N,); None where each is once."""
     if gather and world_size() > 1:
-        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)
+        # An index within this process's batch becomes one into the gathered rows.
+        partner = gather_rows(partner + rank() * partner.shape[0], checked=False)  # (W * N,)
     counts = torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device)
     counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))
     # Almost always a permutation, but to look at a device's values would be to wait for it.
@@ -289,19 +285,13 @@ def nt_xent(
     """
     check_positive("temperature", temperature)
     check_reduction(reduction)
-    loss = _contrast_one_way if one_directional else _contrast_views
+    loss = _contrast_in_batch if one_directional else _contrast_views
     return loss(*_normalize(z, target), temperature, gather_distributed, reduction)
 
 
 @dataclass(frozen=True)
 class NTXent:
-    """`nt_xent` with its options stored.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 8, 16)
-        >>> NTXent(0.1)(z1, z2).shape
-        torch.Size([])
-    """
+    """`nt_xent` with its options stored, as a criterion (z, target)."""
 
     temperature: float = 0.5
     _: KW_ONLY
@@ -319,20 +309,17 @@ class NTXent:
         return nt_xent(z, target, **vars(self))
 
     def weighted(
-        self,
-        z: Tensor,
-        target: Tensor,
-        other: Tensor | None,
-        lam: Tensor,
+        self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor,
         partner: Tensor | None = None,
-    ) -> Tensor:
-        """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
+    ) -> Tensor:  # fmt: skip
+        """Weigh both terms as `InfoNCE.weighted` does."""
         if other is None or partner is None:
+            # Without knowing who the partners are, nothing is shared but the options.
             options = {**vars(self), "reduction": "none"}
             own = nt_xent(z, target, **options)  # (N,)
             others = None if other is None else nt_xent(z, other, **options)
             return reduce(mix_losses(own, others, lam), self.reduction)
-        loss = _contrast_one_way if self.one_directional else _contrast_views
+        loss = _contrast_in_batch if self.one_directional else _contrast_views
         tau, gather = self.temperature, self.gather_distributed
         return loss(*_normalize(z, target), tau, gather, self.reduction, (partner, lam))
 
@@ -345,26 +332,10 @@ def _normalize(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z, target
 
 
-def _contrast_one_way(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
-    reduction: str,
-    mixing: Mixing | None = None,
-) -> Tensor:
-    mean = reduction == "mean"
-    return _contrast_in_batch(z, target, temperature, gather, mixing, mean=mean)
-
-
 def _contrast_views(
-    z: Tensor,
-    target: Tensor,
-    temperature: float,
-    gather: bool,
-    reduction: str,
+    z: Tensor, target: Tensor, temperature: float, gather: bool, reduction: str,
     mixing: Mixing | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Contrast unit rows of each view with all others of both, (N,) or ()."""
     n, scale = z.shape[0], 1 / temperature
     rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)
@@ -384,14 +355,15 @@ def _contrast_views(
     loss = (there[:, 0] + back[:, 0]) / 2 - _similarity(z, target, temperature)  # (N,)
     if mixing is not None:
         partner, lam = mixing
-        there, back = there[:, -1], back[:, -1]
+        # The second sums, in which targets are counted; the first ones again for a permutation.
+        there, back = there[:, -1], back[:, -1]  # (N,)
         if counts is not None:
             # Where two images share a partner, its row meets copies of itself.
             copies = (counts[first : first + n] - 1).clamp(min=0).log()
             itself = _similarity(target, target, temperature)
             # No logaddexp, whose second derivatives are NaN where one of both is nothing.
             back = back - F.logsigmoid(back - itself - copies)
-        positive = _similarity(z, target.index_select(0, partner), temperature)
+        positive = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
         others = (there + back.index_select(0, partner)) / 2 - positive
         loss = mix_losses(loss, others, lam)
     return reduce(loss, reduction)

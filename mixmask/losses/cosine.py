@@ -45,14 +45,7 @@ def negative_cosine(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Te
 
 @dataclass(frozen=True)
 class NegativeCosine:
-    """`negative_cosine` with its options stored; mixed terms share one normalisation of z.
-
-    Example:
-        >>> import torch
-        >>> p, z = torch.randn(2, 8, 16)
-        >>> NegativeCosine()(p, z).shape
-        torch.Size([])
-    """
+    """`negative_cosine` with its options stored; mixed terms share one normalisation of z."""
 
     _: KW_ONLY
     reduction: str = "mean"
@@ -68,10 +61,10 @@ class NegativeCosine:
     def weighted(self, z: Tensor, target: Tensor, other: Tensor | None, lam: Tensor) -> Tensor:
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
         check_rows(z, target)
-        # The loss is linear in the normalised target, so both terms are one product with a mixture.
-        # Each of unit length; the mixture is shorter, and stays so.
+        # The loss is linear in the normalised target, so both terms are one product with the
+        # mixture of two unit rows. That one is shorter, and must stay so.
         others = None if other is None else _normalize(other.detach())
-        mixture = mix_rows(_normalize(target.detach()), others, lam)
+        mixture = mix_rows(_normalize(target.detach()), others, lam)  # (N, C)
         return reduce(-(_normalize(z) * mixture).sum(dim=1), self.reduction)
 
 

@@ -32,18 +32,12 @@ from mixmask.losses._inputs import (
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import lend_state
-from mixmask.losses._tracing import is_library, is_traceable, lend_buffers
+from mixmask.losses._state import is_library, is_traceable, lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
 
 
 def lambda_weighted_loss(
-    criterion: Criterion,
-    z_mixed: Tensor,
-    target: Tensor,
-    mixed: MixedBatch,
-    *,
-    switch: bool = True,
+    criterion: Criterion, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, *, switch: bool = True
 ) -> Tensor:
     r"""Weigh the loss towards an image and towards its partner by their shares (eq. 4).
 
@@ -51,16 +45,17 @@ def lambda_weighted_loss(
     to the loss of the clean images, with weight one. A `SharingCriterion`, such as
     `losses.InfoNCE`, is asked for both terms at once.
 
-    What not to pass, of which only some can be told and is refused:
+    What not to pass:
 
     - a similarity, such as `nn.CosineSimilarity` (refused) or a lambda around one: the sign
-      would be wrong; `losses.NegativeCosine()` is the loss;
-    - `nn.CrossEntropyLoss` with embeddings and keys (refused), or with MoCo's logits and labels,
-      whose positives stand in the logits: permuting the labels does nothing there;
-    - a model that takes images and returns its loss (refused if it is a module): it would mix
-      the directions and normalise twice; pass the loss that it holds inside;
-    - a criterion with a queue, a bank or a center that moves when called: `LambdaWeightedLoss`;
-    - both views in one tensor of 2N rows: split them first, and pair each with its own target.
+      would be wrong; use `losses.NegativeCosine()`;
+    - `nn.CrossEntropyLoss` with embeddings and keys (refused), or with MoCo's logits and labels:
+      its positives are in the logits, so permuting the labels does nothing;
+    - a model that takes images and returns its loss (refused if it is a module): pass the loss
+      that it holds inside;
+    - a criterion with a queue, a bank or a center that moves when called: use
+      `LambdaWeightedLoss`;
+    - both views in one tensor of 2N rows: split them, and pair each with its own target.
 
     Args:
         criterion: (z, target) -> () or (N,).
@@ -73,10 +68,9 @@ def lambda_weighted_loss(
         () scalar loss.
 
     Raises:
-        ValueError: If the sizes do not belong together, if the criterion returns neither ()
-            nor (N,), if it returns () where each sample has a λ of its own, or if a
-            classifier's loss is given embeddings.
-        TypeError: If an argument or what the criterion returns is no tensor, or if the criterion
+        ValueError: If sizes do not fit, if the criterion returns neither () nor (N,), or () where
+            each sample has its own λ, or if a classifier's loss is given embeddings.
+        TypeError: If an argument or the criterion's result is not a tensor, or if the criterion
             is a similarity or a whole model.
 
     Source:
@@ -106,12 +100,14 @@ def _weigh(
     """Return the mixed term of `lambda_weighted_loss`, its inputs checked."""
     n = mixed.partner.shape[0]
     lam = move(mixed.lam, z_mixed.device)  # () or (N,)
-    # The switch image of i is m_π(i), already in the batch: permuting the targets is enough.
+    # The paper flips the queries: the switch image of x_i is m_π(i), already in the batch. To
+    # permute the targets is the same for a shared mask, and right for one λ per sample too.
     partner = move(mixed.partner, target.device)
     other = target.index_select(0, partner) if switch else None  # (N, ...)
     if shares(criterion):
         known: dict[str, Tensor] = {"partner": partner} if takes_partners(criterion) else {}
         return check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n).mean()
+    # Eq. 4, term by term.
     own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
     if other is None:
         return (lam * own).mean()
@@ -123,28 +119,28 @@ class LambdaWeightedLoss(nn.Module):
 
     $L = \ell(z, t) + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i) \ell(z^m_i,
     t_{\pi(i)})$. A criterion with a memory bank, a queue or a running center changes it at every
-    call. Here the mixed terms are taken first, on copies of its state, and the original one
-    last, on the state itself: after the step it is as one clean call would have left it, and
-    every mixed term has seen the state from before the step.
+    call. Here the mixed terms come first, on copies of its state, and the original term last, on
+    the state itself. Every mixed term thus sees the state from before the step, and one clean
+    call updates it.
 
     State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
-    tensors, and what its code encloses or reads from modules and classes. Not seen are random
-    generators, files, and what lies deep in objects of other packages. All of it is copied twice
-    per mixed view, also a huge bank, unless `ignore` names it; a criterion without state costs
-    nothing. Pass the loss alone: of a function around a model, the model's buffers are copied as
-    well. Build this module once, outside of the loop, and call it from one thread at a time.
-    torch.compile takes a graph break for state outside of buffers; `fullgraph=True` refuses it.
+    tensors, and what its code encloses or reads from modules and classes. Random generators,
+    files and what lies deep in objects of other packages are not covered. State is copied twice
+    per mixed view, even a huge bank, unless `ignore` names it; a criterion without state costs
+    nothing. Pass the loss alone: for a function around a model, the model's buffers are copied
+    too. Build this module once, outside of the loop, and call it from one thread at a time.
+    State outside of buffers breaks torch.compile's graph, and `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
-    (p1, p2) and target (t2, t1). The original term is then their sum. One mixed view belongs to
-    the first direction; as many as there are directions go one to each.
+    (p1, p2) and target (t2, t1). The original term is then their sum. A single mixed view belongs
+    to the first direction; otherwise there is one mixed view per direction.
 
     Args:
         criterion: (z, target) -> () or (N,), a module or any callable. What not to pass:
             `lambda_weighted_loss`.
         switch: False keeps the term of λ alone (the paper's ablation).
-        ignore: Names of attributes that are used as they are, without a copy, because the loss
-            does not depend on their changes, or because they are large and constant.
+        ignore: Names of attributes to use without a copy, because the loss does not depend on
+            their changes, or because they are large and constant.
         directions: "sum" or "mean" of the original terms of several directions; the mean is
             SimSiam's ½. Each mixed view has weight one in either case.
 
@@ -185,13 +181,10 @@ class LambdaWeightedLoss(nn.Module):
         self._tried = False
 
     def forward(
-        self,
-        z: Embeddings,
-        target: Embeddings,
-        z_mixed: Embeddings | None = None,
-        mixed: Records | None = None,
-    ) -> Tensor:
-        """Return the loss of the clean images plus that of each mixed view, every one of weight 1.
+        self, z: Embeddings, target: Embeddings,
+        z_mixed: Embeddings | None = None, mixed: Records | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss of the clean images plus that of each mixed view, each with weight 1.
 
         Args:
             z: (N, ...) embeddings of the clean images, by the online branch; or a tuple with one
@@ -205,47 +198,31 @@ class LambdaWeightedLoss(nn.Module):
             () scalar.
 
         Raises:
-            ValueError: If sizes do not belong together, if the criterion returns neither () nor
-                (N,), or if it writes to what is trained.
-            TypeError: If an argument or what the criterion returns is no tensor, or if the
+            ValueError: If sizes do not fit, if the criterion returns neither () nor (N,), or if
+                it writes to parameters.
+            TypeError: If an argument or the criterion's result is not a tensor, or if the
                 criterion is a whole model.
         """
-        clean = as_directions(z, target)
+        clean = as_directions(z, target)  # One pair (z, target) per direction.
         # All sizes are checked before the first call of the criterion can move its state.
         pairs = as_pairs(z_mixed, mixed)
         n = pairs[0][1].partner.shape[0] if pairs else count_rows(clean[0][0])
         for one, its_target in clean:
             check_sizes(n, z=one, target=its_target)
         mixed_terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
-        # Last, for it moves the state.
+        # Last, because it moves the state.
         first, *others = [self._weigh_clean(one, t, len(clean)) for one, t in clean]
         return sum([*others, *mixed_terms], first)
 
     def mixed_loss(
-        self,
-        z_mixed: Embeddings,
-        target: Embeddings,
-        mixed: Records,
-        *,
+        self, z_mixed: Embeddings, target: Embeddings, mixed: Records, *,
         z: Embeddings | None = None,
-    ) -> Tensor:
-        """Return the mixed terms alone, and leave the criterion's state as it is.
+    ) -> Tensor:  # fmt: skip
+        """Return the mixed terms alone, (), and leave the criterion's state as it is.
 
         For loops that call backward on them before the clean images' loss, so that one forward
-        pass is alive at a time. Take them first: the original term moves the state.
-
-        Args:
-            z_mixed: As in `forward`.
-            target: As in `forward`.
-            mixed: As in `forward`.
-            z: As in `forward`; only a `MatchingCriterion` needs it.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: As `forward` does.
-            TypeError: As `forward` does.
+        pass is alive at a time. Take them first: the original term moves the state. Arguments
+        and errors are those of `forward`; only a `MatchingCriterion` needs z.
         """
         pairs = as_pairs(z_mixed, mixed)
         if not pairs:
@@ -255,19 +232,16 @@ class LambdaWeightedLoss(nn.Module):
         return sum(others, first)
 
     def terms(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        images: Embeddings,
-        target: Embeddings,
-        mixed: Records,
-    ) -> Iterator[Tensor]:
-        """Yield the loss term by term, each embedded when asked for: mixed ones, then clean ones.
+        self, encode: Callable[[Tensor], Tensor],
+        images: Embeddings, target: Embeddings, mixed: Records,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield the loss term by term, the mixed ones first; each is embedded when asked for.
 
-        Call backward on a term before asking for the next, and only one forward pass is alive at
-        a time, so that a step needs the memory of one without mixing; gradients add up. Under
-        DistributedDataParallel, put all but the last backward into `no_sync()`, and gradients
-        travel once. The sum of the terms is what `forward` returns, but for batch norm, whose
-        running statistics see the mixed views first.
+        Call backward on a term before asking for the next: gradients add up, only one forward
+        pass is alive at a time, and a step needs the memory of one without mixing. Under
+        DistributedDataParallel, put all but the last backward into `no_sync()`, so that gradients
+        travel once. The terms sum to what `forward` returns, except that batch norm's running
+        statistics see the mixed views first.
 
         Args:
             encode: The online branch, from images to what the criterion takes.
@@ -281,8 +255,7 @@ class LambdaWeightedLoss(nn.Module):
         Raises:
             ValueError: As `forward` does; or if the targets carry a gradient, whose graph the
                 first backward would free.
-            TypeError: If the criterion compares mixed with clean embeddings, which has to be done
-                at once.
+            TypeError: If the criterion compares mixed with clean embeddings, which needs both.
 
         Example:
             >>> import torch, mixmask
@@ -346,6 +319,7 @@ class LambdaWeightedLoss(nn.Module):
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
+        # Dynamo can follow state in buffers and numbers of modules, and nothing else.
         if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
             return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
@@ -353,6 +327,7 @@ class LambdaWeightedLoss(nn.Module):
         check_criterion(criterion, z_mixed, target)
         if matches(criterion):
             return self._match(z_mixed, target, mixed, z)
+        # One call gives both terms, so one copy serves them.
         if shares(criterion):
             with self._lend() as lent:
                 return _weigh(lent, z_mixed, target, mixed, switch=switch)
@@ -385,15 +360,14 @@ class LambdaWeightedLoss(nn.Module):
             )
         check_sizes(mixed.partner.shape[0], z=z)
         # Matched to the mixture of clean embeddings: here the partners' are taken of z.
-        other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None
-        lam = move(mixed.lam, z_mixed.device)
+        other = z.index_select(0, move(mixed.partner, z.device)) if self.switch else None  # (N, C)
+        lam = move(mixed.lam, z_mixed.device)  # () or (N,)
         with self._lend() as lent:
-            return check_loss(
-                lent.matched(z_mixed, target, z, other, lam), mixed.partner.shape[0]
-            ).mean()
+            # And not len(z), which would fix the batch's size in an exported graph.
+            return check_loss(lent.matched(z_mixed, target, z, other, lam), z.shape[0]).mean()
 
     def _lend(self) -> AbstractContextManager[Any]:
-        """Lend the criterion's state; what is trained is kept safe at the first call alone."""
+        """Lend the criterion's state; trained parameters are kept safe at the first call alone."""
         if torch.compiler.is_compiling():
             return lend_buffers(self.criterion)
         cautious, self._tried = not self._tried, True

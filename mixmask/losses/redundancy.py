@@ -24,7 +24,7 @@ def barlow_twins(
     gather_distributed: bool = False,
     sync_statistics: bool = False,
 ) -> Tensor:
-    r"""Bring the cross-correlation of two views' features to the identity.
+    r"""Distance of the cross-correlation of two views' features from the identity.
 
     $\sum_i (1 - C_{ii})^2 + w \sum_{i \neq j} C_{ij}^2$ with $C = \hat z^T \hat t / N$, where each
     feature is standardised over the batch.
@@ -33,14 +33,14 @@ def barlow_twins(
         z: (N, C) projections of one view, N of at least 2, floating.
         target: (N, C) projections of the other view.
         redundancy_weight: w, the weight of the off-diagonal part.
-        gather_distributed: Average C over all processes. Each still standardises its features by
-            its own batch, unless `sync_statistics` is set.
-        sync_statistics: Standardise features by the batches of all processes, as synchronised
-            batch norm does. Set both for the loss of the whole batch, which is what the authors'
-            code computes; `gather_distributed` alone is what lightly's criterion does.
+        gather_distributed: Average C over all processes. Each process still standardises features
+            over its own batch, unless `sync_statistics` is set.
+        sync_statistics: Standardise features over the batches of all processes, as synchronised
+            batch norm does. With both set, the loss is that of the whole batch, as in the authors'
+            code; `gather_distributed` alone is what lightly's criterion computes.
 
     Returns:
-        () scalar, at least float32. There is no loss of one image, so mixed terms need a λ
+        () scalar, at least float32. A single image has no loss, so mixed terms need a λ
         shared by the batch.
 
     Raises:
@@ -59,9 +59,9 @@ def barlow_twins(
     check_rows(z, target, at_least=2)
     z, target = upcast(z), upcast(target)
     rows = _standardize(z, z, sync_statistics)  # (N, C)
-    columns = _standardize(target, target, sync_statistics)
+    columns = _standardize(target, target, sync_statistics)  # (N, C)
     if gather_distributed or sync_statistics:
-        # An average of averages is that of all rows only where processes hold as many.
+        # An average of averages is that of all rows only if every process holds as many rows.
         check_even(rows.shape[0], rows.device)
     return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
 
@@ -73,11 +73,6 @@ class BarlowTwins:
     Around a mixed view its λ-weighted form cannot reach zero, not even for an encoder that mixes
     ideally: C(z_m, t) cannot be the identity and, for the partner's targets, the identity again.
     `MatchedBarlowTwins` asks for what such an encoder gives.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 32, 8)
-        >>> BarlowTwins()(z1, z2).shape
-        torch.Size([])
     """
 
     redundancy_weight: float = 5e-3
@@ -96,15 +91,15 @@ class BarlowTwins:
 
 @dataclass(frozen=True)
 class MatchedBarlowTwins(BarlowTwins):
-    r"""Barlow Twins whose mixed term an ideal mix brings to zero.
+    r"""Barlow Twins with a mixed term that reaches zero for an ideal mix.
 
-    Clean views meet `barlow_twins`. A mixed view is matched to the mixture of the clean
+    Clean views use `barlow_twins`. A mixed view is matched to the mixture of the clean
     correlations, $C(z_m, t) \to \lambda C(z, t) + (1 - \lambda) C(z_\pi, t)$: the squares of the
     difference, weighted as in `barlow_twins`. Mixed features are standardised by the clean ones'
     mean and deviation, so that an encoder with $f(m) = \lambda f(x) + (1 - \lambda) f(x_\pi)$
     reaches zero exactly. No gradient goes to the clean z.
 
-    It needs z beside the target, so it goes into `LambdaWeightedLoss` and not into
+    It needs z as well as the target, so use it with `LambdaWeightedLoss`, not with
     `lambda_weighted_loss`.
 
     Source:
@@ -154,9 +149,10 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
     if sync:
         mean = average(reference.mean(dim=0))  # (C,)
         # Around the mean of all processes, so that no square of a mean is subtracted.
-        variance = average((reference - mean).square().mean(dim=0))
+        variance = average((reference - mean).square().mean(dim=0))  # (C,)
     else:
-        variance, mean = torch.var_mean(reference, dim=0, correction=0)
+        # Over N and not N - 1, as batch norm does: the authors' code standardises by one.
+        variance, mean = torch.var_mean(reference, dim=0, correction=0)  # (C,)
     return (rows - mean) * (variance + _STATISTICS_EPS).rsqrt()
 
 
@@ -164,6 +160,7 @@ def _measure_redundancy(
     rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool
 ) -> Tensor:
     """Return the weighted squares of the cross-correlation less the wanted diagonal, ()."""
+    # A gathered correlation is a mean over processes, which products of images do not give.
     if not (gather and world_size() > 1) and _is_wide(rows):
         diagonal = (rows * columns).mean(dim=0)  # (C,)
         squares = _sum_squares(rows, columns) - diagonal.square().sum()
@@ -198,15 +195,10 @@ def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def vicreg(
-    z: Tensor,
-    target: Tensor,
-    invariance_weight: float = 25.0,
-    variance_weight: float = 25.0,
-    covariance_weight: float = 1.0,
-    *,
-    gather_distributed: bool = False,
-) -> Tensor:
-    r"""Keep two views together, their features spread and uncorrelated.
+    z: Tensor, target: Tensor, invariance_weight: float = 25.0, variance_weight: float = 25.0,
+    covariance_weight: float = 1.0, *, gather_distributed: bool = False,
+) -> Tensor:  # fmt: skip
+    r"""Pull two views together, and keep features spread and uncorrelated.
 
     $\mu_s \frac{1}{NC} \sum_i \|z_i - t_i\|^2 + \mu_v [v(z) + v(t)] + \mu_c [c(z) + c(t)]$ with
     $v(z) = \frac{1}{2C} \sum_j \max(0, 1 - \sqrt{Var(z_j) + 10^{-4}})$ and $c(z) = \frac{1}{C}
@@ -249,15 +241,9 @@ def vicreg(
 class VICReg:
     """`vicreg` with its options stored; λ weighs the distance alone.
 
-    In the mixed term v and c are taken once, of the mixed view: those of the targets belong to
-    the loss of the clean images, which has them already. The function `vicreg`, or a criterion
-    of one's own, counts them again when it is passed to `lambda_weighted_loss`: its mixed term
-    is v(t) + c(t) larger, times their weights, and pushes on the targets twice.
-
-    Example:
-        >>> z1, z2 = torch.randn(2, 32, 8)
-        >>> VICReg()(z1, z2).shape
-        torch.Size([])
+    The mixed term has v and c once, of the mixed view: those of the targets are part of the
+    clean images' loss already. If the function `vicreg` is passed to `lambda_weighted_loss`, they
+    count again and push on the targets twice.
     """
 
     invariance_weight: float = 25.0
@@ -278,6 +264,7 @@ class VICReg:
         """Return the λ-weighted distance, with v and c of z once; see `SharingCriterion`."""
         check_rows(z, target, at_least=2)
         z = upcast(z)
+        # Eq. 4 for the invariance alone: v and c see no target.
         own = ((z - upcast(target)) ** 2).mean(dim=1)  # (N,)
         others = None if other is None else ((z - upcast(other)) ** 2).mean(dim=1)
         distance = mix_losses(own, others, lam).mean()
@@ -307,12 +294,13 @@ def _regularize(
         variance = covariance.diagonal()  # (C,)
         # Squared after the diagonal has gone: next to its squares the others' would be rounded.
         squares = (covariance - torch.diag(variance)).square().sum()
+    # The published code takes the mean of both views' hinges where the loss adds them up.
     hinge = F.relu(1 - (variance + 1e-4).sqrt()).mean() / 2
     return variance_weight * hinge + covariance_weight * squares / features
 
 
 def _multiply_features(rows: Tensor, others: Tensor) -> Tensor:
-    """Return the (C, C) sums over the batch of each feature times each of the others'."""
+    """Return rows^T others in full precision: (N, C) and (N, C) give (C, C)."""
     # Autocast would round them to half precision, and their squares are then subtracted.
     with without_autocast(rows):
         return rows.T @ others

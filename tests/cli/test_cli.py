@@ -140,7 +140,7 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
         (["--ratio", "0.1", "0.2", "0.3"], "--ratio takes one or two numbers, got 3"),
         (["--grid-size", "64"], "--grid-size must be within 2 ... 16"),
-        (["--arch", "resnet81"], "--arch resnet81 is no backbone in timm"),
+        (["--arch", "resnet81"], "--arch resnet81 is not a timm backbone"),
         (["--data", "nowhere"], "--data must be a folder or one of clothing64"),
         (["--batch-size", "21"], "--batch-size 21 is more than the 20 images"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),

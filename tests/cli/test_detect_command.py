@@ -95,7 +95,7 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
         ([], "detect needs RUN, or the word random, and --data"),
         (["random", "--arch", "narrow"], "detect needs RUN, or the word random, and --data"),
         (["random", "--data", "DATA"], "a random backbone needs --arch"),
-        (["random", "--data", "DATA", "--arch", "resnet81"], "--arch resnet81 is no backbone"),
+        (["random", "--data", "DATA", "--arch", "resnet81"], "--arch resnet81 is not a timm"),
         (["random", "--data", "DATA", "--neck", "c5"], "argument --neck: invalid choice: 'c5'"),
         (["random", "--data", "nowhere", "--arch", "narrow"], "--data must be a folder or a zip"),
         (["random", "--data", "DATA", "--arch", "narrow", "--threads", "0"], "--threads must be"),

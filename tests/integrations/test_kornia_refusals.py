@@ -30,7 +30,7 @@ def test_only_containers_take_labels() -> None:
         ({"ratio": 0.0}, "ratio must lie strictly between 0 and 1, got 0.0"),
         ({"pattern": "blocks"}, "pattern must be one of 'block', 'discrete', got 'blocks'"),
         ({"partner": "roll"}, "partner must be one of 'reverse', 'random', got 'roll'"),
-        ({"pattern": "discrete", "roll": True}, "roll=True is for blocks"),
+        ({"pattern": "discrete", "roll": True}, "roll=True needs pattern='block'"),
         ({"per_sample": True, "same_on_batch": True}, "set one of them"),
         ({"p": 1.5}, r"p must lie within \[0, 1\], got 1.5; use"),
         ({"p": -0.1}, r"p must lie within \[0, 1\], got -0.1; use"),
@@ -65,7 +65,7 @@ def test_other_data_keys_are_refused(key: str, value: Tensor) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 8, 8)])
 def test_a_single_image_is_refused(p: float, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="nobody to mix with"):
+    with pytest.raises(ValueError, match="at least two images to mix, got one"):
         RandomMixMask(4, p=p)(torch.rand(shape))
 
 
@@ -75,7 +75,7 @@ def test_bad_batches_are_refused() -> None:
     mix(images, labels)
     params = mix._params
     refused: list[tuple[Callable[[], Any], str]] = [
-        (lambda: new.mixed_batch(images), "no params of a mix yet"),
+        (lambda: new.mixed_batch(images), "params must be those of a mix, got none yet"),
         (lambda: mix(images[:, :, :3], labels), "does not fit an image of 3 x 8 pixels"),
         (lambda: mix(images, torch.zeros(4, 10)), r"labels must be \(B,\), got \(4, 10\)"),
         (lambda: mix(images, labels[:3]), "labels must be those of the 4 images"),

@@ -124,7 +124,7 @@ def _check_crops(rank: int) -> None:
 def _check_uneven(rank: int) -> None:
     n = HALF - rank
     mixed = draw_mixed(n)
-    text = r"every process must hold as many images, got \[4, 3\] by rank; use drop_last=True"
+    text = r"every process must hold the same number of images, got \[4, 3\] by rank; use drop"
     for criterion in (
         *(build(True) for build in GATHERED.values()),
         BarlowTwinsLoss(gather_distributed=True),

@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[type[Builder], dict[str, Any], str]] = {
     "both views' keys": (Symmetric, {}, r"keys must be \(N, C\) with N = 4"),
     "one view's keys": (Builder, {"symmetric": True}, r"keys must be \(2N, C\) with N = 4"),
     "both views, half of the keys": (Half, {}, "the builder is symmetric"),
-    "keys of other lengths": (Long, {}, "keys must be of length one"),
+    "keys of other lengths": (Long, {}, "keys must have unit length"),
     "a predictor": (Predicting, {}, r"logits must be the cosines"),
     "a projector of its own": (Wide, {}, "encoder_q must return rows as long as the keys"),
     "a predictor in a loss": (PredictingLoss, {}, "got predictor.weight, predictor.bias as well"),

@@ -82,7 +82,7 @@ def test_barlow_twins_refuses_one_lam_a_sample(ours: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("building_fails")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_methods_it_does_not_go_into_say_why(ours: dict[str, Any], name: str) -> None:
-    text = f"does not work with the method '{name}': .*{UNSUPPORTED[name]}.* use one of barlow"
+    text = f"does not support the method '{name}': .*{UNSUPPORTED[name]}.* use one of barlow"
     with pytest.raises(ValueError, match=text):
         ours[name](make_cfg(name, mixmask={"grid_size": 4}))
 
@@ -105,7 +105,7 @@ def test_a_method_of_ones_own_refuses(
 ) -> None:
     monkeypatch.setitem(ours, "mine", type("Mine", (theirs["simclr"],), {}))
     integration.patch()
-    with pytest.raises(ValueError, match="method 'mine': it is not known here; use one of"):
+    with pytest.raises(ValueError, match="method 'mine': it was not tested; use one of"):
         ours["mine"](make_cfg("mine", mixmask={"grid_size": 4}))
 
 

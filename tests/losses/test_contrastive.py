@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask import MixedBatch, _pair_sums, lambda_weighted_loss
-from mixmask.losses import InfoNCE, info_nce
+from mixmask import MixedBatch, lambda_weighted_loss
+from mixmask.losses import InfoNCE, _pair_sums, info_nce
 from mixmask.losses.contrastive import _similarity
 
 Golden = Callable[[str], dict[str, Tensor]]
@@ -311,7 +311,7 @@ ROWS = torch.rand(4, 8)
         (
             lambda: info_nce(ROWS, ROWS, ROWS.to("meta")),
             ValueError,
-            r"where z does, on cpu, got meta; move it with \.to\(z\.device\)",
+            r"on the device of z, cpu, got meta; move it with \.to\(z\.device\)",
         ),
         (
             lambda: InfoNCE(ROWS).weighted(ROWS, ROWS[:2], None, torch.ones(())),
@@ -327,9 +327,9 @@ def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], t
 
 def test_tensors_elsewhere_are_refused() -> None:
     z, elsewhere = _unit(N, C), torch.zeros(N, C, device="meta")
-    with pytest.raises(ValueError, match="target must lie where z does, on cpu, got meta"):
+    with pytest.raises(ValueError, match="target must be on the device of z, cpu, got meta"):
         info_nce(z, elsewhere)
-    with pytest.raises(ValueError, match="negatives must lie where z does, on cpu, got meta"):
+    with pytest.raises(ValueError, match="negatives must be on the device of z, cpu, got meta"):
         info_nce(z, z, elsewhere)
 
 

@@ -215,7 +215,7 @@ LAM = torch.ones(())
         (
             lambda: negative_cosine(ROWS, ROWS.to("meta")),
             ValueError,
-            r"target must lie where z does, on cpu, got meta; move it with \.to\(z\.device\)",
+            r"target must be on the device of z, cpu, got meta; move it with \.to\(z\.device\)",
         ),
         (
             lambda: NegativeCosine(reduction="sum"),

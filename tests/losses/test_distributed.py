@@ -278,4 +278,6 @@ def test_soft_assignments_by_all_are_those_of_one_batch(halves: Results, which: 
 def test_uneven_batches_are_refused_by_every_process(halves: Results, name: str) -> None:
     for half in halves:
         text = half[f"{name}, uneven"]
-        assert text.startswith("every process must hold as many images, got [3, 4] by rank;")
+        assert text.startswith(
+            "every process must hold the same number of images, got [3, 4] by rank;"
+        )

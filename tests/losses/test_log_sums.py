@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask import MixedBatch, _pair_sums
+from mixmask import MixedBatch
 from mixmask import lambda_weighted_loss as weigh
-from mixmask.losses import InfoNCE, NTXent, _log_sums, info_nce, nt_xent
+from mixmask.losses import InfoNCE, NTXent, _log_sums, _pair_sums, info_nce, nt_xent
 
 N, K, C = 5, 300, 8
 

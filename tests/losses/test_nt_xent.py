@@ -316,7 +316,7 @@ LAM = torch.ones(())
         (
             lambda: nt_xent(ROWS, ROWS.to("meta")),
             ValueError,
-            "target must lie where z does, on cpu, got meta; move it",
+            "target must be on the device of z, cpu, got meta; move it",
         ),
         (lambda: NTXent(0.0), ValueError, r"temperature must be positive .* got 0\.0"),
         (lambda: NTXent("1"), TypeError, "temperature must be a number, got '1'"),  # type: ignore[arg-type]

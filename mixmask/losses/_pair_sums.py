@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mixmask._devices import without_autocast
-from mixmask._operators import as_operator
+from mixmask._devices import as_operator, without_autocast
+from mixmask.losses._rows import upcast
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 
 
 def sum_pairs(
-    rows: Tensor,
-    scale: float,
-    counts: Tensor | None = None,
-    columns: Tensor | None = None,
-    first: int = 0,
-    blocks: int = 1,
-) -> Tensor:
+    rows: Tensor, scale: float, counts: Tensor | None = None, columns: Tensor | None = None,
+    first: int = 0, blocks: int = 1,
+) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
 
     Rows and columns have the length 1. Without `columns` the rows are their own, and each pair
@@ -33,7 +29,7 @@ def sum_pairs(
         rows: (M, C), in `blocks` of equal lengths.
         scale: Factor of the products.
         counts: (K,), how often each column stands in the second sum; None for no second sum.
-        columns: (K, C), in as many blocks.
+        columns: (K, C), in the same number of blocks.
         first: Where in its block of columns the first row of a block stands.
         blocks: How many views there are among rows and columns.
     """
@@ -55,8 +51,7 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-        first: int,
-        blocks: int,
+        first: int, blocks: int,
     ) -> Tensor:  # fmt: skip
         """Return (M, V) in at least float32."""
         ctx.work = choose_dtype(rows, rows)
@@ -91,7 +86,7 @@ def _fake_sums(
     rows: Tensor, _columns: Tensor | None, _scale: float, weights: Tensor | None, *_: int
 ) -> Tensor:
     sums = 1 if weights is None else weights.shape[1]
-    return _upcast(rows.new_empty(rows.shape[0], sums))
+    return upcast(rows.new_empty(rows.shape[0], sums))
 
 
 @as_operator(
@@ -100,31 +95,26 @@ def _fake_sums(
     _fake_sums,
 )
 def _sum_tiles(
-    rows: Tensor,
-    columns: Tensor | None,
-    scale: float,
-    weights: Tensor | None,
-    first: int,
-    blocks: int,
-) -> Tensor:
+    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+    first: int, blocks: int,
+) -> Tensor:  # fmt: skip
     """Return the weighted sums of powers, (M, V)."""
     sums = _fake_sums(rows, columns, scale, weights).zero_()
+
+    def weigh(powers: Tensor, place: slice) -> Tensor:
+        return powers.sum(1, keepdim=True) if weights is None else powers @ weights[place]
+
     with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
-            sums[here] += (
-                powers.sum(1, keepdim=True) if weights is None else powers @ weights[there]
-            )
+            sums[here] += weigh(powers, there)  # (m, k) -> (m, V)
             if columns is None and here != there:  # The same pairs, seen from their other side.
-                turned = powers.T
-                sums[there] += (
-                    turned.sum(1, keepdim=True) if weights is None else turned @ weights[here]
-                )
+                sums[there] += weigh(powers.T, here)  # (k, m) -> (k, V)
     return sums
 
 
 def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     others = rows[:0] if columns is None else columns
-    return _upcast(torch.empty_like(rows)), _upcast(torch.empty_like(others))
+    return upcast(torch.empty_like(rows)), upcast(torch.empty_like(others))
 
 
 @as_operator(
@@ -138,13 +128,14 @@ def _grade_tiles(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of rows and columns, given those of the sums of powers (M, V)."""
     of_rows, of_columns = (one.zero_() for one in _fake_slopes(rows, columns))
+    # Without columns a pair's two slopes go to the same rows.
     others, of_others = (rows, of_rows) if columns is None else (columns, of_columns)
-    grad = grad * scale
+    grad = grad * scale  # (M, V)
     if weights is None:
         weights = torch.ones_like(grad) if columns is None else grad.new_ones(columns.shape[0], 1)
     # A pair counts as the row's and, without columns, also as the column's: a product of rank 2V.
-    left, right = grad, weights
-    if columns is None:
+    left, right = grad, weights  # (M, V), (K, V)
+    if columns is None:  # (M, 2 V) each.
         left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
     with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
@@ -164,6 +155,7 @@ def _raise_tiles(
     """
     others = rows if columns is None else columns
     accumulator = torch.promote_types(rows.dtype, torch.float32)
+    # Square tiles of as many logits as are held at a time.
     step = max(1, int(count_elements(rows) ** 0.5))
     for start in range(0, rows.shape[0], step):
         here = slice(start, min(start + step, rows.shape[0]))
@@ -187,16 +179,12 @@ def _find_own(rows: int, columns: int, first: int, blocks: int) -> Iterator[tupl
 
 
 def _sum_pairs_plainly(
-    rows: Tensor,
-    columns: Tensor | None,
-    scale: float,
-    weights: Tensor | None,
-    first: int,
-    blocks: int,
-) -> Tensor:
+    rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
+    first: int, blocks: int,
+) -> Tensor:  # fmt: skip
     """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
     others = rows if columns is None else columns
-    logits = _upcast(rows @ others.T) * scale  # (M, K)
+    logits = upcast(rows @ others.T) * scale  # (M, K)
     own = [
         torch.arange(column, column + high - low, device=rows.device)
         for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
@@ -242,7 +230,3 @@ def choose_dtype(z: Tensor, negatives: Tensor) -> torch.dtype:
 
 def count_elements(rows: Tensor) -> int:
     return _CHUNK_ELEMENTS["cpu" if rows.device.type == "cpu" else "device"]
-
-
-def _upcast(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
