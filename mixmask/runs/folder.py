@@ -141,13 +141,15 @@ def check_files(*paths: Path, force: bool = True) -> None:
         force: Whether files that are there already may be overwritten.
 
     Raises:
-        ValueError: If a file's folder is missing, or a folder or a file is in its place.
+        ValueError: If a file's folder is missing, or a folder, a device or a file is in its place.
     """
     for path in paths:
         if not path.parent.is_dir():
             raise ValueError(f"--out lies in {path.parent}, which is no folder; make it first")
         if path.is_dir():
             raise ValueError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():  # A rename would put a file in its place.
+            raise ValueError(f"--out {path} is a device or a pipe; name a file")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
 

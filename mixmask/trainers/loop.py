@@ -171,8 +171,10 @@ def _train_step(run: Run, batch: Tensor) -> float:
     """Draw views of a batch, train on each term of the loss, and return the learning rate."""
     config, model, accelerator = run.config, run.model, run.accelerator
     rank, total = accelerator.process_index, run.steps * config.epochs
-    # CUDA graphs may reuse the memory of the step before, but not of this one.
-    torch.compiler.cudagraph_mark_step_begin()
+    # CUDA graphs may reuse the memory of the step before, but not of this one. Saying so imports
+    # torch's compiler, which takes seconds.
+    if config.compile:
+        torch.compiler.cudagraph_mark_step_begin()
 
     # The step's draws come from this generator; torch's global one is for networks with draws of
     # their own (dropout, stochastic depth).
