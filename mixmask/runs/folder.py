@@ -39,6 +39,9 @@ _USED: dict[str, type] = {
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,
 }  # fmt: skip
 
+# The last checkpoints that this process has written and sealed, as they were then.
+_written: dict[Path, tuple[int, int, int] | None] = {}
+
 
 class NoRoomError(OSError):
     """The disk is full, or a file may not grow as large as it has to."""
@@ -270,6 +273,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
     A crash at any moment leaves one whole checkpoint, and a damaged one replaces none.
     """
     last = folder / LAST
+    place = last.absolute()
     if not last.exists() and is_sealed(folder / _UNFINISHED):
         (folder / _UNFINISHED).replace(last)  # A run was killed between the two renames below.
     with atomic_write(last, needed=_count_bytes(content)) as (temporary,):
@@ -277,8 +281,20 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
             torch.save(content, file)
         seal(temporary)
         _sync(temporary)  # Before the old one is moved out of the way.
-        if is_sealed(last):
+        # What this process has written, and nobody since, need not be read again.
+        known, found = _written.pop(place, None), _identify(last)
+        if (found and found == known) or is_sealed(last):
             last.replace(folder / PREVIOUS)
+    _written[place] = _identify(last)
+
+
+def _identify(path: Path) -> tuple[int, int, int] | None:
+    """Return what a file changes when it is written or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def copy_checkpoint(folder: Path, name: str) -> None:
