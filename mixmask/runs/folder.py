@@ -33,7 +33,7 @@ CONFIG = "config.json"
 METRICS = "metrics.csv"
 
 # Of `config.json`, and what every command uses of it.
-FORMAT = 2
+FORMAT = 3
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,

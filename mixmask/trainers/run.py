@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     step: int = 0
     meter: Meter = field(default_factory=Meter)
+    saved: float = field(default_factory=time.monotonic)  # When the checkpoint was written.
 
     @classmethod
     def open(
@@ -162,6 +164,7 @@ class Run:
                     copy_checkpoint(self.out, BEST)
         # A process that leaves takes the launcher's patience with those that still write.
         self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
 
     def load(self, folder: Path) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one.

@@ -24,7 +24,7 @@ MEASURES = ("knn", "linear")
 # A cell of the mask is at least this many pixels wide, as in the paper: 8 at 32 px, 16 at 64 px.
 _CELL_PIXELS = 4
 # Options that change no weights.
-_FREE = ("stream", "workers", "save_every", "keep")
+_FREE = ("stream", "workers", "save_every", "save_minutes", "keep")
 # What a run that cannot go on raises; the other runs of a study can.
 _FAILURES = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError)
 
