@@ -15,13 +15,14 @@ line runs in processes forked from one that has imported everything:
   refused in one line, and write nothing outside their own folder.
 - `drift`: one long run; slopes of memory, file handles, threads and time per step.
 
-Parts that are run alone (`--part`) replace their own figures in the record. Ctrl-C ends a part
-early, with the trials that are done.
+Parts may be run alone (`--part`) and with several seeds, all into one record; the same seed again
+replaces its figures. Ctrl-C ends a part early, with the trials that are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -353,35 +354,47 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices [0]")
     options = parser.parse_args()
     out = options.out or ROOT / "results" / f"soak-{slug(options.device)}.json"
+    for number in (signal.SIGINT, signal.SIGTERM):  # In the background, too.
+        signal.signal(number, signal.default_int_handler)
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     import_everything()
     failed = False
     for name in options.part or PARTS:
-        count = options.count or _COUNTS[name][options.small]
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             part = Part(name, random.Random(f"{options.seed}-{name}"), Path(folder))
             growth: dict[str, float] | None = None
             try:
-                growth = PARTS[name](part, count)
+                growth = PARTS[name](part, options.count or _COUNTS[name][options.small])
             except KeyboardInterrupt:
                 print(f"{name} was interrupted; what it has counted is kept")
         failed |= bool(part.failures)
         print(f"{name}: {part.trials} trials, {len(part.failures)} failures", flush=True)
-        if options.small and options.out is None:
-            continue
-        around = circumstances(options.device)
-        known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"soak": {}}
-        counted = {
-            "trials": part.trials, "failures": part.failures, "kinds": dict(part.kinds),
-            "growth": growth, "seconds": time.perf_counter() - began, "seed": options.seed,
-            "commit": around["commit"], "date": around["date"],
-        }  # fmt: skip
-        known["soak"][name] = counted
-        record = {"script": "soak", "small": options.small, **around, "soak": known["soak"]}
-        write_json(out, record)
+        if options.out or not options.small:
+            around = circumstances(options.device)
+            counted = {
+                "kinds": dict(part.kinds), "failures": part.failures, "growth": growth,
+                "seconds": time.perf_counter() - began,
+                "commit": around["commit"], "date": around["date"],
+            }  # fmt: skip
+            _record(out, name, str(options.seed), counted, {"small": options.small, **around})
     sys.exit(failed)
+
+
+def _record(
+    out: Path, name: str, seed: str, counted: dict[str, Any], around: dict[str, Any]
+) -> None:
+    """Put what a part has counted with a seed into the record, beside what others write there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # Of this process, until it is closed.
+    try:
+        known = json.loads(out.read_text(encoding="utf-8"))["soak"] if out.exists() else {}
+        known.setdefault(name, {})[seed] = counted
+        write_json(out, {"script": "soak", **around, "soak": known})
+    finally:
+        os.close(folder)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def _fork(
         return child
     code = 70
     try:
+        _reset_signals()
         _redirect(output)
         os.environ.update(environment)
         prepare()
@@ -301,6 +302,11 @@ def _serve(commands: Sequence[Command], guarded: Path, writer: int) -> None:
     os._exit(0)
 
 
+def _reset_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _call(words: Sequence[str]) -> tuple[int, float]:
     began = time.perf_counter()
     try:
@@ -310,8 +316,7 @@ def _call(words: Sequence[str]) -> tuple[int, float]:
     except BaseException:
         traceback.print_exc()
         code = 70
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    _reset_signals()
     return code, time.perf_counter() - began
 
 
