@@ -329,7 +329,7 @@ def drift(part: Part, steps: int) -> dict[str, float]:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         code = command_line(pretrain(data, part.folder / "long", *long))
     hook.remove()
-    part.count(code == 0, f"the long run ended with {code}", f"{len(samples):,} steps")
+    part.count(code in (0, 130), f"it ended with {code}", f"{len(samples):,} steps")
     table = np.array(samples)[len(samples) // 10 :]  # The start fills caches.
     first, second = np.array_split(table, 2)
     times = [np.median(np.diff(half[:, 0])) for half in (first, second)]
@@ -388,7 +388,7 @@ def _record(
     """Put what a part has counted with a seed into the record, beside what others write there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(out.parent, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # Of this process, until it is closed.
+    fcntl.flock(folder, fcntl.LOCK_EX)
     try:
         known = json.loads(out.read_text(encoding="utf-8"))["soak"] if out.exists() else {}
         known.setdefault(name, {})[seed] = counted
