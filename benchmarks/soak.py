@@ -64,7 +64,7 @@ from mixmask.runs.folder import CONFIG, LAST, PREVIOUS
 
 # Trials of each part, and with `--small`.
 _COUNTS = {
-    "kills": (100, 4), "flips": (200, 9), "torn": (40, 4), "disk": (20, 2), "ranks": (10, 1),
+    "kills": (100, 4), "flips": (200, 6), "torn": (40, 4), "disk": (20, 2), "ranks": (10, 1),
     "commands": (9_000, 40), "configurations": (1_000, 20), "drift": (10_000, 30),
 }  # fmt: skip
 
