@@ -13,7 +13,7 @@ line runs in processes forked from one that has imported everything:
   started again, must end in the same weights.
 - `commands`, `configurations`: random command lines and edited `config.json`; they run, or are
   refused in one line, and write nothing outside their own folder.
-- `drift`: one long run; slopes of memory, file handles, threads and time per step.
+- `drift`: one long run; growth of memory, file handles, threads and time per step.
 
 Parts may be run alone (`--part`) and with several seeds, all into one record; the same seed again
 replaces its figures. Ctrl-C ends a part early, with the trials that are done.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import random
@@ -106,11 +107,9 @@ def torn(part: Part, count: int) -> None:
 
 def _flip(content: bytearray, chance: random.Random, trial: int) -> str:
     size = len(content)
-    low, high, place = (
-        (0, size, "anywhere"),
-        (0, 4096, "first 4 KiB"),
-        (size - 4096, size, "last 4 KiB"),
-    )[trial % 3]
+    places = {"anywhere": (0, size), "first 4 KiB": (0, 4096), "last 4 KiB": (size - 4096, size)}
+    place = list(places)[trial % 3]
+    low, high = places[place]
     content[chance.randrange(low, high)] ^= 1 << chance.randrange(8)
     return place
 
@@ -173,15 +172,12 @@ def _limit_files(most: int) -> None:
 @contextmanager
 def _small_disk(place: Path, room: int) -> Iterator[Callable[[], object]]:
     """Mount a file system with little room, which needs root; yields what makes room."""
-
-    def call(*command: str) -> None:
-        subprocess.run(command, check=True)
-
-    call("mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(place))
+    call = partial(subprocess.run, check=True)
+    call(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(place)])
     try:
-        yield lambda: call("mount", "-o", "remount,size=64m", str(place))
+        yield lambda: call(["mount", "-o", "remount,size=64m", str(place)])
     finally:
-        call("umount", str(place))
+        call(["umount", str(place)])
 
 
 def ranks(part: Part, count: int) -> None:
@@ -209,6 +205,7 @@ def ranks(part: Part, count: int) -> None:
         part.count(right, f"rank {rank} after {moment:.2f} s: {said}", f"rank {rank}")
 
 
+_OUTCOMES = {0: "ran", 2: "refused"}
 # What a value may be in place of a sensible one.
 _ODD = (
     "", "0", "-1", "1e999", "nan", "inf", "999999999999", "0.5", "x", "../..", "/dev/null", "None",
@@ -227,11 +224,7 @@ def commands(part: Part, count: int) -> None:
     listed = [Command(_random_command(part.random, known, subjects)) for _ in range(count)]
     for command, ended in zip(listed, run_many(listed, kept), strict=True):
         said = f"{list(command.words)}: {ended.code} {ended.text[-600:]!r}"
-        part.count(ended.clean, said, _outcome(ended.code))
-
-
-def _outcome(code: int) -> str:
-    return {0: "ran", 2: "refused"}.get(code, "trained")
+        part.count(ended.clean, said, _OUTCOMES.get(ended.code, "trained"))
 
 
 def _options_of(name: str) -> list[argparse.Action]:
@@ -281,7 +274,11 @@ def configurations(part: Part, count: int) -> None:
         listed.append(Command(words, {out / CONFIG: spoilt}, writable=True))
     for command, ended in zip(listed, run_many(listed, kept), strict=True):
         said = f"{list(command.words)} {command.files[out / CONFIG][:3000]!r}"
-        part.count(ended.clean, f"{said}: {ended.code} {ended.text[-600:]!r}", _outcome(ended.code))
+        part.count(
+            ended.clean,
+            f"{said}: {ended.code} {ended.text[-600:]!r}",
+            _OUTCOMES.get(ended.code, "trained"),
+        )
 
 
 def _spoil_configuration(good: bytes, chance: random.Random) -> bytes:
@@ -324,12 +321,14 @@ def drift(part: Part, steps: int) -> dict[str, float]:
         samples.append((time.perf_counter(), *used))
 
     hook = register_optimizer_step_post_hook(sample)
-    epochs = max(2, steps // 10)  # Of ten steps.
-    long = ("--save-every=0", f"--epochs={epochs}")
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    # Epochs of ten steps; noise would collapse at the usual rate.
+    long = ("--save-every=0", "--lr=1e-4", f"--epochs={max(2, steps // 10)}")
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
         code = command_line(pretrain(data, part.folder / "long", *long))
     hook.remove()
-    part.count(code in (0, 130), f"it ended with {code}", f"{len(samples):,} steps")
+    described = f"it ended with {code}: {said.getvalue()[-300:]!r}"
+    part.count(code in (0, 130), described, f"{len(samples):,} steps")
     table = np.array(samples)[len(samples) // 10 :]  # The start fills caches.
     first, second = np.array_split(table, 2)
     times = [np.median(np.diff(half[:, 0])) for half in (first, second)]
@@ -362,7 +361,7 @@ def main() -> None:
     failed = False
     for name in options.part or PARTS:
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             part = Part(name, random.Random(f"{options.seed}-{name}"), Path(folder))
             growth: dict[str, float] | None = None
             try:

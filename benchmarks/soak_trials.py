@@ -37,8 +37,8 @@ TINY = [
     "--arch=narrow", "--epochs=3", "--batch-size=8", "--image-size=32", "--queue-size=64",
     "--dim=16", "--threads=1", "--measure-every=0", "--save-every=2",
 ]  # fmt: skip
-# Seconds after which a command hangs.
-TIMEOUT = 120
+# Seconds after which a command hangs, on a machine that may do much else.
+TIMEOUT = 600
 # What a command that reached its first step of training ends with, where that is enough.
 TRAINED = 42
 # What a command may allocate beyond its libraries, so that one of them does not fill the machine.
