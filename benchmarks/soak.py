@@ -1,23 +1,29 @@
-"""Damage on purpose: kills, flipped bits, torn files, a full disk, dead processes, odd input.
+"""Damage on purpose: kills, flipped bits, torn files, full disks, dead processes, odd input.
 
-Each part counts how many trials ended as they should, and lists those that did not. A trial runs
-the command line in a process of its own, forked from one that has imported everything:
+Each part counts how many trials ended as they should, and lists those that did not. The command
+line runs in processes forked from one that has imported everything:
 
 - `kills`: runs are killed at random moments and resumed, again and again; they must end in the
   weights of the run that nobody killed, to the bit.
 - `flips`, `torn`: one bit of a checkpoint is flipped, or the file is cut; the damage must be
   reported, and the whole checkpoint beside it used.
-- `disk`: files may grow to a random size only, as on a disk that fills up; the command must say so
-  in one line, leave no temporary file, and go on when there is room.
-- `ranks`: one of two processes is killed; the other must end, and the run must go on.
+- `disk`: a small file system fills up, or files may grow to a random size only; the command must
+  say so in one line, leave no temporary file, and go on to the same weights when there is room.
+- `ranks`: one of two processes is killed; the other must end by itself in one line, and both,
+  started again, must end in the same weights.
 - `commands`, `configurations`: random command lines and edited `config.json`; they run, or are
-  refused in one line, and write nothing outside the run folder.
-- `drift`: one long run; slopes of memory, file handles, threads and time per step.
+  refused in one line, and write nothing outside their own folder.
+- `drift`: one long run; growth of memory, file handles, threads and time per step.
+
+Parts may be run alone (`--part`) and with several seeds, all into one record; the same seed again
+replaces its figures. Ctrl-C ends a part early, with the trials that are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import io
 import json
 import os
 import random
@@ -27,185 +33,66 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from common import ROOT, Figure, arguments, report
-from PIL import Image
+from common import ROOT, arguments, circumstances, slug, write_json
+from safetensors.torch import load_file
+from soak_trials import (
+    Command,
+    Part,
+    draw_nothing,
+    import_everything,
+    make_images,
+    make_run,
+    pretrain,
+    run,
+    run_many,
+    run_together,
+    same,
+    weights,
+)
 
+from mixmask.cli import _COMMANDS, _parser
 from mixmask.cli import main as command_line
 from mixmask.runs.folder import CONFIG, LAST, PREVIOUS
 
-_TINY = [
-    "--epochs=3",
-    "--batch-size=8",
-    "--image-size=32",
-    "--queue-size=64",
-    "--dim=16",
-    "--threads=1",
-    "--measure-every=0",
-]
-_TIMEOUT = 120
-# Two processes on a CPU, a thread each.
-_ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-# The long form's trials per part; `--small` takes a few.
+# Trials of each part, and with `--small`.
 _COUNTS = {
-    "kills": 100,
-    "flips": 200,
-    "torn": 40,
-    "disk": 20,
-    "ranks": 10,
-    "commands": 9_000,
-    "configurations": 1_000,
-    "drift": 10_000,
-}
-_FEW = {
-    "kills": 3,
-    "flips": 12,
-    "torn": 6,
-    "disk": 2,
-    "ranks": 1,
-    "commands": 40,
-    "configurations": 20,
-    "drift": 30,
-}
-
-
-@dataclass
-class Ended:
-    """How a command ended: its exit code (negative: the signal), what it printed, the time."""
-
-    code: int
-    text: str
-    seconds: float
-
-    @property
-    def clean(self) -> bool:
-        """Whether it ran, was refused or was interrupted, without a traceback."""
-        return self.code in (0, 2, 130) and "Traceback" not in self.text
-
-
-@dataclass
-class Part:
-    """Trials of one kind, and what went wrong."""
-
-    name: str
-    random: random.Random
-    folder: Path
-    trials: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def count(self, passed: bool, described: str) -> None:
-        """Add a trial."""
-        self.trials += 1
-        if not passed:
-            self.failures.append(described)
-            print(f"{self.name}: {described}", flush=True)
-
-
-def run(
-    words: Sequence[str],
-    *,
-    kill_after: float | None = None,
-    prepare: Callable[[], None] = lambda: None,
-) -> Ended:
-    """Run the command line in a fork; kill it after some seconds if asked, hang or not."""
-    with tempfile.TemporaryFile("w+") as output:
-        began = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                prepare()
-                code = command_line(list(words))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        code = _wait(child, kill_after)
-        output.seek(0)
-        return Ended(code, output.read(), time.perf_counter() - began)
-
-
-def _wait(child: int, kill_after: float | None) -> int:
-    deadline = time.perf_counter() + (_TIMEOUT if kill_after is None else kill_after)
-    while time.perf_counter() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    for process in [*psutil.Process(child).children(recursive=True), psutil.Process(child)]:
-        process.kill()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def make_images(folder: Path, count: int = 48) -> Path:
-    """Write a small labelled folder of noise with a test split."""
-    rng = np.random.default_rng(0)
-    for split, images in (("train", count), ("test", 8)):
-        for number in range(images):
-            place = folder / split / f"class{number % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(place / f"{number}.png")
-    return folder
-
-
-def pretrain(data: Path, out: Path, *more: str) -> list[str]:
-    """Return the command that trains on a folder of noise."""
-    return ["pretrain", "--data", str(data), "--arch=narrow", *_TINY, "--out", str(out), *more]
-
-
-def weights(run_folder: Path) -> dict[str, Any]:
-    """Return the trained state of a run."""
-    content: dict[str, Any] = torch.load(run_folder / LAST, weights_only=True)
-    return {key: content[key] for key in ("model", "optimizer", "step")}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Compare nested states to the bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    "kills": (100, 4), "flips": (200, 6), "torn": (40, 4), "disk": (20, 2), "ranks": (10, 1),
+    "commands": (9_000, 40), "configurations": (1_000, 20), "drift": (10_000, 30),
+}  # fmt: skip
 
 
 def kills(part: Part, count: int) -> None:
     """Kill runs at random moments until the kills are used up; each must end as the first."""
-    data = make_images(part.folder / "data")
-    whole = run(pretrain(data, part.folder / "whole"))
-    if whole.code:
-        raise RuntimeError(f"the run that nobody kills failed: {whole.text}")
-    expected, left, number = weights(part.folder / "whole"), count, 0
+    whole = make_run(part)
+    expected, data = weights(whole), part.folder / "data"
+    alone = run(pretrain(data, part.folder / "again"), prepare=draw_nothing)
+    part.count(same(weights(part.folder / "again"), expected), "two runs differ", "without a kill")
+    left, number = count, 0
     while left:
         number += 1
         out = part.folder / f"run-{number}"
         words, killed = pretrain(data, out), 0
         while True:
-            moment = part.random.uniform(0.02, 1.1) * whole.seconds
-            ended = run(words, kill_after=moment if left else None)
+            moment = part.random.uniform(0.02, 1.1) * alone.seconds
+            after = moment if left else None
+            ended = run(words, kill_after=after, prepare=draw_nothing)
             if ended.code != -signal.SIGKILL:
                 break
             killed, left = killed + 1, left - 1
             words = ["pretrain", "--resume", str(out)] if (out / CONFIG).exists() else words
         right = ended.code == 0 and same(weights(out), expected)
+        said = f"{out.name}, killed {killed} times: {ended.code} {ended.text[-300:]}"
         for _ in range(killed):
-            part.count(
-                right, f"{out.name}, killed {killed} times: {ended.code} {ended.text[-300:]}"
-            )
+            part.count(right, said, "killed")
 
 
 def flips(part: Part, count: int) -> None:
@@ -219,117 +106,106 @@ def torn(part: Part, count: int) -> None:
 
 
 def _flip(content: bytearray, chance: random.Random, trial: int) -> str:
-    # Every third at the start (pickle) and at the end (directory), the rest anywhere (weights).
     size = len(content)
-    low, high = ((0, size), (0, min(4096, size)), (max(0, size - 4096), size))[trial % 3]
-    place, bit = chance.randrange(low, high), chance.randrange(8)
-    content[place] ^= 1 << bit
-    return f"bit {bit} of byte {place} of {size}"
+    places = {"anywhere": (0, size), "first 4 KiB": (0, 4096), "last 4 KiB": (size - 4096, size)}
+    place = list(places)[trial % 3]
+    low, high = places[place]
+    content[chance.randrange(low, high)] ^= 1 << chance.randrange(8)
+    return place
 
 
 def _tear(content: bytearray, chance: random.Random, trial: int) -> str:
-    keep = chance.randrange(len(content))
-    size = len(content)
+    keep, size = chance.randrange(len(content)), len(content)
     del content[keep:]
     if trial % 2:
         content.extend(bytes(size - keep))
-    return f"{'zeros' if trial % 2 else 'end'} after byte {keep} of {size}"
+    return "end zeroed" if trial % 2 else "end missing"
 
 
 def _damage(part: Part, count: int, spoil: Callable[[bytearray, random.Random, int], str]) -> None:
-    data = make_images(part.folder / "data")
-    out = part.folder / "run"
-    if run(pretrain(data, out)).code:
-        raise RuntimeError("the run to be damaged failed")
-    good = (out / LAST).read_bytes()
-    export = part.folder / "export.safetensors"
-    words = ["export", str(out), "--to", "safetensors", "--out", str(export)]
+    out, export = make_run(part), part.folder / "export.safetensors"
+    words = ["export", "--to", "safetensors", "--out", str(export)]
+    if run([*words, str(out / PREVIOUS)]).code:
+        raise RuntimeError(f"{PREVIOUS} cannot be exported")
+    expected, good = load_file(export), (out / LAST).read_bytes()
     for trial in range(count):
         content = bytearray(good)
-        described = spoil(content, part.random, trial)
+        kind = spoil(content, part.random, trial)
         (out / LAST).write_bytes(content)
         export.unlink(missing_ok=True)
-        ended = run(words)
-        # Either the archive still holds every byte that counts, or it is told and the older used.
-        told = LAST in ended.text and PREVIOUS in ended.text
-        part.count(ended.code == 0 and ended.clean and told, f"{described}: {ended.text[-200:]!r}")
-    (out / LAST).write_bytes(good)
+        ended = run([*words, str(out)])
+        right = ended.code == 0 and ended.clean and LAST in ended.text and PREVIOUS in ended.text
+        right = right and same(load_file(export), expected)
+        part.count(right, f"trial {trial}, {kind}: {ended.text[-200:]!r}", kind)
 
 
 def disk(part: Part, count: int) -> None:
-    """Stop files from growing at a random size; then let the run go on."""
-    data = make_images(part.folder / "data")
-    whole = part.folder / "whole"
-    run(pretrain(data, whole))
-    expected, size = weights(whole), (whole / LAST).stat().st_size
+    """Let a disk be full at a random size, then let the run go on when there is room."""
+    whole = make_run(part)
+    data, expected, size = part.folder / "data", weights(whole), (whole / LAST).stat().st_size
     for trial in range(count):
-        out = part.folder / f"run-{trial}"
-        limit = part.random.randrange(2_000, size)
+        kind = ("limit on files", "full tmpfs")[trial % 2]
+        place = part.folder / str(trial)
+        place.mkdir()
+        # Up to two checkpoints and the one that is written lie on the disk.
+        room = part.random.randrange(4_000, size if trial % 2 == 0 else 3 * size)
+        with _small_disk(place, room) if trial % 2 else nullcontext() as grow:
+            limit = sys.maxsize if trial % 2 else room
+            ended = run(pretrain(data, place / "run"), prepare=partial(_limit_files, limit))
+            left = list(place.rglob("*.tmp"))
+            if grow:
+                grow()
+            begun = (place / "run" / CONFIG).exists()
+            words = ["pretrain", "--resume", str(place / "run")]
+            again = run(words if begun else pretrain(data, place / "run"))
+            right = ended.code == 2 and ended.clean and not left and again.code == 0
+            right = right and same(weights(place / "run"), expected)
+        said = f"{room} bytes: {ended.code} {ended.text[-200:]!r} {left} {again.text[-200:]!r}"
+        part.count(right, f"{kind}, {said}", kind)
 
-        def starve(limit: int = limit) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        ended = run(pretrain(data, out), prepare=starve)
-        left = list(out.rglob("*.tmp")) if out.exists() else []
-        words = ["pretrain", "--resume", str(out)] if (out / CONFIG).exists() else []
-        again = run(words or pretrain(data, out))
-        right = ended.code == 2 and ended.clean and not left and again.code == 0
-        right = right and same(weights(out), expected)
-        part.count(
-            right, f"limit {limit}: {ended.code} {ended.text[-200:]!r} {again.text[-200:]!r}"
-        )
+def _limit_files(most: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@contextmanager
+def _small_disk(place: Path, room: int) -> Iterator[Callable[[], object]]:
+    """Mount a file system with little room, which needs root; yields what makes room."""
+    call = partial(subprocess.run, check=True)
+    call(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(place)])
+    try:
+        yield lambda: call(["mount", "-o", "remount,size=64m", str(place)])
+    finally:
+        call(["umount", str(place)])
 
 
 def ranks(part: Part, count: int) -> None:
     """Kill one of two processes in turn; the other must end by itself, and the run go on."""
     data = make_images(part.folder / "data")
-    whole = part.folder / "whole"
-    done = _torchrun(pretrain(data, whole))
-    if done.returncode:
-        raise RuntimeError(f"two processes failed: {done.stderr[-500:]}")
-    expected = weights(whole)
+    both = run_together([pretrain(data, part.folder / "whole")] * 2, prepare=draw_nothing)
+    if any(ended.code for ended in both):
+        raise RuntimeError(f"two processes failed: {both}")
+    expected, seconds = weights(part.folder / "whole"), both[0].seconds
     for trial in range(count):
-        out = part.folder / f"run-{trial}"
-        killed = _torchrun(pretrain(data, out, "--epochs=200"), kill_rank=trial % 2, chance=part)
-        ended = killed.returncode not in (0, None)
-        again = _torchrun(["pretrain", "--resume", str(out)], seconds=5)
-        goes_on = "Traceback" not in again.stderr or "is not a run folder" not in again.stderr
-        part.count(ended and goes_on, f"rank {trial % 2}: {killed.stderr[-300:]!r}")
-    part.count(same(weights(whole), expected), "the whole run changed")
+        out, rank = part.folder / f"run-{trial}", trial % 2
+        words, killed = pretrain(data, out), False
+        while not killed:
+            moment = part.random.uniform(0.1, 0.9) * seconds
+            both = run_together([words] * 2, kill=rank, kill_after=moment, prepare=draw_nothing)
+            killed = both[rank].code == -signal.SIGKILL
+            if not killed:  # The run was over before.
+                words = pretrain(data, out := part.folder / f"{out.name}-again")
+        other = both[1 - rank]
+        ended = other.code == 2 and other.clean and other.text.count("mixmask:") == 1
+        begun = (out / CONFIG).exists()
+        again = run_together([["pretrain", "--resume", str(out)] if begun else words] * 2)
+        right = ended and not any(one.code for one in again) and same(weights(out), expected)
+        said = f"{other.code} {other.text[-300:]!r} {[one.text[-200:] for one in again]}"
+        part.count(right, f"rank {rank} after {moment:.2f} s: {said}", f"rank {rank}")
 
 
-def _torchrun(
-    words: Sequence[str],
-    *,
-    kill_rank: int | None = None,
-    chance: Part | None = None,
-    seconds: float = _TIMEOUT,
-) -> subprocess.CompletedProcess[str]:
-    """Run two processes; kill one of them at a random moment, or both after some seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mixmask"]
-    launched = subprocess.Popen(
-        [*command, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT.parent), **_ALONE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if kill_rank is not None and chance is not None:
-        time.sleep(chance.random.uniform(12, 25))
-        for child in psutil.Process(launched.pid).children(recursive=True):
-            if child.environ().get("RANK") == str(kill_rank):
-                child.kill()
-    try:
-        out, err = launched.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        for child in psutil.Process(launched.pid).children(recursive=True):
-            child.terminate()
-        launched.terminate()
-        out, err = launched.communicate()
-    return subprocess.CompletedProcess(command, launched.returncode, out, err)
-
-
+_OUTCOMES = {0: "ran", 2: "refused"}
 # What a value may be in place of a sensible one.
 _ODD = (
     "", "0", "-1", "1e999", "nan", "inf", "999999999999", "0.5", "x", "../..", "/dev/null", "None",
@@ -339,174 +215,134 @@ _ODD = (
 
 def commands(part: Part, count: int) -> None:
     """Run random options of every command with sensible and odd values."""
-    data = make_images(part.folder / "data", 16)
-    out = part.folder / "run"
-    run(pretrain(data, out))
-    known = _options_of_commands()
-    subjects = [str(out), str(out / LAST), str(data), "/nowhere", str(out / CONFIG), "clothing64"]
-    for trial in range(count):
-        words = _random_command(part.random, known, subjects, part.folder / f"new-{trial}")
-        with _watched(part.folder, out) as outside:
-            ended = run(words, prepare=_stop_at_first_step)
-        fine = ended.clean or ended.code == 42
-        part.count(fine and not outside, f"{words} {outside}: {ended.code} {ended.text[-300:]!r}")
+    kept = part.folder = part.folder / "kept"
+    out = make_run(part, 16, labelled=True)
+    subjects = [
+        str(place) for place in (out, out / LAST, out / CONFIG, kept / "data", "/no", "clothing64")
+    ]
+    known = {name: _options_of(name) for name in _COMMANDS}
+    listed = [Command(_random_command(part.random, known, subjects)) for _ in range(count)]
+    for command, ended in zip(listed, run_many(listed, kept), strict=True):
+        said = f"{list(command.words)}: {ended.code} {ended.text[-600:]!r}"
+        part.count(ended.clean, said, _OUTCOMES.get(ended.code, "trained"))
 
 
-def _options_of_commands() -> dict[str, list[argparse.Action]]:
-    from mixmask.cli import _COMMANDS, _parser
-
-    known = {}
-    for name in _COMMANDS:  # A parser knows the options of one command.
-        actions = _parser([name])._actions
-        groups = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
-        known[name] = groups.choices[name]._actions
-    return known
+def _options_of(name: str) -> list[argparse.Action]:
+    actions = _parser([name])._actions  # A parser knows the options of one command.
+    groups = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
+    options: list[argparse.Action] = groups.choices[name]._actions
+    return [action for action in options if not isinstance(action, argparse._HelpAction)]
 
 
 def _random_command(
-    chance: random.Random,
-    known: dict[str, list[argparse.Action]],
-    subjects: Sequence[str],
-    new: Path,
+    chance: random.Random, known: dict[str, list[argparse.Action]], subjects: Sequence[str]
 ) -> list[str]:
     name = chance.choice(sorted(known))
     words = [name]
-    for action in chance.sample(known[name], k=min(len(known[name]), chance.randrange(1, 6))):
-        if isinstance(action, argparse._HelpAction):
-            continue
-        if not action.option_strings:
-            words.append(chance.choice(subjects))
-            continue
-        words.append(action.option_strings[0])
-        if action.nargs == 0:
-            continue
-        choices = list(action.choices or ())
-        sensible = [str(action.default), str(new), *map(str, choices), *subjects, "1", "2", "0.1"]
-        words.append(chance.choice(sensible if chance.random() < 0.6 else _ODD))
-    if name == "pretrain":
-        words += ["--threads=1", "--out", str(new)]
+    if name == "pretrain" and chance.random() < 0.4:  # Most others are refused for their size.
+        words = pretrain(Path(subjects[3]), Path("new"))
+    elif name in ("pretrain", "ablate"):  # The embedded data take long.
+        words += ["--data", subjects[3], "--epochs=1"]
+    options = [action for action in known[name] if action.option_strings]
+    # What is required is mostly there.
+    chosen = [action for action in known[name] if action.required and chance.random() < 0.9]
+    for action in chosen + chance.sample(options, k=min(len(options), chance.randrange(5))):
+        words += action.option_strings[:1]
+        if action.nargs != 0:
+            odd = chance.random() < 0.2
+            words.append(chance.choice(_ODD if odd else _sensible(action, subjects)))
     return words
 
 
-def _stop_at_first_step() -> None:
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    register_optimizer_step_post_hook(lambda *_: os._exit(42))
-    os.chdir(tempfile.mkdtemp())
-
-
-@contextmanager
-def _watched(allowed: Path, original: Path) -> Iterator[list[str]]:
-    """List what a command changed in a run folder that it was to read only."""
-    before = {path: path.stat().st_mtime_ns for path in (original / LAST, original / CONFIG)}
-    changed: list[str] = []
-    yield changed
-    del allowed
-    changed += [
-        str(path)
-        for path, stamp in before.items()
-        if not path.exists() or path.stat().st_mtime_ns != stamp
-    ]
+def _sensible(action: argparse.Action, subjects: Sequence[str]) -> list[str]:
+    if action.choices:
+        return list(map(str, action.choices))
+    if action.type in (int, float):
+        return ["1", "2", "4", "16" if action.type is int else "0.1"]
+    return ["new", "new.png"] if action.dest == "out" else list(subjects)
 
 
 def configurations(part: Part, count: int) -> None:
     """Edit, cut or fill `config.json` at random; resume and measure."""
-    data = make_images(part.folder / "data", 16)
-    out = part.folder / "run"
-    run(pretrain(data, out))
-    path = out / CONFIG
-    good = path.read_text(encoding="utf-8")
+    kept = part.folder = part.folder / "kept"
+    out = make_run(part, 16, labelled=True)
+    good = (out / CONFIG).read_bytes()
+    listed = []
     for trial in range(count):
-        text, described = _spoil_configuration(good, part.random)
-        path.write_bytes(text)
-        command = (["pretrain", "--resume", str(out)], ["evaluate", "knn", str(out)])[trial % 2]
-        ended = run(command, prepare=_stop_at_first_step)
-        part.count(ended.clean or ended.code == 42, f"{described}: {ended.text[-300:]!r}")
-        path.write_text(good, encoding="utf-8")
+        words = (["pretrain", "--resume", str(out)], ["evaluate", "knn", str(out)])[trial % 2]
+        spoilt = _spoil_configuration(good, part.random)
+        listed.append(Command(words, {out / CONFIG: spoilt}, writable=True))
+    for command, ended in zip(listed, run_many(listed, kept), strict=True):
+        said = f"{list(command.words)} {command.files[out / CONFIG][:3000]!r}"
+        part.count(
+            ended.clean,
+            f"{said}: {ended.code} {ended.text[-600:]!r}",
+            _OUTCOMES.get(ended.code, "trained"),
+        )
 
 
-def _spoil_configuration(good: str, chance: random.Random) -> tuple[bytes, str]:
+def _spoil_configuration(good: bytes, chance: random.Random) -> bytes:
     config = json.loads(good)
     key = chance.choice(sorted(config))
     values: tuple[Any, ...] = (
-        None,
-        True,
-        -1,
-        0,
-        1e308,
-        "x",
-        [],
-        {},
-        [0.1, 0.9],
-        2**70,
-        "../..",
-        float("nan"),
-    )
+        None, True, -1, 0, 1e308, "x", [], {}, [0.1, 0.9], 2**70, "../..", float("nan"),
+    )  # fmt: skip
     kind = chance.choice(["missing", "other", "unknown", "cut", "bytes", "nested"])
+    if kind == "nested":
+        return b"[" * 100_000
     if kind == "missing":
         del config[key]
     elif kind == "other":
         config[key] = chance.choice(values)
     elif kind == "unknown":
         config[f"{key}_2"] = 1
-    elif kind == "nested":
-        return ("[" * 100_000).encode(), "deep nesting"
-    text = json.dumps(config).encode()
+    text = bytearray(json.dumps(config).encode())
     if kind == "cut":
-        text = text[: chance.randrange(len(text))]
-    if kind == "bytes":
-        spoilt = bytearray(text)
-        spoilt[chance.randrange(len(spoilt))] = chance.randrange(256)
-        text = bytes(spoilt)
-    return text, f"{kind} {key} {config.get(key)!r}"
+        del text[chance.randrange(len(text)) :]
+    elif kind == "bytes":
+        text[chance.randrange(len(text))] = chance.randrange(256)
+    return bytes(text)
 
 
-def drift(part: Part, steps: int) -> list[Figure]:
+def drift(part: Part, steps: int) -> dict[str, float]:
     """Train a long run in this process; compare its second half with its first."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     data = make_images(part.folder / "data", 80)
     process = psutil.Process()
     samples: list[tuple[float, int, int, int]] = []
 
-    def sample(*_: object) -> None:
-        if len(samples) % 10 == 0 or len(samples) < 2:
+    def sample(optimizer: object, *_: object) -> None:
+        if not isinstance(optimizer, torch.optim.SGD):
+            return  # The linear probe's.
+        used = samples[-1][1:] if samples else (0, 0, 0)
+        if len(samples) % 10 == 0:
             used = process.memory_info().rss, process.num_fds(), process.num_threads()
-            samples.append((time.perf_counter(), *used))
-        else:
-            samples.append((time.perf_counter(), *samples[-1][1:]))
-
-    from torch.optim.optimizer import register_optimizer_step_post_hook
+        samples.append((time.perf_counter(), *used))
 
     hook = register_optimizer_step_post_hook(sample)
-    epochs = max(2, steps // 10)
-    code = command_line(pretrain(data, part.folder / "long", f"--epochs={epochs}"))
+    # Epochs of ten steps; noise would collapse at the usual rate.
+    long = ("--save-every=0", "--lr=1e-4", f"--epochs={max(2, steps // 10)}")
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = command_line(pretrain(data, part.folder / "long", *long))
     hook.remove()
-    part.count(code == 0, f"the long run ended with {code}")
-    table = np.array(samples)
-    table = table[len(table) // 10 :]  # The start fills caches.
+    described = f"it ended with {code}: {said.getvalue()[-300:]!r}"
+    part.count(code in (0, 130), described, f"{len(samples):,} steps")
+    table = np.array(samples)[len(samples) // 10 :]  # The start fills caches.
     first, second = np.array_split(table, 2)
     times = [np.median(np.diff(half[:, 0])) for half in (first, second)]
-    memory, handles, threads = (
-        float(np.median(second[:, column]) - np.median(first[:, column])) for column in (1, 2, 3)
-    )
-    return [
-        Figure("drift: steps", len(samples), "steps"),
-        Figure("drift: resident memory, second half beyond the first", memory, "bytes"),
-        Figure("drift: file handles, second half beyond the first", handles, "handles"),
-        Figure("drift: threads, second half beyond the first", threads, "threads"),
-        Figure("drift: time per step, second half by the first", float(times[1] / times[0]), ""),
-    ]
+    growth = {
+        name: float(np.median(second[:, column]) - np.median(first[:, column]))
+        for column, name in enumerate(("bytes of memory", "file handles", "threads"), start=1)
+    }
+    return {**growth, "time per step, second half by first": float(times[1] / times[0])}
 
 
-PARTS: dict[str, Callable[[Part, int], list[Figure] | None]] = {
-    "kills": kills,
-    "flips": flips,
-    "torn": torn,
-    "disk": disk,
-    "ranks": ranks,
-    "commands": commands,
-    "configurations": configurations,
-    "drift": drift,
-}
+PARTS: dict[str, Callable[[Part, int], dict[str, float] | None]] = {
+    "kills": kills, "flips": flips, "torn": torn, "disk": disk, "ranks": ranks,
+    "commands": commands, "configurations": configurations, "drift": drift,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -516,22 +352,48 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="trials of each part, in place of its own number")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices [0]")
     options = parser.parse_args()
+    out = options.out or ROOT / "results" / f"soak-{slug(options.device)}.json"
+    for number in (signal.SIGINT, signal.SIGTERM):  # In the background, too.
+        signal.signal(number, signal.default_int_handler)
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
-    figures: list[Figure] = []
+    import_everything()
     failed = False
     for name in options.part or PARTS:
-        count = options.count or (_FEW if options.small else _COUNTS)[name]
-        with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             part = Part(name, random.Random(f"{options.seed}-{name}"), Path(folder))
-            figures += PARTS[name](part, count) or ()
-            figures.append(
-                Figure.bounded(
-                    f"{name}: failures of {part.trials}", len(part.failures), "trials", 0
-                )
-            )
-            failed |= bool(part.failures)
-    report("soak", [], options, figures, variant="-".join(options.part or ()))
+            growth: dict[str, float] | None = None
+            try:
+                growth = PARTS[name](part, options.count or _COUNTS[name][options.small])
+            except KeyboardInterrupt:
+                print(f"{name} was interrupted; what it has counted is kept")
+        failed |= bool(part.failures)
+        print(f"{name}: {part.trials} trials, {len(part.failures)} failures", flush=True)
+        if options.out or not options.small:
+            around = circumstances(options.device)
+            counted = {
+                "kinds": dict(part.kinds), "failures": part.failures, "growth": growth,
+                "seconds": time.perf_counter() - began,
+                "commit": around["commit"], "date": around["date"],
+            }  # fmt: skip
+            _record(out, name, str(options.seed), counted, {"small": options.small, **around})
     sys.exit(failed)
+
+
+def _record(
+    out: Path, name: str, seed: str, counted: dict[str, Any], around: dict[str, Any]
+) -> None:
+    """Put what a part has counted with a seed into the record, beside what others write there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        known = json.loads(out.read_text(encoding="utf-8"))["soak"] if out.exists() else {}
+        known.setdefault(name, {})[seed] = counted
+        write_json(out, {"script": "soak", **around, "soak": known})
+    finally:
+        os.close(folder)
 
 
 if __name__ == "__main__":

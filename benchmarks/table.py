@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from common import ROOT, amount, figure_line, throughput
 from methods import table
 from time_to_accuracy import line, outcome
 
+PARTS = {
+    "kills": "runs killed at random moments and resumed end in the same weights, to the bit",
+    "flips": "one bit of `last.pt` flipped: told, and `previous.pt` used",
+    "torn": "`last.pt` cut or its end zeroed: told, and `previous.pt` used",
+    "disk": "a full disk: one line, no temporary file, the same weights when there is room",
+    "ranks": "one of two processes killed: the other ends in one line, and both go on exactly",
+    "commands": "random command lines run or are refused in one line, and write nothing elsewhere",
+    "configurations": "edited and damaged `config.json`: the same",
+    "drift": "one long run",
+}
 _BEGIN, _END = "<!-- results: written by table.py -->", "<!-- end of results -->"
 _HEAD = (
     "| what | against | quantity | ours | theirs | ratio (quartiles) | n | bound | reached |",
@@ -33,6 +44,8 @@ def section(record: dict[str, Any]) -> str:
         f"{machine}; Python {versions['python']}, torch {versions['torch']}, "
         f"mixmask {versions['mixmask']}; commit {record['commit']}; {record['date']}."
     )
+    if "soak" in record:
+        return "\n".join([title, "", circumstances, "", reliability(record["soak"])])
     if "runs" in record:
         return "\n".join([title, "", circumstances, "", table(record["runs"])])
     if "curve" in record:
@@ -50,6 +63,36 @@ def section(record: dict[str, Any]) -> str:
     rows = (row(case) for case in record["cases"])
     lines = [title, "", circumstances, listed, "", *_HEAD, *rows]
     return "\n".join([*lines, "", *figures] if figures else lines)
+
+
+def reliability(soak: dict[str, dict[str, Any]]) -> str:
+    """Return a row for each part: its trials with all seeds, and how many failed."""
+    rows = ["| what was done | trials | of which | failed | commit, date |", "| --- " * 5 + "|"]
+    for name, by_seed in soak.items():
+        kinds: Counter[str] = Counter()
+        for run in by_seed.values():
+            kinds.update(run["kinds"])
+        cells = [
+            f"`{name}`: {PARTS[name]}",
+            f"{sum(kinds.values()):,}",
+            _kinds(kinds, [run["growth"] for run in by_seed.values() if run["growth"]]),
+            f"{sum(len(run['failures']) for run in by_seed.values()):,}",
+            "; ".join(sorted({f"{run['commit']}, {run['date'][:10]}" for run in by_seed.values()})),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _kinds(kinds: Mapping[str, int], growths: Iterable[dict[str, float]]) -> str:
+    parts = [f"{count:,} {kind}" if count > 1 else kind for kind, count in kinds.items()]
+    for growth in growths:
+        memory = growth["bytes of memory"] / 2**20
+        parts.append(
+            f"second half against first: {memory:+.1f} MiB, {growth['file handles']:+.0f} file "
+            f"handles, {growth['threads']:+.0f} threads, "
+            f"{growth['time per step, second half by first']:.2f} of the time per step"
+        )
+    return "; ".join(parts)
 
 
 def row(case: dict[str, Any]) -> str:
@@ -111,7 +154,7 @@ def summary(records: Iterable[dict[str, Any]]) -> str:
 def rendered(page: str, results: Path) -> str:
     """Return the page with the part between the markers written anew."""
     # Detectors have a record of their own form, and are told about in words.
-    records = (r for r in read_records(results) if {"cases", "runs", "curve"} & r.keys())
+    records = (r for r in read_records(results) if {"cases", "runs", "curve", "soak"} & r.keys())
     sections = "\n\n".join(section(record) for record in records)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)

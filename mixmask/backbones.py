@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
+
+from mixmask._devices import is_out_of_memory
 
 # Our own: channels of the first of four blocks. A ResNet-18, of eight blocks, starts with 64.
 SLIM = {"narrow": 16, "medium": 32}
@@ -33,7 +36,7 @@ def build_backbone(
 
     Raises:
         ValueError: If there is no such backbone (the message names the nearest ones), or it cannot
-            take such images.
+            be built for such images. `check_sizes` tells whether it takes them.
     """
     if arch in SLIM:
         backbone = _build_slim(SLIM[arch], in_chans)
@@ -47,8 +50,6 @@ def build_backbone(
         channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
         backbone.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
-    if image_size is not None:
-        _try_size(backbone, arch, image_size, in_chans)
     return backbone
 
 
@@ -120,17 +121,38 @@ def _build_torchvision(name: str, image_size: int | None, in_chans: int) -> nn.M
 
 
 @torch.no_grad()
-def _try_size(backbone: nn.Module, arch: str, image_size: int, in_chans: int) -> None:
-    """Refuse a size that a backbone cannot take, before anything is trained or written."""
+def check_sizes(backbone: nn.Module, arch: str, sizes: Iterable[int], in_chans: int = 3) -> None:
+    """Check that a backbone takes images of some sizes: a few take one size alone.
+
+    Args:
+        backbone: It is back in its mode afterwards, and its statistics are unchanged.
+        arch: Its name in errors.
+        sizes: Heights and widths in pixels.
+        in_chans: Channels of the images.
+
+    Raises:
+        ValueError: If it does not take one of them.
+
+    Example:
+        >>> check_sizes(build_backbone("narrow"), "narrow", (32, 24))
+        >>> check_sizes(build_backbone("narrow"), "narrow", (0,))
+        Traceback (most recent call last):
+            ...
+        ValueError: --arch narrow cannot take images of 0 pixels (...); use --image-size 224, ...
+    """
     weight = next(backbone.parameters())
-    training = backbone.training
+    training, size = backbone.training, 0
+    backbone.eval()
     try:
-        backbone.eval()(weight.new_zeros(1, in_chans, image_size, image_size))
+        for size in sorted(set(sizes)):
+            backbone(weight.new_zeros(1, in_chans, size, size))
     except Exception as error:  # Each family fails in its own way.
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         own = getattr(backbone, "pretrained_cfg", {}).get("input_size", (0, 224))[-1]
         raise ValueError(
-            f"--arch {arch} cannot take images of {image_size} pixels ({reason}); use --image-size "
+            f"--arch {arch} cannot take images of {size} pixels ({reason}); use --image-size "
             f"{own}, for which it was made, or another --arch"
         ) from error
     finally:

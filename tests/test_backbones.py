@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from mixmask.backbones import build_backbone
+from mixmask.backbones import build_backbone, check_sizes
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.folder import save_checkpoint, write_config
 
@@ -42,7 +42,7 @@ def test_fixed_sizes_are_built_for_the_runs_own(arch: str, own: int) -> None:
 @pytest.mark.parametrize("arch, size", [("inception_v3", 32), ("vit_b_16", 100), ("resnet18", 0)])
 def test_a_size_that_cannot_be_is_refused_in_a_line(arch: str, size: int) -> None:
     with pytest.raises(ValueError, match=f"cannot take .*{size} pixels") as caught:
-        build_backbone(arch, image_size=size)
+        check_sizes(build_backbone(arch, image_size=size), arch, (size,))
     assert "\n" not in str(caught.value)
 
 

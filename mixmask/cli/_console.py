@@ -68,9 +68,8 @@ def resumable(command: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # A pretraining run starts again from its configuration, too.
-        begun = command == "pretrain" and (folder / CONFIG).exists()
-        if begun or has_checkpoint(folder):
+        # A run starts again from its configuration, too.
+        if (folder / CONFIG).exists() or has_checkpoint(folder):
             raise KeyboardInterrupt(advice) from None
         raise
     except NoRoomError as error:

@@ -15,7 +15,7 @@ from mixmask._devices import is_out_of_memory
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.detection.config import DetectionConfig, load_config
-from mixmask.runs.folder import new_folder
+from mixmask.runs.folder import CONFIG, has_checkpoint, new_folder
 from mixmask.runs.options import Options, check_resume, flag
 from mixmask.runs.records import plural
 
@@ -57,16 +57,24 @@ def _detect(
     if resume is not None:
         more = {"RUN": run, "--out": out}
         check_resume([*map(flag, given), *(name for name in more if more[name] is not None)])
-        config, folder = load_config(resume), resume
+        (config, source), folder = load_config(resume), resume
+        # The checkpoint of a run holds the weights; one that was killed before has none.
+        run, small_stem = "random", None
+        if not has_checkpoint(resume):
+            run, small_stem = source, config.small_stem
+        if not run:
+            raise ValueError(
+                f"{resume} has no checkpoint, and its {CONFIG} does not say which backbone it "
+                "started from; start it again with RUN and a new --out"
+            )
     elif run is None or not given.get("data"):
         raise ValueError("detect needs RUN, or the word random, and --data; or --resume DIR alone")
     else:
         config = DetectionConfig(**given)
         folder = new_folder(out, f"detect-{Path(config.data).stem}-{Path(run).stem}")
+        small_stem = given.get("small_stem")
     data = load_detection(Path(config.data), train=config.train_split, test=config.test_split)
-    # The checkpoint of the run that is resumed holds the weights.
-    small_stem = given.get("small_stem")
-    backbone, config, source = load_source(run or "random", config, small_stem=small_stem)
+    backbone, config, origin = load_source(run, config, small_stem=small_stem)
     say(
         f"{config.model}, {config.neck} on {config.data}: {plural(len(data.train), 'image')} to "
         f"train ({data.train.name}), {len(data.test):,} to test ({data.test.name}), "
@@ -78,7 +86,7 @@ def _detect(
     with resumable("detect", folder):
         _, results = train_detector(
             config, data, backbone, folder,
-            source=source, device=device, resume=go_on, on_row=_say_row,
+            source=origin, device=device, resume=go_on, on_row=_say_row,
         )  # fmt: skip
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in results:

@@ -60,11 +60,13 @@ class Split:
         images: uint8, or float32 within [0, 1]; in memory or stored.
         labels: None where they are not known, -1 for an image without one.
         names: Of images in memory that were read from files, relative to the split's folder.
+        lost: The files that could not be read into memory: place among all, name and label.
     """
 
     images: Images
     labels: Tensor | None = None
     names: tuple[str, ...] = ()
+    lost: tuple[tuple[int, str, int], ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -73,8 +75,18 @@ class Split:
             return tuple(map(self.images.source.name, range(len(self.images))))
         return self.names
 
+    @property
+    def listed(self) -> tuple[tuple[str, int], ...]:
+        """The name and label (0 without labels) of each file, those that are lost too."""
+        names = self.files
+        labels = [0] * len(names) if self.labels is None or not names else self.labels.tolist()
+        listed = list(zip(names, labels, strict=True))
+        for place, name, label in self.lost:
+            listed.insert(place, (name, label))
+        return tuple(listed)
+
     def subset(self, index: Tensor) -> Split:
-        """Return some of the images, by their indices (n,)."""
+        """Return some of the images, by their indices (n,); files that are lost belong to none."""
         images = self.images
         images = images[index] if isinstance(images, Tensor) else images.subset(index)
         names = tuple(self.names[i] for i in index.tolist()) if self.names else ()
@@ -139,12 +151,15 @@ class ImageData:
         digest = hashlib.blake2b(digest_size=8)
         splits = [split for split in (self.train, self.test) if split]
         for split in splits:
-            for name in split.files:
+            for name, _ in split.listed:
                 digest.update(os.fsencode(f"{name}\n"))
             if not split.files:
                 looked = split.images[_spread(len(split.images))]
                 digest.update(looked.cpu().contiguous().numpy().tobytes())
-        train, test = (len(split.images) if split else 0 for split in (self.train, self.test))
+        # Files that cannot be read count, as they do where images stay on disk.
+        train, test = (
+            len(split.images) + len(split.lost) if split else 0 for split in (self.train, self.test)
+        )
         return Fingerprint(train, test, self.classes, digest.hexdigest())
 
 
@@ -173,6 +188,9 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
         raise ValueError("there is a test split, so that no images need be held out; leave it out")
     if not 0 < share < 1:
         raise ValueError(f"the share held out must lie between 0 and 1, got {share}; use 0.1")
+    lost = data.train.lost
+    if lost:  # They take their places, so that the choice is that of images on disk.
+        labels = torch.tensor([label for _, label in data.train.listed])
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels[labels >= 0].unique().tolist():
@@ -182,8 +200,20 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
             raise ValueError(f"class {name} has one image, which cannot be shared out; add images")
         count = min(max(1, round(share * len(index))), len(index) - 1)  # 1 is left on each side.
         held[index[torch.randperm(len(index), generator=generator)[:count]]] = True
-    train, test = (data.train.subset(side.nonzero()[:, 0]) for side in (~held, held))
+    train, test = (_take(data.train, side) for side in (~held, held))
     return replace(data, train=train, test=test)
+
+
+def _take(split: Split, chosen: Tensor) -> Split:
+    """Return the part of a split that a mask (N,) over all of its files chooses."""
+    read = torch.ones(len(chosen), dtype=torch.bool)
+    read[[place for place, _, _ in split.lost]] = False
+    lost = [
+        (int(chosen[:place].sum()), name, label)
+        for place, name, label in split.lost
+        if chosen[place]
+    ]
+    return replace(split.subset(chosen[read].nonzero()[:, 0]), lost=tuple(lost))
 
 
 def load_data(
@@ -384,4 +414,9 @@ def _read_split(listed: Listed, size: int) -> Split:
     if not stored.unreadable:
         return split
     kept = [number for number in range(len(stored)) if number not in stored.unreadable]
-    return split.subset(torch.tensor(kept))
+    lost = [
+        (number, names[number], 0 if listed.labels is None else int(listed.labels[number]))
+        for number in sorted(stored.unreadable)
+        if names
+    ]
+    return replace(split.subset(torch.tensor(kept)), lost=tuple(lost))

@@ -46,13 +46,19 @@ class DetectionConfig:
         check_options(self)
 
 
-def load_config(folder: Path) -> DetectionConfig:
-    """Read the options of a detection run's folder."""
+def load_config(folder: Path) -> tuple[DetectionConfig, str]:
+    """Read the options of a detection run's folder, and where its backbone came from.
+
+    That is a path, "random", or nothing if an older version or another caller has not said.
+    """
     try:
         content = read_config(folder)
         if "monitor" in content:  # The name in older runs.
             content["measure_every"] = content.pop("monitor")
-        return restore_config(DetectionConfig, content, later=("proposals",))
+        source = content.get("source", "")
+        if not isinstance(source, str):
+            raise TypeError(f"'source' must be of type str, got {source!r}")  # noqa: TRY301
+        return restore_config(DetectionConfig, content, later={2: ("proposals",)}), source
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

@@ -25,7 +25,15 @@ from mixmask.detection.metrics import Precisions, evaluate_detector, predict, re
 from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.folder import load_checkpoint, save_checkpoint, write_config, write_json
+from mixmask.runs.folder import (
+    CONFIG,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    starting,
+    write_config,
+    write_json,
+)
 from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
@@ -161,7 +169,12 @@ class Run:
         write_json(self.out / "results.json", {**self.results()})
 
     def load(self) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one."""
+        """Restore the newest whole checkpoint; a warning names a damaged one.
+
+        A run that was killed before its first checkpoint stays at its first step.
+        """
+        if (self.out / CONFIG).exists() and not has_checkpoint(self.out):
+            return
         file, content = load_checkpoint(self.out, lambda content: "classes" in content)
         classes, images = list(self.data.classes), len(self.data.train)
         try:
@@ -199,8 +212,9 @@ def load_source(
         return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
     loaded = load_backbone(Path(run), arch=config.arch or None, small_stem=small_stem)
     source: Source = {
-        "run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, "layout": loaded.layout,
-        "taken": len(loaded.taken), "left": len(loaded.left), "pretraining": loaded.config,
+        "run": str(Path(run).resolve()), "arch": loaded.arch, "small_stem": loaded.small_stem,
+        "layout": loaded.layout, "taken": len(loaded.taken), "left": len(loaded.left),
+        "pretraining": loaded.config,
     }  # fmt: skip
     config = dataclasses.replace(config, arch=loaded.arch, small_stem=loaded.small_stem)
     return loaded.backbone, config, source
@@ -234,7 +248,8 @@ def train_detector(
             `previous.pt` and, at the end, `detections.png` with the first test images.
         source: What `results.json` says of the backbone.
         device: Where to compute. Default: a GPU where there is one.
-        resume: Continue from the newest whole checkpoint in `out`.
+        resume: Continue from the newest whole checkpoint in `out`, or from the first step if the
+            run was killed before there was one.
         progress: Show a progress bar.
         on_row: Called with what was measured after each epoch.
 
@@ -243,11 +258,19 @@ def train_detector(
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
     run = Run(config, data, backbone, out, source or {}, device)
-    if resume:
-        run.load()
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_config(out, dataclasses.asdict(config))
+    with starting(out):
+        if resume:
+            run.load()
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            write_config(out, dataclasses.asdict(config) | {"source": run.source.get("run", "")})
+        _train(run, progress, on_row)
+    return run.detector, run.results()
+
+
+def _train(run: Run, progress: bool, on_row: Callable[[Row], None] | None) -> None:
+    """Train from where the run stands to its last epoch, with a test now and then."""
+    config = run.config
     total = run.steps * config.epochs
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress) as bar:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
@@ -260,7 +283,6 @@ def train_detector(
             if on_row:
                 on_row(row)
     _draw(run)
-    return run.detector, run.results()
 
 
 def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:

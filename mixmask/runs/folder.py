@@ -33,11 +33,14 @@ CONFIG = "config.json"
 METRICS = "metrics.csv"
 
 # Of `config.json`, and what every command uses of it.
-FORMAT = 2
+FORMAT = 3
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,
 }  # fmt: skip
+
+# The last checkpoints that this process has written and sealed, as they were then.
+_written: dict[Path, tuple[int, int, int] | None] = {}
 
 
 class NoRoomError(OSError):
@@ -141,13 +144,15 @@ def check_files(*paths: Path, force: bool = True) -> None:
         force: Whether files that are there already may be overwritten.
 
     Raises:
-        ValueError: If a file's folder is missing, or a folder or a file is in its place.
+        ValueError: If a file's folder is missing, or a folder, a device or a file is in its place.
     """
     for path in paths:
         if not path.parent.is_dir():
             raise ValueError(f"--out lies in {path.parent}, which is not a folder; make it first")
         if path.is_dir():
             raise ValueError(f"--out {path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():  # A rename would put a file in its place.
+            raise ValueError(f"--out {path} is a device or a pipe; name a file")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
 
@@ -269,6 +274,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
     A crash at any moment leaves one whole checkpoint, and a damaged one replaces none.
     """
     last = folder / LAST
+    place = last.absolute()
     if not last.exists() and is_sealed(folder / _UNFINISHED):
         (folder / _UNFINISHED).replace(last)  # A run was killed between the two renames below.
     with atomic_write(last, needed=_count_bytes(content)) as (temporary,):
@@ -276,8 +282,20 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
             torch.save(content, file)
         seal(temporary)
         _sync(temporary)  # Before the old one is moved out of the way.
-        if is_sealed(last):
+        # What this process has written, and nobody since, need not be read again.
+        known, found = _written.pop(place, None), _identify(last)
+        if (found and found == known) or is_sealed(last):
             last.replace(folder / PREVIOUS)
+    _written[place] = _identify(last)
+
+
+def _identify(path: Path) -> tuple[int, int, int] | None:
+    """Return what a file changes when it is written or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def copy_checkpoint(folder: Path, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +21,8 @@ Options = dict[str, Any]
 Value = TypeVar("Value")
 
 # What `config.json` says beside the options: its format, who wrote it, how many processes trained,
-# and which data they saw.
-FACTS = ("format", "version", "processes", "fingerprint")
+# which data they saw, and where a detector's backbone came from.
+FACTS = ("format", "version", "processes", "fingerprint", "source")
 # The numbers that a field of this type takes.
 _KINDS: dict[type, type] = {int: Integral, float: Real}
 
@@ -114,22 +114,25 @@ def _describe(kind: type) -> str:
     return names.get(kind, kind.__name__)
 
 
-def restore_config(kind: type[Config], content: Options, *, later: Collection[str] = ()) -> Config:
+def restore_config(
+    kind: type[Config], content: Options, *, later: Mapping[int, Collection[str]]
+) -> Config:
     """Build a configuration from the content of a `config.json`.
 
     Args:
         kind: Its dataclass.
         content: What `read_config` returned.
-        later: Options that a file without a format number, of an older version, may lack. They
-            have their defaults, which leave things as they were.
+        later: The options that came with a format, by its number. Files of earlier formats, and
+            those without a number, may lack them; their defaults leave things as they were.
 
     Raises:
         TypeError: If an option has another type.
         ValueError: If options are unknown, missing, or out of their range; the message names them.
     """
     names = [field.name for field in dataclasses.fields(kind)]
-    # Since there are format numbers, a file has all options of its time.
-    optional = () if "format" in content else later
+    # A file has every option of its format's time.
+    written = content.get("format", 0)
+    optional = {name for number, new in later.items() if number > written for name in new}
     unknown = [name for name in content if name not in (*names, *FACTS)]
     missing = [name for name in names if name not in content and name not in optional]
     for what, found in (("unknown", unknown), ("missing", missing)):

@@ -6,10 +6,12 @@ import hashlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,7 +94,8 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         path: The file; `.safetensors` by its suffix, anything else is what torch.save wrote.
 
     Returns:
-        The content, and the metadata of a safetensors file (elsewhere empty).
+        The content, and the metadata of a safetensors file (elsewhere empty). A warning names a
+        file of torch before 1.6, whose format has no checksums.
 
     Raises:
         DamagedError: If the file is cut short or changed.
@@ -120,11 +123,24 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     _refuse_foreign(path, names)
     try:
         with _stand_ins(names):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:
         raise _explain(path, error) from error
+    if not start.startswith(b"PK"):
+        _warn_of_no_sums(path.absolute())
+    return content, {}
+
+
+@cache
+def _warn_of_no_sums(path: Path) -> None:
+    """Warn once of each file in torch's older format, in which a changed weight is not noticed."""
+    warnings.warn(
+        f"{path} is in torch's format of before 1.6, which has no checksums: damage to its weights "
+        "cannot be noticed",
+        stacklevel=3,
+    )
 
 
 def _check_archive(path: Path, end: bytes) -> None:

@@ -14,7 +14,8 @@ from mixmask.runs.options import Options
 # Options, those of older versions too, that change speed, memory or logging but no weights.
 _SETTING = (
     "stream", "workers", "decode", "monitor", "measure_every", "tracker", "compile",
-    "compile_mode", "checkpointing", "save_every", "keep", "format", "version", "fingerprint",
+    "compile_mode", "checkpointing", "save_every", "save_minutes", "keep", "format", "version",
+    "fingerprint",
 )  # fmt: skip
 
 

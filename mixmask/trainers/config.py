@@ -98,6 +98,9 @@ class RunConfig:
     save_every: int = option(
         0, "steps between two checkpoints within an epoch; 0 = none but at its end", low=0
     )
+    save_minutes: float = option(
+        0.0, "minutes between two checkpoints within an epoch; 0 = none but at its end", low=0
+    )
     keep: int = option(
         0, "checkpoints of past epochs to keep beside last.pt, and the best by kNN", low=0
     )

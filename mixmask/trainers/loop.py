@@ -33,11 +33,19 @@ from mixmask.trainers.run import Run
 # Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
 
-# Steps between two checks whether another process was asked to stop, which wait for the device.
+# Steps between two checks whether another process was asked to stop or has to save, which wait for
+# the device.
 _ASK_EVERY = 10
 
 # Measures a backbone; the flag asks for all accuracies, as before and after a run.
 Monitor = Callable[[nn.Module, bool], Row]
+
+
+class _Requests(NamedTuple):
+    """What all processes are to do after a step."""
+
+    stop: bool = False
+    save: bool = False
 
 
 class FirstViews(NamedTuple):
@@ -100,9 +108,9 @@ def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
     reading = closing(_batches(run))
     # However the loop ends, the reader is closed: its workers do not end by themselves.
-    with bar, reading as batches, _finish_steps(run.accelerator) as stop_requested:
+    with bar, reading as batches, _finish_steps(run) as ask:
         for epoch in range(run.step // run.steps + 1, config.epochs + 1):
-            row = _train_epoch(run, epoch, batches, bar, stop_requested)
+            row = _train_epoch(run, epoch, batches, bar, ask)
             last = epoch == config.epochs
             due = last or (config.measure_every > 0 and epoch % config.measure_every == 0)
             # One process measures, and the others wait for it in `save`.
@@ -111,7 +119,7 @@ def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
             run.rows.append(row)
             run.accelerator.log(row, step=run.step)
             run.save(epoch_ends=True)
-            if stop_requested() and not last:
+            if ask().stop and not last:
                 raise KeyboardInterrupt
     for tracker in run.accelerator.trackers:  # end_training() would end the processes' group too.
         tracker.finish()
@@ -143,7 +151,7 @@ def _measure_epoch(run: Run, epoch: int) -> Row:
 
 
 def _train_epoch(
-    run: Run, epoch: int, batches: Batches, bar: tqdm[NoReturn], stop_requested: Callable[[], bool]
+    run: Run, epoch: int, batches: Batches, bar: tqdm[NoReturn], ask: Callable[[], _Requests]
 ) -> Row:
     """Train one epoch, or what a resumed run has left of it, and return its row."""
     accelerator, meter = run.accelerator, run.meter
@@ -158,12 +166,12 @@ def _train_epoch(
         if meter.steps % 10 == 0 or i + 1 == run.steps:
             bar.set_postfix_str(meter.summary())
         # All processes ask, and save, at the same steps.
-        stop = (processes == 1 or run.step % _ASK_EVERY == 0) and stop_requested()
+        asked = ask() if processes == 1 or run.step % _ASK_EVERY == 0 else _Requests()
         due = run.config.save_every > 0 and run.step % run.config.save_every == 0
-        if (stop or due) and i + 1 < run.steps:
+        if (due or any(asked)) and i + 1 < run.steps:
             _measure_epoch(run, epoch)
             run.save()
-            if stop:
+            if asked.stop:
                 raise KeyboardInterrupt
     row = _measure_epoch(run, epoch)
     run.meter = Meter()
@@ -174,8 +182,10 @@ def _train_step(run: Run, batch: Tensor) -> float:
     """Draw views of a batch, train on each term of the loss, and return the learning rate."""
     config, model, accelerator = run.config, run.model, run.accelerator
     rank, total = accelerator.process_index, run.steps * config.epochs
-    # CUDA graphs may reuse the memory of the step before, but not of this one.
-    torch.compiler.cudagraph_mark_step_begin()
+    # CUDA graphs may reuse the memory of the step before, but not of this one. Saying so imports
+    # torch's compiler, which takes seconds.
+    if config.compile:
+        torch.compiler.cudagraph_mark_step_begin()
 
     # The step's draws come from this generator; torch's global one is for networks with draws of
     # their own (dropout, stochastic depth).
@@ -322,14 +332,23 @@ def _reduce(accelerator: Accelerator, values: Iterable[float], how: str) -> list
     """Reduce numbers over the processes, so that all of them go on alike."""
     if accelerator.num_processes == 1:
         return list(values)
-    numbers = torch.tensor(list(values), device=accelerator.device)
+    numbers = torch.tensor([*map(float, values)], device=accelerator.device)
     reduced: list[float] = accelerator.reduce(numbers, reduction=how).tolist()
     return reduced
 
 
+def _is_late(run: Run) -> bool:
+    """Tell whether `--save-minutes` have passed since the last checkpoint."""
+    return 0 < 60 * run.config.save_minutes <= time.monotonic() - run.saved
+
+
 @contextmanager
-def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual."""
+def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
+
+    Yields:
+        What tells the requests, of any process; the clock of the first one asks to save.
+    """
     requested = False
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -343,9 +362,13 @@ def _finish_steps(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
             signal.signal(number, request)
     except ValueError:  # Not in the main thread, where signals never arrive.
         previous.clear()
+
+    def ask() -> _Requests:
+        late = run.accelerator.is_main_process and _is_late(run)
+        return _Requests(*map(bool, _reduce(run.accelerator, [requested, late], "sum")))
+
     try:
-        # All processes stop at the same step, whichever was asked.
-        yield lambda: any(_reduce(accelerator, [float(requested)], "sum"))
+        yield ask
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

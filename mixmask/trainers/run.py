@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from mixmask._devices import is_out_of_memory
 from mixmask._seeds import fold_seed
+from mixmask.backbones import check_sizes
 from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images
 from mixmask.data.stream import part_bytes
@@ -69,6 +70,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     step: int = 0
     meter: Meter = field(default_factory=Meter)
+    saved: float = field(default_factory=time.monotonic)  # When the checkpoint was written.
 
     @classmethod
     def open(
@@ -162,6 +164,7 @@ class Run:
                     copy_checkpoint(self.out, BEST)
         # A process that leaves takes the launcher's patience with those that still write.
         self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
 
     def load(self, folder: Path) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one.
@@ -240,29 +243,11 @@ def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
                 f"--checkpointing is not supported by {config.arch}; leave it out, or use "
                 "--accumulate"
             ) from None
-    _check_sizes(model.backbone, config, accelerator.device)
+    sizes = (config.image_size, config.mixed_size or config.image_size)
+    check_sizes(model.backbone, config.arch, sizes, config.channels)
     if config.compile:
         compile_backbones(model, config.compile_mode)
     return model
-
-
-def _check_sizes(backbone: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Check that a backbone takes views of the run's sizes: some take one size alone."""
-    size = config.image_size
-    backbone.eval()  # So that neither statistics nor random draws change.
-    try:
-        for size in {config.image_size, config.mixed_size or config.image_size}:
-            with torch.no_grad():
-                backbone(torch.zeros(1, config.channels, size, size, device=device))
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--arch {config.arch} does not take views of {size} px ({reason}); use another "
-            "--image-size or another --arch"
-        ) from None
-    backbone.train()
 
 
 def compile_backbones(model: nn.Module, mode: str = "default") -> None:

@@ -33,7 +33,7 @@ MEASURES = ("knn", "linear")
 # A cell of the mask is at least this many pixels wide, as in the paper: 8 at 32 px, 16 at 64 px.
 _CELL_PIXELS = 4
 # Options that change no weights.
-_FREE = ("stream", "workers", "save_every", "keep")
+_FREE = ("stream", "workers", "save_every", "save_minutes", "keep")
 # The columns of a table's CSV file that say what a cell is.
 _COLUMNS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
 # What a run that cannot go on raises; the other runs of a study can.

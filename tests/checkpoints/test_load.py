@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,13 @@ def test_moco_gives_the_query_encoder(mlp: bool, legacy: bool, tmp_path: Path) -
     model = torchvision_resnet()
     path = tmp_path / "0200.pth.tar"
     torch.save(moco(model, mlp=mlp), path, _use_new_zipfile_serialization=not legacy)
-    loaded = load_backbone(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_backbone(path)
+        load_backbone(path)
+    noted = [str(each.message) for each in caught]
+    assert len(noted) == legacy  # Once.
+    assert all("0200.pth.tar is in torch's format of before 1.6" in text for text in noted)
     assert_same_features(loaded.backbone, model)
     assert (loaded.layout, loaded.arch) == ("moco", "resnet18")
     assert all(key.startswith("module.encoder_q.") for key in loaded.taken)
@@ -234,6 +242,35 @@ def test_of_several_encoders_the_slow_ones_are_left(tmp_path: Path) -> None:
 
 
 # What is refused.
+
+
+@pytest.mark.filterwarnings("ignore:.*which has no checksums")
+def test_flips_in_the_older_format_are_refused_in_a_line_or_leave_finite_weights(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.pth"
+    state = {f"backbone.{k}": value for k, value in build_backbone("narrow").state_dict().items()}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    whole, chance, refused = path.read_bytes(), random.Random(0), 0
+    told = 0
+    for number in range(60):
+        damaged = bytearray(whole)
+        # Half of them where names and shapes are; the highest bit but one makes weights huge.
+        place = chance.randrange(20_000 if number % 2 else len(whole))
+        damaged[place] ^= 1 << (6 if number % 3 else chance.randrange(8))
+        path.write_bytes(damaged)
+        try:
+            loaded = load_backbone(path, arch="narrow")
+        except ValueError as error:
+            refused += "\n" not in str(error)
+            told += 1
+        else:
+            assert all(value.isfinite().all() for value in loaded.backbone.state_dict().values())
+    assert refused == told >= 10
+    state["backbone.conv1.0.weight"][0] = float("inf")
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"1 not finite \(conv1\.0\.weight\); the file is damaged"):
+        load_backbone(path, arch="narrow")
 
 
 class Mark:

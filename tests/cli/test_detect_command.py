@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_detection import write_coco, write_voc
 
@@ -87,6 +88,49 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
     assert "got RUN too" in refused(["detect", "random", "--resume", str(second)], capsys)
     line = refused([*words, "--out", str(second)], capsys)
     assert "exists and is not empty; continue it with --resume" in line
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, whole, killed = write_voc(tmp_path / "data"), tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.chdir(run.parent)
+    for out in (whole, killed):
+        assert cli.main(["detect", run.name, "--data", str(data), *TINY, "--out", str(out)]) == 0
+    for path in killed.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    (killed / "last.pt.tmp").write_bytes(b"half")
+    assert cli.main(["detect", "--resume", str(killed)]) == 0
+    first, second = (torch.load(out / "last.pt", weights_only=True) for out in (whole, killed))
+    assert all(
+        torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items()
+    )
+    assert second["source"]["run"] == str(run)
+
+    config = json.loads((killed / "config.json").read_text())
+    (killed / "last.pt").unlink()
+    (killed / "config.json").write_text(
+        json.dumps({n: v for n, v in config.items() if n != "source"})
+    )
+    line = refused(["detect", "--resume", str(killed)], capsys)
+    assert "does not say which backbone it started from; start it again with RUN" in line
+    (killed / "config.json").write_text(json.dumps(config | {"source": 3}))
+    assert "'source' must be of type str" in refused(["detect", "--resume", str(killed)], capsys)
+
+
+def test_a_start_that_fails_leaves_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_voc(tmp_path / "data"), tmp_path / "out"
+    monkeypatch.setattr(
+        "mixmask.detection.train._train_step", lambda *_: {"loss_classifier": float("nan")}
+    )
+    words = ["detect", str(run), "--data", str(data), *TINY, "--out", str(out)]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.endswith("the loss became nan in epoch 1; lower --lr\n")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,27 @@ def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
     assert loaded.train.labels.tolist() == [0, 0, 0, 1]
 
 
+@pytest.mark.filterwarnings("ignore:.*unreadable image", "ignore:.*no readable image")
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_images_in_memory_and_on_disk_are_the_same_data(share: float, tmp_path: Path) -> None:
+    for name, count in (("cat", 9), ("dog", 8)):
+        write_images(tmp_path / name, count)
+        for number in range(3):
+            (tmp_path / name / f"{3 * number}bad.jpg").write_bytes(b"no image")
+    memory, disk = (load_data(str(tmp_path), 14, stream=how) for how in ("never", "always"))
+    if share:
+        memory, disk = (hold_out(data, share) for data in (memory, disk))
+    assert memory.fingerprint() == disk.fingerprint()
+    assert memory.fingerprint().train + memory.fingerprint().test == 23
+    assert len(memory.train.images) + (len(memory.test.images) if memory.test else 0) == 17
+    for one, other in ((memory.train, disk.train), (memory.test, disk.test)):
+        if one is not None and other is not None:
+            assert [name for name, _ in one.listed] == list(other.files)
+            assert set(other.files) - set(one.files) == {name for _, name, _ in one.lost}
+            assert other.labels is not None
+            assert [label for _, label in one.listed] == other.labels.tolist()
+
+
 def test_folder_with_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no images"):
         load_data(str(tmp_path), 14)

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files(
     losses = ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
     losses += ["loss_mask"] if model == "mask-rcnn" else []
     assert row["loss"] == pytest.approx(sum(row[name] for name in losses))
-    assert load_config(out) == config
+    assert load_config(out) == (config, source["run"])
     # The backbone itself was trained, all stages of it.
     moved = [not torch.equal(value, before[name]) for name, value in backbone.state_dict().items()]
     assert all(moved)
@@ -156,7 +156,7 @@ def test_options_of_an_older_run_are_read(tmp_path: Path) -> None:
     options = dataclasses.asdict(TINY)
     options["monitor"] = options.pop("measure_every")
     (tmp_path / "config.json").write_text(json.dumps(options))
-    assert load_config(tmp_path) == TINY
+    assert load_config(tmp_path) == (TINY, "")
 
 
 def test_other_data_or_no_run_is_not_resumed(backbone: nn.Module, tmp_path: Path) -> None:

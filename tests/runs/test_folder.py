@@ -15,6 +15,7 @@ from mixmask.runs.folder import (
     FORMAT,
     atomic_write,
     check_files,
+    copy_checkpoint,
     has_checkpoint,
     load_checkpoint,
     new_folder,
@@ -26,6 +27,7 @@ from mixmask.runs.folder import (
     write_rows,
     write_text,
 )
+from mixmask.runs.reading import is_sealed
 
 
 def full(*_: Any) -> None:
@@ -82,6 +84,33 @@ def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["previous.pt"]
 
 
+def test_what_a_process_wrote_is_not_read_again_unless_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def noting(path: Path) -> bool:
+        if path.exists():
+            read.append(path.name)
+        return is_sealed(path)
+
+    monkeypatch.setattr("mixmask.runs.folder.is_sealed", noting)
+    for step in range(3):
+        save_checkpoint(tmp_path, {"step": step})
+        copy_checkpoint(tmp_path, "best.pt")  # A link, or a copy.
+    assert not read
+    last = tmp_path / "last.pt"
+    damaged = bytearray(last.read_bytes())
+    damaged[99] ^= 1
+    last.write_bytes(damaged)  # As long as before.
+    save_checkpoint(tmp_path, {"step": 3})
+    assert read == ["last.pt"]
+    assert torch.load(tmp_path / "previous.pt", weights_only=True) == {"step": 1}
+    last.unlink()
+    save_checkpoint(tmp_path, {"step": 4})
+    assert torch.load(last, weights_only=True) == {"step": 4}
+
+
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +150,7 @@ def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None
     for path, message in (
         (tmp_path / "no" / "x.png", "no, which is not a folder; make it first"),
         (tmp_path, "is a folder; name a file in it"),
+        (Path("/dev/null"), "is a device or a pipe; name a file"),
     ):
         with pytest.raises(ValueError, match=message):
             check_files(there, path)

@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from mixmask import cli
-from mixmask.runs.folder import write_config
+from mixmask.runs.folder import FORMAT, write_config
 from mixmask.runs.options import flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.loop import learning_rate
@@ -220,10 +220,12 @@ def test_help_names_each_option_once_and_the_methods_that_own_it(
 
 def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> None:
     whole = dataclasses.asdict(make_config())
-    numbered = {"format": 2} | whole
+    numbered = {"format": FORMAT} | whole
     cases: list[tuple[dict[str, Any], str]] = [
         ({n: v for n, v in numbered.items() if n != "epochs"}, "missing: 'epochs'"),
         ({n: v for n, v in numbered.items() if n != "keep"}, "missing: 'keep'"),
+        ({n: v for n, v in numbered.items() if n != "save_minutes"}, "missing: 'save_minutes'"),
+        ({"format": 2} | {n: v for n, v in whole.items() if n != "keep"}, "missing: 'keep'"),
         # Runs of before there was a number may lack what came later, and nothing else.
         ({n: v for n, v in whole.items() if n != "epochs"}, "missing: 'epochs'"),
         (numbered | {"epochs": "many"}, "--epochs must be a whole number, got 'many'"),
@@ -241,5 +243,7 @@ def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=f"is not a run that can be resumed: .*{message}"):
             load_config(tmp_path)
     older = {name: value for name, value in whole.items() if name not in ("keep", "stream", "init")}
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    assert load_config(tmp_path) == make_config()
+    second = {"format": 2} | {n: v for n, v in whole.items() if n != "save_minutes"}
+    for content in (older, second):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert load_config(tmp_path) == make_config()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from processes import launch_processes
 from tiny_runs import build_tiny, gradients, note_mixes, run, seeded, tiny_config, tiny_images
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixmask import MixedBatch, mix_batch
@@ -30,6 +29,7 @@ from mixmask.trainers import loop
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.methods.simsiam import SimSiam
+from mixmask.trainers.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -244,22 +244,20 @@ def _diverge(rank: int, folder: Path) -> str:
     return "not noticed"
 
 
-def _work(rank: int, port: int, name: str) -> None:
-    """Do everything once in one of the processes, and leave the results in a file."""
+def _save_by_the_clock(rank: int, folder: Path) -> list[int]:
+    """Note when a process saves, while only the clock of the first one says that it is due."""
+    loop._ASK_EVERY = 2
+    steps: list[int] = []
+    config = tiny_config("simsiam", batch_size=N, epochs=1, save_minutes=(1e-9, 1e9)[rank])
+    with _watching(Run, "save", lambda self, **_: steps.append(self.step)):
+        run(config, tiny_images(40), folder / "clock")
+    return steps
+
+
+def _work(rank: int, folder: Path) -> dict[str, Any]:
+    """Do everything once in one of the processes."""
     warnings.simplefilter("error")
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
-    folder = Path(name)
-    results = {
+    return {
         "trained": _train_each(rank, folder),
         "queue": _fill_a_queue(folder),
         "seen": _look_at_one_image(folder),
@@ -267,9 +265,8 @@ def _work(rank: int, port: int, name: str) -> None:
         "keys": _shuffle_keys(rank),
         "interrupted": _interrupt(rank, folder),
         "diverged": _diverge(rank, folder),
+        "saved": _save_by_the_clock(rank, folder),
     }
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -280,24 +277,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Results:
     """Start two processes and return what each of them found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_work, args=(rank, port, str(folder))) for rank in range(WORLD)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 180
-    for process in processes:
-        process.join(timeout=max(0.0, deadline - time.monotonic()))
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging
-    assert [process.exitcode for process in processes] == [0] * WORLD
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return launch_processes(_work, folder, seconds=240)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -370,6 +350,11 @@ def test_one_interrupted_process_stops_both_at_the_same_step(found: Results) -> 
         assert one["interrupted"]["steps"] == [0.25, 0.5, 0.75, -1]
         for name, tensor in one["interrupted"]["whole"].items():
             assert torch.equal(one["interrupted"]["resumed"][name], tensor), name
+
+
+def test_both_save_when_the_clock_of_the_first_says_so(found: Results) -> None:
+    for one in found:
+        assert one["saved"] == [2, 4, 5]
 
 
 def test_a_loss_that_is_no_number_anywhere_stops_both(found: Results, folder: Path) -> None:

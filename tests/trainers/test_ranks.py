@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import launch_processes
 from test_start import photographs
-from torch import multiprocessing
 
 from mixmask import cli
 from mixmask.trainers.methods.moco import MoCo
@@ -36,15 +34,10 @@ def _call(*words: str) -> tuple[int, list[str]]:
     return code, [line for line in errors.getvalue().splitlines() if line.startswith("mixmask")]
 
 
-def _work(rank: int, port: int, name: str) -> None:
+def _work(rank: int, folder: Path) -> Said:
     """Give the same commands in both processes, some of which differ or end badly."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1", "MIXMASK_TIMEOUT": "60",
-    }  # fmt: skip
+    os.environ["MIXMASK_TIMEOUT"] = "60"
     warnings.simplefilter("ignore")
-    folder = Path(name)
     plain = ["--data", str(folder / "data"), *TINY]
     method = ("moco-v2", "moco-v1")[rank]
     (folder / "taken").mkdir(exist_ok=True)
@@ -70,7 +63,7 @@ def _work(rank: int, port: int, name: str) -> None:
 
     MoCo.after_step = dying  # type: ignore[method-assign]
     said["dead"] = _call(*plain, "--epochs=4", "--out", str(folder / "dead"))
-    torch.save(said, folder / f"{rank}.pt")
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[Said]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(rank, port, str(folder))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 240
-    for process in processes:
-        process.join(timeout=max(0.0, deadline - time.monotonic()))
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging
-    assert [process.exitcode for process in processes] == [0, 9]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return launch_processes(_work, folder, seconds=240, codes=(0, 9))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from tiny_runs import assert_same, read_rows, tiny_config
 
-from mixmask.runs.folder import read_config
+from mixmask.runs.folder import FORMAT, read_config
 from mixmask.trainers import Pretrained, pretrain
 from mixmask.trainers.methods import METHODS, load_config
 from mixmask.trainers.methods.moco import MoCo
+from mixmask.trainers.run import Run
 from mixmask.trainers.start import read_options_file
 
 TINY: dict[str, Any] = {
@@ -64,7 +65,8 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_says_in_full_what_it_was(whole: Path, data: Path) -> None:
     config = read_config(whole)
-    assert (config["format"], config["processes"], config["data"]) == (2, 1, str(data.resolve()))
+    assert (config["format"], config["processes"]) == (FORMAT, 1)
+    assert config["data"] == str(data.resolve())
     assert config["fingerprint"]["train"] == 24
     assert config["fingerprint"]["classes"] == ["cat", "dog"]
     assert {path.name for path in whole.iterdir()} == {
@@ -168,6 +170,25 @@ def test_a_copy_goes_on_exactly_and_its_original_stays(
     assert [row["epoch"] for row in read_rows(copy)] == ["1", "2"]
     start(None, resume=part)
     assert equal(part, whole)
+
+
+def test_checkpoints_follow_the_clock(data: Path, whole: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+    save = Run.save
+
+    def noting(self: Run, **options: bool) -> None:
+        save(self, **options)
+        steps.append(self.step)
+
+    for minutes, expected in ((1e-9, [1, 2, 3, 4, 5, 6]), (1e9, [3, 6])):
+        steps.clear()
+        out = tmp_path / str(minutes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "save", noting)
+            start(out, data=str(data), **TINY, save_minutes=minutes)
+        assert steps == expected
+        assert equal(out, whole)
+        assert load_config(out).save_minutes == minutes
 
 
 def _break_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,14 +132,15 @@ def option_defaults(method: str, recipe: str = "imagenet") -> Options:
 
 # Options of older versions: another name, or none any more.
 _RENAMED, _REMOVED = {"monitor": "measure_every"}, ("decode",)
-# Options that runs of versions before the format number may lack, since they came later.
-_LATER = (
+# Options that came with a format of `config.json`, which runs of earlier ones may lack.
+_FIRST = (
     "stream", "workers", "channels", "recipe", "alpha", "global_share", "channel_share",
     "extra_crops", "mixed_size", "mix_every", "replace_clean", "optimizer", "accumulate",
     "compile", "compile_mode", "checkpointing", "sync_bn", "tracker", "symmetric",
     "one_directional", "redundancy_weight", "scale", "epsilon", "frozen", "holdout", "init",
     "save_every", "keep",
 )  # fmt: skip
+_LATER = {2: _FIRST, 3: ("save_minutes",)}
 
 
 def load_config(folder: Path) -> RunConfig:
