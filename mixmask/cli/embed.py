@@ -13,7 +13,7 @@ import torch
 from mixmask.cli._console import say
 from mixmask.cli.features import SOURCE, add_force, load
 from mixmask.cli.options import add_shared
-from mixmask.evaluation import Task, extract_features
+from mixmask.evaluation import Task
 from mixmask.runs.folder import atomic_write, check_files
 
 
@@ -24,7 +24,7 @@ def embed(
     out: Path | None = None,
     force: bool = False,
     device: str | None = None,
-    **source: Any,
+    **options: Any,
 ) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
     out = out or Path(f"features.{to}")
@@ -34,18 +34,19 @@ def embed(
         )
     table = out.with_suffix(".csv")
     check_files(out, table, force=force)
-    task = load([run], device, **source)
+    task = load([run], device, **options)
     splits = [task.train] if task.test is task.train else [task.train, task.test]
-    parts = [extract_features(task.backbones[0], split.images).cpu() for split in splits]
-    features = torch.cat(parts)  # (N, D), the training images first
+    # The training images first.
+    features = torch.cat([task.extract(split.images).cpu() for split in splits])  # (N, D)
     with atomic_write(out, table) as (array, names):
         with array.open("wb") as file:
             np.save(file, features.numpy())
         with names.open("w", newline="", encoding="utf-8") as text:
             csv.writer(text).writerows([("split", "class", "file"), *_name_rows(task)])
+    source = task.sources[0]
     say(
-        f"{task.sources[0].title}: {len(features):,} images of {task.sources[0].data}, "
-        f"{features.shape[1]} features each at {task.feature_size} px\nwrote {out} and {table}"
+        f"{source.title}: {len(features):,} images of {source.data}, {features.shape[1]} features "
+        f"each at {source.image_size} px\nwrote {out} and {table}"
     )
 
 

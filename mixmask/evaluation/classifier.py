@@ -53,9 +53,9 @@ class LinearSGD(Options):
             image_size=task.sources[0].image_size, classes=len(task.classes), progress=progress,
         )  # fmt: skip
         return scores, {
-            "n_train": len(task.train.images), "feature_size": task.sources[0].image_size,
+            "n_train": len(task.train.images),
             "schedule": "a tenth after 60 % and 80 % of the epochs",
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,11 @@ class FineTuning(Options):
             backbone, images, labels, task.test.images, self,
             image_size=task.sources[0].image_size, classes=classes, progress=progress,
         )  # fmt: skip
-        x, x_test = (extract_features(backbone, part) for part in (images, task.test.images))
+        x, x_test = (task.extract(part) for part in (images, task.test.images))
         frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
         top1 = top1_accuracy(frozen, test_labels)
         return scores, {
-            "n_train": len(index), "feature_size": task.sources[0].image_size,
-            "batch_size": self.batch_of(len(index)), "subset": subset,
+            "n_train": len(index), "batch_size": self.batch_of(len(index)), "subset": subset,
             "frozen_top1": top1, "frozen_interval": wilson_interval(top1, len(test_labels)),
         }  # fmt: skip
 

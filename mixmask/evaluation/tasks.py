@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.checkpoints.load import Loaded, load_backbone
-from mixmask.data.sets import Split
+from mixmask.data.sets import Images, Split
 from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
@@ -31,7 +30,7 @@ class Source:
     arch: str
     small_stem: bool
     data: str  # Name of a data set, or the absolute path of a folder.
-    image_size: int  # Height and width of views, in pixels.
+    image_size: int  # Height and width at which the backbone sees images, in pixels.
     file: str = ""  # That was read, of a run folder "last.pt" or an older one.
     sha256: str = ""  # Of that file, as `sha256sum` prints it.
     step: int | None = None  # Done by one of our runs; unknown of others, as are its epochs.
@@ -79,7 +78,6 @@ class Details(TypedDict, total=False):
     """What a protocol reports beside its scores; the last ones only where it has them."""
 
     n_train: int
-    feature_size: int  # Height and width at which the test images were seen, in pixels.
     k: int  # Neighbours that voted.
     batch_size: int  # That was used.
     dim: int  # Width of the features.
@@ -131,16 +129,14 @@ class Task:
             raise ValueError(f"--data {data} has no labels; {fix}")
         return self.train.labels, self.test.labels
 
-    @property
-    def feature_size(self) -> int:
-        """Height and width at which the first backbone sees images, see `extract_features`."""
-        return only_size(self.backbones[0]) or self.test.images.shape[-1]
+    def extract(self, images: Images, number: int = 0) -> Tensor:
+        """Compute the features (n, D) of images (n, C, H, W) by one of the backbones."""
+        size = self.sources[number].image_size
+        return extract_features(self.backbones[number], images, size=size)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Compute the features (N, D) and (M, D) of both splits by the first backbone."""
-        splits = (self.train, self.test)
-        x, x_test = (extract_features(self.backbones[0], split.images) for split in splits)
-        return x, x_test
+        return self.extract(self.train.images), self.extract(self.test.images)
 
 
 def load_task(
@@ -157,8 +153,8 @@ def load_task(
     Args:
         *runs: Run folders or checkpoint files.
         data: Name of a data set, or a folder. Default: the runs' own.
-        image_size: Height and width of the views, in pixels. Default: the runs' own, or 224, or
-            the only one that the backbone takes.
+        image_size: Height and width at which all backbones see the images, in pixels. Default:
+            each run's own; of other checkpoints the only one that the backbone takes, or 224.
         arch: As in `load_backbone`.
         small_stem: As in `load_backbone`.
         device: Where to compute.
@@ -174,10 +170,10 @@ def load_task(
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
     data = data or names.pop()
-    image_size = _choose_size(loaded, image_size)
+    sizes = [_choose_size(each, image_size) for each in loaded]
     # A run's own images must be those that it was started on.
     own = [each.config for each in loaded if each.config.get("data") == data]
-    images = load_images(own[0] if own else {}, image_size, data=data, where=str(runs[0]))
+    images = load_images(own[0] if own else {}, max(sizes), data=data, where=str(runs[0]))
     train = images.train
     if train.files and Path(data).exists():  # From another folder its name may mean others.
         data = str(Path(data).resolve())
@@ -187,7 +183,8 @@ def load_task(
     task = Task(
         tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
         tuple(
-            _describe(run, each, data, image_size) for run, each in zip(runs, loaded, strict=True)
+            _describe(run, each, data, size)
+            for run, each, size in zip(runs, loaded, sizes, strict=True)
         ),
         train,
         images.test or train,
@@ -198,16 +195,14 @@ def load_task(
     return task
 
 
-def _choose_size(loaded: Sequence[Loaded], given: int | None) -> int:
-    """Return the size of the views: the given one, the runs', or the backbones' only one."""
-    only = {each.arch: size for each in loaded if (size := only_size(each.backbone))}
+def _choose_size(loaded: Loaded, given: int | None) -> int:
+    """Return at what size a backbone sees images: the given one, its run's, or its only one."""
+    only = only_size(loaded.backbone)
     if given is None:
-        own = max(int(each.config.get("image_size", 0)) for each in loaded)
-        return own or max(only.values(), default=224)
+        return int(loaded.config.get("image_size", 0)) or only or 224
     check_range("image_size", given, 1)
-    for arch, size in only.items():
-        if size != given:
-            raise ValueError(f"{arch} takes images of {size} px only, got --image-size {given}")
+    if only not in (None, given):
+        raise ValueError(f"{loaded.arch} takes images of {only} px only, got --image-size {given}")
     return given
 
 

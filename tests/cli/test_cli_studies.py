@@ -185,11 +185,11 @@ def test_neighbours_are_the_nearest_by_brute_force(
     assert data.train.labels is not None
     assert data.test.labels is not None
     backbone = load_backbone(runs["a"]).backbone
-    bank = extract_features(backbone, data.train.images).double().numpy()
+    bank = extract_features(backbone, data.train.images, size=16).double().numpy()
     shown = data.test.images[:]
     for i in range(3):
         (place,) = (j for j, image in enumerate(shown) if torch.equal(image, queries[i]))
-        x = extract_features(backbone, queries[i][None])[0].double().numpy()
+        x = extract_features(backbone, queries[i][None], size=16)[0].double().numpy()
         cosines = bank @ x / np.linalg.norm(bank, axis=1) / np.linalg.norm(x)
         best = np.argsort(-cosines)[:4]
         assert torch.equal(neighbours[i], data.train.images[torch.from_numpy(best)])

@@ -26,6 +26,7 @@ from mixmask.evaluation import (
     LinearSGD,
     Protocol,
     evaluate,
+    extract_features,
     load_task,
 )
 from mixmask.evaluation.monitor import accuracy_monitor
@@ -277,20 +278,22 @@ def test_an_unfinished_run_is_called_so(
     assert "run (unfinished, epoch 2 of 3): " in capsys.readouterr().out
 
 
-def test_a_network_of_fixed_size_sees_the_centre_at_that_size(
-    photographs: Path, tmp_path: Path
+@pytest.mark.parametrize(("arch", "size", "stored"), [("test_vit", 160, 183), ("narrow", 14, 16)])
+def test_networks_see_the_centre_at_the_size_of_the_run(
+    arch: str, size: int, stored: int, photographs: Path, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path / "vit", photographs, "test_vit", 160)
+    run = write_run(tmp_path / "run", photographs, arch, size)
     assert cli.main(["evaluate", "knn", str(run), "--device", "cpu"]) == 0
-    found = results(run, "knn", "photographs_160px")
-    assert (found["feature_size"], found["image_size"]) == (160, 160)
+    found = results(run, "knn", f"photographs_{size}px")
+    assert found["image_size"] == size
     task = load_task(run)
+    edge = (stored - size) // 2
     for split, features in zip((task.train, task.test), task.features(), strict=True):
         assert isinstance(split.images, torch.Tensor)
-        assert split.images.shape[2:] == (183, 183)
-        centre = normalize(split.images[:, :, 11:171, 11:171])
+        assert split.images.shape[2:] == (stored, stored)
+        centre = normalize(split.images[:, :, edge : edge + size, edge : edge + size])
         torch.testing.assert_close(features, task.backbones[0](centre).detach())
-    monitor = accuracy_monitor(ImageData(task.train, task.test, task.classes))
+    monitor = accuracy_monitor(ImageData(task.train, task.test, task.classes), size)
     assert monitor is not None
     assert monitor(task.backbones[0], False) == {"knn": pytest.approx(found["top1"])}
 
@@ -306,6 +309,21 @@ def test_other_commands_take_networks_of_fixed_size(
     assert "test_vit takes images of 160 px only" in capsys.readouterr().err
     assert cli.main(words) == 0
     assert out.exists()
+
+
+def test_each_of_several_runs_sees_images_at_its_own_size(
+    photographs: Path, tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path / str(size), photographs, "narrow", size) for size in (14, 28)]
+    task = load_task(*runs)
+    assert [source.image_size for source in task.sources] == [14, 28]
+    for number, run in enumerate(runs):
+        images = task.test.images[:3]
+        assert images.shape[2:] == (32, 32)
+        alone = extract_features(task.backbones[number], images, size=(14, 28)[number])
+        torch.testing.assert_close(task.extract(images, number), alone)
+        assert load_task(run).extract(images).shape == alone.shape
+    assert [source.image_size for source in load_task(*runs, image_size=20).sources] == [20, 20]
 
 
 def test_linear_equals_logistic_regression_of_scikit_learn(run: Path) -> None:
@@ -340,7 +358,7 @@ def test_embed_names_each_row(
         assert rows[i]["file"].startswith(rows[i]["class"])
         with Image.open(folder / rows[i]["file"]) as image:
             small = np.array(image.resize((18, 18), Image.Resampling.BICUBIC))
-        x = normalize(torch.from_numpy(small).permute(2, 0, 1)[None])
+        x = normalize(torch.from_numpy(small[1:17, 1:17]).permute(2, 0, 1)[None])
         np.testing.assert_allclose(features[i], backbone(x)[0].detach(), atol=1e-4)
 
 
