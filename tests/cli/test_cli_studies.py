@@ -143,6 +143,12 @@ def test_compare_refuses_what_is_no_comparison(
     assert not out.exists()
     nowhere = tmp_path / "no" / "x.png"
     assert "which is no folder" in refused(["compare", a, b, "--out", nowhere], capsys)
+    out.write_text("mine")
+    line = refused(["compare", a, b, "--out", out], capsys)
+    assert line == f"mixmask: {out} exists; name another --out, or overwrite it with --force"
+    assert out.read_text() == "mine"
+    assert cli.main(["compare", str(a), str(b), "--out", str(out), "--force"]) == 0
+    assert is_png(out)
     assert "--out" in refused(["compare", a, b, "--out", tmp_path], capsys)
 
 

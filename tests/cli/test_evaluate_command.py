@@ -18,7 +18,7 @@ from mixmask import cli
 from mixmask.backbones import build_backbone
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.sets import ImageData
-from mixmask.data.views import normalize
+from mixmask.data.views import MEAN, STD, normalize
 from mixmask.evaluation import (
     KNN,
     FineTuning,
@@ -296,6 +296,67 @@ def test_networks_see_the_centre_at_the_size_of_the_run(
     monitor = accuracy_monitor(ImageData(task.train, task.test, task.classes), size)
     assert monitor is not None
     assert monitor(task.backbones[0], False) == {"knn": pytest.approx(found["top1"])}
+
+
+def test_images_are_normalised_as_the_checkpoint_says(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "knn", str(run), "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert (results(run, "knn")["mean"], results(run, "knn")["std"]) == (list(MEAN), list(STD))
+
+    # solo-learn's networks for small images saw those of CIFAR.
+    state = build_backbone("resnet18", small_stem=True).state_dict()
+    weights = {f"backbone.{key}": value for key, value in state.items()}
+    weights["classifier.weight"] = torch.zeros(3, 512)
+    torch.save({"state_dict": weights}, tmp_path / "solo.ckpt")
+    task = load_task(tmp_path / "solo.ckpt", data=str(photographs), image_size=16)
+    assert task.sources[0].mean == (0.4914, 0.4822, 0.4465)
+    images = task.test.images[:2]
+    mean, std = (torch.tensor(each)[:, None, None] for each in task.sources[0].normalization)
+    expected = task.backbones[0]((images[:, :, 1:17, 1:17] / 255 - mean) / std)
+    torch.testing.assert_close(task.extract(images), expected.detach())
+
+    given = ["--mean", "0.5", "--std", "0.25", "0.5", "0.5"]
+    assert "holds another evaluation" in refused([*words[1:], *given], capsys)
+    assert cli.main([*words, *given, "--force"]) == 0
+    found = results(run, "knn")
+    assert (found["mean"], found["std"]) == ([0.5] * 3, [0.25, 0.5, 0.5])
+    for more, message in (
+        (given[:2], "belong together"),
+        (["--mean", "0.5", "--std", "1", "1"], "--std takes a positive number for each of 3 ch"),
+        (["--mean", "0.5", "--std", "0"], "--std takes a positive number"),
+        (["--mean", "nan", "--std", "1"], "--mean takes a number for each of 3 channels"),
+    ):
+        assert message in refused([*words[1:], *more], capsys)
+
+
+@pytest.mark.parametrize("protocol", [LinearSGD(epochs=1), FineTuning(epochs=1)])
+def test_classifiers_are_trained_on_images_normalised_alike(
+    protocol: Protocol, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    task = load_task(run, mean=[100.0], std=[1.0])
+    forward = type(task.backbones[0]).forward
+
+    def noting(self: Any, x: torch.Tensor) -> Any:
+        seen.append(x.mean().item())
+        return forward(self, x)
+
+    monkeypatch.setattr(type(task.backbones[0]), "forward", noting)
+    evaluate(task, protocol)
+    assert len(seen) >= 2
+    assert max(seen) < -98
+
+
+def test_images_of_other_channels_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build_backbone("narrow", in_chans=4).state_dict()
+    torch.save({f"backbone.{key}": value for key, value in state.items()}, tmp_path / "x.pth")
+    words = ["knn", str(tmp_path / "x.pth"), "--data", "clothing64"]
+    line = refused(words, capsys)
+    assert "x.pth takes images of 4 channels, those of clothing64 have 3; name others" in line
 
 
 @pytest.mark.parametrize("command", ["map", "neighbours", "embed"])
