@@ -37,8 +37,8 @@ _READERS = {
     ' split="train")',
     ".tar": 'import datasets; return datasets.load_dataset("webdataset", data_files="{file}",'
     ' split="train")',
-    ".tif": "import glob, tifffile; return [tifffile.imread(file) / 65535 for file in"
-    ' glob.glob("{file}")]',
+    ".tif": "import glob, numpy, tifffile; return [x / numpy.iinfo(x.dtype).max for x in"
+    ' map(tifffile.imread, glob.glob("{file}"))]',
 }
 _READERS |= {".hdf5": _READERS[".h5"], ".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
 

@@ -290,6 +290,29 @@ def test_multi_band_tiffs_are_pointed_to_a_function(tmp_path: Path) -> None:
         load_data(str(tmp_path), 8)
 
 
+@pytest.mark.parametrize("mode, count", [("RGBA", 4), ("RGBX", 4), ("LA", 2)])
+def test_a_further_band_of_a_tiff_is_no_transparency(mode: str, count: int, tmp_path: Path) -> None:
+    image = Image.new(mode, (9, 9), (100, 150, 200, 30)[-count:])
+    image.save(tmp_path / "a.tif")
+    for name in "bc":  # Of PNG files it is.
+        image.convert("RGBA").save(tmp_path / f"{name}.png")
+    message = rf"it has {count} bands, .* pass --data mydata:load"
+    with pytest.warns(UserWarning, match=message):
+        assert len(load_data(str(tmp_path), 8).train.images) == 2
+    for name in "bc":
+        (tmp_path / f"{name}.png").unlink()
+        image.save(tmp_path / f"{name}.tif")
+    with pytest.raises(OSError, match=message):
+        load_data(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P", "YCbCr", "1"])
+def test_tiffs_without_further_bands_are_read(mode: str, tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (9, 9), (100, 150, 200)).convert(mode).save(tmp_path / f"{name}.tif")
+    assert len(load_data(str(tmp_path), 8).train.images) == 2
+
+
 @pytest.mark.parametrize("stream", ["never", "always"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_backbone_has_as_many_inputs_as_the_images_have_channels(
