@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tiny_runs import run, tiny_config
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.datasets import DatasetImages, call_function, take_splits
@@ -199,6 +199,12 @@ def test_splits_that_do_not_fit_together() -> None:
         load_data((pairs, [(constants([1])[0], 2)]), 7)
     with pytest.raises(ValueError, match=r"have 3 channels of .*, test images 1 channels"):
         load_data((pairs, [(constants([1], 1)[0], 1)]), 7)
+
+
+def test_streams_are_refused() -> None:
+    stream = type("Stream", (IterableDataset,), {"__iter__": lambda _: iter(constants([1, 2]))})()
+    with pytest.raises(ValueError, match=r"with __len__ .*, got Stream; a stream has no length"):
+        load_data(stream, 7)
 
 
 @pytest.fixture
