@@ -48,7 +48,7 @@ def evaluate(
     result = evaluation.evaluate(task, protocol, progress=True)
     written = result.write(folder, force=force)
     _say_result(result)
-    say(f"see {written} and {written.with_suffix('.png').name}")
+    say(f"see {written} and .png")
 
 
 def _say_subset(protocol: FineTuning, task: Task) -> None:

@@ -76,7 +76,7 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
 def _check_bands(image: Image.Image) -> None:
     """Refuse TIFF images whose further bands Pillow takes for transparency, and RGB would lose."""
     tags = getattr(image, "tag_v2", {})
-    bands, colours = tags.get(_BANDS, 1), _COLOURS.get(tags.get(_PHOTOMETRIC), 1)
+    bands, colours = tags.get(_BANDS, 1), _COLOURS.get(tags.get(_PHOTOMETRIC, 0), 1)
     if bands > colours:
         raise UnreadableError(f"it has {bands} bands, of which a picture keeps {colours}")
 
