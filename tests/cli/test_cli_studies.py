@@ -127,6 +127,21 @@ def test_compare_of_runs_without_accuracies_draws_their_losses(
     assert is_png(out)
 
 
+def test_compare_says_that_a_run_is_too_early_for_a_linear_probe(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = copy_of(runs["b"], tmp_path / "early")
+    lines = (early / "metrics.csv").read_text().splitlines()
+    (early / "metrics.csv").write_text("\n".join(lines[:-1]) + "\n")  # Without the last epoch.
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "x.png")]
+    assert cli.main(["compare", str(runs["a"]), str(early), *out]) == 0
+    printed = capsys.readouterr().out
+    (line,) = (text for text in printed.splitlines() if text.startswith("moco-v2, mixmask  "))
+    assert line.split()[-1] == "–"
+    assert "–: not measured" in printed
+
+
 def test_compare_refuses_what_is_no_comparison(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
