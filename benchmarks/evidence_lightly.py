@@ -90,7 +90,7 @@ def train_lightly(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     config = make_config(**cell.config_options())
     torch.manual_seed(fold_seed(cell.seed, "weights"))
     model = LightlyMoCo(config)
-    watch = Watch(splits, cell.epochs)
+    watch = Watch(splits, cell.epochs, config.image_size)
     rows = saved_rows(folder)
     if rows:
         _load(model, folder)

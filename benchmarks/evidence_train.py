@@ -117,6 +117,7 @@ class Watch:
 
     splits: Splits
     epochs: int
+    image_size: int  # At which the backbone sees the images; those of CIFAR are taken as they are.
     epoch: int = -1
     parent: int = field(default_factory=os.getppid)
     busy: float = field(default_factory=time.process_time)
@@ -140,7 +141,9 @@ class Watch:
     def measure(self, backbone: nn.Module, thorough: bool) -> dict[str, float]:
         """Return the accuracies of the nearest neighbours and, if asked, of a linear probe."""
         s = self.splits
-        x, x_test = (extract_features(backbone, images) for images in (s.images, s.test))
+        x, x_test = (
+            extract_features(backbone, each, size=self.image_size) for each in (s.images, s.test)
+        )
         known = x, s.labels, x_test, s.test_labels
         found = {"knn": knn_accuracy(*known, k=_K, temperature=_TEMPERATURE)}
         if thorough:
@@ -184,7 +187,7 @@ def _step_passes(model: Method, config: RunConfig, mix: bool) -> list[float]:
 def train(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     """Train a cell with the package's own trainer, from its checkpoint where it has one."""
     config = make_config(**cell.config_options(), measure_every=1)
-    watch = Watch(splits, cell.epochs)
+    watch = Watch(splits, cell.epochs, config.image_size)
     rows = saved_rows(folder)
     if rows:
         watch.epoch = int(rows[-1]["epoch"])

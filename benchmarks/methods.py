@@ -86,6 +86,7 @@ def train(config: RunConfig, count: int | None) -> dict[str, Any]:
 
     def measure(backbone: nn.Module, thorough: bool) -> dict[str, float]:
         del thorough
+        # Of photographs as they are stored, at 64 px: as for all results that are there already.
         x, x_test = (extract_features(backbone, split) for split in (images, test[0]))
         return {
             "knn": knn_accuracy(x, labels, x_test, test[1]),

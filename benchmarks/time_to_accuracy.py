@@ -48,6 +48,7 @@ class Clock:
 
     folder: Path
     splits: tuple[Tensor, Tensor, Tensor, Tensor]
+    size: int  # Height and width at which the backbone sees the images, in pixels.
     every: int
     target: float | None
     k: int
@@ -83,7 +84,7 @@ class Clock:
             self.epoch += 1
         if thorough or self.epoch % self.every == 0:
             train, labels, test, test_labels = self.splits
-            x, x_test = (extract_features(backbone, images) for images in (train, test))
+            x, x_test = (extract_features(backbone, each, size=self.size) for each in (train, test))
             measured["knn"] = knn_accuracy(x, labels, x_test, test_labels, k=self.k)
         measured["wall"] = self.seconds()
         if "knn" in measured:
@@ -107,7 +108,7 @@ def train(options: argparse.Namespace, mix: str, target: float | None, data: Ima
     assert isinstance(train_images, Tensor)
     assert isinstance(test_images, Tensor)
     splits = (train_images, data.train.labels, test_images, data.test.labels)
-    clock = Clock(folder, splits, options.every, target, options.k)
+    clock = Clock(folder, splits, config.image_size, options.every, target, options.k)
     resume = (folder / "last.pt").exists()
     if resume:
         clock.resume()

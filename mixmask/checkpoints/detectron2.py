@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mixmask.checkpoints.resnets import ResNet
-from mixmask.data.views import MEAN, STD
+from mixmask.data.views import IMAGENET, Normalization
 
 _TEMPLATE = """\
 # {title}
@@ -89,7 +89,9 @@ _PROTOCOLS: dict[str, dict[str, object]] = {
 }
 
 
-def configs(resnet: ResNet, weights: str) -> dict[str, str]:
+def configs(
+    resnet: ResNet, weights: str, normalization: Normalization = IMAGENET
+) -> dict[str, str]:
     """Return the configurations for a file of weights by their own files' names, as YAML.
 
     There are none for ResNets without bottlenecks, from which Detectron2 builds res5 of a C4 head.
@@ -101,7 +103,7 @@ def configs(resnet: ResNet, weights: str) -> dict[str, str]:
     """
     if not resnet.bottleneck:
         return {}
-    mean, std = ([round(255 * value, 3) for value in values] for values in (MEAN, STD))
+    mean, std = ([round(255 * value, 3) for value in values] for values in normalization)
     texts = {}
     for name, values in _PROTOCOLS.items():
         file = f"{weights.rpartition('.')[0]}-{name}.yaml"

@@ -17,6 +17,7 @@ from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.runs.folder import atomic_write, check_files
 from mixmask.runs.reading import UNSEALED, seal_safetensors
+from mixmask.runs.records import plural
 
 FORMATS = ("torchvision", "timm", "safetensors", "detectron2")
 
@@ -62,7 +63,8 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
     )
     if to == "detectron2":
         contents = {out: pickle_state(state)}
-        for name, text in configs(RESNETS[loaded.arch], out.name).items():
+        normalization = loaded.mean, loaded.std
+        for name, text in configs(RESNETS[loaded.arch], out.name, normalization).items():
             contents[out.with_name(name)] = text.encode()
     elif out.suffix == ".safetensors":
         from safetensors.torch import save
@@ -108,6 +110,11 @@ def _check_backbone(loaded: Loaded, to: str) -> None:
                 "Detectron2's ResNets begin with a 7x7 convolution, got a stem for small images; "
                 "use --to torchvision, or pretrain without --small-stem"
             )
+        if to == "detectron2" and len(loaded.mean) != 3:
+            raise ValueError(
+                f"Detectron2's protocols read images of 3 channels, got a backbone of "
+                f"{len(loaded.mean)}; use --to torchvision or --to timm"
+            )
 
 
 def _stem(backbone: Any) -> tuple[int, bool]:
@@ -148,14 +155,21 @@ def _notes(loaded: Loaded, to: str) -> tuple[str, ...]:
     if to == "detectron2":
         none = f"no configurations: Detectron2's C4 heads have bottlenecks, {loaded.arch} has none"
         return () if RESNETS[loaded.arch].bottleneck else (none,)
-    if not loaded.small_stem or to == "safetensors" or loaded.arch in SLIM:
+    channels = len(loaded.mean)
+    if to == "safetensors" or loaded.arch in SLIM or not (loaded.small_stem or channels != 3):
         return ()
-    padding, relu = _stem(loaded.backbone)
+    if to == "timm" and not loaded.small_stem:
+        return (f"its images have {plural(channels, 'channel')}: add in_chans={channels}",)
     first: Any = loaded.backbone.conv1
-    lines = [
-        f"model.conv1 = torch.nn.Conv2d(3, {first.out_channels}, 3, padding={padding}, bias=False)",
-        "model.maxpool = torch.nn.Identity()",
-    ]
+    padding, relu = _stem(loaded.backbone)
+    size, stride = first.kernel_size[0], f"stride={first.stride[0]}, " * (first.stride[0] > 1)
+    conv = f"{channels}, {first.out_channels}, {size}, {stride}padding={padding}, bias=False"
+    lines = [f"model.conv1 = torch.nn.Conv2d({conv})"]
+    if loaded.small_stem:
+        lines.append("model.maxpool = torch.nn.Identity()")
     if not relu:
         lines.append(f"model.{'relu' if to == 'torchvision' else 'act1'} = torch.nn.Identity()")
-    return (f"its stem is for small images; before loading it: {'; '.join(lines)}",)
+    reason = (
+        "its stem is for small images" if loaded.small_stem else f"it takes {channels} channels"
+    )
+    return (f"{reason}; before loading it: {'; '.join(lines)}",)

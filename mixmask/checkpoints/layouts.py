@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 from mixmask.checkpoints.resnets import infer_arch
-from mixmask.data.views import MEAN, STD
+from mixmask.data.views import IMAGENET, Normalization
 from mixmask.runs.folder import is_run
 
-# Mean and deviation of each channel, by which an encoder's images were normalised.
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-
-IMAGENET: Normalization = (MEAN, STD)
 _HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)
 _CIFAR: Normalization = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # As solo-learn has it.
 

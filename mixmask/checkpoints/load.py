@@ -13,14 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_name
-from mixmask.checkpoints.layouts import (
-    IMAGENET,
-    Match,
-    Normalization,
-    exported_metadata,
-    find_backbone,
-)
+from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
+from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
 from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
 
@@ -61,8 +56,8 @@ class Loaded:
     left: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
-    mean: tuple[float, ...] = IMAGENET[0]
-    std: tuple[float, ...] = IMAGENET[1]
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
     image_size: int | None = None
 
     def __repr__(self) -> str:
@@ -130,7 +125,8 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             module.eps = float(eps)
     used = set(taken)
     left = tuple(key for key in match.all_keys if key not in used)
-    mean, std = _normalization(content, noted, match, arch, small=tells_stem)
+    normalization = _normalization(content, noted, match, arch, small=tells_stem)
+    mean, std = fit_channels(normalization, channels)
     config = {} if match.name != "mixmask" or not is_run(content) else noted
     return Loaded(
         backbone.eval(), arch, small_stem, match.name, taken, left,

@@ -29,7 +29,7 @@ _COMMANDS = {
     "compare": ("compare", "draw the curves of several runs in one figure"),
     "map": ("features", "draw features in two dimensions, coloured by class"),
     "neighbours": ("features", "draw images and those that a backbone finds nearest"),
-    "embed": ("embed", "write features of images, with the images' names"),
+    "embed": ("features", "write features of images, with the images' names"),
     "ablate": ("ablate", "run a study: many small runs, their table and figure"),
 }
 

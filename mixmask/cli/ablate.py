@@ -43,7 +43,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
     runs = studies.plan_runs(cells, seeds, out)
     data = load_data(config.data, config.image_size, stream=config.stream)
-    monitor = accuracy_monitor(data)
+    monitor = accuracy_monitor(data, config.image_size)
     if monitor is None:
         raise ValueError(
             f"--data {config.data} has no labels on both splits, and a study is a table of "

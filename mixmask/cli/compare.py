@@ -20,11 +20,11 @@ _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 _TITLE = ("method", "mix", "data", "arch", "image_size", "epochs")
 
 
-def compare(runs: list[Path], out: Path, band: str) -> None:
+def compare(runs: list[Path], out: Path, band: str, force: bool = False) -> None:
     """Draw the curves of several runs in one figure, and print their last accuracies."""
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
-    check_files(out)
+    check_files(out, force=force)
     read = [records.read_record(run, defaults=option_defaults) for run in runs]
     _check_data(read)
     groups = records.group_seeds(read)
@@ -85,7 +85,7 @@ def _notes(groups: Sequence[Group], band: str) -> list[str]:
     notes = []
     if any(len(group.records) > 1 for group in groups):
         notes.append(f"± is the standard deviation over seeds; bands in the figure: {BANDS[band]}")
-    if any(group.last("knn") is None for group in groups):
+    if any(group.last(name) is None for group in groups for name in ("knn", "linear")):
         notes.append("–: not measured (no labels, --measure-every 0, or too early in a run)")
     for name, values in records.unlabelled_differences(groups).items():
         each = "; ".join(
@@ -109,3 +109,4 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--band", choices=tuple(BANDS), default="sd", help=f"meaning of the band ({explained}) [sd]"
     )
+    add_shared(parser, "--force")

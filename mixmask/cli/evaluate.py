@@ -11,13 +11,13 @@ from typing import Any
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.cli.options import SOURCE, add_fields, add_shared, choose_device
 from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.evaluation.metrics import INTERVAL, Interval
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 
-_SOURCE = ("data", "image_size", "arch", "small_stem")
+_LOADED = ("data", "image_size", "arch", "small_stem", "mean", "std")
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
         raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got {out}, which is a file; name another")
-    source = {name: given.pop(name) for name in _SOURCE if name in given}
+    source = {name: given.pop(name) for name in _LOADED if name in given}
     protocol = choose(**given)
     task = evaluation.load_task(run, device=choose_device(device), **source)
     folder = out or (run if run.is_dir() else run.parent)
@@ -49,7 +49,7 @@ def evaluate(
     result = evaluation.evaluate(task, protocol, progress=True)
     written = result.write(folder, force=force)
     _say_result(result)
-    say(f"see {written} and {written.with_suffix('.png').name}")
+    say(f"see {written} and .png")
 
 
 def _say_subset(protocol: FineTuning, task: Task) -> None:
@@ -106,10 +106,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
             name, help=text, description=text, argument_default=argparse.SUPPRESS
         )
         protocol.set_defaults(command=evaluate, choose=choose)
-        add_shared(protocol, "run", *map(flag, _SOURCE), "--device", "--threads")
+        add_shared(protocol, "run", *SOURCE)
         add_shared(protocol, "--out", metavar="DIR", help="folder for the results [beside the run]")
-        text = "replace other results of that name"
-        protocol.add_argument("--force", action="store_true", help=text)
+        add_shared(protocol, "--force", help="replace other results of that name")
         return protocol
 
     knn = add("knn", KNN, "weighted nearest neighbours on frozen features")

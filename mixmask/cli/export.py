@@ -40,4 +40,4 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, help="library to write for")
     files = "*.safetensors, *.pkl for Detectron2, any other name for torch.save"
     add_shared(parser, "--out", required=True, help=f"file to write: {files}")
-    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+    add_shared(parser, "--force")

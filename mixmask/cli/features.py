@@ -1,22 +1,24 @@
-"""`mixmask map` and `mixmask neighbours`."""
+"""`mixmask map`, `mixmask neighbours` and `mixmask embed`: features, drawn or written."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import add_shared, choose_device
+from mixmask.cli.options import SOURCE, add_shared, choose_device
 from mixmask.evaluation import gallery
 from mixmask.figures.style import save_figure
-from mixmask.runs.folder import check_files
-
-SOURCE = ("--data", "--image-size", "--arch", "--small-stem", "--device", "--threads")
+from mixmask.runs.folder import atomic_write, check_files
 
 
-# Any: the options of SOURCE, passed on as they are.
+# Any: the options of `SOURCE`, passed on as they are.
 def draw_map(
     runs: list[Path],
     out: Path,
@@ -29,7 +31,7 @@ def draw_map(
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
     check_files(out, force=force)
-    task = load(runs, device, **source)
+    task = _load(runs, device, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
@@ -47,18 +49,58 @@ def draw_neighbours(
 ) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
     check_files(out, force=force)
-    task = load([run], device, **source)
+    task = _load([run], device, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}\ndrew {out}")
 
 
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """Add `--force`."""
-    parser.add_argument("--force", action="store_true", help="replace existing files")
+def embed(
+    run: Path,
+    to: str,
+    out: Path | None = None,
+    force: bool = False,
+    device: str | None = None,
+    **source: Any,
+) -> None:
+    """Write the features of all images, and beside them the name of each row's image."""
+    out = out or Path(f"features.{to}")
+    if out.suffix != f".{to}":
+        raise ValueError(
+            f"--out must name a .{to} file, got {out}; use {out.with_suffix(f'.{to}')}"
+        )
+    table = out.with_suffix(".csv")
+    check_files(out, table, force=force)
+    task = _load([run], device, **source)
+    splits = [task.train] if task.test is task.train else [task.train, task.test]
+    # The training images first.
+    features = torch.cat([task.extract(split.images).cpu() for split in splits])  # (N, D)
+    with atomic_write(out, table) as (array, names):
+        with array.open("wb") as file:
+            np.save(file, features.numpy())
+        with names.open("w", newline="", encoding="utf-8") as text:
+            csv.writer(text).writerows([("split", "class", "file"), *_name_rows(task)])
+    origin = task.sources[0]
+    say(
+        f"{origin.title}: {len(features):,} images of {origin.data}, {features.shape[1]} features "
+        f"each at {origin.image_size} px\nwrote {out} and {table}"
+    )
 
 
-def load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
+def _name_rows(task: evaluation.Task) -> list[tuple[str, str, str]]:
+    """Return split, class and file of each image; its number in the split where it has no file."""
+    rows = []
+    for name, split in {"train": task.train, "test": task.test}.items():
+        if name == "test" and split is task.train:
+            break
+        count = len(split.images)
+        labels = [-1] * count if split.labels is None else split.labels.tolist()
+        for label, file in zip(labels, split.files or map(str, range(count)), strict=True):
+            rows.append((name, task.classes[label] if label >= 0 else "", file))
+    return rows
+
+
+def _load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
     """Load backbones and the images to show, with or without labels."""
     return evaluation.load_task(*runs, device=choose_device(device), labelled=False, **source)
 
@@ -76,8 +118,7 @@ def add_map(parser: argparse.ArgumentParser) -> None:
         "--projection", choices=("pca", "tsne"), default="pca", help="tsne needs scikit-learn [pca]"
     )
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw [all]")
-    add_shared(parser, "--seed", *SOURCE)
-    add_force(parser)
+    add_shared(parser, "--seed", *SOURCE, "--force")
 
 
 def add_neighbours(parser: argparse.ArgumentParser) -> None:
@@ -92,5 +133,17 @@ def add_neighbours(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--out", default=out, help=f"PNG file to write [{out}]")
     parser.add_argument("--queries", type=int, default=8, metavar="N", help="rows [8]")
     parser.add_argument("--k", type=int, default=8, metavar="N", help="neighbours per row [8]")
-    add_shared(parser, "--seed", *SOURCE)
-    add_force(parser)
+    add_shared(parser, "--seed", *SOURCE, "--force")
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `embed`."""
+    parser.description = (
+        "Write the features of all images of a data set, float32, and beside them a table with the "
+        "split, the class and the file of each row."
+    )
+    parser.set_defaults(command=embed)
+    add_shared(parser, "run")
+    parser.add_argument("--to", choices=("npy",), default="npy", help="format [npy]")
+    add_shared(parser, "--out", help="file to write, and a .csv beside it [features.npy]")
+    add_shared(parser, *SOURCE, "--force")

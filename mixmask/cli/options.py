@@ -32,12 +32,25 @@ _SHARED: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "whether the backbone has the stem for small images [as in the run]",
     },
+    "--mean": {
+        "type": float, "metavar": "X", "nargs": "+",
+        "help": "mean of each channel, or of all, for pixels of 0 ... 1 [that of the checkpoint]",
+    },
+    "--std": {
+        "type": float, "metavar": "X", "nargs": "+",
+        "help": "deviation of each channel, or of all [that of the checkpoint]",
+    },
     "--device": {"metavar": "DEVICE", "help": "cpu, cuda, cuda:N or mps [a GPU if there is one]"},
     "--threads": {"type": int, "metavar": "N", "help": "CPU threads [torch's choice]"},
     "--out": {"type": Path, "metavar": "PATH", "help": "file to write"},
     "--resume": {"type": Path, "metavar": "DIR", "help": "run folder to continue"},
     "--seed": {"type": int, "metavar": "N", "default": 0, "help": "seed of all random draws [0]"},
+    "--force": {"action": "store_true", "help": "replace existing files"},
 }  # fmt: skip
+# Which backbone is looked at, on which images, and where: the options of `load_task`.
+SOURCE = (
+    "--data", "--image-size", "--arch", "--small-stem", "--mean", "--std", "--device", "--threads",
+)  # fmt: skip
 
 
 def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:

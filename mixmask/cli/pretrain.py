@@ -44,7 +44,7 @@ def train_backbone(
         if main:
             _say_start(opened)
         opened.draw_views()
-        train(run, monitor=monitor.accuracy_monitor(data))
+        train(run, monitor=monitor.accuracy_monitor(data, run.config.image_size))
         opened.draw_curves()
         if main:
             _say_end(run.rows, run.out, time.perf_counter() - began, labelled=data.labelled)

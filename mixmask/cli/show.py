@@ -18,11 +18,18 @@ from mixmask.figures.style import save_figure
 from mixmask.runs.folder import check_files
 
 
-def show(images: list[Path], out: Path, grid_sizes: list[int], ratio: Ratio, seed: int) -> None:
+def show(
+    images: list[Path],
+    out: Path,
+    grid_sizes: list[int],
+    ratio: Ratio,
+    seed: int,
+    force: bool = False,
+) -> None:
     """Draw block and discrete masks at several grids, and both mixes of each pair."""
     if len(images) == 1:
         raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
-    check_files(out)
+    check_files(out, force=force)
     if images:
         pictures = torch.stack([_read(path) for path in images])
     else:
@@ -65,3 +72,4 @@ def add_show(parser: argparse.ArgumentParser) -> None:
         help="share of an image's own pixels; two numbers for a range [0.5]",
     )  # fmt: skip
     add_shared(parser, "--seed", help="seed of the masks [0]")
+    add_shared(parser, "--force")

@@ -37,8 +37,8 @@ _READERS = {
     ' split="train")',
     ".tar": 'import datasets; return datasets.load_dataset("webdataset", data_files="{file}",'
     ' split="train")',
-    ".tif": "import glob, tifffile; return [tifffile.imread(file) / 65535 for file in"
-    ' glob.glob("{file}")]',
+    ".tif": "import glob, numpy, tifffile; return [x / numpy.iinfo(x.dtype).max for x in"
+    ' map(tifffile.imread, glob.glob("{file}"))]',
 }
 _READERS |= {".hdf5": _READERS[".h5"], ".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
 
@@ -99,10 +99,12 @@ def take_splits(made: Any) -> tuple[MapDataset, MapDataset | None]:
         trains, tests = find_splits(made)
         made = tuple(made[key] for key in [*trains[:1], *tests[:1]])
     parts = made if isinstance(made, tuple) else (made,)
-    if not 1 <= len(parts) <= 2 or not all(hasattr(part, "__getitem__") for part in parts):
+    needed = ("__len__", "__getitem__")
+    if not 1 <= len(parts) <= 2 or not all(hasattr(p, name) for p in parts for name in needed):
+        kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
         raise ValueError(
             "data must be a data set with __len__ and __getitem__, or a training and a test one, "
-            f"got {type(made).__name__} of {len(parts)}"
+            f"got {kinds}; a stream has no length: load it whole, or as a list"
         )
     return parts[0], parts[1] if len(parts) == 2 else None
 

@@ -90,7 +90,7 @@ class Files:
             if not (self.archive or self.root).exists():
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
-            # Of TIFF files, Pillow reads those with up to four bands.
+            # As for TIFF files of several bands.
             fix = door(self.root / f"*{self[number].suffix}")
             text = f"{self[number]} is not a readable image ({error})"
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error

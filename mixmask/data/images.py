@@ -28,6 +28,8 @@ _DAMAGES = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+# Tags of TIFF: samples per pixel, and what they mean, with the colours of RGB, CMYK, YCbCr and Lab.
+_BANDS, _PHOTOMETRIC, _COLOURS = 277, 262, {2: 3, 5: 4, 6: 3, 8: 3}
 _ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged.
 
 Picture = Image.Image | Tensor
@@ -60,6 +62,7 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
         # At once: over a network, many small reads take long.
         content = file.read_bytes() if isinstance(file, Path) else file
         with Image.open(io.BytesIO(content)) as image:
+            _check_bands(image)
             yield image
     except _DAMAGES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -68,6 +71,14 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
         if isinstance(error, Image.DecompressionBombError):
             reason += "; if you trust it, allow more with MIXMASK_MAX_PIXELS in the environment"
         raise UnreadableError(reason) from error
+
+
+def _check_bands(image: Image.Image) -> None:
+    """Refuse TIFF images whose further bands Pillow takes for transparency, and RGB would lose."""
+    tags = getattr(image, "tag_v2", {})
+    bands, colours = tags.get(_BANDS, 1), _COLOURS.get(tags.get(_PHOTOMETRIC, 0), 1)
+    if bands > colours:
+        raise UnreadableError(f"it has {bands} bands, of which a picture keeps {colours}")
 
 
 def is_deep(image: Image.Image) -> bool:

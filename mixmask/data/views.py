@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Channel statistics of ImageNet, the usual ones whatever the photographs; for other numbers of
-# channels, their means.
+# Mean and deviation of each channel, by which images are normalised.
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+# Those of ImageNet are the usual ones whatever the photographs.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+IMAGENET: Normalization = (MEAN, STD)
 
 # Probability of colour jitter and deviations of the blur (SimCLR, MoCo v2).
 _JITTERED = 0.8
@@ -65,33 +68,47 @@ def check_pixels(images: Tensor, name: str = "images") -> None:
         )
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, normalization: Normalization = IMAGENET) -> Tensor:
     """Bring images (N, C, H, W) to float32 with about zero mean and unit deviation.
 
     Args:
         images: uint8 or float within [0, 1]; see `check_pixels` for what is refused.
+        normalization: Mean and deviation of each channel, for pixels from 0 to 1; see
+            `fit_channels`.
 
     Example:
         >>> normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).mean().item() < 0
         True
     """
     check_pixels(images)
-    mean, std = _statistics(images)
+    mean, std = _statistics(images, normalization)
     x = images.float()
     return ((x if images.is_floating_point() else x / 255) - mean) / std
 
 
 def denormalize(images: Tensor) -> Tensor:
     """Undo `normalize`, up to clamping: float (N, C, H, W) within [0, 1]."""
-    mean, std = _statistics(images)
+    mean, std = _statistics(images, IMAGENET)
     return (images.float() * std + mean).clamp(0, 1)
 
 
-def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def fit_channels(normalization: Normalization, channels: int) -> Normalization:
+    """Return a normalisation for as many channels, all by their mean where it has others.
+
+    Example:
+        >>> fit_channels(((0.25, 0.75), (0.5, 0.5)), 3)
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    mean, std = (
+        values if len(values) == channels else (fmean(values),) * channels
+        for values in normalization
+    )
+    return mean, std
+
+
+def _statistics(images: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of each channel, (C, 1, 1), on the images' device."""
-    mean, std = (torch.tensor(values) for values in (MEAN, STD))
-    if (channels := images.shape[1]) != 3:
-        mean, std = (values.mean().expand(channels) for values in (mean, std))
+    mean, std = map(torch.tensor, fit_channels(normalization, images.shape[1]))
     return _on(mean.view(-1, 1, 1), images), _on(std.view(-1, 1, 1), images)
 
 
@@ -137,6 +154,7 @@ class RandomView(nn.Module):
         grey: Probability of a grey view.
         blur: Probability of a Gaussian blur with a deviation of 0.1 to 2 pixels.
         crop: Whether to crop; without, images are crops already, (N, C, size, size).
+        normalization: See `normalize`.
 
     Source:
         Chen et al., "MoCo v2", section 3, after SimCLR.
@@ -157,10 +175,12 @@ class RandomView(nn.Module):
         grey: float = 0.2,
         blur: float = 0.0,
         crop: bool = True,
+        normalization: Normalization = IMAGENET,
     ) -> None:
         """Store the options."""
         super().__init__()
         self.size, self.min_scale, self.crop = size, min_scale, crop
+        self.normalization = normalization
         self.jitter, self.hue, self.grey, self.blur = jitter, hue, grey, blur
         # SimCLR's kernel spans a tenth of the image; it has to be odd.
         self.kernel = max(3, size // 10 // 2 * 2 + 1)
@@ -218,7 +238,7 @@ class RandomView(nn.Module):
             x = torch.where(grey, luma(x), x)
         if self.blur > 0:
             x = self._blur(x, drawn)
-        mean, std = _statistics(x)
+        mean, std = _statistics(x, self.normalization)
         x = (x - mean).div_(std)
         return x.contiguous(memory_format=torch.channels_last)
 

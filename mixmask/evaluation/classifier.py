@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixmask.data.sets import Images
-from mixmask.data.views import RandomView
+from mixmask.data.views import IMAGENET, Normalization, RandomView
 from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.linear import linear_scores
 from mixmask.evaluation.metrics import count_classes, top1_accuracy, wilson_interval
@@ -50,12 +50,13 @@ class LinearSGD(Options):
         """Return scores (M, C) of the test images."""
         scores = classifier_scores(
             task.backbones[0], task.train.images, task.labels[0], task.test.images, self,
-            image_size=task.sources[0].image_size, classes=len(task.classes), progress=progress,
+            image_size=task.sources[0].image_size, normalization=task.sources[0].normalization,
+            classes=len(task.classes), progress=progress,
         )  # fmt: skip
         return scores, {
-            "n_train": len(task.train.images), "feature_size": task.sources[0].image_size,
+            "n_train": len(task.train.images),
             "schedule": "a tenth after 60 % and 80 % of the epochs",
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,14 @@ class FineTuning(Options):
         labels, test_labels = task.labels[0][index], task.labels[1]
         scores = classifier_scores(
             backbone, images, labels, task.test.images, self,
-            image_size=task.sources[0].image_size, classes=classes, progress=progress,
+            image_size=task.sources[0].image_size, normalization=task.sources[0].normalization,
+            classes=classes, progress=progress,
         )  # fmt: skip
-        x, x_test = (extract_features(backbone, part) for part in (images, task.test.images))
+        x, x_test = (task.extract(part) for part in (images, task.test.images))
         frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
         top1 = top1_accuracy(frozen, test_labels)
         return scores, {
-            "n_train": len(index), "feature_size": task.sources[0].image_size,
-            "batch_size": self.batch_of(len(index)), "subset": subset,
+            "n_train": len(index), "batch_size": self.batch_of(len(index)), "subset": subset,
             "frozen_top1": top1, "frozen_interval": wilson_interval(top1, len(test_labels)),
         }  # fmt: skip
 
@@ -134,6 +135,7 @@ def classifier_scores(
     protocol: LinearSGD | FineTuning,
     *,
     image_size: int,
+    normalization: Normalization = IMAGENET,
     classes: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -145,12 +147,13 @@ def classifier_scores(
     the same scores; torch's global generator is left as it was.
 
     Args:
-        backbone: (n, 3, S, S) -> (n, D); left as it is. `num_features` is its D.
-        images: (N, 3, H, W) uint8; batches are moved to the backbone's device.
+        backbone: (n, C, S, S) -> (n, D); left as it is. `num_features` is its D.
+        images: (N, C, H, W) uint8; batches are moved to the backbone's device.
         labels: (N,) int64, from 0.
-        test: (M, 3, H, W) uint8.
+        test: (M, C, H, W) uint8.
         protocol: Epochs, batch size, learning rates, seed.
         image_size: Height and width of the views, in pixels.
+        normalization: Mean and deviation of each channel, see `normalize`.
         classes: Number of classes. Default: one more than the largest label.
         progress: Whether to show a progress bar.
 
@@ -172,9 +175,18 @@ def classifier_scores(
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(protocol.seed))
     nn.init.zeros_(head.bias)
     head.to(next(backbone.parameters()).device)
-    _train(backbone, head, images, labels, protocol, image_size, progress)
+    view = RandomView(
+        image_size,
+        min_scale=_MIN_SCALE,
+        jitter=0,
+        hue=0,
+        grey=0,
+        normalization=normalization,
+    )
+    _train(backbone, head, images, labels, protocol, view, progress)
+    x_test = extract_features(backbone, test, size=image_size, normalization=normalization)
     with torch.no_grad():
-        scores: Tensor = head(extract_features(backbone, test, size=image_size))  # (M, C)
+        scores: Tensor = head(x_test)  # (M, C)
     return scores
 
 
@@ -184,7 +196,7 @@ def _train(
     images: Images,
     labels: Tensor,
     protocol: LinearSGD | FineTuning,
-    image_size: int,
+    view: RandomView,
     progress: bool,
 ) -> None:
     """Train the head by cross-entropy, and the backbone with it to fine-tune."""
@@ -199,7 +211,6 @@ def _train(
     steps = len(images) // size
     total = steps * protocol.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / total))
-    view = RandomView(image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, blur=0)
     generator = torch.Generator().manual_seed(protocol.seed)
     backbone.train(backbone in rates)
     device = head.weight.device

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.data.sets import Images
-from mixmask.data.views import normalize
+from mixmask.data.views import IMAGENET, Normalization, normalize
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
@@ -18,16 +18,22 @@ _CENTRE = 7 / 8
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Images, *, size: int | None = None, batch_size: int = 256
+    backbone: nn.Module,
+    images: Images,
+    *,
+    size: int | None = None,
+    normalization: Normalization = IMAGENET,
+    batch_size: int = 256,
 ) -> Tensor:
     """Compute pooled features of images, in evaluation mode, leaving the mode as it was.
 
     Args:
-        backbone: (n, 3, H, W) -> (n, D).
-        images: (N, 3, H, W) uint8, a tensor or sliced like one; while a batch is computed, the
-            next one is read.
+        backbone: (n, C, H, W) -> (n, D).
+        images: (N, C, H, W) uint8 or float within [0, 1], a tensor or sliced like one; while a
+            batch is computed, the next one is read.
         size: Height and width that the backbone sees, in pixels; see `resize`. Default: those of
             the images, which have the most detail, or the only ones that the backbone takes.
+        normalization: Mean and deviation of each channel, see `normalize`.
         batch_size: Images at a time.
 
     Returns:
@@ -48,7 +54,8 @@ def extract_features(
     try:
         for batch in _batches(images, batch_size):
             x = batch.to(device)
-            x = normalize(x if size is None else resize(x, size))  # (n, 3, S, S) float32
+            x = x if size is None else resize(x, size)
+            x = normalize(x, normalization)  # (n, C, S, S) float32
             parts.append(_forward(backbone, x.contiguous(memory_format=torch.channels_last)))
     finally:
         backbone.train(was_training)

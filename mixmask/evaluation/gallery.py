@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.neighbours import nearest_neighbours
 from mixmask.evaluation.tasks import Task
 from mixmask.figures.features import figure_map, figure_neighbours
@@ -60,8 +59,8 @@ def draw_map(
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
         index = index[order[:_MOST_POINTS].sort().values]
     maps = []
-    for source, backbone in zip(task.sources, task.backbones, strict=True):
-        features = extract_features(backbone, task.test.images[index])  # (n, D)
+    for number, source in enumerate(task.sources):
+        features = task.extract(task.test.images[index], number)  # (n, D)
         maps.append((source.title, *project(features, method=projection, seed=seed)))
     split = "training" if task.test is task.train else "test"
     images = f"{len(task.test.images):,} {split} images"
@@ -85,8 +84,8 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
     chosen = choose_queries(task.test.labels, len(shown), queries, generator)
     own = chosen if task.test is task.train else None
     check_range("k", k, 1, len(bank) - (own is not None))
-    x_bank = extract_features(task.backbones[0], bank)  # (N, D)
-    x = extract_features(task.backbones[0], shown[chosen])  # (M, D)
+    x_bank = task.extract(bank)  # (N, D)
+    x = task.extract(shown[chosen])  # (M, D)
     similarity, index = (part.cpu() for part in nearest_neighbours(x, x_bank, k, own=own))
     title, names = f"{task.sources[0].title}: {short_path(task.sources[0].data)}", None
     if task.test.labels is not None and task.train.labels is not None:

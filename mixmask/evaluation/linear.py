@@ -40,10 +40,7 @@ class Linear(Options):
         scores, penalty = linear_scores(
             x, labels, x_test, classes=len(task.classes), seed=self.seed
         )
-        return scores, {
-            "n_train": len(x), "dim": x.shape[1], "feature_size": task.feature_size,
-            "penalty": penalty,
-        }  # fmt: skip
+        return scores, {"n_train": len(x), "dim": x.shape[1], "penalty": penalty}
 
 
 def linear_accuracy(

@@ -18,18 +18,21 @@ from mixmask.runs.folder import Row
 MEASURED = 50_000
 
 
-def accuracy_monitor(data: ImageData) -> Callable[[nn.Module, bool], Row] | None:
+def accuracy_monitor(data: ImageData, image_size: int) -> Callable[[nn.Module, bool], Row] | None:
     """Return what measures a backbone on the test split; None without labels.
 
     It returns "knn" and, if its second argument is true, "linear": accuracies of 0 ... 1. Of
-    images on disk, at most `MEASURED` per split are used.
+    images on disk, at most `MEASURED` per split are used. The backbone sees them at `image_size`
+    pixels, as in the evaluation of the run; see `extract_features`.
     """
     if not data.labelled:
         return None
     train, test = (_sample(*split) for split in data.labelled_splits())
 
     def measure(backbone: nn.Module, thorough: bool) -> Row:
-        x, x_test = (extract_features(backbone, images) for images in (train[0], test[0]))
+        x, x_test = (
+            extract_features(backbone, each, size=image_size) for each in (train[0], test[0])
+        )
         measured = {"knn": knn_accuracy(x, train[1], x_test, test[1])}
         if thorough:
             measured["linear"] = linear_accuracy(x, train[1], x_test, test[1])

@@ -37,10 +37,7 @@ class KNN(Options):
         scores = knn_scores(
             x, labels, x_test, k=self.k, temperature=self.temperature, classes=len(task.classes)
         )
-        return scores, {
-            "n_train": len(x), "dim": x.shape[1], "feature_size": task.feature_size,
-            "k": min(self.k, len(x)),
-        }  # fmt: skip
+        return scores, {"n_train": len(x), "dim": x.shape[1], "k": min(self.k, len(x))}
 
 
 def knn_accuracy(

@@ -122,7 +122,12 @@ def _circumstances(protocol: Protocol, source: Source) -> dict[str, object]:
     known = {**dataclasses.asdict(source), **dataclasses.asdict(protocol)}
     return {
         "protocol": protocol.name,
-        **{name: value for name, value in known.items() if value not in ("", None)},
+        # As JSON has them, which knows no tuples.
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in known.items()
+            if value not in ("", None)
+        },
         "unfinished": source.unfinished,
         "versions": {
             "python": platform.python_version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.checkpoints.load import Loaded, load_backbone
-from mixmask.data.sets import Split
+from mixmask.data.sets import Images, Split
+from mixmask.data.views import MEAN, STD, Normalization, fit_channels
 from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
 from mixmask.runs.images import load_images
 from mixmask.runs.options import check_options, check_range, flag
 from mixmask.runs.reading import read_checkpoint
+from mixmask.runs.records import plural
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,19 @@ class Source:
     arch: str
     small_stem: bool
     data: str  # Name of a data set, or the absolute path of a folder.
-    image_size: int  # Height and width of views, in pixels.
+    image_size: int  # Height and width at which the backbone sees images, in pixels.
+    mean: tuple[float, ...] = MEAN  # Of each channel, by which images are normalised.
+    std: tuple[float, ...] = STD
     file: str = ""  # That was read, of a run folder "last.pt" or an older one.
     sha256: str = ""  # Of that file, as `sha256sum` prints it.
     step: int | None = None  # Done by one of our runs; unknown of others, as are its epochs.
     epoch: int | None = None
     planned_epochs: int | None = None
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and deviation of each channel."""
+        return self.mean, self.std
 
     @property
     def unfinished(self) -> bool:
@@ -79,7 +89,6 @@ class Details(TypedDict, total=False):
     """What a protocol reports beside its scores; the last ones only where it has them."""
 
     n_train: int
-    feature_size: int  # Height and width at which the test images were seen, in pixels.
     k: int  # Neighbours that voted.
     batch_size: int  # That was used.
     dim: int  # Width of the features.
@@ -95,10 +104,10 @@ class Task:
     """Backbones, and the images that measure them or are shown.
 
     Attributes:
-        backbones: (n, 3, H, W) -> (n, D) each, on the device that computes.
+        backbones: (n, C, H, W) -> (n, D) each, on the device that computes.
         sources: Where each of them and the images come from.
-        train: (N, 3, H, W) uint8, labels (N,) where they are known, file names.
-        test: (M, 3, H, W) uint8 likewise; `train` itself where there is no other split.
+        train: (N, C, H, W) uint8 or float, labels (N,) where they are known, file names.
+        test: (M, C, H, W) likewise; `train` itself where there is no other split.
         classes: Names of the classes.
     """
 
@@ -131,16 +140,16 @@ class Task:
             raise ValueError(f"--data {data} has no labels; {fix}")
         return self.train.labels, self.test.labels
 
-    @property
-    def feature_size(self) -> int:
-        """Height and width at which the first backbone sees images, see `extract_features`."""
-        return only_size(self.backbones[0]) or self.test.images.shape[-1]
+    def extract(self, images: Images, number: int = 0) -> Tensor:
+        """Compute the features (n, D) of images (n, C, H, W) by one of the backbones."""
+        source, backbone = self.sources[number], self.backbones[number]
+        return extract_features(
+            backbone, images, size=source.image_size, normalization=source.normalization
+        )
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Compute the features (N, D) and (M, D) of both splits by the first backbone."""
-        splits = (self.train, self.test)
-        x, x_test = (extract_features(self.backbones[0], split.images) for split in splits)
-        return x, x_test
+        return self.extract(self.train.images), self.extract(self.test.images)
 
 
 def load_task(
@@ -149,6 +158,8 @@ def load_task(
     image_size: int | None = None,
     arch: str | None = None,
     small_stem: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
     labelled: bool = True,
 ) -> Task:
@@ -157,28 +168,39 @@ def load_task(
     Args:
         *runs: Run folders or checkpoint files.
         data: Name of a data set, or a folder. Default: the runs' own.
-        image_size: Height and width of the views, in pixels. Default: the runs' own, or 224, or
-            the only one that the backbone takes.
+        image_size: Height and width at which all backbones see the images, in pixels. Default:
+            each run's own; of other checkpoints the only one that the backbone takes, or 224.
         arch: As in `load_backbone`.
         small_stem: As in `load_backbone`.
+        mean: Of each channel, by which images are normalised, for pixels from 0 to 1; one number
+            for all, or as many as there are. Default: each checkpoint's own, see `load_backbone`.
+        std: Deviation of each channel, likewise.
         device: Where to compute.
         labelled: Whether labels on both splits are needed, as they are to measure.
 
     Raises:
         ValueError: If a checkpoint or the data cannot be loaded, the runs used different data,
-            the backbone does not take the image size, or labels are missing.
+            the backbone does not take the image size or channels, or labels are missing.
     """
     loaded = [load_backbone(run, arch=arch, small_stem=small_stem) for run in runs]
+    if (mean, std) != (None, None):
+        loaded = [_renormalize(each, mean, std) for each in loaded]
     names = {str(each.config["data"]) for each in loaded if each.config.get("data")}
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
     data = data or names.pop()
-    image_size = _choose_size(loaded, image_size)
+    sizes = [_choose_size(each, image_size) for each in loaded]
     # A run's own images must be those that it was started on.
     own = [each.config for each in loaded if each.config.get("data") == data]
-    images = load_images(own[0] if own else {}, image_size, data=data, where=str(runs[0]))
+    images = load_images(own[0] if own else {}, max(sizes), data=data, where=str(runs[0]))
     train = images.train
+    for run, each in zip(runs, loaded, strict=True):
+        if len(each.mean) != (channels := train.images.shape[1]):
+            raise ValueError(
+                f"{run} takes images of {plural(len(each.mean), 'channel')}, those of {data} have "
+                f"{channels}; name others with --data"
+            )
     if train.files and Path(data).exists():  # From another folder its name may mean others.
         data = str(Path(data).resolve())
     if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
@@ -187,7 +209,8 @@ def load_task(
     task = Task(
         tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
         tuple(
-            _describe(run, each, data, image_size) for run, each in zip(runs, loaded, strict=True)
+            _describe(run, each, data, size)
+            for run, each, size in zip(runs, loaded, sizes, strict=True)
         ),
         train,
         images.test or train,
@@ -198,26 +221,43 @@ def load_task(
     return task
 
 
-def _choose_size(loaded: Sequence[Loaded], given: int | None) -> int:
-    """Return the size of the views: the given one, the runs', or the backbones' only one."""
-    only = {each.arch: size for each in loaded if (size := only_size(each.backbone))}
+def _choose_size(loaded: Loaded, given: int | None) -> int:
+    """Return at what size a backbone sees images: the given one, its run's, or its only one."""
+    only = only_size(loaded.backbone)
     if given is None:
-        own = max(int(each.config.get("image_size", 0)) for each in loaded)
-        return own or max(only.values(), default=224)
+        return int(loaded.config.get("image_size", 0)) or only or 224
     check_range("image_size", given, 1)
-    for arch, size in only.items():
-        if size != given:
-            raise ValueError(f"{arch} takes images of {size} px only, got --image-size {given}")
+    if only not in (None, given):
+        raise ValueError(f"{loaded.arch} takes images of {only} px only, got --image-size {given}")
     return given
+
+
+def _renormalize(
+    loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Loaded:
+    """Normalise by other numbers than the checkpoint's own."""
+    channels = len(loaded.mean)
+    if mean is None or std is None:
+        raise ValueError("--mean and --std belong together, got one of them; name the other, too")
+    for name, values in (("--mean", mean), ("--std", std)):
+        lowest = 0 if name == "--std" else -math.inf
+        if len(values) not in (1, channels) or not all(lowest < v < math.inf for v in values):
+            raise ValueError(
+                f"{name} takes a {'positive ' if name == '--std' else ''}number for each of "
+                f"{plural(channels, 'channel')}, or one for all, got {' '.join(map(str, values))}"
+            )
+    mean, std = fit_channels((tuple(mean), tuple(std)), channels)
+    return dataclasses.replace(loaded, mean=mean, std=std)
 
 
 def _describe(run: Path, loaded: Loaded, data: str, image_size: int) -> Source:
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
-    source = Source(str(run), loaded.layout, loaded.arch, loaded.small_stem, data, image_size)
-    source = dataclasses.replace(
-        source, file=loaded.file.name, sha256=hashlib.sha256(loaded.file.read_bytes()).hexdigest()
-    )
+    source = Source(
+        str(run), loaded.layout, loaded.arch, loaded.small_stem, data, image_size,
+        loaded.mean, loaded.std, loaded.file.name,
+        hashlib.sha256(loaded.file.read_bytes()).hexdigest(),
+    )  # fmt: skip
     if loaded.layout != "mixmask":
         return source
     content, _ = read_checkpoint(loaded.file)

@@ -136,7 +136,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_files(*paths: Path, force: bool = True) -> None:
+def check_files(*paths: Path, force: bool) -> None:
     """Check that files can be written, before any work is done for them.
 
     Args:

@@ -90,7 +90,7 @@ def pretrain(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     device: str | None = None,
-    monitor: Callable[[ImageData], Monitor | None] | None = None,
+    monitor: Callable[[ImageData, int], Monitor | None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Pretrained:
@@ -103,7 +103,7 @@ def pretrain(
             it, and with `out` a copy of the run goes on.
         device: "cpu", "cuda:1", "mps". Default: a GPU where there is one.
         monitor: Builds what measures the backbone on labelled images, such as
-            `mixmask.evaluation.monitor.accuracy_monitor`.
+            `mixmask.evaluation.monitor.accuracy_monitor`, from the images and the size of views.
         progress: Show a progress bar.
         **options: Those of the command line, with underscores: `data="photos"`, `epochs=20`.
 
@@ -133,7 +133,8 @@ def pretrain(
         for note in opened.notes if run.accelerator.is_main_process else ():
             warnings.warn(note, stacklevel=2)
         opened.draw_views()
-        train(run, monitor=monitor(opened.data) if monitor else None, progress=progress)
+        measure = monitor(opened.data, run.config.image_size) if monitor else None
+        train(run, monitor=measure, progress=progress)
         opened.draw_curves()
         backbone = run.model.backbone.eval()
     return Pretrained(run.out, run.config, backbone, run.rows)

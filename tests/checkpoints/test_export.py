@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mixmask import cli
+from mixmask.backbones import build_backbone
 from mixmask.checkpoints.detectron2 import detectron2_name
 from mixmask.checkpoints.export import export_backbone, write_files
 from mixmask.checkpoints.load import Loaded, load_backbone
@@ -86,6 +87,59 @@ def test_what_is_loaded_elsewhere_gives_the_same_features(
     again = load_backbone(tmp_path / name)
     assert_same_features(ours.backbone, again.backbone)
     assert (again.arch, again.small_stem, again.layout) == ("resnet18", small_stem, "mixmask")
+
+
+@pytest.mark.parametrize("small_stem", [False, True])
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_backbones_of_other_channels_load_elsewhere_as_the_note_says(
+    channels: int, small_stem: bool, tmp_path: Path
+) -> None:
+    backbone = build_backbone("resnet18", small_stem=small_stem, in_chans=channels).eval()
+    torch.save({f"backbone.{k}": v for k, v in backbone.state_dict().items()}, tmp_path / "x.pth")
+    ours = load_backbone(tmp_path / "x.pth")
+    assert (len(ours.mean), len(ours.std)) == (channels, channels)
+    images = torch.randn(2, channels, 32, 32)
+    with torch.no_grad():
+        expected = backbone(images)
+        for to in ("torchvision", "timm", "safetensors"):
+            file = tmp_path / f"{to}.safetensors"
+            exported = export_backbone(ours, to, file)
+            again = load_backbone(file)
+            assert (again.mean, again.std) == (ours.mean, ours.std)
+            assert torch.equal(again.backbone(images), expected)
+            if to == "safetensors":
+                assert not exported.notes
+                continue
+            (note,) = exported.notes
+            model: Any = torchvision.models.resnet18()
+            if to == "timm":
+                assert small_stem or f"in_chans={channels}" in note
+                in_chans = 3 if small_stem else channels
+                model = timm.create_model("resnet18", num_classes=0, in_chans=in_chans)
+            if to == "torchvision" or small_stem:
+                run_notes(exported.notes, model)
+            model.load_state_dict(timm.models.load_state_dict(str(file)), strict=False)
+            model.fc = nn.Identity()
+            assert torch.equal(model.eval()(images), expected)
+
+
+def test_detectron2_refuses_other_channels(tmp_path: Path) -> None:
+    wide = build_backbone("resnet50", in_chans=4)
+    ours = Loaded(wide, "resnet50", False, "mixmask", mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(ValueError, match=r"images of 3 channels, got a backbone of 4; use --to"):
+        export_backbone(ours, "detectron2", tmp_path / "x.pkl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_detectron2_normalises_as_the_checkpoint_does(tmp_path: Path) -> None:
+    ours = Loaded(
+        timm_backbone("resnet50", small_stem=False), "resnet50", False, "timm",
+        mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5),
+    )  # fmt: skip
+    export_backbone(ours, "detectron2", tmp_path / "x.pkl")
+    for config in tmp_path.glob("*.yaml"):
+        model = yaml.safe_load(config.read_text())["MODEL"]
+        assert (model["PIXEL_MEAN"], model["PIXEL_STD"]) == ([127.5] * 3, [63.75, 127.5, 127.5])
 
 
 @pytest.mark.parametrize("to", ["torchvision", "timm"])

@@ -192,6 +192,9 @@ def test_show_refuses_what_it_cannot_draw(
     assert "one image has no partner" in refused(["show", str(bad)], capsys)
     nowhere = str(tmp_path / "no" / "x.png")
     assert "which is not a folder" in refused(["show", "--out", nowhere], capsys)
+    assert "bad.jpg exists; name another --out" in refused(["show", "--out", str(bad)], capsys)
+    assert bad.read_bytes() == b"no image"
+    assert cli.main(["show", "--out", str(bad.with_suffix(".png")), "--force"]) == 0
 
 
 def test_help_explains_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,21 @@ def test_compare_of_runs_without_accuracies_draws_their_losses(
     assert is_png(out)
 
 
+def test_compare_says_that_a_run_is_too_early_for_a_linear_probe(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = copy_of(runs["b"], tmp_path / "early")
+    lines = (early / "metrics.csv").read_text().splitlines()
+    (early / "metrics.csv").write_text("\n".join(lines[:-1]) + "\n")  # Without the last epoch.
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "x.png")]
+    assert cli.main(["compare", str(runs["a"]), str(early), *out]) == 0
+    printed = capsys.readouterr().out
+    (line,) = (text for text in printed.splitlines() if text.startswith("moco-v2, mixmask  "))
+    assert line.split()[-1] == "–"
+    assert "–: not measured" in printed
+
+
 def test_compare_refuses_what_is_no_comparison(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +130,12 @@ def test_compare_refuses_what_is_no_comparison(
     assert not out.exists()
     nowhere = tmp_path / "no" / "x.png"
     assert "which is not a folder" in refused(["compare", a, b, "--out", nowhere], capsys)
+    out.write_text("mine")
+    line = refused(["compare", a, b, "--out", out], capsys)
+    assert line == f"mixmask: {out} exists; name another --out, or overwrite it with --force"
+    assert out.read_text() == "mine"
+    assert cli.main(["compare", str(a), str(b), "--out", str(out), "--force"]) == 0
+    assert is_png(out)
     assert "--out" in refused(["compare", a, b, "--out", tmp_path], capsys)
 
 
@@ -157,11 +178,11 @@ def test_neighbours_are_the_nearest_by_brute_force(
     assert data.train.labels is not None
     assert data.test.labels is not None
     backbone = load_backbone(runs["a"]).backbone
-    bank = extract_features(backbone, data.train.images).double().numpy()
+    bank = extract_features(backbone, data.train.images, size=16).double().numpy()
     shown = data.test.images[:]
     for i in range(3):
         (place,) = (j for j, image in enumerate(shown) if torch.equal(image, queries[i]))
-        x = extract_features(backbone, queries[i][None])[0].double().numpy()
+        x = extract_features(backbone, queries[i][None], size=16)[0].double().numpy()
         cosines = bank @ x / np.linalg.norm(bank, axis=1) / np.linalg.norm(x)
         best = np.argsort(-cosines)[:4]
         assert torch.equal(neighbours[i], data.train.images[torch.from_numpy(best)])

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tiny_runs import run, tiny_config
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.datasets import DatasetImages, call_function, take_splits
@@ -201,6 +201,12 @@ def test_splits_that_do_not_fit_together() -> None:
         load_data((pairs, [(constants([1], 1)[0], 1)]), 7)
 
 
+def test_streams_are_refused() -> None:
+    stream = type("Stream", (IterableDataset,), {"__iter__": lambda _: iter(constants([1, 2]))})()
+    with pytest.raises(ValueError, match=r"with __len__ .*, got Stream; a stream has no length"):
+        load_data(stream, 7)
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Write a module into the current folder, which is not on the path of imports."""
@@ -288,6 +294,29 @@ def test_multi_band_tiffs_are_pointed_to_a_function(tmp_path: Path) -> None:
     message = r"2 images in a row cannot be read: .*0.tif.*tifffile.* pass --data mydata:load"
     with pytest.raises(OSError, match=message):
         load_data(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize("mode, count", [("RGBA", 4), ("RGBX", 4), ("LA", 2)])
+def test_a_further_band_of_a_tiff_is_no_transparency(mode: str, count: int, tmp_path: Path) -> None:
+    image = Image.new(mode, (9, 9), (100, 150, 200, 30)[-count:])
+    image.save(tmp_path / "a.tif")
+    for name in "bc":  # Of PNG files it is.
+        image.convert("RGBA").save(tmp_path / f"{name}.png")
+    message = rf"it has {count} bands, .* pass --data mydata:load"
+    with pytest.warns(UserWarning, match=message):
+        assert len(load_data(str(tmp_path), 8).train.images) == 2
+    for name in "bc":
+        (tmp_path / f"{name}.png").unlink()
+        image.save(tmp_path / f"{name}.tif")
+    with pytest.raises(OSError, match=message):
+        load_data(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P", "YCbCr", "1"])
+def test_tiffs_without_further_bands_are_read(mode: str, tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (9, 9), (100, 150, 200)).convert(mode).save(tmp_path / f"{name}.tif")
+    assert len(load_data(str(tmp_path), 8).train.images) == 2
 
 
 @pytest.mark.parametrize("stream", ["never", "always"])

@@ -146,14 +146,14 @@ def test_a_folder_without_checkpoints_is_no_run(tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None:
     there = tmp_path / "there.png"
     there.touch()
-    check_files(there, tmp_path / "new.png")
+    check_files(there, tmp_path / "new.png", force=True)
     for path, message in (
         (tmp_path / "no" / "x.png", "no, which is not a folder; make it first"),
         (tmp_path, "is a folder; name a file in it"),
         (Path("/dev/null"), "is a device or a pipe; name a file"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_files(there, path)
+            check_files(there, path, force=True)
     with pytest.raises(ValueError, match=r"there\.png exists; name another --out, or overwrite it"):
         check_files(tmp_path / "new.png", there, force=False)
 

@@ -245,7 +245,7 @@ def test_checkpoints_of_epochs_are_kept_and_the_best(data: Path, tmp_path: Path)
         data=str(data),
         out=tmp_path / "run",
         progress=False,
-        monitor=lambda _: lambda *_: {"knn": next(accuracies)},
+        monitor=lambda *_: lambda *_: {"knn": next(accuracies)},
         keep=2,
         **options,
     )
