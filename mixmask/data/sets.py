@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.data.clothing import clothing64
 from mixmask.data.datasets import (
     DatasetImages,
     MapDataset,
@@ -30,6 +26,7 @@ from mixmask.data.datasets import (
 )
 from mixmask.data.folders import Files, Listed, ListedData, Source, list_folder
 from mixmask.data.images import UnreadableError, is_deep, read_deep
+from mixmask.data.named import NAMED, load_named
 from mixmask.data.resources import MAX_BYTES, SHARE_OF_FREE, free_bytes
 from mixmask.data.stored import Images, StoredImages
 
@@ -41,13 +38,6 @@ _LOOKED = 16
 # 16-bit images that reach less than this share of their range would keep few of 256 grey levels.
 _DIM = 1 / 8
 
-# torchvision's class, and what selects its training and its test split. STL-10: pretraining on
-# its 105,000 training and unlabelled images, as its authors mean it.
-_TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
-    "cifar10": ("CIFAR10", ({"train": True}, {"train": False})),
-    "cifar100": ("CIFAR100", ({"train": True}, {"train": False})),
-    "stl10": ("STL10", ({"split": "train+unlabeled"}, {"split": "test"})),
-}
 # Data sets with a recipe that must be downloaded by hand.
 _UNPACKED = ("tiny-imagenet", "imagenette", "imagenet100", "imagenet")
 
@@ -248,14 +238,15 @@ def load_data(
     check_choice("--stream", stream, STREAM)
     if not isinstance(name, str):
         title, listed = "the data set", _list_datasets(*take_splits(name))
-    elif name == "clothing64" or name in _TORCHVISION:
+    elif name in NAMED:
         if stream == "always":
             raise ValueError(
                 f"--stream always needs a folder of images, got --data {name}; leave it out"
             )
-        data = _load_named(name, root)
-        _warn_small(name, data.train.images.shape[-1], image_size)
-        return data
+        train_pair, test_pair, classes = load_named(name, root)
+        named = ImageData(Split(*train_pair), Split(*test_pair), classes)
+        _warn_small(name, named.train.images.shape[-1], image_size)
+        return named
     elif is_function(name):
         title, listed = f"--data {name}", _list_datasets(*take_splits(call_function(name)))
     else:
@@ -269,39 +260,6 @@ def load_data(
     return ImageData(read(train, size), read(test, size) if test else None, classes)
 
 
-def _load_named(name: str, root: Path | None) -> ImageData:
-    if name == "clothing64":
-        (train, train_labels), (test, test_labels), classes = clothing64()
-        return ImageData(
-            Split(_decode(train), torch.tensor(train_labels)),
-            Split(_decode(test), torch.tensor(test_labels)),
-            tuple(classes),
-        )
-    import torchvision
-
-    # torchvision downloads only what is not there yet.
-    dataset, splits = _TORCHVISION[name]
-    folder = root or Path.home() / ".cache" / "mixmask"
-    train, test = (
-        getattr(torchvision.datasets, dataset)(folder, download=True, **split) for split in splits
-    )
-    return ImageData(_from_arrays(train), _from_arrays(test), tuple(train.classes))
-
-
-def _decode(files: Iterable[bytes]) -> Tensor:
-    images = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
-
-
-def _from_arrays(dataset: Any) -> Split:
-    """Take the arrays of one of torchvision's data sets, which name and shape them in two ways."""
-    images = torch.from_numpy(dataset.data)
-    if images.shape[-1] == 3:
-        images = images.permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
-    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return Split(images, torch.as_tensor(labels).long())
-
-
 def _check_path(name: str) -> Path:
     """Return the path of a folder or an archive."""
     path = Path(name)
@@ -310,9 +268,8 @@ def _check_path(name: str) -> Path:
     fix = f"unpack {name} and pass its folder, with --recipe {name}"
     if name not in _UNPACKED:
         fix = door(path) or "see `Your own data` in the trainers' README for other kinds"
-    known = ", ".join(["clothing64", *_TORCHVISION])
     raise ValueError(
-        f"--data must be a folder or one of {known}, a .zip file of a folder, or "
+        f"--data must be a folder or one of {', '.join(NAMED)}, a .zip file of a folder, or "
         f"package.module:function, got {name}; {fix}"
     )
 

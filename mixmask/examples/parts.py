@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mixmask.data.clothing import clothing64
+from mixmask.data.named import clothing64
 from mixmask.data.views import RandomView
 
 TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03

@@ -79,7 +79,7 @@ def test_unreadable_images_are_named_once_and_counted(tmp_path: Path) -> None:
     assert loaded.train.labels.tolist() == [0, 0, 0, 1]
 
 
-@pytest.mark.filterwarnings("ignore:.*unreadable image", "ignore:.*no readable image")
+@pytest.mark.filterwarnings("ignore:.*unreadable image", "ignore:.*not a readable image")
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_images_in_memory_and_on_disk_are_the_same_data(share: float, tmp_path: Path) -> None:
     for name, count in (("cat", 9), ("dog", 8)):

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mixmask import BlockMaskGenerator
-from mixmask.data.clothing import clothing64
+from mixmask.data.named import clothing64
 
 # Imported in the usual way it leads mypy, which finds a py.typed here, into all of lightly.
 transforms = pytest.importorskip("lightly.transforms")

@@ -30,7 +30,7 @@ from solo_oracles import (
 )
 from torch import Tensor
 
-from mixmask.data.clothing import clothing64
+from mixmask.data.named import clothing64
 
 pytest_plugins = ("solo_fixtures",)
 
