@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixmask._operators import as_operator, seeded
+from mixmask._single_block import grow_block, lay_block, to_mask
 
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10
@@ -20,6 +21,8 @@ _ATTEMPTS = 10
 # unless there are so few masks that a round costs the same with all of them.
 _ATTEMPTS_PER_ROUND = 2
 _FEW = 512
+# A single mask at grid 8 takes about five rounds.
+_ROUNDS_AHEAD = 4
 # Cells are kept as bits of int64 words, a row of the grid never split over two.
 _WORD_BITS = 64
 LARGEST_GRID = 62
@@ -67,12 +70,40 @@ def draw_blocks(
     roll: bool,
 ) -> Tensor:
     """Draw (n, g, g) masks from a seed; the options are those of `masks.block_masks`."""
+    if n == 1:
+        return _draw_one(seed, grid_size, low, high, min_cells, min_aspect, exact, roll)
     generator = seeded(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
-    lay = lay_blocks_once if n == 1 else lay_blocks
-    masks, stalled = lay(wanted, grid_size, min_cells, min_aspect, generator)
+    masks, stalled = lay_blocks(wanted, grid_size, min_cells, min_aspect, generator)
     if exact and len(stalled):
         masks[stalled] = _grow(masks[stalled], wanted[stalled], generator)
+    return _roll(masks, generator) if roll else masks
+
+
+def _draw_one(
+    seed: Tensor,
+    g: int,
+    low: float,
+    high: float,
+    min_cells: int,
+    min_aspect: float,
+    exact: bool,
+    roll: bool,
+) -> Tensor:
+    """Draw a mask (1, g, g) as `draw_blocks` does, from the same numbers."""
+    # What follows the rectangles needs the generator where they left it: then it starts again.
+    for ahead in (1,) if roll else (_ROUNDS_AHEAD, 1):
+        generator, wanted = seeded(seed), low
+        if low < high:
+            drawn = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
+            wanted = low + (high - low) * drawn.item()
+        count = min(max(round(wanted * g * g), 1), g * g - 1)
+        cells = lay_block(count, g, min_cells, min_aspect, _ATTEMPTS, generator, ahead=ahead)
+        if not exact or cells.bit_count() == count:
+            break
+    else:
+        cells = grow_block(cells, count, g, generator)
+    masks = to_mask(cells, g)
     return _roll(masks, generator) if roll else masks
 
 
@@ -144,41 +175,6 @@ def lay_blocks(
     row, column = _arange(g)[:, None], _arange(g)
     masks = finished[:, row // rows_per_word] >> (row % rows_per_word * g + column) & 1
     return masks.bool(), torch.cat(stalled)
-
-
-def lay_blocks_once(
-    wanted: Tensor, g: int, min_cells: int, min_aspect: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Lay the rectangles of a single mask as `lay_blocks` does, from the same draws.
-
-    An operation on tensors costs as much for one number as for hundreds, so for one mask plain
-    numbers are several times as fast. The whole grid is one integer.
-    """
-    log_aspect = -math.log(min_aspect)
-    cells, missing, stalled = 0, int(wanted), False
-    while missing and not stalled:
-        stalled = True
-        draws = _draw(4, _ATTEMPTS, generator=generator).T.tolist()  # a rows of 4
-        for of_area, of_aspect, of_top, of_left in draws:
-            root = math.sqrt(min_cells + of_area * (missing - min_cells))
-            stretch = math.exp((of_aspect - 0.5) * log_aspect)
-            height, width = round(root * stretch), round(root / stretch)
-            if height >= g or width >= g:
-                continue
-            top, left = int(of_top * (g + 1 - height)), int(of_left * (g + 1 - width))
-            row = ((1 << width) - 1) << left
-            # A ladder of rows: ones at the multiples of g.
-            block = ((1 << g * height) - 1) // ((1 << g) - 1) * row << g * top
-            added = (block & ~cells).bit_count()
-            if 1 <= added <= missing:
-                cells, missing, stalled = cells | block, missing - added, False
-                break
-    octets = torch.frombuffer(
-        bytearray(cells.to_bytes(math.ceil(g * g / 8), "little")), dtype=torch.uint8
-    )
-    bits = octets[:, None] >> _arange(8, dtype=torch.uint8) & 1  # (octets, 8)
-    mask = bits.flatten()[: g * g].view(1, g, g).bool()
-    return mask, _arange(int(stalled))
 
 
 def _draw(*shape: int, generator: torch.Generator) -> Tensor:
