@@ -210,7 +210,7 @@ def _to_masks(words: Tensor, g: int) -> Tensor:
     octets = (words[:, :, None] >> _arange(0, rows * g, 8)).to(torch.uint8)  # (n, w, b)
     bits = octets[..., None] & (1 << _arange(8)).to(torch.uint8)  # (n, w, b, 8)
     cells = bits.bool().flatten(2)[:, :, : rows * g]
-    return cells.reshape(len(words), -1, g)[:, :g].contiguous()
+    return cells.reshape(len(words), rows * words.shape[1], g)[:, :g].contiguous()
 
 
 def _make_ladders(g: int) -> Tensor:
