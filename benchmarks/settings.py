@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from common import Case, Figure, Side, arguments, compare, interleave, report
 from peers import Setting, TrainerStep
+from torch._inductor import config as inductor
 
 from mixmask.trainers.methods import make_config
 
 _PLAIN = "plain"
-_SETTINGS = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     _PLAIN: {},
     "compiled": {"compile": True},
     "bf16": {"precision": "bf16"},
     "bf16, compiled": {"precision": "bf16", "compile": True},
+}
+# Preset, pixels and batch size of each.
+_NETWORKS = {
+    "narrow": ("clothing64", 32, 64),
+    "resnet18": ("imagenet", 224, 8),
+    "resnet50": ("imagenet", 224, 8),
 }
 
 
@@ -42,7 +49,9 @@ def measure(
     sides: dict[str, Side] = {}
     first: dict[str, float] = {}
     for name, given in _SETTINGS.items():
-        setting = Setting(options.device, channels_last=True, **given)  # type: ignore[arg-type]
+        if options.small and "compile" in given:
+            continue  # Compilation takes as long for tiny sizes.
+        setting = Setting(options.device, channels_last=True, **given)
         step = TrainerStep(config, setting)
         sides[name] = partial(step, *(setting.view(part) for part in x))
         start = time.perf_counter()
@@ -68,11 +77,14 @@ def measure(
 
 def main() -> None:
     """Measure the networks of the included recipes."""
-    options = arguments(__doc__, repeats=7).parse_args()
-    chosen = [("narrow", "clothing64", 32, 64)]
-    chosen += [(arch, "imagenet", 224, 8) for arch in ("resnet18", "resnet50")]
+    parser = arguments(__doc__, repeats=7)
+    parser.add_argument("--archs", nargs="+", choices=_NETWORKS, default=list(_NETWORKS))
+    options = parser.parse_args()
+    chosen = [(arch, *_NETWORKS[arch]) for arch in options.archs]
     if options.small:
         chosen = [("narrow", "clothing64", 16, 4)]
+    # A first step that finds the compiler's work of another day would seem cheap.
+    inductor.force_disable_caches = True
     cases: list[Case] = []
     figures: list[Figure] = []
     for network in chosen:

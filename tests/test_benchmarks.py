@@ -61,7 +61,7 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("loader", [None, None]),
         ("start", []),
         ("scaling", []),
-        ("settings", [None, None, None]),
+        ("settings", [None]),
     ],
 )
 def test_script_writes_a_whole_record(
