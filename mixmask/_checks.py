@@ -60,8 +60,9 @@ def check_images(images: Tensor, *, partners: bool) -> None:
 
 def check_integer(name: str, value: int, least: int, fix: str) -> None:
     """Require an integer that is not smaller than the least one."""
-    # bool is a subclass of int, and a size under torch.export is an integer to be.
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+    # bool is a subclass of int, and a size under torch.export is an integer to be. Abstract
+    # classes come last: they are slow.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {value!r}; {fix}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}; {fix}")
@@ -76,7 +77,7 @@ def check_grid_size(grid_size: int) -> None:
 def ratio_bounds(ratio: Ratio) -> tuple[float, float]:
     """Return the bounds (low, high) of a ratio: a number inside (0, 1) or a range in [0, 1]."""
     fix = "use a number such as 0.5, or a range such as (0.25, 0.75)"
-    if isinstance(ratio, numbers.Real) and not isinstance(ratio, bool):
+    if isinstance(ratio, (float, numbers.Real)) and not isinstance(ratio, bool):
         if not 0 < ratio < 1:
             raise ValueError(f"ratio must lie strictly between 0 and 1, got {ratio}; {fix}")
         return float(ratio), float(ratio)
@@ -127,7 +128,7 @@ def check_non_negative(name: str, value: float) -> None:
 
 
 def _check_real(name: str, value: float, fix: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {value!r}; {fix}")
 
 

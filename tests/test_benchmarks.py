@@ -53,13 +53,15 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
 @pytest.mark.parametrize(
     ("script", "bounds"),
     [
-        ("masks", [0.10, None, None, None, None, None]),
+        ("masks", [0.10, 0.10, None, None, 0.10, 1.0]),
         ("mixing", [0.55, 0.55, *[None] * 6]),
         ("loss", [0.30, 1 / 6, 0.85, *[None] * 15, 0.7, None, None, None, 0.7, None, None, None]),
         ("knn", [0.5, 0.1, None, None]),
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
         ("loader", [None, None]),
         ("start", []),
+        ("scaling", []),
+        ("settings", [None]),
     ],
 )
 def test_script_writes_a_whole_record(

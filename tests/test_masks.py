@@ -13,6 +13,7 @@ from mixmask import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
     _blocks,
+    _devices,
     block_masks,
     cells_to_pixels,
     discrete_masks,
@@ -190,16 +191,26 @@ def test_completion_only_adds_to_stalled_masks(grid: int, ratio: float) -> None:
     assert bool((after <= before.clamp(min=1)).all())
 
 
-@pytest.mark.parametrize("grid, ratio", [(2, 0.5), (3, 0.75), (8, 0.5), (16, 0.9), (31, 0.5)])
+@pytest.mark.parametrize("grid", [2, 3, 8, 16, 31])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, (0.1, 0.8)])
 @pytest.mark.parametrize("min_cells", [1, 4, 16])
-def test_a_single_mask_is_laid_as_in_a_batch(grid: int, ratio: float, min_cells: int) -> None:
-    wanted = torch.tensor([_wanted(grid, ratio)])
-    for seed in range(100):
-        single, batch = (
-            lay(wanted, grid, min_cells, 0.3, _seeded(seed))
-            for lay in (_blocks.lay_blocks_once, _blocks.lay_blocks)
-        )
+@pytest.mark.parametrize("roll", [False, True])
+def test_a_single_mask_is_drawn_as_in_a_batch(
+    grid: int, ratio: float | tuple[float, float], min_cells: int, roll: bool
+) -> None:
+    low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+    grown = 0
+    for number in range(60):
+        seed = torch.tensor(number)
+        generator = _devices.seeded(seed)
+        wanted = _blocks.draw_cell_counts(1, grid, low, high, generator)
+        batch, stalled = _blocks.lay_blocks(wanted, grid, min_cells, 0.3, generator)
+        if len(stalled):
+            batch, grown = _blocks._grow(batch, wanted, generator), grown + 1
+        batch = _blocks._roll(batch, generator) if roll else batch
+        single = _blocks.draw_blocks(seed, 1, grid, low, high, min_cells, 0.3, True, roll)
         torch.testing.assert_close(single, batch)
+    assert grown or grid > 2
 
 
 def test_growing_keeps_masks_connected() -> None:

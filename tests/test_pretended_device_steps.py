@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from pretended import DEVICE, Accelerator, PretendedTensor, pretend, pretend_two_processes
-from pretended_known import MANY_BLURS, METER
+from pretended_known import METER
 from tiny_runs import run, seeded, tiny_config, tiny_images
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def test_many_views_with_a_large_blur(accelerator: Accelerator) -> None:
         RandomView(16, blur=1.0),
     )
     view.kernel = 23  # That of views of 224 pixels.
-    with accelerator.watched(*MANY_BLURS):
+    with accelerator.watched():
         view(images)
 
 

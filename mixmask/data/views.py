@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mixmask._devices import move
+
 # Mean and deviation of each channel, by which images are normalised.
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 # Those of ImageNet are the usual ones whatever the photographs.
@@ -109,7 +111,7 @@ def fit_channels(normalization: Normalization, channels: int) -> Normalization:
 def _statistics(images: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of each channel, (C, 1, 1), on the images' device."""
     mean, std = map(torch.tensor, fit_channels(normalization, images.shape[1]))
-    return _on(mean.view(-1, 1, 1), images), _on(std.view(-1, 1, 1), images)
+    return move(mean.view(-1, 1, 1), images.device), move(std.view(-1, 1, 1), images.device)
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class RandomView(nn.Module):
         x = images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
         x = self._jitter(self._crop(x, drawn), drawn)
         if self.grey > 0 and images.shape[1] == 3:
-            grey = _on(drawn.grey, x)[:, None, None, None]  # (N, 1, 1, 1)
+            grey = move(drawn.grey, x.device)[:, None, None, None]  # (N, 1, 1, 1)
             x = torch.where(grey, luma(x), x)
         if self.blur > 0:
             x = self._blur(x, drawn)
@@ -245,7 +247,7 @@ class RandomView(nn.Module):
     def _crop(self, x: Tensor, drawn: ViewParameters) -> Tensor:
         """Crop, resize and flip in one resampling, or only flip: (N, C, S, S)."""
         if not self.crop:
-            return torch.where(_on(drawn.flipped, x)[:, None, None, None], x.flip(3), x)
+            return torch.where(move(drawn.flipped, x.device)[:, None, None, None], x.flip(3), x)
         height, width = x.shape[-2:]
         left, top, w, h = drawn.boxes.unbind(1)
         # A view's corners show the box's: from -1 ... 1 within the view to that of the image.
@@ -255,12 +257,12 @@ class RandomView(nn.Module):
         centre_y = (2 * top + h - 1) / (height - 1) - 1
         zero = torch.zeros_like(down)
         theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)  # (N, 6)
-        theta = _on(theta, x).view(-1, 2, 3)  # (N, 2, 3)
+        theta = move(theta, x.device).view(-1, 2, 3)  # (N, 2, 3)
         grid = F.affine_grid(theta, [*x.shape[:2], self.size, self.size], align_corners=True)
         return F.grid_sample(x, grid, mode="bilinear", align_corners=True)
 
     def _jitter(self, x: Tensor, drawn: ViewParameters) -> Tensor:
-        factors = _on(drawn.factors, x)[:, :, None, None, None]  # (4, N, 1, 1, 1)
+        factors = move(drawn.factors, x.device)[:, :, None, None, None]  # (4, N, 1, 1, 1)
         for number in drawn.order:
             factor = factors[number]
             if number >= _SATURATION and x.shape[1] != 3:
@@ -278,9 +280,9 @@ class RandomView(nn.Module):
             return x
         place = torch.arange(self.kernel) - self.kernel // 2
         weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()  # (n, kernel)
-        weights = _on(weights / weights.sum(dim=1, keepdim=True), x)
+        weights = move(weights / weights.sum(dim=1, keepdim=True), x.device)
         weights = weights.repeat_interleave(x.shape[1], dim=0)  # (n * C, kernel)
-        index = _on(index, x)
+        index = move(index, x.device)
         # One group per channel of each view, so that all views take one convolution.
         rows = rearrange(x[index], "n c h w -> 1 (n c) h w")
         half = self.kernel // 2
@@ -371,7 +373,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     divisor = torch.where(chroma == 0, 1.0, chroma)
     from_green = torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
     sixths = torch.where(value == r, (g - b) / divisor, from_green)
-    offsets = torch.tensor([5.0, 3.0, 1.0]).to(x.device, non_blocking=True).view(3, 1, 1)
+    offsets = move(torch.tensor([5.0, 3.0, 1.0]), x.device).view(3, 1, 1)
     k = (sixths + 6 * turns + offsets).remainder_(6)
     away = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - away.mul_(chroma)
@@ -379,8 +381,3 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 _SATURATION, _HUE = 2, 3  # Their numbers in the order that is drawn.
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation)
-
-
-def _on(parameter: Tensor, x: Tensor) -> Tensor:
-    """Copy a parameter to the images' device, without waiting for it."""
-    return parameter.to(x.device, non_blocking=True)

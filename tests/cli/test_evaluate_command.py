@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluated import refused, results, write_run
+from evaluated import refused, results, write_photographs, write_run
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -26,6 +26,18 @@ from mixmask.evaluation import (
     evaluate,
     load_task,
 )
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    write_photographs(tmp_path / "photographs" / "train", (16, 14, 12), 0)
+    write_photographs(tmp_path / "photographs" / "val", (6, 6, 4), 1)
+    return tmp_path / "photographs"
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Path:
+    return write_run(tmp_path / "run", photographs, "narrow", 16)
 
 
 def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

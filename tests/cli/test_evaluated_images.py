@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated import refused, results, write_run
+from evaluated import refused, results, write_photographs, write_run
 
 from mixmask import cli
 from mixmask.backbones import build_backbone
@@ -22,6 +22,18 @@ from mixmask.evaluation import (
     load_task,
 )
 from mixmask.evaluation.monitor import accuracy_monitor
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    write_photographs(tmp_path / "photographs" / "train", (16, 14, 12), 0)
+    write_photographs(tmp_path / "photographs" / "val", (6, 6, 4), 1)
+    return tmp_path / "photographs"
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Path:
+    return write_run(tmp_path / "run", photographs, "narrow", 16)
 
 
 @pytest.mark.parametrize(("arch", "size", "stored"), [("test_vit", 160, 183), ("narrow", 14, 16)])

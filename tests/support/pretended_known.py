@@ -5,9 +5,7 @@ from __future__ import annotations
 from pretended import Known
 
 _TRAINED = "a LambdaWeightedLoss looks at what is trained in its first call; build it once"
-_STAGED = "goes from pageable memory, which is staged up to 64 KiB only; pin what is larger"
 
-MANY_BLURS = (Known("_to_copy", "data/views.py:_on", _STAGED),)
 NEW_CRITERIA = {
     "a bank": (Known("equal", "losses/_state.py:check_trained", _TRAINED),),
 }
