@@ -26,8 +26,8 @@ from mixmask.detection.model import batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import (
-    CONFIG,
-    has_checkpoint,
+    RESULTS,
+    is_unstarted,
     load_checkpoint,
     save_checkpoint,
     starting,
@@ -166,14 +166,14 @@ class Run:
             **{name: getattr(self, name) for name in _PROGRESS},
         }
         save_checkpoint(self.out, content)
-        write_json(self.out / "results.json", {**self.results()})
+        write_json(self.out / RESULTS, {**self.results()})
 
     def load(self) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one.
 
         A run that was killed before its first checkpoint stays at its first step.
         """
-        if (self.out / CONFIG).exists() and not has_checkpoint(self.out):
+        if is_unstarted(self.out):
             return
         file, content = load_checkpoint(self.out, lambda content: "classes" in content)
         classes, images = list(self.data.classes), len(self.data.train)

@@ -31,6 +31,7 @@ _UNFINISHED = f"{LAST}.tmp"  # As `atomic_write` names it.
 BEST = "best.pt"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
+RESULTS = "results.json"
 
 # Of `config.json`, and what every command uses of it.
 FORMAT = 3
@@ -333,6 +334,20 @@ def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
     whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
     return whole or is_sealed(folder / _UNFINISHED)
+
+
+def is_unstarted(folder: Path) -> bool:
+    """Tell whether a run was stopped before its first checkpoint, so that it can start again.
+
+    A run that has results had a checkpoint, too: where that is gone, starting again would replace
+    them.
+    """
+    if not (folder / CONFIG).exists() or has_checkpoint(folder) or (folder / RESULTS).exists():
+        return False
+    # Before the first epoch there is at most the row of the untrained backbone.
+    return not (folder / METRICS).exists() or all(
+        row.get("epoch") == 0 for row in read_rows(folder)
+    )
 
 
 def is_run(content: object) -> bool:

@@ -28,6 +28,7 @@ from mixmask.runs.folder import (
     copy_checkpoint,
     has_checkpoint,
     is_run,
+    is_unstarted,
     keep_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -171,7 +172,7 @@ class Run:
 
         A run that was killed before its first checkpoint stays at its first step.
         """
-        if (folder / CONFIG).exists() and not has_checkpoint(folder):
+        if is_unstarted(folder):
             return
         file, content = load_checkpoint(folder, is_run)
         try:

@@ -17,6 +17,7 @@ from mixmask.runs.folder import (
     check_files,
     copy_checkpoint,
     has_checkpoint,
+    is_unstarted,
     load_checkpoint,
     new_folder,
     read_config,
@@ -70,6 +71,22 @@ def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
     write_config(tmp_path, {"ratio": (0.25, 0.75)})
     written = read_config(tmp_path)
     assert written == {"format": FORMAT, "version": __version__, "ratio": [0.25, 0.75]}
+
+
+def test_a_run_with_results_does_not_start_again(tmp_path: Path) -> None:
+    assert not is_unstarted(tmp_path)
+    write_config(tmp_path, {})
+    assert is_unstarted(tmp_path)
+    write_rows(tmp_path, [{"epoch": 0, "knn": 0.5}])
+    assert is_unstarted(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    assert not is_unstarted(tmp_path)
+    (tmp_path / "results.json").unlink()
+    write_rows(tmp_path, [{"epoch": 0, "knn": 0.5}, {"epoch": 1, "loss": 2.0}])
+    assert not is_unstarted(tmp_path)
+    (tmp_path / "metrics.csv").unlink()
+    save_checkpoint(tmp_path, {"step": 1})
+    assert not is_unstarted(tmp_path)
 
 
 def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
