@@ -139,7 +139,7 @@ def measure(
         of_time, of_memory = bounds.get(side.partition(" ")[0], (None, None))
         if side not in ("three plain calls", "one plain call"):
             of_time = of_memory = None
-        described = f"{name} with both mixed terms"
+        described = f"{name} with both mixed terms, N {n:,}"
         cases += [
             compare(
                 described, side, samples["ours"], samples[side],
