@@ -26,9 +26,7 @@ from mixmask.evaluation.monitor import accuracy_monitor
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    write_photographs(tmp_path / "photographs" / "train", (16, 14, 12), 0)
-    write_photographs(tmp_path / "photographs" / "val", (6, 6, 4), 1)
-    return tmp_path / "photographs"
+    return write_photographs(tmp_path / "photographs")
 
 
 @pytest.fixture
