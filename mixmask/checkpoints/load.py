@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_name
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
-from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
+from mixmask.data.views import (
+    IMAGENET,
+    MEAN,
+    STD,
+    Normalization,
+    choose_normalization,
+    fit_channels,
+)
 from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
 
@@ -74,7 +81,14 @@ class Loaded:
         return text
 
 
-def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | None = None) -> Loaded:
+def load_backbone(
+    path: Path,
+    *,
+    arch: str | None = None,
+    small_stem: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Loaded:
     """Load the backbone of a run folder, or of a checkpoint file of this or another library.
 
     Supported are runs of this package and the rows of `layouts.LAYOUTS`: MoCo's and the MixMask
@@ -89,6 +103,9 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
             say.
         small_stem: Whether its stem is the one for small images. Default: the run's own, or
             whether the first convolution is a 3x3 one.
+        mean: Of each channel, by which images are normalised, for pixels from 0 to 1; one number
+            for all, or as many as there are. Default: the checkpoint's own, else ImageNet's.
+        std: Deviation of each channel, likewise.
 
     Raises:
         ValueError: If there is no checkpoint, or it is damaged, unknown, of another architecture
@@ -126,7 +143,7 @@ def load_backbone(path: Path, *, arch: str | None = None, small_stem: bool | Non
     used = set(taken)
     left = tuple(key for key in match.all_keys if key not in used)
     normalization = _normalization(content, noted, match, arch, small=tells_stem)
-    mean, std = fit_channels(normalization, channels)
+    mean, std = choose_normalization(mean, std, fit_channels(normalization, channels))
     config = {} if match.name != "mixmask" or not is_run(content) else noted
     return Loaded(
         backbone.eval(), arch, small_stem, match.name, taken, left,

@@ -96,7 +96,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Build a parser that knows all commands, and the options of the one that is given."""
     parser = OneLineParser(prog="mixmask", description="MixMask for self-supervised training.")
     version = f"mixmask {__version__}, torch {torch.__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS)

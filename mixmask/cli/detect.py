@@ -15,6 +15,7 @@ from mixmask._devices import is_out_of_memory
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.detection.config import DetectionConfig, load_config
+from mixmask.figures.style import short_path
 from mixmask.runs.folder import CONFIG, has_checkpoint, new_folder
 from mixmask.runs.options import Options, check_resume, flag
 from mixmask.runs.records import plural
@@ -52,7 +53,8 @@ def _detect(
 ) -> None:
     # These need the libraries that `detect` has looked for.
     from mixmask.detection.data import load_detection
-    from mixmask.detection.train import load_source, train_detector
+    from mixmask.detection.model import load_source
+    from mixmask.detection.train import train_detector
 
     if resume is not None:
         more = {"RUN": run, "--out": out}
@@ -70,14 +72,20 @@ def _detect(
     elif run is None or not given.get("data"):
         raise ValueError("detect needs RUN, or the word random, and --data; or --resume DIR alone")
     else:
-        config = DetectionConfig(**given)
+        given["data"] = str(Path(given["data"]).resolve())  # A run goes on from any folder.
+        # argparse makes lists of several numbers.
+        values: Options = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in given.items()
+        }
+        config = DetectionConfig(**values)
         folder = new_folder(out, f"detect-{Path(config.data).stem}-{Path(run).stem}")
         small_stem = given.get("small_stem")
     data = load_detection(Path(config.data), train=config.train_split, test=config.test_split)
     backbone, config, origin = load_source(run, config, small_stem=small_stem)
     say(
-        f"{config.model}, {config.neck} on {config.data}: {plural(len(data.train), 'image')} to "
-        f"train ({data.train.name}), {len(data.test):,} to test ({data.test.name}), "
+        f"{config.model}, {config.neck} on {short_path(config.data)}: "
+        f"{plural(len(data.train), 'image')} to train ({data.train.name}), "
+        f"{len(data.test):,} to test ({data.test.name}), "
         f"{plural(len(data.classes), 'class')}, {config.arch} at {config.size} px, "
         f"{plural(config.epochs, 'epoch')}, {describe_device(device)}\nrun folder: {folder}"
     )

@@ -98,10 +98,12 @@ def add_fields(
             text += f" ({', '.join(owners[field.name])})"
         words = tuple(choices.get(field.name, field.metadata["choices"])) or None
         # No `default` here: the parser returns what was given, and the configuration the rest.
-        kind = type(field.default)
+        kind: type = type(field.default)
         how: dict[str, Any] = {"type": kind, "choices": words}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            how = {"type": float, "nargs": "+", "metavar": "X"}
         elif "Ratio" in str(field.type):
             how = {"type": float, "nargs": "+", "action": RatioAction, "metavar": "SHARE"}
         elif not words:

@@ -40,6 +40,10 @@ class DetectionConfig:
     measure_every: int = option(4, "epochs between tests; 0: one at the end only", low=0)
     workers: int = option(0, "processes that read images; 0: none beside the training", low=0)
     seed: int = option(0, "seed of all random draws", low=0)
+    mean: tuple[float, ...] = option(
+        (), "mean of each channel, or of all, for pixels of 0 ... 1; default: the checkpoint's"
+    )
+    std: tuple[float, ...] = option((), "deviation of each channel, or of all, likewise")
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -55,10 +59,11 @@ def load_config(folder: Path) -> tuple[DetectionConfig, str]:
         content = read_config(folder)
         if "monitor" in content:  # The name in older runs.
             content["measure_every"] = content.pop("monitor")
+        later = {2: ("proposals",), 4: ("mean", "std")}  # Before, images were normalised by MEAN.
         source = content.get("source", "")
         if not isinstance(source, str):
             raise TypeError(f"'source' must be of type str, got {source!r}")  # noqa: TRY301
-        return restore_config(DetectionConfig, content, later={2: ("proposals",)}), source
+        return restore_config(DetectionConfig, content, later=later), source
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

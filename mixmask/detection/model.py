@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +20,59 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
-from mixmask.data.views import MEAN, STD
+from mixmask._seeds import fold_seed
+from mixmask.backbones import build_backbone
+from mixmask.checkpoints.load import load_backbone
+from mixmask.data.views import MEAN, STD, choose_normalization
 from mixmask.detection.config import DetectionConfig
 
 # The size that anchors and levels of the published recipes are made for, shorter by longer side.
 _PUBLISHED_SIZE, _PUBLISHED_LONGEST = 800, 1333
 _ANCHORS = (32, 64, 128, 256, 512)
 _RATIOS = (0.5, 1.0, 2.0)
+# Where a backbone comes from, for people to read.
+Source = dict[str, object]
 # What becomes of a backbone: the body of a detector, and the heads of boxes and of masks.
 _Parts = tuple[Any, nn.Module, nn.Module]
+
+
+def load_source(
+    run: str, config: DetectionConfig, *, small_stem: bool | None = None
+) -> tuple[nn.Module, DetectionConfig, Source]:
+    """Load the backbone of a run, or build an untrained one where `run` is "random".
+
+    Returns:
+        The backbone, the options with its architecture and normalisation, and what results say
+        of it.
+    """
+    if run == "random":
+        if not config.arch:
+            raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
+        torch.manual_seed(fold_seed(config.seed, "backbone"))
+        backbone = build_backbone(config.arch, small_stem=config.small_stem)
+        mean, std = choose_normalization(config.mean, config.std, (MEAN, STD))
+        config = dataclasses.replace(config, mean=mean, std=std)
+        return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
+    loaded = load_backbone(
+        Path(run),
+        arch=config.arch or None,
+        small_stem=small_stem,
+        mean=config.mean,
+        std=config.std,
+    )
+    source: Source = {
+        "run": str(Path(run).resolve()), "arch": loaded.arch, "small_stem": loaded.small_stem,
+        "layout": loaded.layout, "taken": len(loaded.taken), "left": len(loaded.left),
+        "pretraining": loaded.config,
+    }  # fmt: skip
+    config = dataclasses.replace(
+        config,
+        arch=loaded.arch,
+        small_stem=loaded.small_stem,
+        mean=loaded.mean,
+        std=loaded.std,
+    )
+    return loaded.backbone, config, source
 
 
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
@@ -95,8 +141,8 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
     detector: nn.Module = (MaskRCNN if config.model == "mask-rcnn" else FasterRCNN)(
         min_size=tuple(round(size * share) for share in shares),
         max_size=round(size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(config.mean or MEAN),
+        image_std=list(config.std or STD),
         size_divisible=max(strides),
         rpn_pre_nms_top_n_train=2 * ranked,
         rpn_pre_nms_top_n_test=ranked,

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
-from mixmask.backbones import build_backbone
-from mixmask.checkpoints.load import load_backbone
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
 from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
-from mixmask.detection.model import batch_norms, build_detector, train_mode
+from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.folder import (
@@ -42,8 +40,6 @@ _SAVE_EVERY = 300
 _STATISTICS = 50
 # What a checkpoint holds beside the weights.
 _PROGRESS = ("step", "rows", "sums", "seconds", "source")
-# Where a backbone comes from, for people to read.
-Source = dict[str, object]
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
 
 
@@ -194,30 +190,6 @@ class Run:
                 f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
                 "train it again with a new --out"
             ) from None
-
-
-def load_source(
-    run: str, config: DetectionConfig, *, small_stem: bool | None = None
-) -> tuple[nn.Module, DetectionConfig, Source]:
-    """Load the backbone of a run, or build an untrained one where `run` is "random".
-
-    Returns:
-        The backbone, the options with its architecture, and what results say of it.
-    """
-    if run == "random":
-        if not config.arch:
-            raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
-        torch.manual_seed(fold_seed(config.seed, "backbone"))
-        backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
-    loaded = load_backbone(Path(run), arch=config.arch or None, small_stem=small_stem)
-    source: Source = {
-        "run": str(Path(run).resolve()), "arch": loaded.arch, "small_stem": loaded.small_stem,
-        "layout": loaded.layout, "taken": len(loaded.taken), "left": len(loaded.left),
-        "pretraining": loaded.config,
-    }  # fmt: skip
-    config = dataclasses.replace(config, arch=loaded.arch, small_stem=loaded.small_stem)
-    return loaded.backbone, config, source
 
 
 def train_detector(

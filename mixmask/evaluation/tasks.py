@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mixmask.checkpoints.load import Loaded, load_backbone
 from mixmask.data.sets import Images, Split
-from mixmask.data.views import MEAN, STD, Normalization, fit_channels
+from mixmask.data.views import MEAN, STD, Normalization
 from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
@@ -172,9 +171,8 @@ def load_task(
             each run's own; of other checkpoints the only one that the backbone takes, or 224.
         arch: As in `load_backbone`.
         small_stem: As in `load_backbone`.
-        mean: Of each channel, by which images are normalised, for pixels from 0 to 1; one number
-            for all, or as many as there are. Default: each checkpoint's own, see `load_backbone`.
-        std: Deviation of each channel, likewise.
+        mean: As in `load_backbone`.
+        std: As in `load_backbone`.
         device: Where to compute.
         labelled: Whether labels on both splits are needed, as they are to measure.
 
@@ -182,9 +180,9 @@ def load_task(
         ValueError: If a checkpoint or the data cannot be loaded, the runs used different data,
             the backbone does not take the image size or channels, or labels are missing.
     """
-    loaded = [load_backbone(run, arch=arch, small_stem=small_stem) for run in runs]
-    if (mean, std) != (None, None):
-        loaded = [_renormalize(each, mean, std) for each in loaded]
+    loaded = [
+        load_backbone(run, arch=arch, small_stem=small_stem, mean=mean, std=std) for run in runs
+    ]
     names = {str(each.config["data"]) for each in loaded if each.config.get("data")}
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
@@ -230,24 +228,6 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
     if only not in (None, given):
         raise ValueError(f"{loaded.arch} takes images of {only} px only, got --image-size {given}")
     return given
-
-
-def _renormalize(
-    loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Loaded:
-    """Normalise by other numbers than the checkpoint's own."""
-    channels = len(loaded.mean)
-    if mean is None or std is None:
-        raise ValueError("--mean and --std belong together, got one of them; name the other, too")
-    for name, values in (("--mean", mean), ("--std", std)):
-        lowest = 0 if name == "--std" else -math.inf
-        if len(values) not in (1, channels) or not all(lowest < v < math.inf for v in values):
-            raise ValueError(
-                f"{name} takes a {'positive ' if name == '--std' else ''}number for each of "
-                f"{plural(channels, 'channel')}, or one for all, got {' '.join(map(str, values))}"
-            )
-    mean, std = fit_channels((tuple(mean), tuple(std)), channels)
-    return dataclasses.replace(loaded, mean=mean, std=std)
 
 
 def _describe(run: Path, loaded: Loaded, data: str, image_size: int) -> Source:

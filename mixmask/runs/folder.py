@@ -34,7 +34,7 @@ METRICS = "metrics.csv"
 RESULTS = "results.json"
 
 # Of `config.json`, and what every command uses of it.
-FORMAT = 3
+FORMAT = 4
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,

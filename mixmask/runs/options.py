@@ -107,10 +107,18 @@ def _check_type(name: str, value: object, kind: type) -> None:
     is_bool = isinstance(value, bool)
     if not isinstance(value, _KINDS.get(kind, kind)) or is_bool != (kind is bool):
         raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}")
+    for number in value if isinstance(value, tuple) else ():
+        _check_type(name, number, float)
 
 
 def _describe(kind: type) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "numbers",
+    }
     return names.get(kind, kind.__name__)
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_detection import write_coco, write_voc
+from torch import nn
 
 from mixmask import cli
+from mixmask.checkpoints.export import export_backbone
+from mixmask.checkpoints.load import load_backbone
+from mixmask.data.views import MEAN, STD
+from mixmask.detection.config import DetectionConfig
+from mixmask.detection.model import build_detector
 
 TINY = ["--size", "64", "--epochs", "1", "--batch-size", "4", "--rois", "8", "--proposals", "20"]
 FILES = {"config.json", "detections.png", "last.pt", "results.json"}
@@ -90,6 +97,45 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
     assert "exists and is not empty; continue it with --resume" in line
 
 
+def test_images_are_normalised_as_the_checkpoint_says_or_as_given(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The detector's own normalisation is what the configuration keeps, and a resumed run's."""
+    seen: list[tuple[list[float], list[float]]] = []
+
+    def spy(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
+        detector: Any = build_detector(backbone, classes, config)
+        seen.append((detector.transform.image_mean, detector.transform.image_std))
+        return detector  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("mixmask.detection.train.build_detector", spy)
+    monkeypatch.chdir(write_voc(tmp_path / "data").parent)
+    file = tmp_path / "noted.safetensors"
+    noted = load_backbone(run, mean=[0.25, 0.5, 0.75], std=[0.5, 0.25, 0.125])
+    export_backbone(noted, "safetensors", file)
+    given = ["--mean", "0.5", "--std", "0.25", "0.5", "1"]
+    cases: list[tuple[list[str], list[float], list[float]]] = [
+        ([str(run)], list(MEAN), list(STD)),
+        ([str(file)], [0.25, 0.5, 0.75], [0.5, 0.25, 0.125]),
+        ([str(file), *given], [0.5, 0.5, 0.5], [0.25, 0.5, 1.0]),
+        (["random", "--arch", "narrow", *given], [0.5, 0.5, 0.5], [0.25, 0.5, 1.0]),
+    ]
+    for number, (words, mean, std) in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        assert cli.main(["detect", *words, "--data", "data", *TINY, "--out", str(out)]) == 0
+        config = json.loads((out / "config.json").read_text())
+        assert (config["mean"], config["std"]) == (mean, std) == seen.pop()
+    monkeypatch.chdir("/")  # The data were named by a relative path.
+    (out / "config.json").write_text(json.dumps({**config, "epochs": 2}))
+    assert cli.main(["detect", "--resume", str(out)]) == 0
+    assert seen.pop() == (mean, std)
+    # Runs of formats before these options were normalised by the package's own numbers.
+    old = {n: v for n, v in config.items() if n not in ("mean", "std")} | {"format": 3, "epochs": 3}
+    (out / "config.json").write_text(json.dumps(old))
+    assert cli.main(["detect", "--resume", str(out)]) == 0
+    assert seen.pop() == (list(MEAN), list(STD))
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +191,10 @@ def test_a_start_that_fails_leaves_no_folder(
         (["random", "--data", "DATA", "--arch", "narrow", "--threads", "0"], "--threads must be"),
         (["random", "--data", "DATA", "--arch", "narrow", "--model", "mask-rcnn"],
          "--model mask-rcnn needs a segmentation of every object"),
+        (["random", "--data", "DATA", "--arch", "narrow", "--mean", "0.5"],
+         "--mean and --std belong together"),
+        (["random", "--data", "DATA", "--arch", "narrow", "--mean", "1", "--std", "1", "2"],
+         "--std takes a positive number for each of 3 channels, or one for all, got 1.0 2.0"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_in_one_line(
