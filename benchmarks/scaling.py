@@ -152,7 +152,7 @@ def counted(world: int) -> Iterator[list[float]]:
             get_world_size=lambda: world,
             get_rank=lambda: 0,
             all_reduce=note(2),
-            broadcast=note(1),
+            all_to_all_single=note(1),
         ),
         mock.patch.multiple("mixmask._distributed", _all_gather=note(1), **alike),
         mock.patch.multiple("mixmask.losses.redundancy", **alike),

@@ -45,11 +45,24 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
     return gathered
 
 
-def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Return what the first process passed; every process passes a tensor of that shape."""
-    if world_size() > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
+def exchange_rows(rows: Tensor) -> Tensor:
+    """Exchange rows so that every process holds an equal part of each one's.
+
+    Where all rows would be gathered to keep a share of them, this receives the share alone.
+
+    Args:
+        rows: (N, ...), the same N on every process; no gradients pass.
+
+    Returns:
+        (N, ...), the parts in the order of the ranks. Exchanged again, they are the rows given.
+    """
+    world, own = world_size(), rank()
+    share, rest = divmod(len(rows), world)
+    # As many to a process as from it, so that a second exchange undoes the first.
+    sizes = [share + ((own + other) % world < rest) for other in range(world)]
+    received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, rows.contiguous(), sizes, sizes)
+    return received
 
 
 def average(value: Tensor) -> Tensor:

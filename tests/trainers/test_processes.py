@@ -23,8 +23,8 @@ from tiny_runs import build_tiny, gradients, note_mixes, run, seeded, tiny_confi
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask import MixedBatch, mix_batch
-from mixmask._distributed import average
+from mixmask import MixedBatch, _distributed, mix_batch
+from mixmask._distributed import average, exchange_rows
 from mixmask.trainers import loop
 from mixmask.trainers.methods import METHODS
 from mixmask.trainers.methods.moco import MoCo
@@ -197,6 +197,8 @@ def _shuffle_keys(rank: int) -> dict[str, Any]:
         "shuffled": model.encode_keys(images, seeded(rank)),
         "again": model.encode_keys(images, seeded(rank)),
         "own": nn.functional.normalize(own, dim=1),
+        "exchanged": (once := exchange_rows(10 * rank + torch.arange(5))),
+        "returned": exchange_rows(once),
     }
 
 
@@ -343,6 +345,32 @@ def test_keys_are_shuffled_over_both_and_come_back_in_order(found: Results) -> N
         assert torch.equal(keys["shuffled"], keys["again"])
         assert (keys["shuffled"] - keys["own"]).abs().max() > 1e-3
         torch.testing.assert_close(keys["unshuffled"], keys["fixed"])
+
+
+def test_exchanged_rows_come_from_all_and_return(found: Results) -> None:
+    first, second = (one["keys"] for one in found)
+    assert first["exchanged"].tolist() == [0, 1, 2, 10, 11]
+    assert second["exchanged"].tolist() == [3, 4, 12, 13, 14]
+    assert first["returned"].tolist() == [0, 1, 2, 3, 4]
+    assert second["returned"].tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 64])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_each_process_receives_as_many_rows_as_it_has(
+    n: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    monkeypatch.setattr(_distributed, "world_size", lambda: world)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *given: sent.append(given[2:]))
+    for rank in range(world):
+        monkeypatch.setattr(_distributed, "rank", lambda rank=rank: rank)
+        assert exchange_rows(torch.zeros(n, 2)).shape == (n, 2)
+    for rank, (received, given) in enumerate(sent):
+        assert sum(received) == sum(given) == n
+        assert max(given) - min(given) <= 1
+        # What a process expects from another is what that one gives.
+        assert received == [sizes[1][rank] for sizes in sent]
 
 
 def test_one_interrupted_process_stops_both_at_the_same_step(found: Results) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from mixmask._distributed import broadcast_from_first, gather_rows, rank, world_size
+from mixmask._distributed import exchange_rows, gather_rows, world_size
 from mixmask.losses import InfoNCE
 from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import SMALL_IMAGES, RunConfig, presets
@@ -103,24 +103,19 @@ class MoCo(nn.Module):
         return F.normalize(self._batch_unshuffle(keys, order), dim=1)
 
     def _batch_shuffle(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Shuffle a batch over all processes: this process's share (N, 3, S, S), and the order."""
-        everyone = gather_rows(x, checked=False) if self._apart else x  # (W * N, 3, S, S)
-        order = torch.randperm(len(everyone), generator=generator)  # (W * N,)
+        """Shuffle a batch over all processes: this process's share (N, 3, S, S), and the order.
+
+        MoCo gathers all images and keeps a share; here each process receives as many as it has.
+        """
+        order = torch.randperm(len(x), generator=generator)  # (N,)
         order = order.to(x.device, non_blocking=True)
-        if self._apart:  # Each process has a generator of its own; all must use one order.
-            order = broadcast_from_first(order)
-        share = everyone[order[self._own_rows(len(x))]]  # (N, 3, S, S)
+        share = exchange_rows(x[order]) if self._apart else x[order]  # (N, 3, S, S)
         return share.contiguous(memory_format=torch.channels_last), order
 
     def _batch_unshuffle(self, keys: Tensor, order: Tensor) -> Tensor:
         """Return the keys (N, dim) of this process's own images."""
-        own = self._own_rows(len(keys))
-        everyone = gather_rows(keys, checked=False) if self._apart else keys  # (W * N, dim)
-        return everyone[order.argsort()[own]]  # (N, dim)
-
-    def _own_rows(self, n: int) -> slice:
-        first = rank() * n if self._apart else 0
-        return slice(first, first + n)
+        own = exchange_rows(keys) if self._apart else keys  # (N, dim)
+        return own[order.argsort()]
 
     def terms(
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
