@@ -11,8 +11,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from zipfile import ZipFile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import Figure, Side, arguments, interleave, report
+from common import (
+    ROOT,
+    Side,
+    Spread,
+    amount,
+    arguments,
+    circumstances,
+    interleave,
+    slug,
+    write_json,
+)
 from torch.multiprocessing.spawn import spawn
 
 import mixmask
@@ -32,6 +43,8 @@ from mixmask.data.sets import StoredImages
 from mixmask.data.stream import Draw, Stream
 from mixmask.data.views import RandomView
 from mixmask.trainers.methods import METHODS, build_method, make_config
+
+Row = dict[str, Any]
 
 _GPUS, _GBITS = (8, 64, 512), (100, 400)
 
@@ -46,16 +59,19 @@ def power(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 def grow(
     name: str, axis: str, sizes: Sequence[int], build: Callable[[int], Side], options: Any
-) -> list[Figure]:
+) -> Row:
     """Time a side at each size, all in turn; return the times and the power that fits them."""
     sides = {str(size): build(size) for size in sizes}
     samples, _ = interleave(sides, repeats=options.repeats, device=options.device, warmup=1)
     # The fastest of the samples: what disturbs one size must not bend the fit.
-    power_of = power(sizes, [min(taken) for taken in samples.values()])
-    figures = [
-        Figure.median(f"{name}, {axis} {size}", taken, "s") for size, taken in samples.items()
-    ]
-    return [*figures, Figure(f"{name} grow with {axis} to the power of", power_of, "")]
+    fitted = power(sizes, [min(taken) for taken in samples.values()])
+    return {**times(name, axis, samples), "power": fitted}
+
+
+def times(name: str, axis: str, samples: Mapping[str, Sequence[float]]) -> Row:
+    """Return the samples of each size as a row of the record."""
+    spreads = [asdict(Spread.of(taken)) for taken in samples.values()]
+    return {"what": name, "axis": axis, "sizes": list(map(int, samples)), "seconds": spreads}
 
 
 def mixed_loss(criterion: Any, n: int, c: int, device: str) -> Side:
@@ -75,7 +91,7 @@ def mixed_loss(criterion: Any, n: int, c: int, device: str) -> Side:
     return step
 
 
-def single(options: Any) -> list[Figure]:
+def single(options: Any) -> list[Row]:
     """Measure what one process does, over N, K and g."""
     device, few = options.device, options.small
     batches, grids = ([4, 8], [2, 4]) if few else ([256, 1024, 4096], [4, 8, 16, 32])
@@ -97,18 +113,18 @@ def single(options: Any) -> list[Figure]:
         return partial(RandomView(32).to(device), images)
 
     return [
-        *grow("masks", "N", batches, lambda n: masks(n, 8), options),
-        *grow("1024 masks", "g", grids, lambda g: masks(4 if few else 1024, g), options),
-        *grow("mixed images", "N", small, mixing, options),
-        *grow("MoCo's three terms", "N", small, lambda n: moco(n, queues[-1]), options),
-        *grow("MoCo's three terms", "K", queues, lambda k: moco(small[-1], k), options),
-        *grow("NT-Xent's three terms", "N", batches,
-              lambda n: mixed_loss(losses.NTXent(0.2), n, 128, device), options),
-        *grow("views", "N", small, views, options),
+        grow("masks, grid 8", "N", batches, lambda n: masks(n, 8), options),
+        grow("1,024 masks", "g", grids, lambda g: masks(4 if few else 1024, g), options),
+        grow("mixing, 64 px", "N", small, mixing, options),
+        grow("MoCo's three terms, K 65,536", "N", small, lambda n: moco(n, queues[-1]), options),
+        grow("MoCo's three terms, N 128", "K", queues, lambda k: moco(small[-1], k), options),
+        grow("NT-Xent's three terms", "N", batches,
+             lambda n: mixed_loss(losses.NTXent(0.2), n, 128, device), options),
+        grow("a view, 32 px from 64 px", "N", small, views, options),
     ]  # fmt: skip
 
 
-def loading(options: Any) -> list[Figure]:
+def loading(options: Any) -> Row:
     """Measure crops of 64 px files by 0, 1 and 2 workers, starts included."""
     count = 8 if options.small else 512
     with tempfile.TemporaryDirectory() as scratch:
@@ -128,8 +144,7 @@ def loading(options: Any) -> list[Figure]:
 
         sides: dict[str, Side] = {str(workers): partial(read, workers) for workers in (0, 1, 2)}
         samples, _ = interleave(sides, repeats=options.repeats, device="cpu", warmup=1)
-    name = f"crops of {count} files"
-    return [Figure.median(f"{name}, {w} workers", taken, "s") for w, taken in samples.items()]
+    return times(f"two crops of each of {count} files of 64 px", "workers", samples)
 
 
 @contextmanager
@@ -179,23 +194,18 @@ def exchanged(method: str, world: int, *, mix: bool, small: bool) -> tuple[float
     return sum(received), 2 * trained * (world - 1) / world
 
 
-def on_paper(options: Any) -> list[Figure]:
-    """Estimate what each method sends per step and for how long, at a batch of 256 per GPU."""
-    figures = []
+def on_paper(options: Any) -> list[Row]:
+    """Count the bytes that a process receives per step with each method, at 256 images per GPU."""
+    rows = []
     for method in METHODS:
         for world in _GPUS:
             own, gradients = exchanged(method, world, mix=True, small=options.small)
             plain, _ = exchanged(method, world, mix=False, small=options.small)
-            name = f"{method}, {world} GPUs"
-            figures += [
-                Figure(f"{name}: received per step, beside gradients", own, "bytes"),
-                Figure(f"{name}: of which for mixed views", own - plain, "bytes"),
-                Figure(f"{name}: received per step, gradients", gradients, "bytes"),
-            ]
-            for rate in _GBITS:
-                seconds = (own + gradients) * 8 / (rate * 1e9)
-                figures.append(Figure(f"{name}: at {rate} Gbit/s", seconds, "s"))
-    return figures
+            rows.append({
+                "method": method, "gpus": world, "gradients": gradients, "method_bytes": own,
+                "mixed_bytes": own - plain,
+            })  # fmt: skip
+    return rows
 
 
 def _work(rank: int, folder: str, world: int, n: int, steps: int) -> None:
@@ -226,33 +236,50 @@ def _work(rank: int, folder: str, world: int, n: int, steps: int) -> None:
         dist.destroy_process_group()
 
 
-def processes(options: Any) -> list[Figure]:
+def processes(options: Any) -> Row:
     """Measure a small step of MoCo in one process and in two, of one thread each."""
     n, steps = (8, 2) if options.small else (64, 30)
-    figures, medians = [], []
+    samples = {}
     for world in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             spawn(_work, (folder, world, n, steps), world)
-            times = torch.load(f"{folder}/times.pt")
-        medians.append(statistics.median(times))
-        figures.append(
-            Figure.median(f"a MoCo step of {n} images each, {world} processes", times, "s")
+            samples[str(world)] = torch.load(f"{folder}/times.pt")
+    return times(f"a MoCo step, narrow, {n} images of 32 px in each process", "processes", samples)
+
+
+def tables(record: Mapping[str, Any]) -> str:
+    """Return what was measured, and what was counted, as two tables."""
+    lines = ["| what | over | sizes | time (quartiles) | power |", "| --- " * 5 + "|"]
+    for row in record["measured"]:
+        sizes = ", ".join(f"{size:,}" for size in row["sizes"])
+        taken = ", ".join(
+            f"{amount(one['median'], 's')} ({amount(one['q1'], 's')} … {amount(one['q3'], 's')})"
+            for one in row["seconds"]
         )
-    figures.append(
-        Figure(
-            "two local processes: images per second beside one",
-            2 * medians[0] / medians[1],
-            "times",
-        )
-    )
-    return figures
+        power_of = f"{row['power']:.2f}" if "power" in row else "–"
+        lines.append(f"| {row['what']} | {row['axis']} | {sizes} | {taken} | {power_of} |")
+    rates = " | ".join(f"at {rate} Gbit/s" for rate in _GBITS)
+    head = "| method | GPUs | gradients | the method's own | of which mixing |"
+    lines += ["", f"{head} {rates} |", "| --- " * (5 + len(_GBITS)) + "|"]
+    for row in record["counted"]:
+        parts = [amount(row[key], "bytes") for key in ("gradients", "method_bytes", "mixed_bytes")]
+        total = (row["gradients"] + row["method_bytes"]) * 8
+        parts += [amount(total / (rate * 1e9), "s") for rate in _GBITS]
+        lines.append(f"| {row['method']} | {row['gpus']} | {' | '.join(parts)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure and estimate everything."""
+    """Measure and count everything."""
     options = arguments(__doc__, repeats=5).parse_args()
-    figures = [*single(options), *loading(options), *processes(options), *on_paper(options)]
-    report("scaling", [], options, figures)
+    measured = [*single(options), loading(options), processes(options)]
+    record = {"measured": measured, "counted": on_paper(options)}
+    print(tables(record))
+    if options.out is None and options.small:
+        return
+    around = {"script": "scaling", "small": options.small, **circumstances(options.device)}
+    out = options.out or ROOT / "results" / f"scaling-{slug(options.device)}.json"
+    write_json(out, {**around, "scaling": record})
 
 
 if __name__ == "__main__":

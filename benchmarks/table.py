@@ -16,6 +16,7 @@ from typing import Any
 
 from common import ROOT, amount, figure_line, throughput
 from methods import table
+from scaling import tables
 from time_to_accuracy import line, outcome
 
 PARTS = {
@@ -46,6 +47,8 @@ def section(record: dict[str, Any]) -> str:
     )
     if "soak" in record:
         return "\n".join([title, "", circumstances, "", reliability(record["soak"])])
+    if "scaling" in record:
+        return "\n".join([title, "", circumstances, "", tables(record["scaling"])])
     if "runs" in record:
         return "\n".join([title, "", circumstances, "", table(record["runs"])])
     if "curve" in record:
@@ -154,7 +157,9 @@ def summary(records: Iterable[dict[str, Any]]) -> str:
 def rendered(page: str, results: Path) -> str:
     """Return the page with the part between the markers written anew."""
     # Detectors have a record of their own form, and are told about in words.
-    records = (r for r in read_records(results) if {"cases", "runs", "curve", "soak"} & r.keys())
+    records = (
+        r for r in read_records(results) if {"cases", "runs", "curve", "scaling", "soak"} & r.keys()
+    )
     sections = "\n\n".join(section(record) for record in records)
     before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)

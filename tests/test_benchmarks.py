@@ -60,7 +60,6 @@ def check_case(case: dict[str, Any], repeats: int) -> None:
         ("wrapper", [1.05, None, 1.05, None, 1.05, None]),
         ("loader", [None, None]),
         ("start", []),
-        ("scaling", []),
         ("settings", [None]),
     ],
 )
@@ -71,6 +70,30 @@ def test_script_writes_a_whole_record(
     done = run(f"{script}.py", "--small", "--repeats", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr
     check_record(script, json.loads(out.read_text(encoding="utf-8")), bounds, done.stdout)
+
+
+def test_scaling_is_measured_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    out = tmp_path / "record.json"
+    done = run("scaling.py", "--small", "--repeats", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    check_circumstances("scaling", record)
+    assert importlib.import_module("scaling").tables(record["scaling"]) in done.stdout
+    for row in record["scaling"]["measured"]:
+        assert len(row["sizes"]) == len(row["seconds"]) >= 2
+        assert all(one["median"] > 0 for one in row["seconds"])
+        assert math.isfinite(row.get("power", 0))
+    rows = {(row["method"], row["gpus"]): row for row in record["scaling"]["counted"]}
+    # Eight images of 32 px and keys of 128 numbers are exchanged, the keys of all are enqueued.
+    images, keys = 8 * 3 * 32 * 32 * 4, 8 * 128 * 4
+    for world in (8, 64, 512):
+        share = (world - 1) / world
+        expected = share * (images + keys + world * keys)
+        assert rows["moco-v2", world]["method_bytes"] == pytest.approx(expected)
+        assert rows["moco-v2", world]["mixed_bytes"] == 0
+        assert rows["byol", world]["method_bytes"] == 0
+        assert rows["simclr", world]["mixed_bytes"] > 0
 
 
 def check_record(
