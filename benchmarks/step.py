@@ -251,6 +251,8 @@ def main() -> None:
     setting = Setting(device, options.precision, options.channels_last, options.compile)
     peer_sizes = {**sizes, "dtype": f"trainer {setting.label}; peers {options.precision}"}
     on_gpu = torch.device(device).type == "cuda"
+    plain_fp32 = options.precision == "fp32" and not options.compile
+    variant = "" if plain_fp32 else slug_of(setting)
     cases: list[Case] = []
     for pair in _PAIRS:
         if pair.theirs not in sides:
@@ -259,9 +261,11 @@ def main() -> None:
         if on_gpu and options.precision == "bf16":
             bound = _ON_GPU.get((pair.ours, pair.theirs), bound)
         is_own = pair.ours in own
+        if is_own and variant:  # They are always in float32, and in the record without a variant.
+            continue
         cases.append(
             compare(
-                pair.name,
+                f"{pair.name}, {setting.label}" if variant else pair.name,
                 pair.against,
                 samples[pair.ours],
                 samples[pair.theirs],
@@ -283,8 +287,7 @@ def main() -> None:
     else:
         figures = rooflines(counted, dtype=setting.dtype)
         figures += rooflines(reference, dtype=torch.float32)
-    plain_fp32 = options.precision == "fp32" and not options.compile
-    report("step", cases, options, figures, variant="" if plain_fp32 else slug_of(setting))
+    report("step", cases, options, figures, variant=variant)
 
 
 def slug_of(setting: Setting) -> str:
