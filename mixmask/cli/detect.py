@@ -16,7 +16,8 @@ from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.figures.style import short_path
-from mixmask.runs.folder import CONFIG, has_checkpoint, new_folder
+from mixmask.runs.claim import new_folder
+from mixmask.runs.folder import CONFIG, has_checkpoint
 from mixmask.runs.options import Options, check_resume, flag
 from mixmask.runs.records import plural
 

@@ -23,12 +23,12 @@ from mixmask.detection.metrics import Precisions, evaluate_detector, predict, re
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
+from mixmask.runs.claim import starting
 from mixmask.runs.folder import (
     RESULTS,
     is_unstarted,
     load_checkpoint,
     save_checkpoint,
-    starting,
     write_config,
     write_json,
 )
@@ -234,7 +234,6 @@ def train_detector(
         if resume:
             run.load()
         else:
-            out.mkdir(parents=True, exist_ok=True)
             write_config(out, dataclasses.asdict(config) | {"source": run.source.get("run", "")})
         _train(run, progress, on_row)
     return run.detector, run.results()

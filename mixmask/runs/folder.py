@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from mixmask._distributed import rank
 from mixmask._version import __version__
 from mixmask.runs.options import Options
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
@@ -156,50 +154,6 @@ def check_files(*paths: Path, force: bool) -> None:
             raise ValueError(f"--out {path} is a device or a pipe; name a file")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
-
-
-def new_folder(out: Path | None, name: str) -> Path:
-    """Choose the folder of a new run, without making it.
-
-    Args:
-        out: The folder that was asked for. Default: `runs/NAME`, or `runs/NAME-2`, `-3`, ...
-        name: Name of the run.
-
-    Raises:
-        ValueError: If `out` is a file or holds something.
-    """
-    if out is None:
-        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-        return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
-    if out.exists() and not is_free(out):
-        raise ValueError(
-            f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
-            "--out"
-        )
-    return out
-
-
-def is_free(folder: Path) -> bool:
-    """Tell whether a folder holds nothing but what a killed start left of its configuration."""
-    return folder.is_dir() and all(file.name == f"{CONFIG}.tmp" for file in folder.iterdir())
-
-
-@contextmanager
-def starting(folder: Path) -> Iterator[None]:
-    """If a run fails inside, before its first checkpoint, take back what it has written.
-
-    So the same command can be repeated. After an interruption everything stays, for --resume.
-    """
-    before = set(folder.iterdir()) if folder.exists() else None
-    try:
-        yield
-    except Exception:
-        if rank() == 0 and folder.exists() and not has_checkpoint(folder):
-            for path in set(folder.iterdir()) - (before or set()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if before is None:
-                folder.rmdir()
-        raise
 
 
 def write_config(folder: Path, config: Mapping[str, object]) -> None:

@@ -20,7 +20,8 @@ from mixmask.data.sets import ImageData
 from mixmask.figures.masks import figure_views
 from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.folder import Row, new_folder, read_config, read_options, starting
+from mixmask.runs.claim import new_folder, starting
+from mixmask.runs.folder import Row, read_config, read_options
 from mixmask.runs.images import fingerprint_of, load_images, resolve_data
 from mixmask.runs.options import FACTS, Options, check_resume, flag
 from mixmask.runs.records import plural

@@ -19,7 +19,6 @@ from mixmask.runs.folder import (
     has_checkpoint,
     is_unstarted,
     load_checkpoint,
-    new_folder,
     read_config,
     read_rows,
     save_checkpoint,
@@ -173,22 +172,6 @@ def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None
             check_files(there, path, force=True)
     with pytest.raises(ValueError, match=r"there\.png exists; name another --out, or overwrite it"):
         check_files(tmp_path / "new.png", there, force=False)
-
-
-def test_new_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = []
-    for _ in range(3):
-        folder = new_folder(None, "photos-moco")
-        folder.mkdir(parents=True)
-        names.append(folder.as_posix())
-    assert names == ["runs/photos-moco", "runs/photos-moco-2", "runs/photos-moco-3"]
-    assert new_folder(Path("elsewhere"), "x") == Path("elsewhere")
-    assert new_folder(folder, "x") == folder
-    (folder / "config.json").touch()
-    for taken in (folder, folder / "config.json"):
-        with pytest.raises(ValueError, match="exists and is not empty; continue it with --resume"):
-            new_folder(taken, "x")
 
 
 # Every kind of writer, where files may have 20,000 bytes: `path` is to hold more.

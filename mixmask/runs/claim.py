@@ -1,0 +1,106 @@
+"""The folder of a new run: chosen, held against other processes, taken back if the start fails."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixmask._distributed import rank
+from mixmask.runs.folder import CONFIG, has_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder are not noticed there.
+    fcntl = None  # type: ignore[assignment]
+
+# Worker processes of a killed run hold its folder for some seconds more.
+_PATIENCE, _PAUSE = 15.0, 0.2
+
+
+def new_folder(out: Path | None, name: str) -> Path:
+    """Choose the folder of a new run, without making it.
+
+    Args:
+        out: The folder that was asked for. Default: `runs/NAME`, or `runs/NAME-2`, `-3`, ...
+        name: Name of the run.
+
+    Raises:
+        ValueError: If `out` is a file or holds something.
+    """
+    if out is None:
+        names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+        return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
+    if out.exists() and not is_free(out):
+        raise ValueError(
+            f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
+            "--out"
+        )
+    return out
+
+
+def is_free(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a killed start left of its configuration."""
+    return folder.is_dir() and all(file.name == f"{CONFIG}.tmp" for file in folder.iterdir())
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[None]:
+    """Hold a run folder, and take back what a run writes that fails before its first checkpoint.
+
+    So the same command can be repeated. After an interruption everything stays, for --resume.
+
+    Raises:
+        ValueError: If another process works in the folder, or did until now.
+    """
+    if rank() != 0:
+        yield
+        return
+    before = set(folder.iterdir()) if folder.exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with _hold(folder):
+        if set(folder.iterdir()) != (before or set()):
+            raise ValueError(f"another process has worked in {folder}; choose another --out")
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) and not has_checkpoint(folder):
+                for path in set(folder.iterdir()) - (before or set()):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None and not any(folder.iterdir()):
+                folder.rmdir()
+            raise
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder, until the end of the block or the process."""
+    if fcntl is None:
+        yield
+        return
+    held, until = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
+    try:
+        while not _lock(held):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"another process works in {folder}; wait for its end, or choose another --out"
+                )
+            time.sleep(_PAUSE)
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(held: int) -> bool:
+    """Lock a file, and tell whether that is so; file systems without locks need none."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
