@@ -110,7 +110,8 @@ def _draw_one(
         if low < high:
             drawn = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
             wanted = low + (high - low) * drawn.item()
-        count = min(max(round(wanted * g * g), 1), g * g - 1)
+        # The product of the sides first: 0.02 * 55 * 55 lies beyond a half, 0.02 * 3025 does not.
+        count = min(max(round(wanted * (g * g)), 1), g * g - 1)
         cells = _lay_one(count, g, min_cells, min_aspect, generator, ahead=ahead)
         if not exact or cells.bit_count() == count:
             break

@@ -16,7 +16,7 @@ from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
 from mixmask.cli.options import set_threads
 
-_EXTRA = ("accelerate", "kornia", "matplotlib", "timm", "torchvision", "tqdm")
+_EXTRA = ("accelerate", "matplotlib", "timm", "torchvision", "tqdm")
 
 # Name: the module with its `add_NAME`, and its line in `mixmask --help`.
 _COMMANDS = {

@@ -86,7 +86,7 @@ def _notes(groups: Sequence[Group], band: str) -> list[str]:
     if any(len(group.records) > 1 for group in groups):
         notes.append(f"± is the standard deviation over seeds; bands in the figure: {BANDS[band]}")
     if any(group.last(name) is None for group in groups for name in ("knn", "linear")):
-        notes.append("–: not measured (no labels, --measure-every 0, or too early in a run)")
+        notes.append("–: not measured (no labels, or too early in a run)")
     for name, values in records.unlabelled_differences(groups).items():
         each = "; ".join(
             f"{group.label}: {describe_value(value)}"

@@ -351,8 +351,8 @@ def _measure_statistics(run: Run) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # A plain mean over all batches.
     torch.manual_seed(fold_seed(run.config.seed, "statistics"))
+    generator = step_generator(run.config.seed, "statistics")
     for batch in run.read_batches(0, min(_STATISTICS, run.steps), "statistics"):
-        generator = step_generator(run.config.seed, "statistics")
         run.detector(*_flip_half(batch, generator, run.device))
     for norm, momentum in zip(tuned, momenta, strict=True):
         norm.momentum = momentum

@@ -95,7 +95,7 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
             )
         seeds[seed] = record
     groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in by_options.values()]
-    configs = [group[0].config for group in groups]
+    configs = [_without_seed(group[0].config) for group in groups]
     names = _distinguish(configs) or ["method", "mix"]
     labels = [
         ", ".join(describe_option(name, config[name]) for name in names) for config in configs
@@ -117,7 +117,7 @@ def _distinguish(configs: Sequence[Options]) -> list[str]:
     chosen: list[str] = []
     distinct = 1
     for name in dict.fromkeys(("method", "mix", *configs[0])):
-        if name != "seed" and all(name in config for config in configs):
+        if all(name in config for config in configs):
             values = {json.dumps([config[n] for n in (*chosen, name)]) for config in configs}
             if len(values) > distinct:
                 chosen, distinct = [*chosen, name], len(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio, ratio_bounds
 from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
@@ -96,15 +97,17 @@ class RunConfig:
     checkpointing: bool = option(False, "recompute activations in backward to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
     save_every: int = option(
-        0, "steps between two checkpoints within an epoch; 0 = none but at its end", low=0
+        0, "steps between two checkpoints within an epoch; 0 = only at its end", low=0
     )
     save_minutes: float = option(
-        0.0, "minutes between two checkpoints within an epoch; 0 = none but at its end", low=0
+        0.0, "minutes between two checkpoints within an epoch; 0 = only at its end", low=0
     )
     keep: int = option(
-        0, "checkpoints of past epochs to keep beside last.pt, and the best by kNN", low=0
+        0, "checkpoints of past epochs to keep; the best one by kNN is kept too", low=0
     )
-    measure_every: int = option(10, "epochs between measurements of kNN accuracy; 0 = none", low=0)
+    measure_every: int = option(
+        10, "epochs between measurements of kNN accuracy; 0 = only before and after the run", low=0
+    )
     tracker: str = option(
         "none", "where metrics go, besides metrics.csv", ("none", "tensorboard", "wandb")
     )
@@ -118,7 +121,10 @@ class RunConfig:
         """
         check_options(self)
         ratio_bounds(self.ratio)
-        check_range("grid_size", self.grid_size, 2, self.mixed_size or self.image_size)
+        size, blocks = self.mixed_size or self.image_size, self.pattern == "block"
+        check_range("grid_size", self.grid_size, 2, min(size, LARGEST_GRID) if blocks else size)
+        if self.roll and not blocks:
+            raise ValueError("--roll needs --pattern block; leave one of them out")
         if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
             raise ValueError(
                 f"--accumulate must divide --batch-size into parts of at least 2, got "

@@ -71,8 +71,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     (He et al., "MoCo", section 3.3). Running statistics are the mean over the parts.
     """
 
-    def __init__(self, features: int, splits: int) -> None:
-        super().__init__(features)
+    def __init__(self, norm: nn.BatchNorm2d, splits: int) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.load_state_dict(norm.state_dict())
         self.splits = splits
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,15 +90,25 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # i mod splits.
         assert self.running_mean is not None
         assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
+        weight, bias = (
+            parameter.repeat(self.splits) if self.affine else None
+            for parameter in (self.weight, self.bias)
+        )
+        # Without a momentum, statistics are means over all batches, as in torch.
+        share = self.momentum
+        if share is None:
+            share = 1 / float(self.num_batches_tracked)
         out = F.batch_norm(
             x.reshape(n // self.splits, self.splits * c, h, w),  # (N / splits, splits * C, H, W)
             mean,
             var,
-            self.weight.repeat(self.splits),
-            self.bias.repeat(self.splits),
+            weight,
+            bias,
             training=True,
-            momentum=self.momentum or 0.1,
+            momentum=share,
             eps=self.eps,
         )
         # (splits * C,) -> (C,)
@@ -110,8 +121,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Replace every `BatchNorm2d` inside a module, in place, by one that splits the batch."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            split = SplitBatchNorm2d(child.num_features, splits)
-            split.load_state_dict(child.state_dict())
+            split = SplitBatchNorm2d(child, splits)
             # timm's norm layers carry their activation; what follows must not lose it.
             after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(split, *after) if after else split)

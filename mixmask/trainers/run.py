@@ -107,7 +107,7 @@ class Run:
         if resume is not None and begun and resume != out:
             run.save()
         if config.tracker != "none":
-            options = {k: v for k, v in asdict(config).items() if not isinstance(v, tuple)}
+            options = {k: v for k, v in asdict(run.config).items() if not isinstance(v, tuple)}
             # Otherwise Weights & Biases writes where the command was started.
             where = {"wandb": {"dir": str(out)}}
             try:

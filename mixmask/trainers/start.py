@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,29 @@ from mixmask.runs.options import FACTS, Options, check_resume, flag
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import Monitor, first_views, learning_rate, train
-from mixmask.trainers.methods import build_config, load_config, make_config
+from mixmask.trainers.methods import (
+    METHODS,
+    build_config,
+    load_config,
+    make_config,
+    option_defaults,
+    options_of_run,
+)
 from mixmask.trainers.processes import agree, gather_objects, start_processes, together
 from mixmask.trainers.run import Run
 
 # What may change when a run goes on.
 CHANGEABLE = ("epochs", "data")
 _ALLOWED = ("--epochs", "--data", "--out", "--device", "--threads")
-# What may differ between processes, which are on several machines.
+# What may differ between processes on several machines.
 _OWN = ("data", "workers")
+# Options that take numbers with a fraction.
+_FLOATS = {
+    name
+    for method in METHODS
+    for name, value in option_defaults(method).items()
+    if isinstance(value, float)
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,7 @@ def open_run(
 ) -> Iterator[Opened]:
     """Open a run, in all processes alike; see `pretrain`.
 
-    If what is done with it fails before the first checkpoint, its folder is taken back.
+    If what is done with it fails before the first checkpoint, its folder is removed again.
     """
     state = start_processes(device)
     source = None if resume is None else Path(resume)
@@ -174,11 +188,11 @@ def open_run(
     folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
     wanted = planned.config
     # Where a run goes on, these are compared with the images that it was started on.
-    data = load_images(
-        {**planned.content, "data": wanted.data, "holdout": wanted.holdout},
-        wanted.image_size,
-        stream=wanted.stream,
-        where=str(source),
+    recorded = {**planned.content, "data": wanted.data, "holdout": wanted.holdout}
+    data = together(
+        lambda: load_images(
+            recorded, planned.config.image_size, stream=planned.config.stream, where=str(source)
+        )
     )
     fingerprint = fingerprint_of(data)
     agree({f"{name} of the data": value for name, value in fingerprint.items()})
@@ -186,12 +200,13 @@ def open_run(
         wanted = replace(wanted, data=place)
     if state.is_main_process:
         _warn_queue(wanted, len(data.train.images))
-    with starting(folder):
+    with ExitStack() as held:
+        together(lambda: held.enter_context(starting(folder)))
         run = Run.open(
             wanted, data.train.images, folder, resume=source, facts={"fingerprint": fingerprint}
         )
         notes = planned.notes
-        if source is not None and "epochs" in options:
+        if source is not None and planned.content.get("epochs") != wanted.epochs:
             notes = (*notes, _describe_length(build_config(planned.content), run))
         yield Opened(run, data, notes)
     state.destroy_process_group()
@@ -202,7 +217,7 @@ def _plan_new(
     options: Options, file: str | Path | None, out: Path | None, *, choose: bool
 ) -> _Plan:
     """Take options from a file and from the caller, who has the last word."""
-    config = make_config(**((read_options_file(Path(file)) if file else {}) | options))
+    config = make_config(**((read_options_file(Path(file), options) if file else {}) | options))
     if config.init:  # A run may be continued from another working directory.
         config = replace(config, init=str(Path(config.init).resolve()))
     name = f"{Path(config.data).name}-{config.method}-{config.mix}"
@@ -275,12 +290,13 @@ def _warn_queue(config: RunConfig, count: int) -> None:
         )
 
 
-def read_options_file(path: Path) -> Options:
+def read_options_file(path: Path, given: Options | None = None) -> Options:
     """Read options from a hand-written file, or from a run's `config.json`.
 
     Args:
         path: JSON, or YAML by its suffix `.yaml` or `.yml`, which needs pyyaml. Names may be
             written with hyphens.
+        given: The options beside it, which a run's own may not suit; see `options_of_run`.
 
     Raises:
         ValueError: If the file is missing, holds no options, or another kind of run's.
@@ -296,8 +312,9 @@ def read_options_file(path: Path) -> Options:
             raise ValueError(f"--config {path} holds {name!r}, which names no option")  # noqa: TRY004
         name = name.replace("-", "_")
         if name not in FACTS:
+            value = _number(value) if name in _FLOATS else value
             options[name] = tuple(value) if isinstance(value, list) else value
-    return options
+    return options_of_run(options, given or {}) if "format" in content else options
 
 
 def _read_yaml(path: Path) -> Options:
@@ -311,12 +328,12 @@ def _read_yaml(path: Path) -> Options:
         raise ValueError(str(error) or "it is nested too deeply") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"expected names and values, got {type(content).__name__}")  # noqa: TRY004
-    # YAML 1.1 reads 1e-3, without a point, as text.
-    return {name: _number(value) for name, value in content.items()}
+    return dict(content)
 
 
 def _number(value: Any) -> Any:
+    """Return 1e-3 as a number: YAML 1.1 reads it as text, because it has no point."""
     try:
-        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value

@@ -51,6 +51,9 @@ def test_labels_name_what_tells_groups_apart_and_the_rest_is_a_note() -> None:
         "ratio 0.5, switch", "ratio 0.25–0.75, switch", "ratio 0.5, no switch",
     ]  # fmt: skip
     assert unlabelled_differences(groups) == {}
+    # How a run was made tells nothing, so it cannot stand for what does.
+    groups = group_seeds([record("a", workers=2), record("b", workers=4, lr=0.06)])
+    assert [group.label for group in groups] == ["lr 0.03", "lr 0.06"]
     (alone,) = group_seeds([record("a"), record("b", seed=1)])
     assert alone.label == "moco-v2, mixmask"
 

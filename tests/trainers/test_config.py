@@ -108,8 +108,10 @@ def test_an_option_of_other_methods_is_refused_by_their_names(
 
 
 def test_an_option_of_no_method_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^--colour is not supported by byol$"):
+    with pytest.raises(ValueError, match=r"^--colour is not supported by byol; leave it out$"):
         make_config(method="byol", colour="red")
+    with pytest.raises(ValueError, match=r"^--epoch is not supported by byol, did you mean --epo"):
+        make_config(method="byol", epoch=3)
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
@@ -135,6 +137,8 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         ({"mix": "blend"}, "--mix must be one of 'none', 'mixmask'"),
         ({"ratio": 1.5}, "ratio must lie strictly between 0 and 1, got 1.5"),
         ({"grid_size": 33}, "--grid-size must be within 2 ... 32, got 33"),
+        ({"grid_size": 63, "image_size": 224}, "--grid-size must be within 2 ... 62, got 63"),
+        ({"roll": True, "pattern": "discrete"}, "--roll needs --pattern block"),
         ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
         ({"batch_size": 10, "bn_splits": 4}, "--bn-splits must divide --batch-size"),
         ({"temperature": 0.0}, "--temperature must be positive, got 0.0"),

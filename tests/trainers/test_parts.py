@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -39,30 +40,34 @@ def test_heads_of_both_versions() -> None:
     assert build_head(8, 4, mlp=True)(torch.randn(2, 8)).shape == (2, 4)
 
 
-def test_split_batch_norm_equals_batch_norm_of_each_part() -> None:
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 0.0, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_split_batch_norm_equals_batch_norm_of_each_part(
+    momentum: float | None, affine: bool
+) -> None:
     torch.manual_seed(0)
-    x = torch.randn(12, 5, 4, 4)
-    split, plain = SplitBatchNorm2d(5, splits=3), nn.BatchNorm2d(5)
-    out = split(x)
-    means, variances = [], []
-    for part in range(3):
-        reference = nn.BatchNorm2d(5)
-        torch.testing.assert_close(out[part::3], reference(x[part::3]))
-        means.append(reference.running_mean)
-        variances.append(reference.running_var)
-    torch.testing.assert_close(split.running_mean, torch.stack(means).mean(dim=0))  # type: ignore[arg-type]
-    torch.testing.assert_close(split.running_var, torch.stack(variances).mean(dim=0))  # type: ignore[arg-type]
-    plain.load_state_dict(split.state_dict(), strict=False)
-    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+    x = torch.randn(2, 12, 5, 4, 4) / 100  # Variances in which a larger epsilon shows.
+    plain = nn.BatchNorm2d(5, eps=1e-3, momentum=momentum, affine=affine)
+    split = SplitBatchNorm2d(plain, splits=3)
+    references = [copy.deepcopy(plain) for _ in range(3)]
+    for batch in x:
+        out = split(batch)
+        for part, reference in enumerate(references):
+            torch.testing.assert_close(out[part::3], reference(batch[part::3]))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        parts = torch.stack([getattr(each, name).float() for each in references])
+        torch.testing.assert_close(getattr(split, name).float(), parts.mean(dim=0))
+    plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x[0]), plain.eval()(x[0]))
 
 
 def test_split_batch_norm_refuses_uneven_batches() -> None:
     with pytest.raises(ValueError, match="a batch of 10 cannot be split into 3"):
-        SplitBatchNorm2d(5, splits=3)(torch.randn(10, 5, 2, 2))
+        SplitBatchNorm2d(nn.BatchNorm2d(5), splits=3)(torch.randn(10, 5, 2, 2))
 
 
 def test_split_batch_norm_replaces_every_layer_and_keeps_activations() -> None:
-    plain = build_backbone("efficientnet_lite0").eval()
+    plain = build_backbone("tf_efficientnet_lite0").eval()
     x = torch.randn(2, 3, 32, 32)
     before = plain(x)
     count = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())

@@ -16,7 +16,7 @@ from tiny_runs import assert_same, read_rows, tiny_config
 
 from mixmask.runs.folder import FORMAT, read_config
 from mixmask.trainers import Pretrained, pretrain
-from mixmask.trainers.methods import METHODS, load_config
+from mixmask.trainers.methods import METHODS, load_config, make_config
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.run import Run
 from mixmask.trainers.start import read_options_file
@@ -284,6 +284,18 @@ def test_options_come_from_a_file_and_the_caller_overrules_them(
     }  # fmt: skip
     again = start(tmp_path / "again", config=whole / "config.json", seed=0)
     assert equal(again.folder, whole)
+    # A run's own, of an older format, for other images and another method.
+    old = read_config(whole) | {"monitor": 0, "format": 2, "decode": "cpu", "recipe": "cifar100"}
+    del old["measure_every"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    beside = {"data": "clothing64", "method": "simclr"}
+    taken = read_options_file(tmp_path / "old.json", beside)
+    config = make_config(**taken | beside)
+    assert (config.recipe, config.measure_every, config.lr) == ("clothing64", 0, old["lr"])
+    assert not {"stream", "channels", "mlp", "monitor", "decode"} & taken.keys()
+    file.write_text('data: "2e5"\nlr: "1e-3"\n')  # Text stays text where an option takes it.
+    assert read_options_file(file) == {"data": "2e5", "lr": 0.001}
+    file.write_text(f"data: {data}\nlr: 1e-3\n")
     other = start(tmp_path / "other", config=file, **TINY | {"epochs": 1})
     assert (other.config.lr, other.config.epochs) == (0.001, 1)
     for text, message in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -100,10 +101,11 @@ def make_config(**given: Any) -> Any:
     for name in given:
         if not hasattr(entry.config, name):
             owners = [other for other, e in METHODS.items() if hasattr(e.config, name)]
-            raise ValueError(
-                f"{flag(name)} is not supported by {method}"
-                + (f" (only by {', '.join(owners)}); leave it out" if owners else "")
-            )
+            near = get_close_matches(name, option_defaults(method), 1, cutoff=0.7)
+            advice = f", did you mean {flag(near[0])}?" if near else "; leave it out"
+            if owners:
+                advice = f" (only by {', '.join(owners)}); leave it out"
+            raise ValueError(f"{flag(name)} is not supported by {method}{advice}")
     data = given.get("data", RunConfig.data)
     recipe = given.get("recipe") or (data if data in PRESETS else "imagenet")
     check_choice("--recipe", recipe, tuple(PRESETS))
@@ -141,6 +143,19 @@ _FIRST = (
     "save_every", "keep",
 )  # fmt: skip
 _LATER = {2: _FIRST, 3: ("save_minutes",)}
+
+
+def options_of_run(content: Options, given: Options) -> Options:
+    """Return what a new run takes from an old one's `config.json`, beside the options given.
+
+    What the old one's images decided is left out, its recipe too where the data are others, and
+    what the new one's method does not have.
+    """
+    content = {_RENAMED.get(name, name): value for name, value in content.items()}
+    own = option_defaults({**content, **given}.get("method", RunConfig.method))
+    others = {name for method in METHODS for name in option_defaults(method)} - own.keys()
+    left = {*_REMOVED, *others, "stream", "channels", *(["recipe"] if "data" in given else [])}
+    return {name: value for name, value in content.items() if name not in left}
 
 
 def load_config(folder: Path) -> RunConfig:
