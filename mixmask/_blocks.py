@@ -151,6 +151,7 @@ def lay_blocks(
         draws = _draw(4, len(index), attempts, generator=generator)  # (4, n, a)
         # Also right where fewer cells are missing than min_cells: the bounds trade places.
         root = (missing[:, None] - min_cells).mul(draws[0]).add_(min_cells).sqrt_()  # (n, a)
+        # The root of the aspect ratio: BEiT's sides are root(area * aspect), root(area / aspect).
         stretch = draws[1].sub_(0.5).mul_(log_aspect).exp_()
         # (2, n, a), the leading axis being (vertical, horizontal).
         sides = torch.stack([root * stretch, root * (1 / stretch)]).round_()

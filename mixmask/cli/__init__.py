@@ -55,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
-    # Python's own form has the place in the code, which says nothing to who types a command.
+    # Python's own form shows a line of code, which does not help at a command line.
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
     words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = _run(words)
     finally:
-        say("", end="")  # What argparse has printed, before the interpreter fails to.
+        say("", end="")  # Flush what argparse has printed; `say` handles a closed stdout.
     return code
 
 

@@ -91,8 +91,8 @@ def check_resume(given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
     """Check that nothing was given beside `--resume` but what may change.
 
     Args:
-        given: The options that were given and may not.
-        allowed: Those that may be.
+        given: Options that were given but are not allowed.
+        allowed: Those that are allowed.
     """
     if given:
         others = f" (beside it only {', '.join(allowed)})" if allowed else ""

@@ -348,7 +348,7 @@ def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
     """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
 
     Yields:
-        What tells the requests, of any process; the clock of the first one asks to save.
+        A function that returns the requests of all processes; process 0 requests saves.
     """
     requested = False
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -163,7 +163,7 @@ class Run:
                 *before, newest = (row.get("knn", -1.0) for row in self.rows if row["epoch"])
                 if newest >= 0 and newest >= max(before, default=0.0):
                     copy_checkpoint(self.out, BEST)
-        # A process that leaves takes the launcher's patience with those that still write.
+        # When one process exits, the launcher soon kills the rest, which may still write.
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
