@@ -21,7 +21,7 @@ from mixmask.runs.records import plural
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Write a line to standard output, or to another file, at once.
 
-    Where nobody reads any more, the work goes on without words.
+    If the reader has gone, this continues silently.
     """
     try:
         (file or sys.stdout).write(text + end)

@@ -1,4 +1,4 @@
-"""Schedules: factors of a start value over a run, of which a share `done`, 0 ... 1, lies behind."""
+"""Schedules: factors of a start value, by the share `done`, 0 ... 1, of the run."""
 
 from __future__ import annotations
 
