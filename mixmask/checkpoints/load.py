@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_name
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
-from mixmask.data.views import (
-    IMAGENET,
-    MEAN,
-    STD,
-    Normalization,
-    choose_normalization,
-    fit_channels,
-)
+from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
 from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
+from mixmask.runs.records import plural
 
 # What lies among a backbone's own layers and is none: classifiers, projections, decoders.
 _HEADS = (
@@ -207,6 +201,33 @@ def _image_size(backbone: nn.Module, state: dict[str, Tensor]) -> int | None:
         if positions.shape != built[name].shape:  # A few of the tokens stand for no patch.
             return math.isqrt(positions.shape[1]) * patches.shape[-1]
     return None
+
+
+def choose_normalization(
+    mean: Sequence[float] | None, std: Sequence[float] | None, default: Normalization
+) -> Normalization:
+    """Return the mean and deviation that were given for each channel, or the default.
+
+    Args:
+        mean: Of each channel, for pixels from 0 to 1, or one number for all; None for the default.
+        std: Likewise.
+        default: Those of a checkpoint, which tell the number of channels.
+
+    Raises:
+        ValueError: If one is given without the other, or has a wrong count or value.
+    """
+    if not mean and not std:
+        return default
+    if not mean or not std:
+        raise ValueError("--mean and --std belong together, got one of them; name the other, too")
+    channels = len(default[0])
+    for name, values, lowest in (("--mean", mean, -math.inf), ("--std", std, 0)):
+        if len(values) not in (1, channels) or not all(lowest < v < math.inf for v in values):
+            raise ValueError(
+                f"{name} takes a {'positive ' if name == '--std' else ''}number for each of "
+                f"{plural(channels, 'channel')}, or one for all, got {' '.join(map(str, values))}"
+            )
+    return fit_channels((tuple(mean), tuple(std)), channels)
 
 
 def _normalization(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -107,34 +106,6 @@ def fit_channels(normalization: Normalization, channels: int) -> Normalization:
         for values in normalization
     )
     return mean, std
-
-
-def choose_normalization(
-    mean: Sequence[float] | None, std: Sequence[float] | None, default: Normalization
-) -> Normalization:
-    """Return the mean and deviation that were given for each channel, or the default.
-
-    Args:
-        mean: Of each channel, for pixels from 0 to 1, or one number for all; None for the default.
-        std: Likewise.
-        default: Those of a checkpoint, which tell the number of channels.
-
-    Raises:
-        ValueError: If one is given without the other, or has a wrong count or value.
-    """
-    if not mean and not std:
-        return default
-    if not mean or not std:
-        raise ValueError("--mean and --std belong together, got one of them; name the other, too")
-    channels = len(default[0])
-    for name, values, lowest in (("--mean", mean, -math.inf), ("--std", std, 0)):
-        if len(values) not in (1, channels) or not all(lowest < v < math.inf for v in values):
-            count = "1 channel" if channels == 1 else f"{channels} channels"
-            raise ValueError(
-                f"{name} takes a {'positive ' if name == '--std' else ''}number for each of "
-                f"{count}, or one for all, got {' '.join(map(str, values))}"
-            )
-    return fit_channels((tuple(mean), tuple(std)), channels)
 
 
 def _statistics(images: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor]:

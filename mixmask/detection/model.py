@@ -22,8 +22,8 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mixmask._seeds import fold_seed
 from mixmask.backbones import build_backbone
-from mixmask.checkpoints.load import load_backbone
-from mixmask.data.views import MEAN, STD, choose_normalization
+from mixmask.checkpoints.load import choose_normalization, load_backbone
+from mixmask.data.views import MEAN, STD
 from mixmask.detection.config import DetectionConfig
 
 # The size that anchors and levels of the published recipes are made for, shorter by longer side.
