@@ -201,6 +201,8 @@ class DatasetImages:
         labels = np.asarray(found)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise ValueError(f"labels must be integers, got {found[0]!r}; number the classes")
+        if len(labels) != len(self.dataset):
+            raise ValueError(f"there are {len(labels)} labels for {len(self.dataset)} images")
         return torch.from_numpy(labels.astype(np.int64))
 
     def classes(self, count: int) -> tuple[str, ...]:

@@ -274,6 +274,10 @@ def _check_path(name: str) -> Path:
     )
 
 
+# Larger labels than this, and than there are images, are identifiers, not classes.
+_MOST_CLASSES = 100_000
+
+
 def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedData:
     """Take the labels of data sets of one's own, and see that both splits fit together."""
     if len(train) < 2 or (test is not None and len(test) == 0):
@@ -289,6 +293,10 @@ def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedD
     listed = [Listed(source, source.labels()) for source in sources]
     # Labels that are all 0, or -1 for none, tell nothing apart.
     highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
+    if max(highest) >= max(len(train), _MOST_CLASSES):
+        raise ValueError(
+            f"labels reach {max(highest)} for {len(train):,} images; number the classes from 0"
+        )
     classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
     if not classes:  # A single one leaves nothing to tell apart.
         listed = [Listed(source, None) for source in sources]

@@ -39,7 +39,7 @@ class DetectionConfig:
     )
     measure_every: int = option(4, "epochs between tests; 0: one at the end only", low=0)
     workers: int = option(0, "processes that read images; 0: none beside the training", low=0)
-    seed: int = option(0, "seed of all random draws", low=0)
+    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
     mean: tuple[float, ...] = option(
         (), "mean of each channel, or of all, for pixels of 0 ... 1; default: the checkpoint's"
     )

@@ -43,7 +43,7 @@ class LinearSGD(Options):
     epochs: int = option(100, "passes over the images", low=1)
     batch_size: int = option(_BATCH, "images per step", low=2)
     lr: float = option(30.0, "learning rate at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0)
+    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
     name: ClassVar[str] = "linear-sgd"
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
@@ -76,7 +76,7 @@ class FineTuning(Options):
     )
     lr: float = option(0.01, "learning rate of the backbone at the start", positive=True)
     head_lr: float = option(0.2, "learning rate of the head at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0)
+    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
     name: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.data.sets import Images
-from mixmask.data.views import IMAGENET, Normalization, normalize
+from mixmask.data.views import IMAGENET, Normalization, check_pixels, normalize
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
@@ -40,7 +40,8 @@ def extract_features(
         (N, D) float32 on the backbone's device.
 
     Raises:
-        ValueError: If the backbone does not take images of that size.
+        TypeError: If the images are no tensor, or neither uint8 nor floating.
+        ValueError: If floats lie beyond 0 ... 1, or the backbone does not take images of that size.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -53,6 +54,12 @@ def extract_features(
     parts = []
     try:
         for batch in _batches(images, batch_size):
+            if not isinstance(batch, Tensor):
+                raise TypeError(
+                    f"images must be a tensor (N, C, H, W), got {type(images).__name__}; make one "
+                    "of them, for instance by torch.from_numpy"
+                )
+            check_pixels(batch)  # Resizing would clamp what is out of range.
             x = batch.to(device)
             x = x if size is None else resize(x, size)
             x = normalize(x, normalization)  # (n, C, S, S) float32

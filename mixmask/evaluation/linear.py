@@ -30,7 +30,7 @@ _ROWS = 2**16
 class Linear(Options):
     """Logistic regression on frozen features of whole images, see `linear_scores`."""
 
-    seed: int = option(0, "seed of all random draws", low=0)
+    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
     name: ClassVar[str] = "linear"
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:

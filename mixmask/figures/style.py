@@ -46,6 +46,7 @@ def _figure_class() -> type[Figure]:
 
         def _repr_png_(self) -> bytes:
             buffer = io.BytesIO()
+            _take_literally(self)
             self.savefig(buffer, format="png")
             return buffer.getvalue()
 
@@ -78,8 +79,15 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
     """Write a figure in a format, whatever the file's name."""
+    _take_literally(figure)
     # Without a format, matplotlib would go by the suffix, which of a temporary file is .tmp.
     figure.savefig(path, dpi=150, format=form)
+
+
+def _take_literally(figure: Figure) -> None:
+    """Let no $ in a name begin a formula."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
 
 
 def show_image(

@@ -111,7 +111,7 @@ class RunConfig:
     tracker: str = option(
         "none", "where metrics go, besides metrics.csv", ("none", "tensorboard", "wandb")
     )
-    seed: int = option(0, "seed of all random draws", low=0)
+    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
         """Check all options.

@@ -103,7 +103,7 @@ def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) ->
 def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
     config, main = run.config, run.accelerator.is_main_process
     if monitor and main and run.step == 0:  # What the trained backbone is compared with.
-        run.rows = [{"epoch": 0, "step": 0, **monitor(run.model.backbone, True)}]
+        run.rows = [{"epoch": 0, "step": 0, **_measure(monitor, run, True)}]
         write_rows(run.out, run.rows)
     total = run.steps * config.epochs
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
@@ -116,7 +116,7 @@ def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
             due = last or (config.measure_every > 0 and epoch % config.measure_every == 0)
             # One process measures, and the others wait for it in `save`.
             if monitor and due and main:
-                row.update(monitor(run.model.backbone, last))
+                row.update(_measure(monitor, run, last))
             run.rows.append(row)
             run.accelerator.log(row, step=run.step)
             run.save(epoch_ends=True)
@@ -124,6 +124,15 @@ def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
                 raise KeyboardInterrupt
     for tracker in run.accelerator.trackers:  # end_training() would end the processes' group too.
         tracker.finish()
+
+
+def _measure(monitor: Monitor, run: Run, thorough: bool) -> Row:
+    """Return what a monitor measures, as plain numbers, which checkpoints can hold."""
+    measured = monitor(run.model.backbone, thorough)
+    try:
+        return {name: float(value) for name, value in measured.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TypeError(f"monitor must return numbers by their names, got {measured!r}") from error
 
 
 def _measure_epoch(run: Run, epoch: int) -> Row:

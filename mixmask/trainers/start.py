@@ -220,8 +220,14 @@ def _plan_new(
     config = make_config(**((read_options_file(Path(file), options) if file else {}) | options))
     if config.init:  # A run may be continued from another working directory.
         config = replace(config, init=str(Path(config.init).resolve()))
-    name = f"{Path(config.data).name}-{config.method}-{config.mix}"
-    return _Plan(config, new_folder(out, name) if choose else None, {})
+    data = Path(config.data).resolve()
+    folder = new_folder(out, f"{data.name}-{config.method}-{config.mix}") if choose else None
+    if folder and data.is_dir() and folder.resolve().is_relative_to(data):
+        raise ValueError(
+            f"the run folder {folder} lies inside of the data, {config.data}, so that its pictures "
+            "would become images; choose an --out elsewhere"
+        )
+    return _Plan(config, folder, {})
 
 
 def _plan_resumed(options: Options, source: Path, out: Path | None, processes: int) -> _Plan:

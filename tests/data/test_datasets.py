@@ -143,6 +143,15 @@ def test_labels_of_tuples_tensors_columns_and_targets() -> None:
     assert (labels_of(data.train), data.classes) == ([1, 0, 1], ("a", "b"))
 
 
+def test_labels_that_are_no_classes_of_these_images_are_refused() -> None:
+    images = constants([10, 20, 30])
+    with pytest.raises(ValueError, match="labels reach 1000000001 for 3 images; number the cla"):
+        load_data([(image, 10**9 + i % 2) for i, image in enumerate(images)], 7)
+    targets = type("Targets", (list,), {"targets": [1, 0, 1, 0]})(images)
+    with pytest.raises(ValueError, match="there are 4 labels for 3 images"):
+        load_data(targets, 7)
+
+
 def test_a_single_class_is_no_label() -> None:
     data = load_data([(image, 0) for image in constants([1, 2])], 7)
     assert (data.train.labels, data.classes) == (None, ())

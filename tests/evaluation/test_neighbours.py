@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mixmask.backbones import build_backbone
 from mixmask.data.sets import load_data
@@ -120,3 +121,16 @@ def test_features_that_are_not_finite_are_refused(
     bank[7, 2] = torch.nan
     with pytest.raises(ValueError, match="features must be finite, got NaN or infinity"):
         nearest_neighbours(torch.randn(4, 5), bank, 2)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_images_that_are_no_pixels_are_refused_at_every_size(size: int | None) -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(2, 3, 12, 12)
+    assert extract_features(backbone, images, size=size).shape == (2, 4)
+    for wrong in (images * 255, images * 2 - 1, images * torch.nan):
+        with pytest.raises(ValueError, match=r"must lie within 0 \.\.\. 1"):
+            extract_features(backbone, wrong, size=size)
+    for other in (images.long(), images.numpy()):
+        with pytest.raises(TypeError, match="must be"):
+            extract_features(backbone, other, size=size)  # type: ignore[arg-type]

@@ -68,6 +68,21 @@ def test_the_backend_of_the_process_stays(tmp_path: Path) -> None:
         dict.__setitem__(mpl.rcParams, "backend", before)
 
 
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    pictures = []
+    for number, title in enumerate(("cost $5 to $10, $x^{", "cost S5 to S10, Sx^{")):
+        figure: Any = new_figure(4, 1)
+        figure.suptitle(title)
+        axes = figure.add_subplot()
+        axes.set_xticks([0.5], labels=[title])
+        save_figure(figure, tmp_path / f"{number}.png")
+        pictures.append(figure)
+        assert figure._repr_png_()
+    # As wide as with another letter: a formula has neither blanks nor the dollars.
+    widths = [figure.texts[0].get_window_extent().width for figure in pictures]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
+
+
 def test_a_notebook_shows_a_figure_as_a_picture() -> None:
     figure: Any = new_figure(2, 1)
     with Image.open(io.BytesIO(figure._repr_png_())) as image:

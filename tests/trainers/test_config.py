@@ -145,6 +145,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
         ({"hue": 0.9}, "--hue must be within 0 ... 0.5, got 0.9"),
+        ({"seed": 2**31}, "--seed must be within 0 ... 2147483647, got 2147483648"),
         ({"queue_size": 0}, "--queue-size must be at least 1, got 0"),
         ({"alpha": 0.0}, "--alpha must be positive, got 0.0"),
         ({"optimizer": "adam"}, "--optimizer must be one of 'sgd', 'lars', 'adamw'"),

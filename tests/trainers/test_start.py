@@ -74,6 +74,29 @@ def test_a_run_says_in_full_what_it_was(whole: Path, data: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_a_monitor_measures_is_kept_as_numbers(data: Path, tmp_path: Path) -> None:
+    def measure(*_: object) -> dict[str, Any]:
+        return {"knn": np.float32(0.25)}
+
+    options = TINY | {"epochs": 1, "data": str(data)}
+    first = start(tmp_path / "run", monitor=lambda *_: measure, **options)
+    with pytest.warns(UserWarning, match="2 epochs instead of 1"):
+        again = start(None, resume=first.folder, epochs=2, monitor=lambda *_: measure)
+    assert [row["knn"] for row in again.rows if "knn" in row] == [0.25] * 3
+    with pytest.raises(TypeError, match=r"monitor must return numbers by their names, got .*many"):
+        start(tmp_path / "text", monitor=lambda *_: lambda *_: {"knn": "many"}, **options)
+
+
+def test_a_run_folder_inside_of_the_data_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    for out in (data / "run", None):
+        with pytest.raises(ValueError, match=r"lies inside of the data, .*; choose an --out elsew"):
+            start(out, data=".", **TINY)
+    assert not (data / "run").exists()
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     out.mkdir()
