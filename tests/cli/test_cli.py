@@ -161,7 +161,9 @@ def test_bad_options_are_refused_in_one_line(
 
 
 def test_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path / "run")], capsys)
+    images, out = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    line = refused(["pretrain", "--data", str(images), "--out", str(out)], capsys)
     assert "holds no images" in line
 
 

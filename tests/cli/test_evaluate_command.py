@@ -103,7 +103,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["knn", "--image-size", "-1"], "--image-size must be at least 1, got -1"),
         (["knn", "--data", "nowhere"], "--data must be a folder or one of"),
         (["linear", "--epochs", "3"], "--epochs belongs to --protocol sgd"),
-        (["linear", "--seed", "-1"], "--seed must be at least 0"),
+        (["linear", "--seed", "-1"], "--seed must be within 0"),
         (["linear", "--protocol", "sgd", "--epochs", "0"], "--epochs must be at least 1"),
         (["finetune", "--percent", "0"], "--percent must be above 0"),
         (["finetune", "--percent", "95"], "are 13 of each class, but class owl has 12"),

@@ -158,7 +158,7 @@ def test_training_refuses(
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": -1}, "--seed must be within 0"),
         ({"lr": 0.0}, "--lr must be positive"),
         ({"lr": float("nan")}, "--lr must be positive"),
     ],
