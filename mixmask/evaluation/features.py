@@ -59,7 +59,6 @@ def extract_features(
                     f"images must be a tensor (N, C, H, W), got {type(images).__name__}; make one "
                     "of them, for instance by torch.from_numpy"
                 )
-            check_pixels(batch)  # Resizing would clamp what is out of range.
             x = batch.to(device)
             x = x if size is None else resize(x, size)
             x = normalize(x, normalization)  # (n, C, S, S) float32
@@ -100,6 +99,7 @@ def resize(images: Tensor, size: int) -> Tensor:
         images = images[..., top : top + side, left : left + side]
     if images.shape[-2:] == (size, size):
         return images
+    check_pixels(images)  # The clamping below would hide what is out of range.
     resized = F.interpolate(
         images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
     )

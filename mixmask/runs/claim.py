@@ -35,7 +35,7 @@ def new_folder(out: Path | None, name: str) -> Path:
     if out is None:
         names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
         return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
-    if out.exists() and not is_free(out):
+    if out.exists() and not _is_free(out):
         raise ValueError(
             f"{out} exists and is not empty; continue it with --resume {out}, or choose another "
             "--out"
@@ -43,7 +43,7 @@ def new_folder(out: Path | None, name: str) -> Path:
     return out
 
 
-def is_free(folder: Path) -> bool:
+def _is_free(folder: Path) -> bool:
     """Tell whether a folder holds nothing but what a killed start left of its configuration."""
     return folder.is_dir() and all(file.name == f"{CONFIG}.tmp" for file in folder.iterdir())
 
