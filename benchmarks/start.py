@@ -1,7 +1,8 @@
 """How long a command takes to start: `--help`, and from the command to the end of the first step.
 
-Each is a process of its own. Beside it runs one that imports torch alone, which nobody can avoid;
-the figure judged is the difference of the two, pair by pair.
+Each is a process of its own. Beside it run one that imports torch, and one that also builds an
+optimiser, for which torch imports its compiler: who trains avoids neither. The figures judged are
+differences from importing torch, pair by pair.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from common import ROOT, Figure, arguments, report
 
 _TORCH = ("-c", "import torch")
+_OPTIMIZER = ("-c", "import torch; torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)")
 _HELP = ("-m", "mixmask", "--help")
 # The first step ends the process: what follows would be measured otherwise.
 _FIRST_STEP = """
@@ -51,22 +53,30 @@ def seconds(words: Sequence[str], expected: int = 0) -> float:
 
 def measure(repeats: int) -> list[Figure]:
     """Return the median of each process, and of its difference from importing torch."""
-    samples: dict[str, list[float]] = {"import torch": [], "help": [], "step": []}
+    samples: dict[str, list[float]] = {"torch": [], "optimiser": [], "help": [], "step": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats + 1):
             out = str(Path(folder) / f"run-{number}")
             pretrain = ("-c", _FIRST_STEP, "pretrain", "--out", out)
-            times = (seconds(_TORCH), seconds(_HELP), seconds(pretrain, 42))
+            times = (*map(seconds, (_TORCH, _OPTIMIZER, _HELP)), seconds(pretrain, 42))
             if number:  # The first round fills the caches of the disk.
                 for name, value in zip(samples, times, strict=True):
                     samples[name].append(value)
-    torch, command_help, step = samples.values()
-    beyond = [own - alone for own, alone in zip(command_help, torch, strict=True)]
+    torch, optimiser, command_help, step = samples.values()
+
+    def beyond(whole: list[float]) -> list[float]:
+        return [own - alone for own, alone in zip(whole, torch, strict=True)]
+
+    first = "mixmask pretrain, to the end of its first step"
     return [
         Figure.median("python -c 'import torch'", torch, "s"),
+        Figure.median("importing torch and building an optimiser", optimiser, "s"),
         Figure.median("mixmask --help", command_help, "s"),
-        Figure.median("mixmask --help beyond importing torch", beyond, "s", _HELP_SECONDS),
-        Figure.median("mixmask pretrain, to the end of its first step", step, "s", _STEP_SECONDS),
+        Figure.median(
+            "mixmask --help beyond importing torch", beyond(command_help), "s", _HELP_SECONDS
+        ),
+        Figure.median(first, step, "s"),
+        Figure.median(f"{first}, beyond importing torch", beyond(step), "s", _STEP_SECONDS),
     ]
 
 
