@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -110,8 +111,14 @@ def fit_channels(normalization: Normalization, channels: int) -> Normalization:
 
 def _statistics(images: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of each channel, (C, 1, 1), on the images' device."""
-    mean, std = map(torch.tensor, fit_channels(normalization, images.shape[1]))
-    return move(mean.view(-1, 1, 1), images.device), move(std.view(-1, 1, 1), images.device)
+    values = _tensor(fit_channels(normalization, images.shape[1]))  # (2, C)
+    mean, std = move(values[:, :, None, None], images.device)  # (C, 1, 1) each
+    return mean, std
+
+
+def _tensor(values: Sequence[object]) -> Tensor:
+    """Return numbers as they are drawn, whatever torch's default device and dtype are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -193,17 +200,17 @@ class RandomView(nn.Module):
         """Draw the parameters of n views of images (C, height, width), by a CPU generator."""
 
         def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, device="cpu")
+            return _uniform(shape, generator)
 
-        whole = torch.tensor([0, 0, width, height]).float().expand(n, 4)
+        whole = _tensor([0, 0, width, height]).expand(n, 4)
         boxes = whole
         if self.crop:
             boxes = random_boxes(n, height, width, self.min_scale, generator=generator)
-        strengths = torch.tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]
-        middle = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
+        strengths = _tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]  # (4, 1)
+        middle = _tensor([1, 1, 1, 0])[:, None]
         low = (middle - strengths).clamp_min(0)
         low[3] = -self.hue
-        factors = low + uniform(4, n) * (middle + strengths - low)
+        factors = low + uniform(4, n) * (middle + strengths - low)  # (4, n)
         jittered = uniform(n) < _JITTERED
         low_sigma, high_sigma = _SIGMA
         sigma = low_sigma + uniform(n) * (high_sigma - low_sigma)
@@ -251,7 +258,7 @@ class RandomView(nn.Module):
         height, width = x.shape[-2:]
         left, top, w, h = drawn.boxes.unbind(1)
         # A view's corners show the box's: from -1 ... 1 within the view to that of the image.
-        across = torch.where(drawn.flipped, -1.0, 1.0) * (w - 1) / (width - 1)
+        across = (1 - 2 * drawn.flipped.float()) * (w - 1) / (width - 1)
         down = (h - 1) / (height - 1)
         centre_x = (2 * left + w - 1) / (width - 1) - 1
         centre_y = (2 * top + h - 1) / (height - 1) - 1
@@ -278,13 +285,13 @@ class RandomView(nn.Module):
         index = drawn.sigma.nonzero()[:, 0]
         if len(index) == 0:
             return x
-        place = torch.arange(self.kernel) - self.kernel // 2
+        place = torch.arange(self.kernel, device="cpu") - self.kernel // 2
         weights = (-(place**2) / (2 * drawn.sigma[index, None] ** 2)).exp()  # (n, kernel)
         weights = move(weights / weights.sum(dim=1, keepdim=True), x.device)
         weights = weights.repeat_interleave(x.shape[1], dim=0)  # (n * C, kernel)
         index = move(index, x.device)
         # One group per channel of each view, so that all views take one convolution.
-        rows = rearrange(x[index], "n c h w -> 1 (n c) h w")
+        rows = rearrange(x[index], "n c h w -> 1 (n c) h w")  # (1, n * C, S, S)
         half = self.kernel // 2
         rows = F.pad(rows, (half, half, half, half), mode="reflect")
         rows = F.conv2d(rows, weights[:, None, None, :], groups=len(weights))
@@ -316,24 +323,27 @@ def random_boxes(
         >>> random_boxes(3, 48, 64, min_scale=0.2).shape
         torch.Size([3, 4])
     """
-    area = (
-        (min_scale + torch.rand(n, _TRIES, generator=generator) * (1 - min_scale)) * height * width
-    )
+    shape = n, _TRIES
+    area = (min_scale + _uniform(shape, generator) * (1 - min_scale)) * height * width
     low, high = (math.log(aspect) for aspect in _ASPECTS)
-    aspect = (low + torch.rand(n, _TRIES, generator=generator) * (high - low)).exp()
+    aspect = (low + _uniform(shape, generator) * (high - low)).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
+    first = fits.int().argmax(dim=1, keepdim=True)  # (n, 1)
     # Where none fits, the largest central part with an allowed aspect ratio.
     full_w = min(width, round(height * _ASPECTS[1]))
     full_h = min(height, round(width / _ASPECTS[0]))
     none = ~fits.any(dim=1)
     w = torch.where(none, float(full_w), w.gather(1, first)[:, 0])
     h = torch.where(none, float(full_h), h.gather(1, first)[:, 0])
-    place = torch.rand(2, n, generator=generator)
+    place = _uniform((2, n), generator)
     left = torch.where(none, (width - w).div(2).floor(), (place[0] * (width - w + 1)).floor())
     top = torch.where(none, (height - h).div(2).floor(), (place[1] * (height - h + 1)).floor())
-    return torch.stack([left, top, w, h], dim=1)
+    return torch.stack([left, top, w, h], dim=1)  # (n, 4)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def luma(x: Tensor) -> Tensor:
@@ -351,7 +361,7 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Scale the distance from each image's mean grey; shapes as in `adjust_brightness`."""
-    mean = luma(x).mean(dim=(-2, -1), keepdim=True)
+    mean = luma(x).mean(dim=(-2, -1), keepdim=True)  # (N, 1, 1, 1)
     return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
@@ -373,7 +383,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     divisor = torch.where(chroma == 0, 1.0, chroma)
     from_green = torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
     sixths = torch.where(value == r, (g - b) / divisor, from_green)
-    offsets = move(torch.tensor([5.0, 3.0, 1.0]), x.device).view(3, 1, 1)
+    offsets = move(_tensor([5, 3, 1]), x.device).view(3, 1, 1)
     k = (sixths + 6 * turns + offsets).remainder_(6)
     away = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - away.mul_(chroma)
