@@ -165,9 +165,9 @@ def _queue(dim: int) -> Tensor:
     return F.normalize(torch.randn(31, dim, generator=_seeded(7), dtype=torch.float64), dim=1)
 
 
-def _losses(dim: int) -> dict[str, Loss]:
+def _losses(dim: int, dtype: torch.dtype = torch.float64) -> dict[str, Loss]:
     return {
-        "InfoNCE, queue": Loss(losses.InfoNCE(_queue(dim), 0.3)),
+        "InfoNCE, queue": Loss(losses.InfoNCE(_queue(dim).to(dtype), 0.3)),
         "InfoNCE, batch": Loss(losses.InfoNCE(temperature=0.3)),
         "NT-Xent": Loss(losses.NTXent(0.3)),
         "NT-Xent, one direction": Loss(losses.NTXent(0.3, one_directional=True)),
@@ -176,7 +176,7 @@ def _losses(dim: int) -> dict[str, Loss]:
         "Barlow Twins, matched": Loss(losses.MatchedBarlowTwins(0.1), scalar=True),
         "VICReg": Loss(losses.VICReg(25, 25, 1)),
         "SwAV": Loss(losses.SwAV(0.3), codes=True),
-        "DINO": Loss(losses.DINO(torch.zeros(dim, dtype=torch.float64), 0.3, 0.2)),
+        "DINO": Loss(losses.DINO(torch.zeros(dim, dtype=dtype), 0.3, 0.2)),
         "mean squared error": Loss(F.mse_loss, scalar=True),
     }
 
@@ -216,25 +216,61 @@ def _with_lam(mixed: MixedBatch, lam: Tensor) -> MixedBatch:
     return MixedBatch(mixed.images, lam, mixed.partner)
 
 
-@given(terms())
+@given(terms(), st.floats(0, 1), SEEDS)
 def test_the_mixed_term_is_convex_in_lam_and_finite(
-    case: tuple[Loss, Tensor, Tensor, MixedBatch],
+    case: tuple[Loss, Tensor, Tensor, MixedBatch], weight: float, seed: int
 ) -> None:
     loss, z, target, mixed = case
-    if mixed.lam.ndim:
-        mixed = _with_lam(mixed, mixed.lam.mean())
 
-    def at(lam: float) -> float:
-        record = _with_lam(mixed, torch.tensor(lam, dtype=torch.float64))
-        return _mixed_term(loss, z, target, z.flip(1), record)
+    def at(lam: Tensor) -> float:
+        return _mixed_term(loss, z, target, z.flip(1), _with_lam(mixed, lam))
 
-    lam = float(mixed.lam)
-    between, own, other = at(lam), at(1.0), at(0.0)
-    chord = lam * own + (1 - lam) * other
-    assert between <= chord + 1e-9 * max(1.0, abs(own), abs(other))
+    # Two ends, shared or per sample, and a point on the way from one to the other.
+    first = mixed.lam
+    second = torch.rand(first.shape, generator=_seeded(seed), dtype=torch.float64)
+    ends = at(first), at(second)
+    between = at(weight * first + (1 - weight) * second)
+    chord = weight * ends[0] + (1 - weight) * ends[1]
+    assert between <= chord + 1e-9 * max(1.0, *map(abs, ends))
     if not isinstance(loss.criterion, losses.MatchedBarlowTwins):
         assert between == pytest.approx(chord, rel=1e-9, abs=1e-9)
-    assert torch.tensor([between, own, other]).isfinite().all()
+    assert torch.tensor([between, *ends]).isfinite().all()
+
+
+@given(
+    terms(),
+    NAMES,
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
+    st.booleans(),
+)
+def test_the_mixed_term_is_finite_in_every_format_where_the_criterion_is(
+    case: tuple[Loss, Tensor, Tensor, MixedBatch],
+    name: str,
+    dtype: torch.dtype,
+    scale: float,
+    transposed: bool,
+) -> None:
+    _, z, target, mixed = case
+    loss = _losses(z.shape[1], dtype)[name]
+    z, target = z * scale, target.softmax(dim=1) if loss.codes else target * scale
+    z, target = z.to(dtype).requires_grad_(), target.to(dtype)
+    if transposed:
+        z, target = z.detach().t().contiguous().t().requires_grad_(), target.t().contiguous().t()
+    if loss.scalar and mixed.lam.ndim:
+        mixed = _with_lam(mixed, mixed.lam.mean())
+    plain = [loss.criterion(z, target), loss.criterion(z, target[mixed.partner])]
+    found = (
+        mixmask.LambdaWeightedLoss(loss.criterion)(z, target, z, mixed)
+        if isinstance(loss.criterion, losses.MatchedBarlowTwins)
+        else lambda_weighted_loss(loss.criterion, z, target, mixed)
+    )
+    if all(term.isfinite() for term in plain):
+        assert found.isfinite()
+        (gradient,) = torch.autograd.grad(found, z)
+        own, other = (torch.autograd.grad(term, z)[0] for term in plain)
+        assert gradient.dtype == dtype
+        assert gradient.isfinite().all() or not (own.isfinite() & other.isfinite()).all()
 
 
 @given(terms(), SEEDS)
