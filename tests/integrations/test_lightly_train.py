@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixmask
+from mixmask.checkpoints import load_backbone
 from mixmask.integrations import lightly_train as integration
 
 lightly_train = pytest.importorskip(
@@ -222,7 +223,9 @@ def _stay_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIGHTLY_TRAIN_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def _pretrain(folder: Path, out: str, method: str = "simclr") -> list[dict[str, float]]:
+def _pretrain(
+    folder: Path, out: str, method: str = "simclr", model: Any = None
+) -> list[dict[str, float]]:
     """Run their command for three steps, and return what it logged."""
     from PIL import Image
 
@@ -236,7 +239,7 @@ def _pretrain(folder: Path, out: str, method: str = "simclr") -> list[dict[str, 
     lightly_train.pretrain(
         out=folder / out,
         data=images,
-        model=Tiny(),
+        model=model or Tiny(),
         method=method,
         method_args={"hidden_dim": 16, "output_dim": 12},
         transform_args={"image_size": (32, 32)},
@@ -267,3 +270,19 @@ def test_their_command_mixes_after_the_call_and_not_without_it(
     assert all(0 < row["mixmask/loss"] < row["train_loss"] for row in mixed)
     with pytest.raises(ValueError, match="'distillationv2': it mixes its images itself"):
         _pretrain(tmp_path, "refused", "distillationv2")
+
+
+@pytest.mark.slow
+def test_their_checkpoint_gives_their_features(patch: Callable[..., None], tmp_path: Path) -> None:
+    patch(MIX)
+    _pretrain(tmp_path, "run", model="torchvision/resnet18")
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    # As lightly-train opens its files: the model that users get is pickled in them.
+    theirs: Any = torch.load(file, weights_only=False)["lightly_train"]["models"]["model"]
+    theirs.fc = nn.Identity()
+    loaded = load_backbone(file)
+    assert (loaded.layout, loaded.arch) == ("lightly-train", "resnet18")
+    images = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        ours, expected = (model.eval()(images) for model in (loaded.backbone, theirs))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
