@@ -119,7 +119,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     if start.startswith(b"PK"):
         _check_archive(path, end)
     # What is foreign is refused by its name before anything is read.
-    names = _globals_of(path)
+    names = _list_globals(path)
     _refuse_foreign(path, names)
     try:
         with _stand_ins(names):
@@ -234,7 +234,7 @@ def _stand_ins(named: list[str]) -> AbstractContextManager[object]:
     return allowed
 
 
-def _globals_of(path: Path) -> list[str]:
+def _list_globals(path: Path) -> list[str]:
     """List what a file names that torch does not read by itself, without reading it."""
     find: Callable[[Path], list[str]] | None
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)

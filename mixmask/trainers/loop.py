@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -18,18 +16,19 @@ from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
-from mixmask.data.sets import Images
+from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
 from mixmask.runs.claim import starting
 from mixmask.runs.folder import LAST, Row, has_checkpoint, write_rows
+from mixmask.runs.options import Options
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import losing_others
-from mixmask.trainers.run import Run
+from mixmask.trainers.processes import losing_others, postponing
+from mixmask.trainers.run import Run, complete_config
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
@@ -58,7 +57,7 @@ class FirstViews(NamedTuple):
     key: Tensor
 
 
-def pretrain(
+def train_method(
     config: RunConfig,
     images: Images,
     out: Path,
@@ -66,11 +65,12 @@ def pretrain(
     monitor: Monitor | None = None,
     resume: bool = False,
     progress: bool = True,
+    facts: Options | None = None,
 ) -> tuple[Method, list[Row]]:
     """Train a method on images in memory or on disk; `mixmask.trainers.pretrain` loads them too.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
-    resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
+    resumed ends in the same weights as one that was not. On SIGINT, SIGTERM or SIGHUP the step is
     finished and saved first.
 
     Args:
@@ -80,6 +80,7 @@ def pretrain(
         monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
         resume: Go on from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
+        facts: What `config.json` says beside the options, see `Run.open`.
 
     Returns:
         The trained method and the rows of `metrics.csv`.
@@ -89,13 +90,14 @@ def pretrain(
         FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
     with starting(out):
-        run = Run.open(config, images, out, resume=out if resume else None)
+        config = complete_config(config, Split(images))
+        run = Run.open(config, images, out, resume=out if resume else None, facts=facts)
         train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
 
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
-    """Train a run from where it stands to its last epoch; see `pretrain`."""
+    """Train a run from where it stands to its last epoch; see `train_method`."""
     with losing_others(run.out):
         _train(run, monitor=monitor, progress=progress)
 
@@ -354,31 +356,20 @@ def _is_late(run: Run) -> bool:
 
 @contextmanager
 def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; see `postponing`.
 
     Yields:
         A function that returns the requests of all processes; process 0 requests saves.
     """
     requested = False
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def request(number: int, _: FrameType | None) -> None:
+    def request() -> None:
         nonlocal requested
         requested = True
-        signal.signal(number, previous[signal.Signals(number)])
-
-    try:
-        for number in previous:
-            signal.signal(number, request)
-    except ValueError:  # Not in the main thread, where signals never arrive.
-        previous.clear()
 
     def ask() -> _Requests:
         late = run.accelerator.is_main_process and _is_late(run)
         return _Requests(*map(bool, _reduce(run.accelerator, [requested, late], "sum")))
 
-    try:
+    with postponing(request):
         yield ask
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

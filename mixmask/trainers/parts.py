@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,15 +29,30 @@ def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
     )
     if config.init:
         loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
-        try:
-            backbone.load_state_dict(loaded.backbone.state_dict())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+        state = loaded.backbone.state_dict()
+        if misfit := describe_misfit(backbone.state_dict(), state):
             raise ValueError(
                 f"--init {config.init} does not fit {config.arch} for images of "
-                f"{plural(config.channels, 'channel')} ({reason}); name another checkpoint"
-            ) from None
+                f"{plural(config.channels, 'channel')} ({misfit}); name another checkpoint"
+            )
+        backbone.load_state_dict(state)
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
+
+
+def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
+
+    Example:
+        >>> describe_misfit({"w": torch.zeros(2, 3)}, {"w": torch.zeros(4, 3)})
+        'w must be of shape (2, 3), got (4, 3)'
+    """
+    for name, tensor in own.items():
+        if name not in found:
+            return f"{name} is missing"
+        if tensor.shape != found[name].shape:
+            shapes = tuple(tensor.shape), tuple(found[name].shape)
+            return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
+    return next((f"{name} is unknown" for name in found if name not in own), "")
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:

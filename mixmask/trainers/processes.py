@@ -1,12 +1,15 @@
-"""Processes that train together: started, alike, and what is said when one of them dies."""
+"""Processes that train: started together, alike, and ended by a signal or by another's death."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +30,10 @@ _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "timeout",
     "NCCL", "Socket", "Broken pipe",
 )  # fmt: skip
+# What asks a process to end: Ctrl-C, `kill`, and a terminal that is closed, where there is one.
+_ENDINGS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 def start_processes(device: torch.device | str | None = None) -> PartialState:
@@ -106,6 +113,57 @@ def agree(facts: Mapping[str, object]) -> None:
 def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:40]} ..."
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are handled."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with _handling(interrupt, lambda _, handler: handler is signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def postponing(request: Callable[[], None]) -> Iterator[None]:
+    """Call a function instead at the first SIGINT, SIGTERM or SIGHUP; a second acts as before."""
+
+    def is_handled(number: int, handler: object) -> bool:
+        # nohup has a process ignore the end of its terminal.
+        return signal.Signals(number).name != "SIGHUP" or handler is not signal.SIG_IGN
+
+    with _handling(request, is_handled):
+        yield
+
+
+@contextmanager
+def _handling(
+    call: Callable[[], None], is_handled: Callable[[int, object], bool]
+) -> Iterator[None]:
+    """Call a function at the first of each signal that it is to handle."""
+    if threading.current_thread() is not threading.main_thread():  # No other may set handlers.
+        yield
+        return
+    before = {
+        number: handler
+        for number in _ENDINGS
+        # None is a handler that was not set from Python, and cannot be set again.
+        if (handler := signal.getsignal(number)) is not None and is_handled(number, handler)
+    }
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        call()
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
