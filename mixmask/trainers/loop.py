@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -132,9 +133,13 @@ def _measure(monitor: Monitor, run: Run, thorough: bool) -> Row:
     """Return what a monitor measures, as plain numbers, which checkpoints can hold."""
     measured = monitor(run.model.backbone, thorough)
     try:
-        return {name: float(value) for name, value in measured.items()}
+        row = {name: float(value) for name, value in measured.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"monitor must return numbers by their names, got {measured!r}") from error
+    if odd := [name for name, value in row.items() if not math.isfinite(value)]:
+        # Not an error: the epoch that has been trained would be lost.
+        warnings.warn(f"monitor returned {row}; {', '.join(odd)} is left out", stacklevel=2)
+    return {name: value for name, value in row.items() if name not in odd}
 
 
 def _measure_epoch(run: Run, epoch: int) -> Row:

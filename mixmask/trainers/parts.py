@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
 from mixmask.checkpoints.load import load_backbone
+from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 
@@ -37,22 +37,6 @@ def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
             )
         backbone.load_state_dict(state)
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
-
-
-def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
-
-    Example:
-        >>> describe_misfit({"w": torch.zeros(2, 3)}, {"w": torch.zeros(4, 3)})
-        'w must be of shape (2, 3), got (4, 3)'
-    """
-    for name, tensor in own.items():
-        if name not in found:
-            return f"{name} is missing"
-        if tensor.shape != found[name].shape:
-            shapes = tuple(tensor.shape), tuple(found[name].shape)
-            return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
-    return next((f"{name} is unknown" for name in found if name not in own), "")
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:

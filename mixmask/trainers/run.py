@@ -35,11 +35,11 @@ from mixmask.runs.folder import (
     write_rows,
 )
 from mixmask.runs.options import Options
+from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method, build_method
-from mixmask.trainers.parts import describe_misfit
 
 
 def random_view(config: RunConfig, images: Images) -> RandomView:
