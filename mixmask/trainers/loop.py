@@ -22,14 +22,13 @@ from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
 from mixmask.runs.claim import starting
 from mixmask.runs.folder import LAST, Row, has_checkpoint, write_rows
-from mixmask.runs.options import Options
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import losing_others, postponing
-from mixmask.trainers.run import Run, complete_config
+from mixmask.trainers.processes import at_first_signal, losing_others
+from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
 _COLLAPSED = 0.02
@@ -66,7 +65,6 @@ def train_method(
     monitor: Monitor | None = None,
     resume: bool = False,
     progress: bool = True,
-    facts: Options | None = None,
 ) -> tuple[Method, list[Row]]:
     """Train a method on images in memory or on disk; `mixmask.trainers.pretrain` loads them too.
 
@@ -81,7 +79,6 @@ def train_method(
         monitor: Measures the backbone before, every `config.measure_every` epochs, and at the end.
         resume: Go on from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
-        facts: What `config.json` says beside the options, see `Run.open`.
 
     Returns:
         The trained method and the rows of `metrics.csv`.
@@ -91,8 +88,7 @@ def train_method(
         FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
     with starting(out):
-        config = complete_config(config, Split(images))
-        run = Run.open(config, images, out, resume=out if resume else None, facts=facts)
+        run = Run.open(config, Split(images), out, resume=out if resume else None)
         train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
 
@@ -361,14 +357,14 @@ def _is_late(run: Run) -> bool:
 
 @contextmanager
 def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; see `postponing`.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; see `at_first_signal`.
 
     Yields:
         A function that returns the requests of all processes; process 0 requests saves.
     """
     requested = False
 
-    def request() -> None:
+    def request(*_: object) -> None:
         nonlocal requested
         requested = True
 
@@ -376,5 +372,5 @@ def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
         late = run.accelerator.is_main_process and _is_late(run)
         return _Requests(*map(bool, _reduce(run.accelerator, [requested, late], "sum")))
 
-    with postponing(request):
+    with at_first_signal(request):
         yield ask

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -115,47 +115,35 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]} ..."
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> AbstractContextManager[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are handled."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with _handling(interrupt, lambda _, handler: handler is signal.SIG_DFL):
-        yield
+    return at_first_signal(signal.default_int_handler, only_free=True)
 
 
 @contextmanager
-def postponing(request: Callable[[], None]) -> Iterator[None]:
-    """Call a function instead at the first SIGINT, SIGTERM or SIGHUP; a second acts as before."""
-
-    def is_handled(number: int, handler: object) -> bool:
-        # nohup has a process ignore the end of its terminal.
-        return signal.Signals(number).name != "SIGHUP" or handler is not signal.SIG_IGN
-
-    with _handling(request, is_handled):
-        yield
-
-
-@contextmanager
-def _handling(
-    call: Callable[[], None], is_handled: Callable[[int, object], bool]
+def at_first_signal(
+    call: Callable[[int, FrameType | None], None], *, only_free: bool = False
 ) -> Iterator[None]:
-    """Call a function at the first of each signal that it is to handle."""
-    if threading.current_thread() is not threading.main_thread():  # No other may set handlers.
-        yield
-        return
-    before = {
-        number: handler
-        for number in _ENDINGS
-        # None is a handler that was not set from Python, and cannot be set again.
-        if (handler := signal.getsignal(number)) is not None and is_handled(number, handler)
-    }
+    """Call a function at the first SIGINT, SIGTERM or SIGHUP; a second one acts as before.
 
-    def handle(number: int, _: FrameType | None) -> None:
+    Args:
+        call: Takes the signal's number and a frame.
+        only_free: Leave alone the signals that are handled or ignored already.
+    """
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    if threading.current_thread() is not threading.main_thread():  # No other may set handlers.
+        before.clear()
+    for number, handler in list(before.items()):
+        taken = only_free and handler is not signal.SIG_DFL
+        # nohup has a process ignore the end of its terminal. None was not set from Python, and
+        # could not be set again.
+        outlives = number.name == "SIGHUP" and handler is signal.SIG_IGN
+        if taken or outlives or handler is None:
+            del before[number]
+
+    def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[signal.Signals(number)])
-        call()
+        call(number, frame)
 
     try:
         for number in before:

@@ -99,7 +99,7 @@ class Run:
     def open(
         cls,
         config: RunConfig,
-        images: Images,
+        train: Split,
         out: Path,
         *,
         resume: Path | None = None,
@@ -107,14 +107,19 @@ class Run:
     ) -> Run:
         """Build a run, and make its folder or go on from the newest whole checkpoint of one.
 
-        `config` is complete, see `complete_config`; `images` are (N, C, H, W) uint8, or stored
-        ones. `resume` is the folder of the run to go on from, which may be another than `out`; a
-        run that was killed before its first checkpoint starts at its first step. `facts` are what
-        `config.json` says beside the options; a resumed run with facts writes it anew.
+        Args:
+            config: Options that have been checked; here they are completed.
+            train: The training images, (N, C, H, W) uint8 or stored ones.
+            out: The run folder.
+            resume: The folder of the run to go on from, which may be another than `out`. A run
+                that was killed before its first checkpoint starts at its first step.
+            facts: What `config.json` says beside the options. A resumed run with facts writes it
+                anew.
         """
+        config = complete_config(config, train)
         begun = resume is not None and not is_unstarted(resume)
         # A checkpoint has the weights that the run was started from, which may be gone by now.
-        run = cls.build(replace(config, init="") if begun else config, images, out)
+        run = cls.build(replace(config, init="") if begun else config, train.images, out)
         run.config = config
         if resume is not None and begun:
             run.load(resume)
@@ -130,7 +135,10 @@ class Run:
 
     @classmethod
     def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
-        """Build a run at its first step; the seed alone decides its weights."""
+        """Build a run of a complete configuration at its first step.
+
+        The seed alone decides its weights.
+        """
         accelerator = _start_accelerator(config, out)
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0
@@ -244,6 +252,7 @@ def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
 
 def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
     """Build the method on its device, with what the options say about batch norm and memory."""
+    # In all processes alike: nothing copies the weights from one to the others.
     torch.manual_seed(fold_seed(config.seed, "weights"))
     model = build_method(config)
     assert isinstance(model, nn.Module)

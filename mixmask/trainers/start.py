@@ -36,7 +36,7 @@ from mixmask.trainers.processes import (
     start_processes,
     together,
 )
-from mixmask.trainers.run import Run, complete_config
+from mixmask.trainers.run import Run
 
 # What may change when a run goes on.
 CHANGEABLE = ("epochs", "data")
@@ -96,7 +96,7 @@ class Opened:
 class _Plan:
     """What a run is to be, before its images are loaded."""
 
-    config: RunConfig  # Checked, but not complete; see `complete_config`.
+    config: RunConfig  # Checked; its run completes it.
     folder: Path | None  # Of the process that chooses it.
     content: Options = field(default_factory=dict)  # Of the `config.json` of the run that goes on.
     notes: tuple[str, ...] = ()
@@ -196,13 +196,12 @@ def open_run(
         data = together(lambda: _load_images(planned, str(source or folder)))
         facts = {"fingerprint": fingerprint_of(data)}
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
-        complete = complete_config(planned.config, data.train)
         if state.is_main_process:
-            _warn_queue(complete, len(data.train.images))
+            _warn_queue(planned.config, len(data.train.images))
         together(lambda: held.enter_context(starting(folder)))
-        run = Run.open(complete, data.train.images, folder, resume=source, facts=facts)
+        run = Run.open(planned.config, data.train, folder, resume=source, facts=facts)
         notes = planned.notes
-        if (before := planned.content.get("epochs", complete.epochs)) != complete.epochs:
+        if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:
             notes = (*notes, _describe_length(run, before))
         yield Opened(run, data, notes)
     state.destroy_process_group()

@@ -16,6 +16,7 @@ from mixmask._checks import Ratio
 from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
+from mixmask.runs.claim import starting
 from mixmask.runs.folder import (
     CONFIG,
     METRICS,
@@ -29,9 +30,9 @@ from mixmask.runs.images import check_same, fingerprint_of
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
 from mixmask.trainers.config import PATTERNS, RunConfig
 from mixmask.trainers.files import load_config
-from mixmask.trainers.loop import Monitor, train_method
+from mixmask.trainers.loop import Monitor, train
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.run import complete_config
+from mixmask.trainers.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,17 +90,14 @@ class StudyRun:
         Raises:
             KeyboardInterrupt: If the run was interrupted, once it is saved.
         """
-        self.error, begun = "", has_checkpoint(self.folder)
+        self.error = ""
+        resume = self.folder if has_checkpoint(self.folder) else None
+        facts = {"fingerprint": fingerprint_of(data)}
         try:
-            _, self.rows = train_method(
-                complete_config(self.config, data.train),
-                data.train.images,
-                self.folder,
-                monitor=monitor,
-                resume=begun,
-                progress=False,
-                facts={"fingerprint": fingerprint_of(data)},
-            )
+            with starting(self.folder):
+                run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
+                train(run, monitor=monitor, progress=False)
+            self.rows = run.rows
         except _FAILURES as error:
             self.error = " ".join(str(error).split()) or type(error).__name__
 

@@ -18,7 +18,7 @@ import pytest
 from commands import TINY, write_photographs
 
 from mixmask import cli
-from mixmask.trainers.processes import interruptible, postponing
+from mixmask.trainers.processes import at_first_signal, interruptible
 
 ENDINGS = ["SIGTERM", *(["SIGHUP"] if hasattr(signal, "SIGHUP") else [])]
 every_ending = pytest.mark.parametrize("name", ENDINGS)
@@ -167,7 +167,7 @@ def test_outside_of_the_main_thread_no_handler_is_set() -> None:
 
     def work() -> None:
         try:
-            with interruptible(), postponing(lambda: None):
+            with interruptible(), at_first_signal(lambda *_: None):
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         except BaseException as error:
             failed.append(error)
