@@ -15,6 +15,7 @@ from tiny_runs import assert_same, interrupt_at, tiny_images
 from torch import Tensor
 
 from mixmask.data.sets import ImageData, Split
+from mixmask.runs.folder import read_config
 from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import (
@@ -22,6 +23,7 @@ from mixmask.trainers.studies import (
     Cell,
     StudyRun,
     budget_cells,
+    check_images,
     collect,
     mask_cells,
     plan_runs,
@@ -173,6 +175,29 @@ def test_a_folder_of_another_run_is_refused(data: ImageData, tmp_path: Path) -> 
     (tmp_path / "grid-4_block_ratio-0.5_switch" / "seed-0" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="seed-0 is not a run that can be resumed"):
         plan_runs(tiny_cells(epochs=1), 1, tmp_path)
+
+
+def test_runs_that_saw_other_images_are_refused(data: ImageData, tmp_path: Path) -> None:
+    runs = plan_runs(tiny_cells(epochs=1), 1, tmp_path)
+    check_images(runs, data)  # None is there.
+    runs[0].train(data, monitor)
+    recorded = read_config(runs[0].folder)
+    assert (recorded["stream"], recorded["fingerprint"]["train"]) == ("never", 16)
+    check_images(runs, data)
+    other = ImageData(Split(tiny_images(17)), None, ())
+    with pytest.raises(
+        ValueError, match=r"seed-0 was started on: 17 training images instead of 16"
+    ):
+        check_images(runs, other)
+
+
+def test_a_study_of_greyscale_images_goes_on(data: ImageData, tmp_path: Path) -> None:
+    assert isinstance(data.train.images, Tensor)
+    grey = ImageData(Split(data.train.images[:, :1]), None, ())  # (N, 1, H, W)
+    plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0].train(grey, monitor)
+    again = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
+    assert again.last("knn") is not None
+    assert read_config(again.folder)["channels"] == 1
 
 
 def test_a_run_that_fails_says_why_and_is_no_number(
