@@ -350,11 +350,6 @@ def _reduce(accelerator: Accelerator, values: Iterable[float], how: str) -> list
     return reduced
 
 
-def _is_late(run: Run) -> bool:
-    """Tell whether `--save-minutes` have passed since the last checkpoint."""
-    return 0 < 60 * run.config.save_minutes <= time.monotonic() - run.saved
-
-
 @contextmanager
 def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; see `at_first_signal`.
@@ -369,7 +364,9 @@ def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
         requested = True
 
     def ask() -> _Requests:
-        late = run.accelerator.is_main_process and _is_late(run)
+        # The first process' clock decides for all whether `--save-minutes` have passed.
+        late = 0 < 60 * run.config.save_minutes <= time.monotonic() - run.saved
+        late = late and run.accelerator.is_main_process
         return _Requests(*map(bool, _reduce(run.accelerator, [requested, late], "sum")))
 
     with at_first_signal(request):
