@@ -32,7 +32,7 @@ from torchvision import transforms as T
 from views import torchvision_view
 
 from mixmask.data.sets import load_data
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.run import random_view
 
@@ -140,7 +140,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, rows = pretrain(config, images, Path(folder), monitor=between, progress=False)
+        _, rows = train_method(config, images, Path(folder), monitor=between, progress=False)
     # The row at the start has no time, the first epoch warms up, the last one is profiled.
     ours = [row["seconds"] for row in rows[2:]][: options.repeats]
     sizes = {

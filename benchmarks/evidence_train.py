@@ -26,7 +26,7 @@ from mixmask.data.sets import ImageData, Split, load_data
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 from mixmask.runs.folder import Row
 from mixmask.trainers.config import RunConfig
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import Method, build_method, make_config
 
 # Neighbours that vote, and the temperature of their votes.
@@ -196,7 +196,7 @@ def train(cell: Cell, splits: Splits, folder: Path) -> list[Row]:
     begun = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, rows = pretrain(
+        _, rows = train_method(
             config, splits.images, folder, monitor=watch, resume=begun, progress=False
         )
     return rows

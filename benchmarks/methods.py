@@ -22,7 +22,7 @@ from torch import nn
 from mixmask.data.sets import load_data
 from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 from mixmask.trainers.config import RunConfig
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import METHODS, make_config
 
 MIXES = ("none", "mixmask", "unmix", "both", "erase")
@@ -95,7 +95,7 @@ def train(config: RunConfig, count: int | None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, rows = pretrain(config, images, Path(folder), monitor=measure, progress=False)
+        _, rows = train_method(config, images, Path(folder), monitor=measure, progress=False)
     before, after = rows[0], rows[-1]
     return {
         "losses": [round(row["loss"], 4) for row in rows[1:]],

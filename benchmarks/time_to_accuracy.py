@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from mixmask.data.sets import ImageData, Split, load_data
 from mixmask.evaluation import extract_features, knn_accuracy
 from mixmask.trainers.config import PRESETS
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import make_config
 
 # lightly's benchmark of MoCo on CIFAR-10: 200 epochs, batch 128, kNN with k 200.
@@ -118,7 +118,7 @@ def train(options: argparse.Namespace, mix: str, target: float | None, data: Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pretrain(config, train_images, folder, monitor=clock, resume=resume, progress=False)
+            train_method(config, train_images, folder, monitor=clock, resume=resume, progress=False)
     except KeyboardInterrupt:
         if not clock.reached:
             clock.pause()

@@ -12,13 +12,14 @@ from typing import Any
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
 from mixmask.cli.pretrain import add_run_fields
-from mixmask.data.sets import Images, load_data
+from mixmask.data.sets import ImageData, load_data
 from mixmask.evaluation.monitor import accuracy_monitor
 from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
+from mixmask.trainers.processes import interruptible
 from mixmask.trainers.studies import Cell, Report
 
 # Options of a run that hold in all cells of a study.
@@ -39,6 +40,14 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
+    try:
+        with interruptible():
+            _run_study(study, out, seeds, cells)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+
+
+def _run_study(study: str, out: Path | None, seeds: int, cells: list[Cell]) -> None:
     config = cells[0].config
     out = out or Path("runs") / f"ablate-{study}-{Path(config.data).name}"
     runs = studies.plan_runs(cells, seeds, out)
@@ -50,6 +59,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
             "accuracies; use a folder with train and test folders, each with one folder per class"
         )
     assert data.test is not None
+    studies.check_images(runs, data)
     out.mkdir(parents=True, exist_ok=True)
     say(
         f"{study}: {plural(len(cells), 'line')}, {plural(len(runs), 'run')} "
@@ -58,10 +68,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
     # Before the first run, so that a place that cannot be written costs no training.
     report = Report(study, out, cells, runs, len(data.test.images))
     report.write()
-    try:
-        _train_all(report, data.train.images, monitor)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command continues the study") from None
+    _train_all(report, data, monitor)
     say("\n" + report.write())
     if failed := [run for run in runs if run.error]:
         raise ValueError(
@@ -70,7 +77,7 @@ def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
         )
 
 
-def _train_all(report: Report, images: Images, monitor: Monitor) -> None:
+def _train_all(report: Report, data: ImageData, monitor: Monitor) -> None:
     """Train the runs that are missing, print a line each, and keep table and figure up to date."""
     runs = report.runs
     remaining = [run for run in runs if not run.rows]
@@ -80,7 +87,7 @@ def _train_all(report: Report, images: Images, monitor: Monitor) -> None:
         place = len(runs) - len(remaining) + number + 1
         say(f"[{place:>{width}}/{len(runs)}] {run.label} … ", end="")
         began = time.perf_counter()
-        run.train(images, monitor)
+        run.train(data, monitor)
         minutes = (time.perf_counter() - began) / 60
         report.write()
         if run.error:

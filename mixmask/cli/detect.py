@@ -74,11 +74,7 @@ def _detect(
         raise ValueError("detect needs RUN, or the word random, and --data; or --resume DIR alone")
     else:
         given["data"] = str(Path(given["data"]).resolve())  # A run goes on from any folder.
-        # argparse makes lists of several numbers.
-        values: Options = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in given.items()
-        }
-        config = DetectionConfig(**values)
+        config = DetectionConfig(**given)
         folder = new_folder(out, f"detect-{Path(config.data).stem}-{Path(run).stem}")
         small_stem = given.get("small_stem")
     data = load_detection(Path(config.data), train=config.train_split, test=config.test_split)

@@ -104,7 +104,7 @@ def add_fields(
             how = {"action": argparse.BooleanOptionalAction}
         elif kind is tuple:
             how = {"type": float, "nargs": "+", "metavar": "X"}
-        elif "Ratio" in str(field.type):
+        elif field.metadata["ratio"]:
             how = {"type": float, "nargs": "+", "action": RatioAction, "metavar": "SHARE"}
         elif not words:
             how["metavar"] = kind.__name__.upper()

@@ -6,16 +6,15 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Container
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mixmask.cli._console import describe_device, quote, resumable, say
 from mixmask.cli.options import add_fields, add_shared, choose_device
 from mixmask.evaluation import monitor
-from mixmask.runs.folder import Row
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
-from mixmask.trainers.loop import train
 from mixmask.trainers.methods import METHODS, option_defaults
 from mixmask.trainers.recipes import describe
 from mixmask.trainers.start import Opened, open_run
@@ -35,19 +34,18 @@ def train_backbone(
     """Train a backbone, measuring it before and after, and leave a run folder."""
     began = time.perf_counter()
     chosen = choose_device(device) if device else None
-    # From here on a failure before the first checkpoint takes the folder back, and an interruption
-    # says how to continue.
     opening = open_run(given, config=config, out=out, resume=resume, device=chosen)
-    with opening as opened, resumable("pretrain", opened.run.out):
-        run, data = opened.run, opened.data
-        main = run.accelerator.is_main_process
-        if main:
+    # A failure before the first checkpoint takes the folder back, and an interruption says how to
+    # continue: the run that goes on while it is opened, then the one that is open.
+    with ExitStack() as held:
+        with resumable("pretrain", resume) if resume else nullcontext():
+            opened = held.enter_context(opening)
+        held.enter_context(resumable("pretrain", opened.run.out))
+        if opened.run.accelerator.is_main_process:
             _say_start(opened)
-        opened.draw_views()
-        train(run, monitor=monitor.accuracy_monitor(data, run.config.image_size))
-        opened.draw_curves()
-        if main:
-            _say_end(run.rows, run.out, time.perf_counter() - began, labelled=data.labelled)
+        opened.train(monitor.accuracy_monitor)
+        if opened.run.accelerator.is_main_process:
+            _say_end(opened, time.perf_counter() - began)
 
 
 def _say_start(opened: Opened) -> None:
@@ -69,8 +67,8 @@ def _say_start(opened: Opened) -> None:
         say(f"accuracies during training use {monitor.MEASURED:,} of the training images")
 
 
-def _say_end(rows: list[Row], out: Path, seconds: float, *, labelled: bool) -> None:
-    first, last = rows[0], rows[-1]
+def _say_end(opened: Opened, seconds: float) -> None:
+    out, first, last = opened.run.out, opened.run.rows[0], opened.run.rows[-1]
     if "knn" in first and "knn" in last:
         say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
         for name, label in (("knn", "nearest neighbours"), ("linear", "linear probe")):
@@ -81,7 +79,7 @@ def _say_end(rows: list[Row], out: Path, seconds: float, *, labelled: bool) -> N
             "--workers or a faster disk"
         )
     say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")
-    data = "" if labelled else " --data LABELLED"
+    data = "" if opened.data.labelled else " --data LABELLED"
     say(f"next: mixmask evaluate knn {quote(out)}{data}")
     say(f"      mixmask export {quote(out)} --to safetensors --out backbone.safetensors")
 

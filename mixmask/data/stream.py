@@ -132,10 +132,11 @@ class _Reader(Dataset[_Answer]):
 
 
 def start_worker(number: int) -> None:
-    """Ignore Ctrl-C and SIGTERM: the training process finishes its step, then ends the workers."""
+    """Ignore what asks to end: the training process finishes its step, then ends the workers."""
     del number
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP.
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
 
 

@@ -55,7 +55,8 @@ def starting(folder: Path) -> Iterator[None]:
     So the same command can be repeated. After an interruption everything stays, for --resume.
 
     Raises:
-        ValueError: If another process works in the folder, or did until now.
+        ValueError: If another process works in the folder, or did until now; or a folder lies
+            where a run's file belongs.
     """
     # A launcher tells the rank before the processes have joined.
     if rank() != 0 or os.environ.get("RANK", "0") != "0":
@@ -66,6 +67,7 @@ def starting(folder: Path) -> Iterator[None]:
     with _hold(folder):
         if set(folder.iterdir()) != (before or set()):
             raise ValueError(f"another process has worked in {folder}; choose another --out")
+        _check_places(folder)
         try:
             yield
         except BaseException as error:
@@ -75,6 +77,13 @@ def starting(folder: Path) -> Iterator[None]:
             if before is None and not any(folder.iterdir()):
                 folder.rmdir()
             raise
+
+
+def _check_places(folder: Path) -> None:
+    """Check that no folder lies in the place of a file, which could never be written."""
+    for path in folder.iterdir():
+        if path.suffix in (".csv", ".json", ".png", ".pt", ".tmp") and path.is_dir():
+            raise ValueError(f"{path} must be a file, got a folder; move it out of {folder}")
 
 
 @contextmanager

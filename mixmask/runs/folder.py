@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
@@ -31,12 +32,13 @@ CONFIG = "config.json"
 METRICS = "metrics.csv"
 RESULTS = "results.json"
 
-# Of `config.json`, and what every command uses of it.
+# Of `config.json`, and what every command uses of it: the types, and the least of counts.
 FORMAT = 4
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,
 }  # fmt: skip
+_LEAST = {"processes": 1, "image_size": 1, "channels": 1}
 
 # The last checkpoints that this process has written and sealed, as they were then.
 _written: dict[Path, tuple[int, int, int] | None] = {}
@@ -181,11 +183,16 @@ def read_options(path: Path) -> Options:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")  # noqa: TRY004
     for name, kind in _USED.items():
-        value = content.get(name, kind())
-        # Not `isinstance`, by which true is an int. No count is negative, or more than what a
-        # tensor's side can be.
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
+        if name not in content:
+            continue
+        value = content[name]
+        if type(value) is not kind:  # Not `isinstance`, by which true is an int.
             raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
+        least, most = _LEAST.get(name, 0), 2**31 - 1  # The most that a tensor's side can be.
+        if isinstance(value, int) and not least <= value <= most:
+            raise ValueError(f"{name!r} must be within {least} ... {most}, got {value}")
+    if content.get("data") == "":  # Otherwise it would be the folder where one happens to be.
+        raise ValueError("'data' must name the images, got ''")
     if content.get("format", 0) > FORMAT:
         raise ValueError(
             f"a newer version of mixmask ({content.get('version')}) wrote it, in format "
@@ -215,12 +222,29 @@ def read_rows(folder: Path) -> list[Row]:
 
     Raises:
         OSError: If there are none.
+        ValueError: If a row has no epoch, or a value is not a finite number.
     """
-    with (folder / METRICS).open(newline="", encoding="utf-8") as file:
-        return [
-            {name: float(text) for name, text in row.items() if text}
-            for row in csv.DictReader(file)
-        ]
+    path = folder / METRICS
+    with path.open(newline="", encoding="utf-8") as file:
+        read = csv.DictReader(file, restkey="")  # Under which the values without a column come.
+        return [_read_row(f"{path}, line {read.line_num}", row) for row in read]
+
+
+def _read_row(where: str, texts: Mapping[str, Any]) -> Row:
+    """Return the numbers of a line of `metrics.csv`."""
+    row: Row = {}
+    for name, text in texts.items():
+        try:
+            number = float(text) if text else None
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and (not name or not math.isfinite(number)):
+            raise ValueError(f"{where} must hold one finite number per column, got {name}={text!r}")
+        if number is not None:
+            row[name] = number
+    if not row.get("epoch", math.nan).is_integer():
+        raise ValueError(f"{where} must hold the number of an epoch, got {row.get('epoch')}")
+    return row
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mixmask.data.sets import Fingerprint, ImageData, hold_out, load_data
@@ -43,17 +42,36 @@ def load_images(
             images = hold_out(images, share)
         except ValueError as error:
             raise ValueError(f"--holdout {share}: {error}") from None
-    # Runs of older versions have none, so that nothing can be compared.
-    if known := config.get("fingerprint"):
-        found = images.fingerprint()
-        if not images.train.files and image_size != config.get("image_size"):
-            known = known | {"sum": found.sum}  # Of images at another size.
-        if differences := list(_compare(known, found)):
-            raise ValueError(
-                f"{name} does not hold the images that {where} was started on: "
-                f"{'; '.join(differences)}; name their place with --data"
-            )
+    check_same(images, config, name, image_size=image_size, where=where)
     return images
+
+
+def check_same(
+    images: ImageData, config: Mapping[str, Any], name: object, *, image_size: int, where: str
+) -> None:
+    """Check that images are those that a run was started on.
+
+    Args:
+        images: What was loaded.
+        config: The content of the run's `config.json`. Older versions' has no fingerprint, so that
+            nothing can be compared.
+        name: Where the images came from.
+        image_size: As for `load_images`.
+        where: The run's name in errors.
+
+    Raises:
+        ValueError: If they are others; see `load_images`.
+    """
+    if not (known := config.get("fingerprint")):
+        return
+    found = images.fingerprint()
+    if not images.train.files and image_size != config.get("image_size"):
+        known = known | {"sum": found.sum}  # Of images at another size.
+    if differences := _compare(known, found):
+        raise ValueError(
+            f"{name} does not hold the images that {where} was started on: "
+            f"{'; '.join(differences)}; name their place with --data"
+        )
 
 
 def _compare(known: Mapping[str, Any], found: Fingerprint) -> list[str]:
@@ -79,8 +97,3 @@ def _shorten(names: object) -> str:
 def fingerprint_of(data: ImageData) -> dict[str, Any]:
     """Return what `config.json` says of a run's images."""
     return {**data.fingerprint()._asdict(), "classes": list(data.classes)}
-
-
-def resolve_data(name: str, data: ImageData) -> str:
-    """Return what names the images from every folder: an absolute path, if they are files."""
-    return str(Path(name).resolve()) if data.train.files else name

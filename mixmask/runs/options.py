@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mixmask._checks import check_choice
+from mixmask._checks import check_choice, ratio_bounds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,6 +35,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     positive: bool = False,
+    ratio: bool = False,
 ) -> Value:
     """Declare a field that becomes a command-line option.
 
@@ -45,8 +46,9 @@ def option(
         low: The smallest value that is allowed.
         high: The largest value that is allowed.
         positive: Require more than 0.
+        ratio: Take a number inside (0, 1), or a range (low, high).
     """
-    limits = {"low": low, "high": high, "positive": positive}
+    limits = {"low": low, "high": high, "positive": positive, "ratio": ratio}
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **limits})
 
 
@@ -66,7 +68,9 @@ def flag(name: str) -> str:
 
 
 def check_options(config: DataclassInstance) -> None:
-    """Check each field of a configuration against its choices and limits.
+    """Check each field of a new configuration against its choices and limits.
+
+    Lists become tuples here, for every caller: JSON, YAML and argparse know no tuples.
 
     Raises:
         TypeError: If a value has not the type of the field's default.
@@ -74,8 +78,17 @@ def check_options(config: DataclassInstance) -> None:
     """
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
-        if "Ratio" not in str(field.type):  # Which may be a pair, and has a check of its own.
+        if isinstance(value, list) and (limits["ratio"] or isinstance(field.default, tuple)):
+            value = tuple(value)
+            object.__setattr__(config, field.name, value)  # As a frozen class' own __init__ does.
+        if limits["ratio"]:
+            ratio_bounds(value)
+        else:
             _check_type(flag(field.name), value, type(field.default))
+        if value == "" and field.default:
+            raise ValueError(
+                f"{flag(field.name)} must not be empty; leave it out for {field.default!r}"
+            )
         if limits["choices"]:
             check_choice(flag(field.name), value, limits["choices"])
         if limits["low"] is not None or limits["high"] is not None:
@@ -147,9 +160,7 @@ def restore_config(
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
-    # JSON knows no tuples.
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-    return kind(**{name: values[name] for name in names if name in values})
+    return kind(**{name: content[name] for name in names if name in content})
 
 
 def check_range(name: str, value: float, low: float | None, high: float | None = None) -> None:

@@ -9,13 +9,14 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 # Objects that Lightning and others keep beside the weights. Reading one builds an empty stand-in
 # of that name, so that neither their code nor their library is needed. Whatever is not listed
@@ -119,7 +120,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     if start.startswith(b"PK"):
         _check_archive(path, end)
     # What is foreign is refused by its name before anything is read.
-    names = _globals_of(path)
+    names = _list_globals(path)
     _refuse_foreign(path, names)
     try:
         with _stand_ins(names):
@@ -131,6 +132,22 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     if not start.startswith(b"PK"):
         _warn_of_no_sums(path.absolute())
     return content, {}
+
+
+def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
+
+    Example:
+        >>> describe_misfit({"w": torch.zeros(2, 3)}, {"w": torch.zeros(4, 3)})
+        'w must be of shape (2, 3), got (4, 3)'
+    """
+    for name, tensor in own.items():
+        if name not in found:
+            return f"{name} is missing"
+        if tensor.shape != found[name].shape:
+            shapes = tuple(tensor.shape), tuple(found[name].shape)
+            return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
+    return next((f"{name} is unknown" for name in found if name not in own), "")
 
 
 @cache
@@ -234,7 +251,7 @@ def _stand_ins(named: list[str]) -> AbstractContextManager[object]:
     return allowed
 
 
-def _globals_of(path: Path) -> list[str]:
+def _list_globals(path: Path) -> list[str]:
     """List what a file names that torch does not read by itself, without reading it."""
     find: Callable[[Path], list[str]] | None
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)

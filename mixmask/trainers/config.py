@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixmask._blocks import LARGEST_GRID
-from mixmask._checks import Ratio, ratio_bounds
+from mixmask._checks import Ratio
 from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
 PATTERNS = ("block", "discrete")
@@ -27,8 +27,8 @@ class RunConfig:
 
     data: str = option(
         "clothing64",
-        "clothing64, cifar10, cifar100, stl10, a folder of images or a .zip of one, or "
-        "package.module:function",
+        "clothing64, cifar10, cifar100, stl10, a folder of images, a .zip file of such a folder, "
+        "or package.module:function",
     )
     recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
     stream: str = option(
@@ -57,7 +57,7 @@ class RunConfig:
     mix: str = option("mixmask", "how the mixed view is made", MIXTURES)
     grid_size: int = option(8, "mask cells per side")
     ratio: Ratio = option(  # noqa: RUF009
-        0.5, "share of an image's own pixels; two numbers for a range"
+        0.5, "share of an image's own pixels; two numbers for a range", ratio=True
     )
     pattern: str = option("block", "pattern of the mask", PATTERNS)
     per_sample: bool = option(False, "one mask per sample instead of one per batch")
@@ -117,10 +117,16 @@ class RunConfig:
         """Check all options.
 
         Raises:
+            TypeError: If an option has another type.
             ValueError: If an option is out of range, or contradicts another one.
         """
+        if not isinstance(self.data, str):
+            raise TypeError(
+                "--data must be the name of a data set, a path or package.module:function, got "
+                f"{type(self.data).__name__}; write a function that returns your data set, and "
+                "name it"
+            )
         check_options(self)
-        ratio_bounds(self.ratio)
         size, blocks = self.mixed_size or self.image_size, self.pattern == "block"
         check_range("grid_size", self.grid_size, 2, min(size, LARGEST_GRID) if blocks else size)
         if self.roll and not blocks:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.resources import memory_gib
-from mixmask.data.sets import Images
+from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
 from mixmask.runs.claim import starting
@@ -28,7 +27,7 @@ from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import losing_others
+from mixmask.trainers.processes import at_first_signal, losing_others
 from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
@@ -58,7 +57,7 @@ class FirstViews(NamedTuple):
     key: Tensor
 
 
-def pretrain(
+def train_method(
     config: RunConfig,
     images: Images,
     out: Path,
@@ -70,7 +69,7 @@ def pretrain(
     """Train a method on images in memory or on disk; `mixmask.trainers.pretrain` loads them too.
 
     Every step's randomness follows from (seed, rank, step), so a run that was stopped and
-    resumed ends in the same weights as one that was not. On SIGINT or SIGTERM the step is
+    resumed ends in the same weights as one that was not. On SIGINT, SIGTERM or SIGHUP the step is
     finished and saved first.
 
     Args:
@@ -89,13 +88,13 @@ def pretrain(
         FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
     with starting(out):
-        run = Run.open(config, images, out, resume=out if resume else None)
+        run = Run.open(config, Split(images), out, resume=out if resume else None)
         train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
 
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
-    """Train a run from where it stands to its last epoch; see `pretrain`."""
+    """Train a run from where it stands to its last epoch; see `train_method`."""
     with losing_others(run.out):
         _train(run, monitor=monitor, progress=progress)
 
@@ -130,9 +129,13 @@ def _measure(monitor: Monitor, run: Run, thorough: bool) -> Row:
     """Return what a monitor measures, as plain numbers, which checkpoints can hold."""
     measured = monitor(run.model.backbone, thorough)
     try:
-        return {name: float(value) for name, value in measured.items()}
+        row = {name: float(value) for name, value in measured.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"monitor must return numbers by their names, got {measured!r}") from error
+    if odd := [name for name, value in row.items() if not math.isfinite(value)]:
+        # Not an error: the epoch that has been trained would be lost.
+        warnings.warn(f"monitor returned {row}; {', '.join(odd)} is left out", stacklevel=2)
+    return {name: value for name, value in row.items() if name not in odd}
 
 
 def _measure_epoch(run: Run, epoch: int) -> Row:
@@ -347,38 +350,24 @@ def _reduce(accelerator: Accelerator, values: Iterable[float], how: str) -> list
     return reduced
 
 
-def _is_late(run: Run) -> bool:
-    """Tell whether `--save-minutes` have passed since the last checkpoint."""
-    return 0 < 60 * run.config.save_minutes <= time.monotonic() - run.saved
-
-
 @contextmanager
 def _finish_steps(run: Run) -> Iterator[Callable[[], _Requests]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second one acts as usual.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; see `at_first_signal`.
 
     Yields:
         A function that returns the requests of all processes; process 0 requests saves.
     """
     requested = False
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def request(number: int, _: FrameType | None) -> None:
+    def request(*_: object) -> None:
         nonlocal requested
         requested = True
-        signal.signal(number, previous[signal.Signals(number)])
-
-    try:
-        for number in previous:
-            signal.signal(number, request)
-    except ValueError:  # Not in the main thread, where signals never arrive.
-        previous.clear()
 
     def ask() -> _Requests:
-        late = run.accelerator.is_main_process and _is_late(run)
+        # The first process' clock decides for all whether `--save-minutes` have passed.
+        late = 0 < 60 * run.config.save_minutes <= time.monotonic() - run.saved
+        late = late and run.accelerator.is_main_process
         return _Requests(*map(bool, _reduce(run.accelerator, [requested, late], "sum")))
 
-    try:
+    with at_first_signal(request):
         yield ask
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone
 from mixmask.checkpoints.load import load_backbone
+from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 
@@ -28,14 +29,13 @@ def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
     )
     if config.init:
         loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
-        try:
-            backbone.load_state_dict(loaded.backbone.state_dict())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+        state = loaded.backbone.state_dict()
+        if misfit := describe_misfit(backbone.state_dict(), state):
             raise ValueError(
                 f"--init {config.init} does not fit {config.arch} for images of "
-                f"{plural(config.channels, 'channel')} ({reason}); name another checkpoint"
-            ) from None
+                f"{plural(config.channels, 'channel')} ({misfit}); name another checkpoint"
+            )
+        backbone.load_state_dict(state)
     return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 

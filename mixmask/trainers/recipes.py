@@ -5,7 +5,7 @@ from __future__ import annotations
 from mixmask.trainers.config import PRESETS
 
 # What a recipe's settings follow.
-SOURCES: dict[str, str] = {
+_ORIGINS: dict[str, str] = {
     "clothing64": "our own trials: minutes on two CPU cores",
     "cifar10": "Un-Mix's code (Shen et al.); SimCLR appendix B.9; SimSiam appendix D",
     "cifar100": "Un-Mix's code (Shen et al.), on which the paper's rows build",
@@ -66,7 +66,7 @@ def describe() -> str:
         settings = ", ".join(
             f"{key.replace('_', '-')} {preset[key]}" for key in _SHOWN if key in preset
         )
-        lines += [name, f"  settings: {settings or 'the defaults'}", f"  source: {SOURCES[name]}"]
+        lines += [name, f"  settings: {settings or 'the defaults'}", f"  source: {_ORIGINS[name]}"]
         lines += [
             f"  published: {accuracy} % with --method {words} ({measure}; {source})"
             for (measure, source), accuracies in PUBLISHED.get(name, {}).items()

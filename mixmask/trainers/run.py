@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixmask._seeds import fold_seed
 from mixmask.backbones import check_sizes
 from mixmask.data.resources import choose_workers
-from mixmask.data.sets import Images
+from mixmask.data.sets import Images, Split
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
 from mixmask.runs.folder import (
@@ -26,7 +26,6 @@ from mixmask.runs.folder import (
     CONFIG,
     Row,
     copy_checkpoint,
-    has_checkpoint,
     is_run,
     is_unstarted,
     keep_checkpoint,
@@ -36,6 +35,7 @@ from mixmask.runs.folder import (
     write_rows,
 )
 from mixmask.runs.options import Options
+from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
@@ -52,6 +52,28 @@ def random_view(config: RunConfig, images: Images) -> RandomView:
         grey=config.grey,
         blur=config.blur,
         crop=isinstance(images, Tensor),
+    )
+
+
+def complete_config(config: RunConfig, train: Split) -> RunConfig:
+    """Complete a run's options by its images; `config.json` and the run's parts follow from them.
+
+    Before, a configuration holds what was given, and defaults: paths as the caller wrote them,
+    "auto" for where images are kept, and the usual number of channels. After, it says of itself
+    what was trained on what, in any working directory: paths are absolute, `stream` is "always" or
+    "never", and `channels` are those of the images. A complete one stays as it is.
+
+    Args:
+        config: Options that have been checked.
+        train: The training images (N, C, H, W). Those without names of files leave `data` alone.
+    """
+    return replace(
+        config,
+        data=str(Path(config.data).resolve()) if train.files else config.data,
+        init=str(Path(config.init).resolve()) if config.init else "",
+        channels=train.images.shape[1],
+        # A resumed run must find its images where they were, whatever memory is free by then.
+        stream="never" if isinstance(train.images, Tensor) else "always",
     )
 
 
@@ -77,7 +99,7 @@ class Run:
     def open(
         cls,
         config: RunConfig,
-        images: Images,
+        train: Split,
         out: Path,
         *,
         resume: Path | None = None,
@@ -85,46 +107,38 @@ class Run:
     ) -> Run:
         """Build a run, and make its folder or go on from the newest whole checkpoint of one.
 
-        `images` are (N, C, H, W) uint8, or stored ones. `resume` is the folder of the run to go
-        on from, which may be another than `out`; a run that was killed before its first
-        checkpoint starts at its first step. `facts` are what `config.json` says beside the
-        options; a resumed run with facts writes it anew.
+        Args:
+            config: Options that have been checked; here they are completed.
+            train: The training images, (N, C, H, W) uint8 or stored ones.
+            out: The run folder.
+            resume: The folder of the run to go on from, which may be another than `out`. A run
+                that was killed before its first checkpoint starts at its first step.
+            facts: What `config.json` says beside the options. A resumed run with facts writes it
+                anew.
         """
-        begun = resume is not None and has_checkpoint(resume)
-        if begun:  # The checkpoint has the weights that the run was started from.
-            run = cls.build(replace(config, init=""), images, out)
-            run.config = replace(run.config, init=config.init)
-        else:
-            run = cls.build(config, images, out)
-        if resume is not None:
+        config = complete_config(config, train)
+        begun = resume is not None and not is_unstarted(resume)
+        # A checkpoint has the weights that the run was started from, which may be gone by now.
+        run = cls.build(replace(config, init="") if begun else config, train.images, out)
+        run.config = config
+        if resume is not None and begun:
             run.load(resume)
         if run.accelerator.is_main_process and (resume is None or facts is not None):
-            # A resumed run must find its images where they were, whatever memory is free by then.
-            stream = "never" if isinstance(images, Tensor) else "always"
             processes = {"processes": run.accelerator.num_processes}
             out.mkdir(parents=True, exist_ok=True)
-            write_config(out, processes | (facts or {}) | asdict(run.config) | {"stream": stream})
-        if resume is not None and begun and resume != out:
+            write_config(out, processes | (facts or {}) | asdict(config))
+        if begun and resume != out:
             run.save()
         if config.tracker != "none":
-            options = {k: v for k, v in asdict(run.config).items() if not isinstance(v, tuple)}
-            # Otherwise Weights & Biases writes where the command was started.
-            where = {"wandb": {"dir": str(out)}}
-            try:
-                run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
-            except Exception as error:  # Of any tracker's own kind: no key, no network.
-                reason = str(error) or type(error).__name__
-                raise ValueError(
-                    f"--tracker {config.tracker} could not be started ({reason}); set it up, or "
-                    "leave the option out"
-                ) from error
+            _start_tracker(run)
         return run
 
     @classmethod
     def build(cls, config: RunConfig, images: Images, out: Path) -> Run:
-        """Build a run at its first step; the seed alone decides its weights."""
-        if images.shape[1] != config.channels:
-            config = replace(config, channels=images.shape[1])
+        """Build a run of a complete configuration at its first step.
+
+        The seed alone decides its weights.
+        """
         accelerator = _start_accelerator(config, out)
         steps = _count_steps(config, images, accelerator.num_processes)
         workers = 0
@@ -168,14 +182,11 @@ class Run:
         self.saved = time.monotonic()
 
     def load(self, folder: Path) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one.
-
-        A run that was killed before its first checkpoint stays at its first step.
-        """
-        if is_unstarted(folder):
-            return
+        """Restore the newest whole checkpoint; a warning names a damaged one."""
         file, content = load_checkpoint(folder, is_run)
         try:
+            if misfit := describe_misfit(self.model.state_dict(), content["model"]):
+                raise ValueError(misfit)  # noqa: TRY301
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             if self.accelerator.scaler is not None:
@@ -183,7 +194,7 @@ class Run:
             self.step, self.rows = content["step"], content["rows"]
             self.meter = Meter(**content["meter"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"{file} does not fit the run's {CONFIG} ({type(error).__name__}: {reason}); "
                 "restore the one it was trained with, or train it again with a new --out"
@@ -213,6 +224,21 @@ def _start_accelerator(config: RunConfig, out: Path) -> Accelerator:
     return accelerator
 
 
+def _start_tracker(run: Run) -> None:
+    """Tell the tracker of `--tracker` the run's options."""
+    options = {k: v for k, v in asdict(run.config).items() if not isinstance(v, tuple)}
+    # Otherwise Weights & Biases writes where the command was started.
+    where = {"wandb": {"dir": str(run.out)}}
+    try:
+        run.accelerator.init_trackers("mixmask", config=options, init_kwargs=where)
+    except Exception as error:  # Of any tracker's own kind: no key, no network.
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"--tracker {run.config.tracker} could not be started ({reason}); set it up, or leave "
+            "the option out"
+        ) from error
+
+
 def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
     """Return the number of steps in an epoch; the rest of the images waits for the next one."""
     steps = len(images) // (config.batch_size * processes)
@@ -226,6 +252,7 @@ def _count_steps(config: RunConfig, images: Images, processes: int) -> int:
 
 def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
     """Build the method on its device, with what the options say about batch norm and memory."""
+    # In all processes alike: nothing copies the weights from one to the others.
     torch.manual_seed(fold_seed(config.seed, "weights"))
     model = build_method(config)
     assert isinstance(model, nn.Module)

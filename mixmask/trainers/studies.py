@@ -13,14 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmask._checks import Ratio
-from mixmask.data.sets import Images
+from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.folder import METRICS, Row, has_checkpoint, read_rows, write_text
+from mixmask.runs.claim import starting
+from mixmask.runs.folder import (
+    CONFIG,
+    METRICS,
+    Row,
+    has_checkpoint,
+    read_config,
+    read_rows,
+    write_text,
+)
+from mixmask.runs.images import check_same, fingerprint_of
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
 from mixmask.trainers.config import PATTERNS, RunConfig
-from mixmask.trainers.loop import Monitor, pretrain
-from mixmask.trainers.methods import load_config, make_config
+from mixmask.trainers.files import load_config
+from mixmask.trainers.loop import Monitor, train
+from mixmask.trainers.methods import make_config
+from mixmask.trainers.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +44,8 @@ BUDGET_METHODS = ("moco-v2", "simclr", "simsiam")
 MEASURES = ("knn", "linear")
 # A cell of the mask is at least this many pixels wide, as in the paper: 8 at 32 px, 16 at 64 px.
 _CELL_PIXELS = 4
-# Options that change no weights.
-_FREE = ("stream", "workers", "save_every", "save_minutes", "keep")
+# Options that change no weights, and the channels, which are those of the data.
+_FREE = ("stream", "workers", "save_every", "save_minutes", "keep", "channels")
 # The columns of a table's CSV file that say what a cell is.
 _COLUMNS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
 # What a run that cannot go on raises; the other runs of a study can.
@@ -68,21 +80,24 @@ class StudyRun:
         """Return an accuracy after the last epoch, 0 ... 1."""
         return self.rows[-1].get(measure) if self.rows else None
 
-    def train(self, images: Images, monitor: Monitor) -> None:
+    def train(self, data: ImageData, monitor: Monitor) -> None:
         """Train to the end, from the checkpoint if there is one, and keep the rows or the error.
 
         Args:
-            images: (N, 3, H, W) uint8, or a folder's.
-            monitor: As for `pretrain`; it measures "knn" and, at the end, "linear".
+            data: The study's images.
+            monitor: As for `train_method`; it measures "knn" and, at the end, "linear".
 
         Raises:
             KeyboardInterrupt: If the run was interrupted, once it is saved.
         """
-        self.error, begun = "", has_checkpoint(self.folder)
+        self.error = ""
+        resume = self.folder if has_checkpoint(self.folder) else None
+        facts = {"fingerprint": fingerprint_of(data)}
         try:
-            _, self.rows = pretrain(
-                self.config, images, self.folder, monitor=monitor, resume=begun, progress=False
-            )
+            with starting(self.folder):
+                run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
+                train(run, monitor=monitor, progress=False)
+            self.rows = run.rows
         except _FAILURES as error:
             self.error = " ".join(str(error).split()) or type(error).__name__
 
@@ -204,6 +219,18 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
         if rows and rows[-1]["epoch"] == run.config.epochs and "knn" in rows[-1]:
             run.rows = rows
     return runs
+
+
+def check_images(runs: Sequence[StudyRun], data: ImageData) -> None:
+    """Check that the runs that are there already were trained on a study's images.
+
+    Raises:
+        ValueError: If one was trained on others: its accuracy would be in the wrong table.
+    """
+    for run in runs:
+        if (run.folder / CONFIG).exists():
+            there, size = read_config(run.folder), run.config.image_size
+            check_same(data, there, run.config.data, image_size=size, where=str(run.folder))
 
 
 def _check_options(run: StudyRun) -> None:

@@ -299,7 +299,7 @@ def test_out_of_memory_names_the_options_that_help(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("mixmask.cli.pretrain.train", full)
+    monkeypatch.setattr("mixmask.trainers.start.train", full)
     assert cli.main(["pretrain", "--out", str(tmp_path / "run")]) == 2
     assert "--accumulate 2" in capsys.readouterr().err
 
@@ -335,7 +335,7 @@ def test_the_hosts_memory_may_run_out_too(
     def full(*_: object, **__: object) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr("mixmask.cli.pretrain.train", full)
+    monkeypatch.setattr("mixmask.trainers.start.train", full)
     out = tmp_path / "run"
     line = refused(["pretrain", "--out", str(out)], capsys)
     assert line.startswith("mixmask: out of memory: --accumulate 2 halves what a step holds")

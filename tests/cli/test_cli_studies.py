@@ -127,6 +127,10 @@ def test_compare_refuses_what_is_no_comparison(
     images = {"train": 1, "test": 1, "classes": ["cat"], "sum": ""}
     other = copy_of(b, tmp_path / "other", data="cifar10", fingerprint=images)
     assert "do not compare" in refused(["compare", a, other, "--out", out], capsys)
+    odd = copy_of(b, tmp_path / "odd")
+    (odd / "metrics.csv").write_text("epoch,knn\n1,nan\n")
+    line = refused(["compare", a, odd, "--out", out], capsys)
+    assert "odd/metrics.csv, line 2 must hold one finite number per column, got knn='nan'" in line
     assert not out.exists()
     nowhere = tmp_path / "no" / "x.png"
     assert "which is not a folder" in refused(["compare", a, b, "--out", nowhere], capsys)

@@ -28,7 +28,7 @@ class Config:
     kind: str = option("a", "which kind", ("a", "b"))
     name: str = option("", "its name")
     deep: bool = option(False, "use more layers")
-    ratio: Ratio = option(0.5, "share of own pixels")  # noqa: RUF009
+    ratio: Ratio = option(0.5, "share of own pixels", ratio=True)  # noqa: RUF009
 
 
 def parse(*words: str, **options: Any) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_signals_to_all_processes_leave_the_workers_at_work(images: StoredImages
         next(batches)
         for worker in active_children():
             assert worker.pid is not None
-            for sent in (signal.SIGINT, signal.SIGTERM):
+            for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(worker.pid, sent)
         assert len(list(batches)) == 7
 

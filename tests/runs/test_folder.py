@@ -72,6 +72,23 @@ def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
     assert written == {"format": FORMAT, "version": __version__, "ratio": [0.25, 0.75]}
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1,nan", "line 3 must hold one finite number per column, got knn='nan'"),
+        ("1,inf", "line 3 must hold one finite number per column, got knn='inf'"),
+        ("1,high", "line 3 must hold one finite number per column, got knn='high'"),
+        ("1,0.5,0.5", r"line 3 must hold one finite number per column, got =\['0.5'\]"),
+        (",0.5", "line 3 must hold the number of an epoch, got None"),
+        ("1.5,0.5", "line 3 must hold the number of an epoch, got 1.5"),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_told(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(f"epoch,knn\n0,0.25\n{line}\n")
+    with pytest.raises(ValueError, match=rf"metrics.csv, {message}"):
+        read_rows(tmp_path)
+
+
 def test_a_run_with_results_does_not_start_again(tmp_path: Path) -> None:
     assert not is_unstarted(tmp_path)
     write_config(tmp_path, {})
@@ -233,7 +250,9 @@ def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> 
         ("[" * 100_000, "nested too deeply"),
         ('{"lr": NaN}', "it holds NaN, which is not a JSON number"),
         ('{"arch": []}', r"'arch' must be of type str, got \[\]"),
-        ('{"image_size": -1}', "'image_size' must be of type int, got -1"),
+        ('{"image_size": -1}', r"'image_size' must be within 1 \.\.\. 2147483647, got -1"),
+        ('{"seed": true}', "'seed' must be of type int, got True"),
+        ('{"data": ""}', "'data' must name the images, got ''"),
         ('{"small_stem": 1}', "'small_stem' must be of type bool, got 1"),
         ('{"format": 99, "version": "9.0"}', r"newer version of mixmask \(9\.0\) wrote it, in for"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixmask.backbones import build_backbone
 from mixmask.data.sets import load_data
 from mixmask.data.views import normalize
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import make_config
 
 
@@ -85,7 +85,7 @@ def pretrained(out: Path, **options: Any) -> Any:
     """Pretrain for two steps into a run folder, and return the backbone, to be evaluated."""
     tiny = {"epochs": 1, "batch_size": 8, "image_size": 32, "queue_size": 16, "dim": 16}
     config = make_config(**(tiny | options))
-    model, _ = pretrain(config, photographs()[0][:16], out, progress=False)
+    model, _ = train_method(config, photographs()[0][:16], out, progress=False)
     assert (out / "config.json").exists()
     # Trained channels last; in another order the same sums round otherwise.
     return model.backbone.eval().to(memory_format=torch.contiguous_format)

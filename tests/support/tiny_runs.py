@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixmask import MixedBatch
 from mixmask.data.sets import Images, StoredImages, load_data
-from mixmask.trainers.loop import pretrain
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.mixtures import Mixture
 
@@ -107,7 +107,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def run(config: Any, images: Images, out: Path, **options: Any) -> Any:
-    return pretrain(config, images, out, progress=False, **options)[0]
+    return train_method(config, images, out, progress=False, **options)[0]
 
 
 def interrupt_at(step: int, method: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from mixmask import cli
 from mixmask.runs.folder import FORMAT, write_config
 from mixmask.runs.options import flag
 from mixmask.trainers.config import PRESETS, RunConfig
+from mixmask.trainers.files import load_config
 from mixmask.trainers.loop import learning_rate
-from mixmask.trainers.methods import METHODS, load_config, make_config
+from mixmask.trainers.methods import METHODS, make_config
 from mixmask.trainers.methods.moco import MoCoConfig
 
 every_method = pytest.mark.parametrize("method", METHODS)

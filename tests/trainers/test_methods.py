@@ -28,7 +28,8 @@ from mixmask import cli, mix_batch
 from mixmask.backbones import build_backbone
 from mixmask.runs.options import option
 from mixmask.trainers.config import MIXTURES, RunConfig
-from mixmask.trainers.methods import METHODS, Entry, load_config, make_config
+from mixmask.trainers.files import load_config
+from mixmask.trainers.methods import METHODS, Entry, make_config
 from mixmask.trainers.mixtures import Term, build_mixtures, mixed_terms
 
 # How many views each mixture makes of one.

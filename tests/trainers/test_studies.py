@@ -14,13 +14,16 @@ import torch
 from tiny_runs import assert_same, interrupt_at, tiny_images
 from torch import Tensor
 
-from mixmask.trainers.loop import pretrain
+from mixmask.data.sets import ImageData, Split
+from mixmask.runs.folder import read_config
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import (
     BUDGET_METHODS,
     Cell,
     StudyRun,
     budget_cells,
+    check_images,
     collect,
     mask_cells,
     plan_runs,
@@ -34,8 +37,8 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    return tiny_images(16)
+def data() -> ImageData:
+    return ImageData(Split(tiny_images(16)), None, ())
 
 
 def monitor(backbone: torch.nn.Module, thorough: bool) -> dict[str, float]:
@@ -125,17 +128,19 @@ def test_plans_go_through_the_table_seed_by_seed_each_run_once(tmp_path: Path) -
 
 
 def test_a_study_goes_on_where_it_was_interrupted(
-    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = plan_runs(tiny_cells(), 1, tmp_path)[1]
     with monkeypatch.context() as patch:
         interrupt_at(3, MoCo, patch)
         with pytest.raises(KeyboardInterrupt):
-            run.train(images, monitor)
+            run.train(data, monitor)
     resumed = plan_runs(tiny_cells(), 1, tmp_path)[1]
     assert not resumed.rows
-    resumed.train(images, monitor)
-    whole, rows = pretrain(run.config, images, tmp_path / "whole", progress=False, monitor=monitor)
+    resumed.train(data, monitor)
+    whole, rows = train_method(
+        run.config, data.train.images, tmp_path / "whole", progress=False, monitor=monitor
+    )
     assert resumed.last("knn") == pytest.approx(rows[-1]["knn"], abs=0)
     model = torch.load(run.folder / "last.pt", weights_only=True)["model"]
     twin = MoCo(run.config)  # type: ignore[arg-type]
@@ -149,21 +154,21 @@ def test_a_study_goes_on_where_it_was_interrupted(
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(
-    images: Tensor, tmp_path: Path
+    data: ImageData, tmp_path: Path
 ) -> None:
     run = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
-    run.train(images, monitor)
+    run.train(data, monitor)
     assert not run.error
     for file in ("last.pt", "metrics.csv"):
         (run.folder / file).unlink()
     again = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
     assert (again.folder, again.config, again.rows) == (run.folder, run.config, [])
-    again.train(images, monitor)
+    again.train(data, monitor)
     assert again.last("knn") is not None
 
 
-def test_a_folder_of_another_run_is_refused(images: Tensor, tmp_path: Path) -> None:
-    plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0].train(images, monitor)
+def test_a_folder_of_another_run_is_refused(data: ImageData, tmp_path: Path) -> None:
+    plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0].train(data, monitor)
     with pytest.raises(ValueError, match=r"holds a run with lr 0.03, this study has lr 0.1;"):
         plan_runs(tiny_cells(epochs=1, lr=0.1), 1, tmp_path)
     (tmp_path / "grid-4_block_ratio-0.5_switch" / "seed-0").mkdir(parents=True)
@@ -172,8 +177,31 @@ def test_a_folder_of_another_run_is_refused(images: Tensor, tmp_path: Path) -> N
         plan_runs(tiny_cells(epochs=1), 1, tmp_path)
 
 
+def test_runs_that_saw_other_images_are_refused(data: ImageData, tmp_path: Path) -> None:
+    runs = plan_runs(tiny_cells(epochs=1), 1, tmp_path)
+    check_images(runs, data)  # None is there.
+    runs[0].train(data, monitor)
+    recorded = read_config(runs[0].folder)
+    assert (recorded["stream"], recorded["fingerprint"]["train"]) == ("never", 16)
+    check_images(runs, data)
+    other = ImageData(Split(tiny_images(17)), None, ())
+    with pytest.raises(
+        ValueError, match=r"seed-0 was started on: 17 training images instead of 16"
+    ):
+        check_images(runs, other)
+
+
+def test_a_study_of_greyscale_images_goes_on(data: ImageData, tmp_path: Path) -> None:
+    assert isinstance(data.train.images, Tensor)
+    grey = ImageData(Split(data.train.images[:, :1]), None, ())  # (N, 1, H, W)
+    plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0].train(grey, monitor)
+    again = plan_runs(tiny_cells(epochs=1), 1, tmp_path)[0]
+    assert again.last("knn") is not None
+    assert read_config(again.folder)["channels"] == 1
+
+
 def test_a_run_that_fails_says_why_and_is_no_number(
-    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = tiny_cells(epochs=1)
     runs = plan_runs(cells, 1, tmp_path)
@@ -185,7 +213,7 @@ def test_a_run_that_fails_says_why_and_is_no_number(
     with monkeypatch.context() as patch:
         patch.setattr(MoCo, "encode", broken)
         for run in runs:
-            run.train(images, monitor)
+            run.train(data, monitor)
     assert [bool(run.error) for run in runs] == [False, True, False, False]
     lines = collect(cells, runs)
     assert [len(line.accuracies["knn"]) for line in lines] == [1, 0, 1, 1, 1, 1, 1]
@@ -193,7 +221,7 @@ def test_a_run_that_fails_says_why_and_is_no_number(
     assert text.count("Failed: grid-4_block_ratio-0.5_switch, seed 0: the loss became nan") == 1
     again = plan_runs(cells, 1, tmp_path)
     assert [bool(run.rows) for run in again] == [True, False, True, True]  # To be tried again.
-    again[1].train(images, monitor)
+    again[1].train(data, monitor)
     assert not again[1].error
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Generator, Tensor, nn
 
 from mixmask._checks import check_choice
-from mixmask.runs.folder import CONFIG, read_config
-from mixmask.runs.options import Options, flag, restore_config
+from mixmask.runs.options import Options, flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
 from mixmask.trainers.mixtures import Mixture, Term, Views
@@ -107,9 +105,10 @@ def make_config(**given: Any) -> Any:
                 advice = f" (only by {', '.join(owners)}); leave it out"
             raise ValueError(f"{flag(name)} is not supported by {method}{advice}")
     data = given.get("data", RunConfig.data)
-    recipe = given.get("recipe") or (data if data in PRESETS else "imagenet")
+    has_own = isinstance(data, str) and data in PRESETS  # The configuration checks its type.
+    recipe = given.get("recipe") or (data if has_own else "imagenet")
     check_choice("--recipe", recipe, tuple(PRESETS))
-    if recipe != data and data in PRESETS:
+    if has_own and recipe != data:
         raise ValueError(
             f"--recipe {recipe} does not suit --data {data}; leave --recipe out, or pass the "
             "folder of its images"
@@ -130,56 +129,6 @@ def option_defaults(method: str, recipe: str = "imagenet") -> Options:
     entry = METHODS[method]
     own = {field.name: field.default for field in dataclasses.fields(entry.config)}
     return {**own, **PRESETS[recipe], **entry.presets.get(recipe, {}), **entry.defaults}
-
-
-# Options of older versions: another name, or none any more.
-_RENAMED, _REMOVED = {"monitor": "measure_every"}, ("decode",)
-# Options that came with a format of `config.json`, which runs of earlier ones may lack.
-_FIRST = (
-    "stream", "workers", "channels", "recipe", "alpha", "global_share", "channel_share",
-    "extra_crops", "mixed_size", "mix_every", "replace_clean", "optimizer", "accumulate",
-    "compile", "compile_mode", "checkpointing", "sync_bn", "tracker", "symmetric",
-    "one_directional", "redundancy_weight", "scale", "epsilon", "frozen", "holdout", "init",
-    "save_every", "keep",
-)  # fmt: skip
-_LATER = {2: _FIRST, 3: ("save_minutes",)}
-
-
-def options_of_run(content: Options, given: Options) -> Options:
-    """Return what a new run takes from an old one's `config.json`, beside the options given.
-
-    What the old one's images decided is left out, its recipe too where the data are others, and
-    what the new one's method does not have.
-    """
-    content = {_RENAMED.get(name, name): value for name, value in content.items()}
-    own = option_defaults({**content, **given}.get("method", RunConfig.method))
-    others = {name for method in METHODS for name in option_defaults(method)} - own.keys()
-    left = {*_REMOVED, *others, "stream", "channels", *(["recipe"] if "data" in given else [])}
-    return {name: value for name, value in content.items() if name not in left}
-
-
-def load_config(folder: Path) -> RunConfig:
-    """Read the configuration of a run folder, of older versions too.
-
-    Raises:
-        ValueError: If it is not a folder of a pretraining run, or not all options are there and
-            within their limits.
-    """
-    try:
-        return build_config(read_config(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is not a run that can be resumed: its {CONFIG} cannot be used ({error}); "
-            "pass a folder that --out named"
-        ) from error
-
-
-def build_config(content: Options) -> RunConfig:
-    """Build a configuration from all of its options, as `config.json` has them."""
-    given = {_RENAMED.get(name, name): value for name, value in content.items()}
-    check_choice("--method", given.get("method"), tuple(METHODS))
-    fields = {name: value for name, value in given.items() if name not in _REMOVED}
-    return restore_config(METHODS[fields["method"]].config, fields, later=_LATER)
 
 
 def build_method(config: RunConfig) -> Method:

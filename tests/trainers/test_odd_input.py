@@ -1,0 +1,138 @@
+"""What a run is given that cannot be used: one line says what, before anything changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import write_photographs
+from torch.utils.data import TensorDataset
+
+from mixmask.trainers import Pretrained, pretrain
+
+TINY: dict[str, Any] = {
+    "arch": "narrow", "image_size": 16, "epochs": 1, "batch_size": 8, "queue_size": 16, "dim": 8,
+    "grid_size": 2, "measure_every": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+@pytest.fixture(scope="module")
+def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(tmp_path_factory.mktemp("runs") / "run", data=photographs, **TINY).folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, which a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def start(out: Path | None, **options: Any) -> Pretrained:
+    return pretrain(out=out, progress=False, device="cpu", **options)
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("out: runs/a", "'out' is not part of a configuration; .* pass --out to the command"),
+        ("threads: 2", "'threads' is not part of a configuration; .*pass --threads"),
+        ("resume: a", "'resume' is not part of a configuration"),
+        ("lr: {start: 1}", "'lr' must have one value, got {'start': 1}; write all options side"),
+        ("data: {train: a}", "'data' must have one value, got {'train': 'a'}"),
+        ("btach-size: 3", "'btach-size' is not an option; did you mean 'batch_size'"),
+        ("colour: red", "'colour' is not an option; leave it out"),
+        ("data: [a, b]", "--data must be the name of a data set, a path or .*, got list"),
+        ("method: [byol]", r"--method must be one of .*, got \['byol'\]"),
+        ("{method: dino, format: 4}", "--method must be one of .*, got 'dino'"),
+        ("ratio: [a, b]", "ratio must be a number or a range"),
+        ("lr:", "--lr must be a number, got None"),
+        ("arch: ''", "--arch must not be empty; leave it out for 'resnet50'"),
+    ],
+)
+def test_options_of_a_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="accelerate brings it")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises((ValueError, TypeError), match=message):
+        start(tmp_path / "run", config=file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_are_taken_and_data_sets_are_named_from_python(finished: Path, run: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["data"].endswith("photographs")  # Given as a path.
+    dataset = TensorDataset(torch.zeros(4, 3, 8, 8))
+    message = r"package.module:function, got TensorDataset; write a function that returns"
+    for options in ({"resume": run, "out": None}, {"out": run / "new"}):
+        with pytest.raises(TypeError, match=message):
+            start(data=dataset, **options)
+    assert not (run / "new").exists()
+
+
+@pytest.mark.parametrize("epochs, shown", [("3", "'3'"), (3.0, "3.0"), (True, "True")])
+def test_epochs_of_another_type_are_refused_when_a_run_goes_on(
+    epochs: Any, shown: str, run: Path
+) -> None:
+    before = state(run)
+    with pytest.raises(TypeError, match=f"--epochs must be a whole number, got {shown}"):
+        start(None, resume=run, epochs=epochs)
+    assert state(run) == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"processes": 0}, r"'processes' must be within 1 \.\.\. 2147483647, got 0"),
+        ({"data": ""}, "'data' must name the images, got ''"),
+        ({"arch": ""}, "--arch must not be empty"),
+        ({"queue_size": 12}, r"queue.keys must be of shape \(12, 8\), got \(16, 8\)"),
+        ({"arch": "medium"}, "backbone.* is missing|backbone.* must be of shape"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_run_is_refused(
+    changes: dict[str, Any], message: str, run: Path
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | changes))
+    before = state(run)
+    with pytest.raises(ValueError, match=message) as error:
+        start(None, resume=run)
+    assert "\n" not in str(error.value)
+    assert state(run) == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt", "curves.png", "metrics.csv"])
+def test_a_folder_in_the_place_of_a_file_is_refused(name: str, run: Path) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    before = state(run)
+    with pytest.raises(ValueError, match=f"{name} must be a file, got a folder; move it out of"):
+        start(None, resume=run, epochs=2)
+    assert state(run) == before
+
+
+def test_accuracies_that_are_no_numbers_are_left_out_with_a_warning(
+    photographs: Path, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"monitor returned .*nan.*; knn is left out"):
+        result = start(
+            tmp_path / "run",
+            data=photographs,
+            monitor=lambda *_: lambda *_: {"knn": float("nan"), "mine": 1},
+            **TINY,
+        )
+    assert [row["mine"] for row in result.rows] == [1.0, 1.0]
+    assert not any("knn" in row for row in result.rows)
