@@ -16,7 +16,13 @@ from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_nam
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
-from mixmask.runs.folder import CONFIG, is_run, load_checkpoint, read_config
+from mixmask.runs.folder import (
+    CONFIG,
+    describe_difference,
+    is_run,
+    load_checkpoint,
+    read_config,
+)
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
@@ -150,12 +156,18 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
     if path.is_dir():
-        file, content = load_checkpoint(path, lambda held: is_run(held) or "classes" in held)
+        file, content = load_checkpoint(path, _find_misfit)
         return file, content, _read_options(path) if is_run(content) else {}
     content, metadata = read_checkpoint(path)
     if is_run(content):
+        if difference := describe_difference(path, content):
+            raise ValueError(f"{difference}; restore what was changed, or move {CONFIG} away")
         return path, content, _read_options(path.parent)
     return path, content, metadata or exported_metadata(content)
+
+
+def _find_misfit(content: Mapping[str, Any]) -> str:
+    return "" if is_run(content) or "classes" in content else "it is not a checkpoint of a run"
 
 
 def _find(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from mixmask.runs.folder import (
     write_config,
     write_json,
 )
+from mixmask.runs.reading import describe_misfit
 from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
@@ -157,6 +158,7 @@ class Run:
         content = {
             "model": self.detector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "options": dataclasses.asdict(self.config),
             "classes": list(self.data.classes),
             "images": len(self.data.train),
             **{name: getattr(self, name) for name in _PROGRESS},
@@ -171,7 +173,14 @@ class Run:
         """
         if is_unstarted(self.out):
             return
-        file, content = load_checkpoint(self.out, lambda content: "classes" in content)
+
+        def find_misfit(content: dict[str, Any]) -> str:
+            parts = {"classes", "images", "model"}
+            if not (parts <= set(content) and isinstance(content["model"], dict)):
+                return "it is not a checkpoint of a detection run"
+            return describe_misfit(self.detector.state_dict(), content["model"])
+
+        file, content = load_checkpoint(self.out, find_misfit)
         classes, images = list(self.data.classes), len(self.data.train)
         try:
             if (content["classes"], content["images"]) != (classes, images):
@@ -185,7 +194,7 @@ class Run:
             for name in _PROGRESS:
                 setattr(self, name, content[name])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            reason, _, _ = str(error).partition("\n")
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
                 "train it again with a new --out"

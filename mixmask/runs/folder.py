@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from mixmask._version import __version__
-from mixmask.runs.options import Options
+from mixmask.runs.options import Options, describe_change
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
 # The columns of `metrics.csv` that an epoch has measured.
@@ -333,8 +333,18 @@ def is_run(content: object) -> bool:
     return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
 
 
+def describe_difference(file: Path, content: Mapping[str, Any]) -> str:
+    """Say how a checkpoint's options differ from the `config.json` beside it; "" if they do not."""
+    try:
+        written = read_config(file.parent)
+    except (OSError, ValueError):  # Who needs it says so.
+        return ""
+    change = describe_change(content.get("options"), written)
+    return f"{file} was trained with other options than its {CONFIG} says ({change})" * bool(change)
+
+
 def load_checkpoint(
-    folder: Path, is_usable: Callable[[dict[str, Any]], bool] = bool
+    folder: Path, find_misfit: Callable[[dict[str, Any]], str] = lambda _: ""
 ) -> tuple[Path, dict[str, Any]]:
     """Read the newest whole checkpoint on the CPU; a warning names it where it is not the last.
 
@@ -342,13 +352,13 @@ def load_checkpoint(
 
     Args:
         folder: The run folder.
-        is_usable: Whether a content has the parts that the caller needs. Default: any at all.
+        find_misfit: Says why the caller cannot use a content; "" if it can. Default: it can.
 
     Returns:
         The file and its content.
 
     Raises:
-        ValueError: If the folder holds no whole checkpoint.
+        ValueError: If the folder holds no checkpoint that can be used.
     """
     problems = []
     for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS):
@@ -359,16 +369,19 @@ def load_checkpoint(
         except (OSError, ValueError) as error:
             problems.append(str(error))
             continue
-        if not isinstance(content, dict) or not is_usable(content):
-            problems.append(f"{file} is not a checkpoint of such a run")
+        misfit = "it is not a checkpoint"
+        if isinstance(content, dict):
+            misfit = describe_difference(file, content) or find_misfit(content)
+        if misfit:
+            problems.append(misfit if str(file) in misfit else f"{file} cannot be used ({misfit})")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)
         return file, content
     if problems:
         raise ValueError(
-            f"{folder} holds no whole checkpoint ({'; '.join(problems)}); train it again with a "
-            "new --out"
+            f"{folder} holds no whole checkpoint of its run ({'; '.join(problems)}); train it "
+            "again with a new --out, or restore what was changed"
         )
     raise ValueError(
         f"{folder} is not a run folder: it holds neither {LAST} nor {PREVIOUS}; pass the folder "

@@ -23,6 +23,12 @@ Value = TypeVar("Value")
 # What `config.json` says beside the options: its format, who wrote it, how many processes trained,
 # which data they saw, and where a detector's backbone came from.
 FACTS = ("format", "version", "processes", "fingerprint", "source")
+# What may differ between a checkpoint and `config.json`: where and how far a run goes on, and how
+# its images are shared between processes.
+_CHANGEABLE = (
+    "epochs", "data", "init", "stream", "workers", "batch_size", "accumulate", "save_every",
+    "save_minutes", "keep", "measure_every", "tracker",
+)  # fmt: skip
 # The numbers that a field of this type takes.
 _KINDS: dict[type, type] = {int: Integral, float: Real}
 
@@ -161,6 +167,27 @@ def restore_config(
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
     return kind(**{name: content[name] for name in names if name in content})
+
+
+def describe_change(trained: object, written: Options) -> str:
+    """Name the first option that `config.json` lacks or has changed since a checkpoint; or "".
+
+    Args:
+        trained: The options that the checkpoint noted.
+        written: What `read_config` returned.
+
+    Example:
+        >>> describe_change({"lr": 0.1, "epochs": 9}, {"lr": 0.5, "epochs": 5})
+        'lr was 0.1, is 0.5'
+    """
+    for name, value in trained.items() if isinstance(trained, Mapping) else ():
+        if name not in written:
+            return f"{name} is missing"
+        now = written[name]
+        now = tuple(now) if isinstance(now, list) else now  # JSON knows no tuples.
+        if name not in _CHANGEABLE and now != value:
+            return f"{name} was {value!r}, is {now!r}"
+    return ""
 
 
 def check_range(name: str, value: float, low: float | None, high: float | None = None) -> None:

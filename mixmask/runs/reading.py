@@ -134,7 +134,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     return content, {}
 
 
-def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, object]) -> str:
     """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
 
     Example:
@@ -144,8 +144,8 @@ def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     for name, tensor in own.items():
         if name not in found:
             return f"{name} is missing"
-        if tensor.shape != found[name].shape:
-            shapes = tuple(tensor.shape), tuple(found[name].shape)
+        shapes = tuple(tensor.shape), tuple(getattr(found[name], "shape", ()))
+        if shapes[0] != shapes[1]:
             return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
     return next((f"{name} is unknown" for name in found if name not in own), "")
 

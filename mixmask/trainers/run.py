@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ class Run:
                 "step": self.step,
                 "rows": self.rows,
                 "meter": self.meter.state(),
+                "options": asdict(self.config),
             }
             if self.accelerator.scaler is not None:
                 content["scaler"] = self.accelerator.scaler.state_dict()
@@ -183,10 +185,14 @@ class Run:
 
     def load(self, folder: Path) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one."""
-        file, content = load_checkpoint(folder, is_run)
+
+        def find_misfit(content: Options) -> str:
+            if not (is_run(content) and isinstance(content["model"], Mapping)):
+                return "it is not a checkpoint of a pretraining run"
+            return describe_misfit(self.model.state_dict(), content["model"])
+
+        file, content = load_checkpoint(folder, find_misfit)
         try:
-            if misfit := describe_misfit(self.model.state_dict(), content["model"]):
-                raise ValueError(misfit)  # noqa: TRY301
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             if self.accelerator.scaler is not None:

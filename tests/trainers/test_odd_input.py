@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from commands import write_photographs
 from torch.utils.data import TensorDataset
 
+from mixmask.checkpoints import load_backbone
 from mixmask.trainers import Pretrained, pretrain
 
 TINY: dict[str, Any] = {
@@ -98,8 +100,9 @@ def test_epochs_of_another_type_are_refused_when_a_run_goes_on(
         ({"processes": 0}, r"'processes' must be within 1 \.\.\. 2147483647, got 0"),
         ({"data": ""}, "'data' must name the images, got ''"),
         ({"arch": ""}, "--arch must not be empty"),
-        ({"queue_size": 12}, r"queue.keys must be of shape \(12, 8\), got \(16, 8\)"),
-        ({"arch": "medium"}, "backbone.* is missing|backbone.* must be of shape"),
+        ({"queue_size": 12}, r"trained with other options than .*\(queue_size was 16, is 12\)"),
+        ({"arch": "medium"}, r"\(arch was 'narrow', is 'medium'\)"),
+        ({"lr": 0.5}, r"\(lr was [0-9.]+, is 0.5\)"),
     ],
 )
 def test_a_configuration_that_does_not_fit_its_run_is_refused(
@@ -112,6 +115,33 @@ def test_a_configuration_that_does_not_fit_its_run_is_refused(
         start(None, resume=run)
     assert "\n" not in str(error.value)
     assert state(run) == before
+
+
+@pytest.mark.parametrize("options", [True, False])
+def test_a_checkpoint_of_another_run_is_passed_over(
+    options: bool, run: Path, photographs: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run / "last.pt", run / "previous.pt")
+    other = start(tmp_path / "other", data=photographs, **{**TINY, "queue_size": 12}).folder
+    content = torch.load(other / "last.pt", weights_only=True)
+    if not options:  # As older versions wrote it.
+        del content["options"]
+    torch.save(content, run / "last.pt")
+    told = "queue_size was 12, is 16" if options else r"queue.keys must be of shape \(16, 8\), got"
+    with pytest.warns(UserWarning, match="last") as caught:
+        result = start(None, resume=run, epochs=2)
+    texts = "\n".join(str(warning.message) for warning in caught)
+    assert re.search(rf"last\.pt.*{told}.*previous\.pt is used instead", texts)
+    assert [row["epoch"] for row in result.rows] == [1, 2]
+
+
+def test_a_configuration_without_an_option_is_told(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    del config["epochs"]
+    (run / "config.json").write_text(json.dumps(config))
+    for path in (run, run / "last.pt"):
+        with pytest.raises(ValueError, match=r"than its config.json says \(epochs is mis"):
+            load_backbone(path)
 
 
 @pytest.mark.parametrize("name", ["last.pt", "previous.pt", "curves.png", "metrics.csv"])
