@@ -91,7 +91,7 @@ def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
     """Refuse what would train on something else than it seems to, where it can be detected."""
     check_kind(criterion)
-    base = _unwrap(criterion)
+    base = unwrap(criterion)
     if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
         raise TypeError(
             f"the criterion compares embeddings, got the module {type(base).__name__}, which has "
@@ -125,7 +125,7 @@ def check_kind(criterion: Any) -> None:
         raise TypeError(
             f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
         )
-    base = _unwrap(criterion)
+    base = unwrap(criterion)
     # A loss falls where the similarity rises: its sign would train embeddings apart.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
@@ -134,7 +134,8 @@ def check_kind(criterion: Any) -> None:
         )
 
 
-def _unwrap(criterion: Callable[..., Any]) -> Any:
+def unwrap(criterion: Callable[..., Any]) -> Any:
+    """Return what a partial calls in the end, or the criterion itself."""
     while isinstance(criterion, partial):
         criterion = criterion.func
     return criterion

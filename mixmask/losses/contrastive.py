@@ -18,6 +18,7 @@ from mixmask.losses._rows import (
     check_reduction,
     check_rows,
     mix_losses,
+    read,
     reduce,
     upcast,
 )
@@ -68,7 +69,7 @@ def info_nce(
         torch.Size([4])
     """
     _check_options(negatives, temperature, gather_distributed, reduction)
-    queue = _read(negatives)  # (K, C)
+    queue = read(negatives, _check_queue)  # (K, C)
     _check_inputs(z, target, queue)
     if queue is None:
         return _contrast_in_batch(z, target, temperature, gather_distributed, reduction)
@@ -117,7 +118,7 @@ class InfoNCE:
         partner: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        queue, tau = _read(self.negatives), self.temperature
+        queue, tau = read(self.negatives, _check_queue), self.temperature
         _check_inputs(z, target, queue)
         if queue is None and other is not None and partner is not None:
             # Both terms contrast with the same targets: one matrix of logits serves them.
@@ -134,15 +135,6 @@ class InfoNCE:
         own = contrast(target)  # (N,)
         others = None if other is None else contrast(other)
         return reduce(mix_losses(own, others, lam), self.reduction)
-
-
-def _read(negatives: Negatives | None) -> Tensor | None:
-    """Return the queue of now."""
-    if negatives is None or isinstance(negatives, Tensor):
-        return negatives
-    queue = negatives()
-    _check_queue(queue)
-    return queue
 
 
 def _check_options(

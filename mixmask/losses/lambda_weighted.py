@@ -32,7 +32,7 @@ from mixmask.losses._inputs import (
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import is_library, is_traceable, lend_buffers, lend_state
+from mixmask.losses._state import is_traceable, lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
 
 
@@ -124,12 +124,13 @@ class LambdaWeightedLoss(nn.Module):
     call updates it.
 
     State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
-    tensors, and what its code encloses or reads from modules and classes. Random generators,
-    files and what lies deep in objects of other packages are not covered. State is copied twice
-    per mixed view, even a huge bank, unless `ignore` names it; a criterion without state costs
-    nothing. Pass the loss alone: for a function around a model, the model's buffers are copied
-    too. Build this module once, outside of the loop, and call it from one thread at a time.
-    State outside of buffers breaks torch.compile's graph, and `fullgraph=True` refuses it.
+    tensors, what its functions enclose, and the globals that they name. Attributes of classes and
+    of imported modules, random generators, files and what lies deep in objects of other packages
+    are not covered. State is copied twice per mixed view, even a huge bank, unless `ignore` names
+    it; a criterion without state costs nothing. Pass the loss alone: for a function around a model,
+    the model's buffers are copied too. Build this module once, outside of the loop, and call it
+    from one thread at a time. State outside of buffers breaks torch.compile's graph, and
+    `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. A single mixed view belongs
@@ -320,7 +321,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
         # Dynamo can follow state in buffers and numbers of modules, and nothing else.
-        if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
+        if torch.compiler.is_compiling() and not is_traceable(self):
             return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
         check_sizes(mixed.partner.shape[0], z_mixed=z_mixed, target=target)

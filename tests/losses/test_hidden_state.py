@@ -25,7 +25,20 @@ from buffered import (
     draw_rows,
     measure_distance,
 )
-from hidden import Helper, Memory, Plain, Wrapped, add_one, count, enqueue, hidden, prepare
+from hidden import (
+    REMOTE,
+    Helper,
+    Memory,
+    Plain,
+    Wrapped,
+    add_one,
+    count,
+    enqueue,
+    hidden,
+    make_classwide,
+    prepare,
+    reset_module,
+)
 from torch import Tensor, nn
 
 from mixmask import LambdaWeightedLoss, lambda_weighted_loss
@@ -156,6 +169,23 @@ def test_what_is_to_be_ignored_is_used_as_it_is(
     LambdaWeightedLoss(module, ignore=ignore)(z, target, z_mixed, MIXED)
     read = read or (lambda m: getattr(m, "late", None) or m.helper.count)
     assert read(module) == 3
+
+
+@pytest.mark.parametrize(
+    "make, read",
+    [(make_classwide, type), (reset_module, lambda _: REMOTE)],
+    ids=["class", "imported module"],
+)
+def test_attributes_of_classes_and_of_imported_modules_are_used_as_they_are(
+    make: Callable[[], Any], read: Callable[[Any], Any]
+) -> None:
+    criterion = make()
+    z, target, z_mixed = draw_rows(3)
+    bank = read(criterion).bank
+    LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    assert read(criterion).calls == 3
+    assert read(criterion).bank is bank
+    torch.testing.assert_close(bank[: len(z)], 2 * target + target[PARTNER])
 
 
 def _count_helper(module: Any) -> None:
