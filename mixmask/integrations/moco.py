@@ -71,8 +71,8 @@ def wrap(
         switch: False keeps the term of λ alone (the paper's ablation).
         partner: See `mix_batch`.
         per_sample: Draw one mask per sample instead of one per batch.
-        symmetric: True if the builder contrasts both views and enqueues `cat([k_1, k_2])`, the
-            keys of its first and second argument. Both views are then mixed, in two more passes.
+        symmetric: True if the builder contrasts both views and enqueues `cat([k_1, k_2])`. Both
+            views are then mixed, in two more passes.
         temperature: τ. Default: the model's `T` or `head.temperature`, read in each step.
         encode: (model, images) -> (N, C) normalised queries, if more layers follow `encoder_q`;
             logits are then not compared. Default: `encoder_q`, then normalisation.

@@ -89,8 +89,7 @@ def sinkhorn(
 ) -> Tensor:
     r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
 
-    With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
-    computed once per step, from clean images; permuted, they are the partners' codes.
+    With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows.
 
     Args:
         scores: (N, K) prototype scores, floating.
@@ -182,7 +181,7 @@ class DINO:
     """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
 
     `update_center` returns a new center, so pass a function, `DINO(lambda: center)`, or build the
-    criterion where it is used. Pass a tensor only if it is updated in place.
+    criterion where it is used.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 32)
