@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_integer
 from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
-from mixmask.losses._criteria import check_kind
+from mixmask.losses._criteria import check_kind, is_own
 from mixmask.losses._rows import mix_losses
-from mixmask.losses._state import Loan, is_own, lend_state, list_codes
+from mixmask.losses._state import Loan, lend_state, list_codes
 from mixmask.mixing import MixedBatch
 
 T = TypeVar("T")

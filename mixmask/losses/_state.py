@@ -13,7 +13,6 @@ import dis
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
 from functools import partial
 from operator import is_
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask.losses._criteria import unwrap
+from mixmask.losses._criteria import is_own, unwrap
 
 # How many objects of other packages deep. The criterion's own package, modules, and what only
 # holds or passes on do not count.
@@ -92,7 +91,7 @@ class Loan:
     def lend_all(self, criterion: Callable[..., Any]) -> Callable[..., Any]:
         """Return a copy of the criterion, or itself after its parts were swapped for copies."""
         base = unwrap(criterion)
-        self.package = _name_home(getattr(base, "__func__", base)).partition(".")[0]
+        self.package = _name_home(getattr(base, "__func__", base)).partition(".")[0] + "."
         lent: Callable[..., Any] = self.lend(criterion)
         # Methods name globals and further methods: until no more.
         done: set[tuple[type, str]] = set()
@@ -114,7 +113,7 @@ class Loan:
             return value
         if id(value) in self.lent:
             return self.lent[id(value)][1]
-        near = isinstance(value, _HOLDERS) or _name_home(value).startswith(f"{self.package}.")
+        near = isinstance(value, _HOLDERS) or _name_home(value).startswith(self.package)
         # What lies too deep is left, and not noted: it may be met again from nearer.
         if depth <= 0 and not (near or isinstance(value, Tensor)):
             return value
@@ -258,11 +257,6 @@ def _name_home(thing: Any) -> str:
 
 def _is_stateless(thing: Any) -> bool:
     return _name_home(thing).startswith(_STATELESS)
-
-
-def is_own(value: Any) -> bool:
-    """Tell whether a value is one of our losses, which are frozen and hold no state."""
-    return is_dataclass(value) and _name_home(value).startswith("mixmask.losses.")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mixmask.losses._criteria import (
     Criterion,
     check_criterion,
     check_kind,
+    is_library,
     matches,
     shares,
     takes_partners,
@@ -313,7 +314,7 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Tensor:
         """Return the term of one mixed view; the state stays as it is."""
         # Dynamo can follow state in buffers and numbers of modules, and nothing else.
-        if torch.compiler.is_compiling() and not is_traceable(self):
+        if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
             return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
         criterion, switch = self.criterion, self.switch
         check_sizes(mixed.partner.shape[0], z_mixed=z_mixed, target=target)

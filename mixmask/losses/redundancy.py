@@ -57,10 +57,8 @@ def barlow_twins(
     z, target = upcast(z), upcast(target)
     rows = _standardize(z, z, sync_statistics)  # (N, C)
     columns = _standardize(target, target, sync_statistics)  # (N, C)
-    if gather_distributed or sync_statistics:
-        # An average of averages is that of all rows only if every process holds as many rows.
-        check_even(rows.shape[0], rows.device)
-    return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
+    options = redundancy_weight, gather_distributed, sync_statistics
+    return _measure_redundancy(rows, columns, 1.0, *options)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class MatchedBarlowTwins(BarlowTwins):
         """
         check_rows(z_mixed, target, at_least=2)
         check_rows(z_mixed, z, names=("z_mixed", "z"))
-        sync, gather = self.sync_statistics, self.gather_distributed
+        sync = self.sync_statistics
         # What is matched to is a constant, as a target is.
         clean = upcast(z).detach()
         others = None if other is None else _standardize(upcast(other).detach(), clean, sync)
@@ -132,9 +130,8 @@ class MatchedBarlowTwins(BarlowTwins):
         # C is linear in its rows: the difference of two correlations is that of the difference.
         rows = _standardize(upcast(z_mixed), clean, sync) - mixture
         columns = _standardize(upcast(target), upcast(target), sync)
-        if gather or sync:
-            check_even(rows.shape[0], rows.device)
-        return _measure_redundancy(rows, columns, 0.0, self.redundancy_weight, gather)
+        options = self.redundancy_weight, self.gather_distributed, sync
+        return _measure_redundancy(rows, columns, 0.0, *options)
 
 
 def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
@@ -150,9 +147,12 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
 
 
 def _measure_redundancy(
-    rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool
+    rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool, sync: bool
 ) -> Tensor:
     """Return the weighted squares of the cross-correlation less the wanted diagonal, ()."""
+    if gather or sync:
+        # An average of averages is that of all rows only if every process holds as many rows.
+        check_even(rows.shape[0], rows.device)
     # A gathered correlation is a mean over processes, which products of images do not give.
     if not (gather and world_size() > 1) and _is_wide(rows):
         diagonal = (rows * columns).mean(dim=0)  # (C,)
