@@ -203,8 +203,7 @@ class Snapshot(Loan):
         with lend_state(self.criterion, self.ignore):
             self.drop_new()
             for store, held in self.parts:
-                parts = {key: self.lent.get(id(part), (part, part)) for key, part in held.items()}
-                store({key: stand_in for key, (_, stand_in) in parts.items()})
+                store({key: self.lent.get(id(part), (part, part))[1] for key, part in held.items()})
             yield self.criterion
 
 

@@ -60,10 +60,11 @@ class Loan:
 
     def __init__(self, ignore: Collection[str] = (), cautious: bool = False) -> None:
         self.ignore, self.cautious = ignore, cautious
-        # By id, so that what is shared stays shared; holding the original keeps its id its own.
+        # Originals and copies by the id of the original, which stays its own while it is held here.
         self.lent: dict[int, tuple[Any, Any]] = {}
         # Copies of two views of one memory are views of one memory, too.
         self.memo: dict[Any, Any] = {}
+        # What puts the originals back, and which names an object had when it was met.
         self.parts: list[tuple[Store, dict[str, Any]]] = []
         self.spaces: list[tuple[dict[str, Any], str, Collection[str]]] = []
         self.trained: list[tuple[str, Tensor, int, Tensor, Tensor | None]] = []
@@ -229,7 +230,8 @@ def _list_parts(owner: Any) -> Iterator[tuple[Store, dict[str, Any]]]:
 
 def _assign(owner: Any, held: dict[str, Any], at: str | None = None) -> None:
     for key, value in held.items():
-        object.__setattr__(owner, at or key, value)
+        with suppress(AttributeError):  # A property may cover a slot of the same name.
+            object.__setattr__(owner, at or key, value)
 
 
 def _list_spaces(owner: Any) -> list[dict[str, Any]]:

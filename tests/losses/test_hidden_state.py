@@ -399,6 +399,49 @@ def test_a_trainer_that_is_held_through_a_weak_proxy_is_lent() -> None:
     assert module.calls == 1
 
 
+def test_a_property_may_cover_a_slot() -> None:
+    class Slotted:
+        __slots__ = ("bank",)
+
+    class Covered(Slotted):
+        calls = 0
+
+        @property
+        def bank(self) -> int:
+            return len(vars(self))
+
+        def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+            self.calls += 1
+            return measure_distance(z, target) * (self.bank + self.calls)
+
+    criterion = Covered()
+    z, target, z_mixed = draw_rows(3)
+    LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    assert criterion.calls == 1
+
+
+def test_views_that_a_closure_and_a_global_share_stay_shared() -> None:
+    """Two functions enclose the same bank, of which a third holds a view."""
+    bank = torch.zeros(K, C)
+    rows = [bank[:2]]
+
+    def write(target: Tensor) -> None:
+        bank.add_(target.mean())
+
+    def criterion(z: Tensor, target: Tensor) -> Tensor:
+        write(target)
+        return measure_distance(z, target) * (bank.sum() + rows[0].sum()).exp()
+
+    def once(z: Tensor, target: Tensor) -> Tensor:
+        filled = target.mean() * (bank.numel() + rows[0].numel())
+        return measure_distance(z, target) * filled.exp()
+
+    _, target, z_mixed = draw_rows(3)
+    ours = LambdaWeightedLoss(criterion).mixed_loss(z_mixed, target, MIXED)
+    torch.testing.assert_close(ours, lambda_weighted_loss(once, z_mixed, target, MIXED))
+    assert not bank.any()
+
+
 def test_two_tensors_without_memory_share_none() -> None:
     """Both grow during the call, each on its own."""
 
