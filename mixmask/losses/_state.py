@@ -63,7 +63,7 @@ class Loan:
         # Originals and copies by the id of the original, which stays its own while it is held here.
         self.lent: dict[int, tuple[Any, Any]] = {}
         # Copies of two views of one memory are views of one memory, too.
-        self.memo: dict[Any, Any] = {}
+        self.storages: dict[int, Any] = {}
         # What puts the originals back, and which names an object had when it was met.
         self.parts: list[tuple[Store, dict[str, Any]]] = []
         self.spaces: list[tuple[dict[str, Any], str, Collection[str]]] = []
@@ -134,12 +134,15 @@ class Loan:
             kept = value.detach().clone() if self.cautious else None
             self.trained.append((name.lstrip("."), value, value._version, value.detach(), kept))
             return value
-        # Of what is computed from trained tensors, a clone keeps the graph. A subclass of Tensor
-        # need not have a storage.
-        if value.requires_grad or type(value) not in (Tensor, nn.Parameter):
+        # Of what is computed from trained tensors, a clone keeps the graph.
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+        if value.requires_grad or value.is_conj() or not plain:
             return value.clone()
-        copied: Tensor = copy.deepcopy(value.detach(), self.memo)
-        return copied
+        storage = value.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage.clone()
+        place = value.storage_offset(), value.shape, value.stride()
+        return value.new_empty(0).set_(self.storages[storage._cdata], *place)
 
     def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, (list, deque, dict)):
@@ -289,7 +292,7 @@ def is_traceable(whole: Any) -> bool:
     held = [part for one in modules for part in _list_attributes(one).values()]
     tensors = {id(part) for part in held if isinstance(part, Tensor)}
     # Copies of views would be no views: the walk outside of the graph sees to them.
-    if len(loan.memo.get("torch", ())) < len(tensors):  # As many storages as tensors.
+    if len(loan.storages) < len(tensors):
         return False
     known = tensors | {id(one) for one in [*modules, *(one for _, one, *_ in loan.trained)]}
     known |= {id(copied) for one, copied in loan.lent.values() if id(one) in tensors}
