@@ -51,11 +51,6 @@ def draw_cell_counts(
     return (ratios * cells).round().long().clamp(1, cells - 1)
 
 
-def keep_smallest(scores: Tensor, wanted: Tensor) -> Tensor:
-    """Mark the `wanted` (n,) smallest of each row of `scores` (n, k): (n, k) bool."""
-    return _mark_first(scores.argsort(dim=1), wanted, scores.shape[1])
-
-
 def _mark_first(order: Tensor, wanted: Tensor, k: int) -> Tensor:
     """Mark the first `wanted` (n,) of the places that each row of `order` lists: (n, k) bool."""
     first = _arange(order.shape[1]) < wanted[:, None]
@@ -127,8 +122,9 @@ def draw_cells(seed: Tensor, n: int, grid_size: int, low: float, high: float) ->
     generator = seeded(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     # The cells with the smallest of independent numbers are a uniform choice of that many.
-    scores = _draw(n, grid_size * grid_size, generator=generator)  # (n, g * g)
-    return keep_smallest(scores, wanted).view(n, grid_size, grid_size)
+    cells = grid_size * grid_size
+    order = _draw(n, cells, generator=generator).argsort(dim=1)  # (n, g * g)
+    return _mark_first(order, wanted, cells).view(n, grid_size, grid_size)
 
 
 def lay_blocks(

@@ -123,7 +123,7 @@ def test_moco_written_by_hand(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            parts.update_momentum(model.encoder_k, model.encoder_q)
+            parts.update_momentum(model.encoder_q, model.encoder_k)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
 
 

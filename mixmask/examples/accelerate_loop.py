@@ -53,7 +53,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:  # once per step of the optimizer
-            parts.update_momentum(encoder_k, accelerator.unwrap_model(encoder))
+            parts.update_momentum(accelerator.unwrap_model(encoder), encoder_k)
         keys = accelerator.gather(k).to(queue.dtype)  # (N, C) of every process
         queue = torch.cat([keys, queue])[: len(queue)]  # (K, C)
         yield loss.detach()

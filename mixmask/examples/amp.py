@@ -35,7 +35,7 @@ def train(
     masks = mixmask.BlockMaskGenerator(grid_size=4)  # MixMask: once
 
     for x_q, x_k in batches:
-        parts.update_momentum(encoder_k, encoder)
+        parts.update_momentum(encoder, encoder_k)
         with torch.autocast(device, dtype):
             k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
         info_nce = mixmask.losses.InfoNCE(queue, parts.TEMPERATURE)

@@ -34,7 +34,7 @@ def train(encoder: nn.Module, queue: Tensor, batches: Iterable[parts.Pair]) -> I
     masks = mixmask.BlockMaskGenerator(grid_size=4)  # MixMask: once
 
     for x_q, x_k in batches:
-        parts.update_momentum(encoder_k, encoder)
+        parts.update_momentum(encoder, encoder_k)
         k = F.normalize(encoder_k(x_k), dim=1)  # (N, C)
         info_nce = mixmask.losses.InfoNCE(queue, parts.TEMPERATURE)
         optimizer.zero_grad()

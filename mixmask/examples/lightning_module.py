@@ -44,7 +44,7 @@ class MoCo(pl.LightningModule):  # type: ignore[misc]
     def training_step(self, batch: parts.Pair, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one step."""
         x_q, x_k = batch  # (N, 3, H, W) each
-        parts.update_momentum(self.encoder_k, self.encoder)
+        parts.update_momentum(self.encoder, self.encoder_k)
         k = F.normalize(self.encoder_k(x_k), dim=1)  # (N, C)
         info_nce = mixmask.losses.InfoNCE(self.queue, parts.TEMPERATURE)
 

@@ -35,9 +35,9 @@ def build_encoder(dim: int = DIM) -> nn.Module:
 
 
 @torch.no_grad()
-def update_momentum(encoder_k: nn.Module, encoder: nn.Module) -> None:
+def update_momentum(encoder: nn.Module, encoder_k: nn.Module) -> None:
     """Move the keys' encoder towards that of the queries (MoCo, eq. 2)."""
-    for param_k, param_q in zip(encoder_k.parameters(), encoder.parameters(), strict=True):
+    for param_q, param_k in zip(encoder.parameters(), encoder_k.parameters(), strict=True):
         param_k.lerp_(param_q, 1 - MOMENTUM)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mixmask._checks import check_integer
 from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
-from mixmask.losses._criteria import check_kind
+from mixmask.losses._criteria import check_kind, is_own
 from mixmask.losses._rows import mix_losses
-from mixmask.losses._state import Loan, Part, lend_state, list_codes
+from mixmask.losses._state import Loan, lend_state, list_codes
 from mixmask.mixing import MixedBatch
 
 T = TypeVar("T")
@@ -184,24 +184,13 @@ class Snapshot(Loan):
     """
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
-        super().__init__(ignore, cautious=False)
-        self.known: list[tuple[dict[str, Any], str, Collection[str]]] = []
-        self.parts: list[Part] = []
+        super().__init__(ignore)
         with self:
             self.criterion: Criterion = self.lend_all(criterion)
 
-    def callback(self, callback: Any, /, *args: Any, **options: Any) -> Any:
-        """Note what is held beside what restores it."""
-        if callback == self._drop_new:
-            self.known.append(args)
-        else:
-            self.parts.append((callback, args[0]))
-        return super().callback(callback, *args, **options)
-
     def lend(self, value: Any, *args: Any, **options: Any) -> Any:
         """Return a copy, as the loan does, and one of our losses with the queue of now."""
-        ours = type(value).__module__.startswith("mixmask.losses.")
-        if not (ours and is_dataclass(value)):
+        if not is_own(value):
             return super().lend(value, *args, **options)
         # Frozen and without state: only what its functions return can have changed by then.
         if id(value) not in self.lent:
@@ -212,11 +201,9 @@ class Snapshot(Loan):
     def installed(self) -> Iterator[Criterion]:
         """Put the state of then in place; afterwards that of now is back."""
         with lend_state(self.criterion, self.ignore):
-            for space, name, known in self.known:
-                self._drop_new(space, name, known)
+            self.drop_new()
             for store, held in self.parts:
-                parts = {key: self.lent.get(id(part), (part, part)) for key, part in held.items()}
-                store({key: stand_in for key, (_, stand_in) in parts.items()})
+                store({key: self.lent.get(id(part), (part, part))[1] for key, part in held.items()})
             yield self.criterion
 
 

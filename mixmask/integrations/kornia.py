@@ -32,10 +32,9 @@ class RandomMixMask(MixAugmentationBaseV2):
     r"""Fill part of each image from another image of the batch, as kornia's augmentations do.
 
     Images (B, C, H, W) are mixed as by `mixmask.mix_batch`. Labels (B,) become rows (B, 3) as in
-    `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$. Images not
-    chosen by `p` stay as they are, with rows (label, label, 0). Rows are float64 for float64
-    images, otherwise float32. Params stay on the CPU and are copied to the images' device from
-    pinned memory, without a wait.
+    `RandomMixUpV2`: label, partner's label, and the partner's share $1 - \lambda$, in float64 for
+    float64 images, otherwise float32. Images not chosen by `p` stay as they are, with rows (label,
+    label, 0). Params stay on the CPU; the device is not waited for.
 
     In an `AugmentationSequential` with labels, use `data_keys=["input", "class"]` and
     `take_labels(container)`: kornia's containers refuse labels to mix augmentations.

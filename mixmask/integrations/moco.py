@@ -14,6 +14,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from mixmask.integrations._moco import (
     find_views,
     normalise,
 )
-from mixmask.losses import InfoNCE, lambda_weighted_loss
+from mixmask.integrations._steps import Mixing, View, mix_views
+from mixmask.losses import InfoNCE
 from mixmask.masks import MaskGenerator
-from mixmask.mixing import mix_batch
+from mixmask.mixing import MixedBatch, mix_batch
 
 Encode = Callable[[Any, Tensor], Tensor]
 
@@ -69,8 +71,8 @@ def wrap(
         switch: False keeps the term of λ alone (the paper's ablation).
         partner: See `mix_batch`.
         per_sample: Draw one mask per sample instead of one per batch.
-        symmetric: True if the builder contrasts both views and enqueues `cat([k_1, k_2])`, the
-            keys of its first and second argument. Both views are then mixed, in two more passes.
+        symmetric: True if the builder contrasts both views and enqueues `cat([k_1, k_2])`. Both
+            views are then mixed, in two more passes.
         temperature: τ. Default: the model's `T` or `head.temperature`, read in each step.
         encode: (model, images) -> (N, C) normalised queries, if more layers follow `encoder_q`;
             logits are then not compared. Default: `encoder_q`, then normalisation.
@@ -127,10 +129,10 @@ def wrap(
             "per_sample=True draws masks from a generator, got a tensor; pass (N, h, w) masks, "
             "which are one per sample already, without it"
         )
+    mixing = partial(_mix, masks, per_sample, partner=partner, generator=generator)
     mixture = _Mixture(
-        builder, masks, switch, partner, per_sample, symmetric, temperature, encode, enqueue, queue,
-        layout or "CK", generator,
-    )  # fmt: skip
+        builder, mixing, switch, symmetric, temperature, encode, enqueue, queue, layout or "CK"
+    )
     mixture.criterion()  # Asks for the temperature now.
     # Both live in the instance: its class, parameters and buffers are those of before.
     setattr(builder, MARK, mixture)
@@ -164,22 +166,25 @@ def mixed_loss(model: nn.Module) -> Tensor:
     return mixture.take()
 
 
+def _mix(masks: Any, per_sample: bool, images: Tensor, **options: Any) -> MixedBatch:
+    if per_sample:
+        masks = masks(len(images), device=images.device, generator=options["generator"])
+    return mix_batch(images, masks, **options)
+
+
 @dataclass(eq=False)
 class _Mixture:
     """What `wrap` adds to one model; it stands in place of what enqueues."""
 
     model: Any
-    masks: Any
+    mixing: Mixing
     switch: bool
-    partner: Partner
-    per_sample: bool
     symmetric: bool
     temperature: float | None
     encode: Encode | None
     enqueue: str
     queue: str
     layout: str
-    generator: torch.Generator | None
     views: list[Tensor] = field(default_factory=list)
     term: Tensor | None = None
     first: FirstStep | None = None
@@ -281,16 +286,11 @@ class _Mixture:
         pairs = list(zip(self.views[:directions], (keys[-n:], keys[:n]), strict=False))
         if self.first is not None:
             self.first.check_keys(self.views, pairs, compare=self.encode is None)
-        terms = [self._direction(images, targets, criterion) for images, targets in pairs]
-        self.term = terms[0] + terms[1] if self.symmetric else terms[0]
+        views: list[View] = [(images, self._embed, [(criterion, k)]) for images, k in pairs]
+        mean, _ = mix_views(self.mixing, views, switch=self.switch)
+        self.term = directions * mean
 
-    def _direction(self, images: Tensor, keys: Tensor, criterion: InfoNCE) -> Tensor:
-        masks = self.masks
-        if self.per_sample:
-            masks = masks(len(images), device=images.device, generator=self.generator)  # (N, g, g)
-        mixed = mix_batch(images, masks, partner=self.partner, generator=self.generator)
-        if self.encode is None:
-            q_mixed = normalise(self.model.encoder_q(mixed.images))  # (N, C)
-        else:
-            q_mixed = self.encode(self.model, mixed.images)  # (N, C)
-        return lambda_weighted_loss(criterion, q_mixed, keys, mixed, switch=self.switch)
+    def _embed(self, images: Tensor) -> Tensor:
+        if self.encode is not None:
+            return self.encode(self.model, images)  # (N, C)
+        return normalise(self.model.encoder_q(images))  # (N, C)

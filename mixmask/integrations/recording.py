@@ -40,21 +40,18 @@ Call = tuple[Snapshot, Tensor, Tensor]
 class RecordingCriterion(StandIn[Call]):
     r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
-    Call it as the criterion; it returns the criterion's result. For calls with gradients it keeps
-    the arguments and a copy of the criterion's state (as `LambdaWeightedLoss` defines it) until
-    `mixed_loss` takes them. The mixed term thus meets the state of the clean call, even if
-    `forward` fills a bank afterwards, and leaves the state as it is. Around a module it is a
-    module with the same parameters, buffers and `state_dict`. The criterion's attributes remain
-    available.
+    Calls are passed on. Of calls with gradients it keeps the arguments and a copy of the
+    criterion's state (see `LambdaWeightedLoss`) until `mixed_loss` takes them: the mixed term
+    meets the state of the clean call, even if `forward` fills a bank afterwards. Around a module
+    it is a module with the same parameters, buffers and `state_dict`.
 
     Args:
-        criterion: (z, target) -> () or (N,): a function, a module, or a method of the model.
-            Further arguments, such as a temperature, are passed on, and again to the mixed term.
+        criterion: (z, target, ...) -> () or (N,): a function, a module, or a method of the model.
+            The mixed term gets the same further arguments.
         calls: How often `forward` calls it per step: 2 in symmetric methods.
         mixed_criterion: (z, target) -> () or (N,) for the mixed term, if the criterion is not a
             loss (SimSiam's `CosineSimilarity`, MoCo's logits), or returns () although each sample
-            has its own λ. Default: the criterion. A queue is read at the clean call:
-            `InfoNCE(lambda: model.queue)`.
+            has its own λ. A queue is read at the clean call: `InfoNCE(lambda: model.queue)`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Raises:
@@ -151,11 +148,11 @@ class RecordingCriterion(StandIn[Call]):
         """Return the mixed term of the step that has just run, to be added to its loss.
 
         Args:
-            z_mixed: (N, ...) embeddings of the mixed images by the online branch, as the criterion
-                takes them; or that branch, to be called with `mixed.images`; or a list of either.
+            z_mixed: (N, ...) embeddings of the mixed images, as the criterion takes them; or the
+                online branch, to be called with `mixed.images`; or a list of either.
             mixed: What was mixed, or a list in the same order.
-            call: Index of the call in `forward` whose first argument came from the view that was
-                mixed. Default: the first; for a list, one each.
+            call: Which call in `forward` had the view that was mixed as its first argument.
+                Default: the first; for a list, one each.
 
         Returns:
             () scalar. The recorded calls are then forgotten.
@@ -271,20 +268,19 @@ def record_embeddings(
     """Record the embeddings of both views where a model computes its loss in line.
 
     A hook keeps the module's first two outputs of each step, as if the criterion had been called
-    with them in both orders. The model is not changed. The mixed embeddings must come from the
-    same module.
+    with them in both orders. The mixed embeddings must come from the same module.
 
     Args:
-        module: The module that gives the embeddings (N, C) that the loss compares, once per view:
-            Barlow Twins' and VICReg's `model.projector`. Pass it after conversions that replace
-            modules, such as `convert_sync_batchnorm`.
+        module: What gives the embeddings (N, C) that the loss compares, once per view: Barlow
+            Twins' and VICReg's `model.projector`. Pass it after conversions that replace modules,
+            such as `convert_sync_batchnorm`.
         criterion: (z, target) -> () or (N,), for the mixed term: `losses.BarlowTwins(lambd)`,
             `losses.VICReg()`.
         switch: False keeps the term of λ alone (the paper's ablation).
 
     Returns:
-        A `RecordingCriterion`, of which only `mixed_loss` is used. The query is the first view in
-        its call 0 and the second view in its call 1.
+        A `RecordingCriterion` for its `mixed_loss`; the query of call 0 is the first view, that of
+        call 1 the second.
 
     Raises:
         TypeError: If the module is not a torch module, or the criterion not a loss of embeddings.

@@ -79,10 +79,9 @@ def patch() -> None:
             f"configuration, got methods built from {parameters[1:4]}; {_INSTALL}"
         )
     for name, theirs in METHODS.items():
-        if name != "linear" and not issubclass(theirs, (_Mixed, _Refusing)):
-            ours = _Mixed if name in RECIPES else _Refusing
+        if name != "linear" and not issubclass(theirs, _Mixed):
             more = {"__module__": theirs.__module__, "recipe": RECIPES.get(name)}
-            METHODS[name] = type(theirs.__name__, (ours, theirs), more)
+            METHODS[name] = type(theirs.__name__, (_Mixed, theirs), more)
     if "mixmask" not in AutoResumer.SHOULD_MATCH:
         AutoResumer.SHOULD_MATCH.append("mixmask")
 
@@ -175,20 +174,6 @@ class Recipe:
     both_directions: bool = True
 
 
-class _Refusing:
-    """A method that MixMask does not support."""
-
-    def __init__(self, cfg: Any) -> None:
-        """Refuse the block, or build the method as it is."""
-        if _read_options(cfg) is not None:
-            reason = _LEFT_OUT.get(cfg.method, "it was not tested")
-            raise ValueError(
-                f"mixmask does not support the method {cfg.method!r}: {reason}; use one of "
-                f"{', '.join(sorted(RECIPES))}, or leave the mixmask block out"
-            )
-        super().__init__(cfg)  # type: ignore[call-arg]
-
-
 def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
     """Return their method of this name, whose output is noted during a step."""
 
@@ -208,13 +193,19 @@ class _Mixed:
     and what it would enqueue waits until the mixed term has read the same queue.
     """
 
-    recipe: Recipe  # Set by `patch`.
+    recipe: Recipe  # Set by `patch`; None where MixMask does not support the method.
     num_large_crops: int  # Provided by their class, as the next one.
     log_dict: Callable[..., None]
 
     def __init__(self, cfg: Any) -> None:
         """Check the block before anything is built."""
         options = _read_options(cfg)
+        if options is not None and not self.recipe:
+            reason = _LEFT_OUT.get(cfg.method, "it was not tested")
+            raise ValueError(
+                f"mixmask does not support the method {cfg.method!r}: {reason}; use one of "
+                f"{', '.join(sorted(RECIPES))}, or leave the mixmask block out"
+            )
         if options and options.get("per_sample") and cfg.method == "barlow_twins":
             raise ValueError(
                 "mixmask.per_sample needs a loss of each image, and that of barlow_twins is a "

@@ -5,9 +5,8 @@
 The loss of every training step then includes the mixed term. The methods `SimCLR`, `BYOL`,
 `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg` are supported, called directly or from your own
 `forward`; so is `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`,
-`barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Only public
-parts are used: `backbone`, `projector`, `predictor`, `queue` and the loss modules; forward hooks
-record their clean outputs. Probes and kNN callbacks see clean images only.
+`barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Forward hooks
+record the clean outputs of public parts. Probes and kNN callbacks see clean images only.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -19,6 +20,11 @@ _TOLERANCE = 0.05
 _looked_at: set[tuple[Any, ...]] = set()
 
 _TOLD_APART = ("reduction", "log_target", "label_smoothing", "ignore_index")
+# The losses among torch's functions.
+_FUNCTIONS: tuple[Any, ...] = (
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy, F.huber_loss,
+    F.kl_div, F.l1_loss, F.mse_loss, F.smooth_l1_loss,
+)  # fmt: skip
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,11 +94,24 @@ def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
     return frozenset()
 
 
+def is_own(value: Any) -> bool:
+    """Tell whether a value is one of our losses, which are frozen and hold no state."""
+    return type(value).__module__.startswith("mixmask.losses.") and is_dataclass(value)
+
+
+def is_library(criterion: object) -> bool:
+    """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
+    # Dynamo knows the functions of torch by identity alone.
+    return is_own(criterion) or any(criterion is function for function in _FUNCTIONS)
+
+
 def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
     """Refuse what would train on something else than it seems to, where it can be detected."""
     check_kind(criterion)
-    base = _unwrap(criterion)
-    if isinstance(base, nn.Module) and _looks_like_images(z) and _is_trained(base):
+    base = unwrap(criterion)
+    images = z.ndim == 4 and z.shape[1] <= _MOST_CHANNELS and not z.requires_grad
+    is_module = images and isinstance(base, nn.Module)
+    if is_module and any(parameter.requires_grad for parameter in base.parameters()):
         raise TypeError(
             f"the criterion compares embeddings, got the module {type(base).__name__}, which has "
             f"trainable parameters, and images {tuple(z.shape)}; pass the loss alone, and "
@@ -125,7 +144,7 @@ def check_kind(criterion: Any) -> None:
         raise TypeError(
             f"criterion must be callable as (z, target), got {type(criterion).__name__}; {fix}"
         )
-    base = _unwrap(criterion)
+    base = unwrap(criterion)
     # A loss falls where the similarity rises: its sign would train embeddings apart.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
@@ -134,7 +153,8 @@ def check_kind(criterion: Any) -> None:
         )
 
 
-def _unwrap(criterion: Callable[..., Any]) -> Any:
+def unwrap(criterion: Callable[..., Any]) -> Any:
+    """Return what a partial calls in the end, or the criterion itself."""
     while isinstance(criterion, partial):
         criterion = criterion.func
     return criterion
@@ -144,14 +164,6 @@ def _is_kind(base: Any, module: type[nn.Module], function: Callable[..., Any]) -
     """Tell whether this is a function of torch or its module, with the module's own forward."""
     own = isinstance(base, module) and type(base).forward is module.forward
     return own or base is function
-
-
-def _looks_like_images(z: Tensor) -> bool:
-    return z.ndim == 4 and z.shape[1] <= _MOST_CHANNELS and not z.requires_grad
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:

@@ -29,7 +29,7 @@ def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
     Second derivatives hold it, once: see `_LogSumExp.backward`.
     """
     if is_transformed():
-        return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)
+        return _sum_plainly(z, negatives, scale)
     sums: Tensor = _LogSumExp.apply(z, negatives, scale)
     return sums
 
@@ -84,7 +84,7 @@ class _LogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of z and, by recomputing chunks, of the negatives if asked.
 
         Raises:
@@ -98,7 +98,8 @@ class _LogSumExp(torch.autograd.Function):
                     "second derivatives need the negatives of the forward pass, which were written "
                     "to since; enqueue after the backward pass"
                 )
-            return *_differentiate(z, ctx.negatives, ctx.scale, grad), None
+            sums = _sum_plainly(z, ctx.negatives, ctx.scale)
+            return *follow(sums, (z, ctx.negatives), grad, ctx.needs_input_grad[:2]), None
         of_z = (mean * grad[:, None]).to(z.dtype) if ctx.needs_input_grad[0] else None
         if not rest:
             return of_z, None, None
@@ -147,15 +148,6 @@ def _grade_chunks(
         weights.sub_(sums[:, None]).exp_().mul_(grad[:, None] * scale)
         parts.append(weights.T.to(rows.dtype) @ rows)  # (k, C)
     return torch.cat(parts)
-
-
-def _differentiate(
-    z: Tensor, negatives: Tensor, scale: float, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the same gradients by operations that autograd follows, (N, K) and all."""
-    rows, queue = upcast(z), upcast(negatives)
-    share = scale * grad[:, None] * (scale * rows @ queue.T).softmax(dim=1)  # (N, K)
-    return (share @ queue).to(z.dtype), (share.T @ rows).to(negatives.dtype)
 
 
 class _MixedLogSums(torch.autograd.Function):
@@ -265,6 +257,11 @@ def _scale_slopes(share: Tensor, total: Tensor, scale: float, weight: Tensor | N
     """Return what the powers of a row are multiplied by to be the slopes of its logits, (n, 1)."""
     slope = scale * share / total
     return slope if weight is None else slope * weight
+
+
+def _sum_plainly(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
+    """Return what `sum_negatives` does by operations that autograd follows, (N, K) and all."""
+    return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)
 
 
 def _mix_plainly(

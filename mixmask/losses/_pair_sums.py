@@ -69,17 +69,15 @@ class _PairSums(torch.autograd.Function):
         # With create_graph=True, the gradient is itself a function of the rows.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             value = _sum_pairs_plainly(rows, columns, ctx.scale, weights, *ctx.place)
-            inputs = (rows,) if columns is None else (rows, columns)
-            found = follow(value, inputs, grad, ctx.needs_input_grad[: len(inputs)])
-            return *found, *((None,) if columns is None else ()), *nothing
+            return *follow(value, (rows, columns), grad, ctx.needs_input_grad[:2]), *nothing
         first, blocks = ctx.place
         others = None if columns is None else columns.to(ctx.work)
         of_rows, of_columns = _grade_tiles(
             rows.to(ctx.work), others, ctx.scale, weights, first, blocks, grad / sums
         )
-        if columns is None:
-            return of_rows.to(rows.dtype), None, *nothing
-        return of_rows.to(rows.dtype), of_columns.to(columns.dtype), *nothing
+        if columns is not None:
+            return of_rows.to(rows.dtype), of_columns.to(columns.dtype), *nothing
+        return of_rows.to(rows.dtype), None, *nothing
 
 
 def _fake_sums(
@@ -204,10 +202,10 @@ def is_transformed() -> bool:
 
 
 def follow(
-    value: Tensor, inputs: tuple[Tensor, ...], grad: Tensor, wanted: tuple[bool, ...]
+    value: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs that are wanted, in a way that autograd can follow."""
-    asked = [one for one, needed in zip(inputs, wanted, strict=True) if needed]
+    asked = [one for one, needed in zip(inputs, wanted, strict=True) if one is not None and needed]
     found = iter(torch.autograd.grad(value, asked, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in wanted)
 

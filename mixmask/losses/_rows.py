@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice, check_tensor
+
+
+def read(
+    held: Tensor | Callable[[], Tensor] | None, check: Callable[[Tensor], None]
+) -> Tensor | None:
+    """Return a tensor that was given, or what a function returns now, checked."""
+    if held is None or isinstance(held, Tensor):
+        return held
+    value = held()
+    check(value)
+    return value
 
 
 def check_rows(
@@ -20,16 +33,13 @@ def check_rows(
             f"{first} and {second} must both be (N, C), got {tuple(z.shape)} and "
             f"{tuple(target.shape)}; flatten features to one row per image"
         )
-    if z.numel() == 0:
-        raise ValueError(f"{first} must not be empty, got {tuple(z.shape)}; skip empty batches")
+    _check_filled(first, z, "embeddings")
     if z.shape[0] < at_least:
         raise ValueError(
             f"this loss needs at least {at_least} images, got {z.shape[0]}; "
             "use drop_last=True in the loader"
         )
     check_device(second, target, first, z)
-    if not z.is_floating_point():
-        raise TypeError(f"{first} must be floating, got {z.dtype}; pass embeddings, not indices")
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -48,10 +58,14 @@ def check_scores(scores: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} must be (N, K), got {tuple(scores.shape)}; pass one row of scores per image"
         )
-    if scores.numel() == 0:
-        raise ValueError(f"{name} must not be empty, got {tuple(scores.shape)}; skip empty batches")
-    if not scores.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {scores.dtype}; pass scores, not indices")
+    _check_filled(name, scores, "scores")
+
+
+def _check_filled(name: str, rows: Tensor, kind: str) -> None:
+    if rows.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got {tuple(rows.shape)}; skip empty batches")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {rows.dtype}; pass {kind}, not indices")
 
 
 def check_reduction(reduction: str) -> None:

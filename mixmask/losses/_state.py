@@ -1,48 +1,40 @@
 """What a criterion remembers, lent out as copies while it is called for mixed terms.
 
-`lend_state` finds state in every place that Python has. Where torch.compile looks on,
-`lend_buffers` does the same for modules, if `is_traceable` says that there is nothing else.
+That is what modules and objects hold, what functions enclose, and the globals that they name, with
+containers and views of these; attributes of classes and of imported modules are not. Where
+torch.compile looks on, `lend_buffers` does it for modules, if `is_traceable` finds nothing else.
 """
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import dis
-import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import is_
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixmask.losses._criteria import is_own, unwrap
 
 # How many objects of other packages deep. The criterion's own package, modules, and what only
 # holds or passes on do not count.
 _DEPTH = 3
-_HOLDERS = (list, deque, dict, tuple, partial, MethodType, nn.Module)
+_PASSING = (tuple, partial, MethodType)
+_HOLDERS = (list, deque, dict, nn.Module, *_PASSING)
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # What these packages define remembers nothing outside of buffers.
 _STATELESS = ("torch.", "einops.", "numpy.", "mixmask.losses.")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-# The losses among torch's functions. Dynamo knows them by identity alone.
-_FUNCTIONS: tuple[Any, ...] = (
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.cross_entropy,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.mse_loss,
-    F.smooth_l1_loss,
-)
 
-# Values by name, and what puts others in their place.
-Part = tuple[Callable[[dict[str, Any]], None], dict[str, Any]]
+# Puts values in their place by name.
+Store = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
@@ -59,83 +51,98 @@ def lend_state(
     loan.check_trained()
 
 
-class Loan(ExitStack):
+class Loan:
     """A walk through what a criterion holds; leaving it undoes every change.
 
-    Containers and tensors are replaced by copies. Objects, modules and functions stay themselves,
-    for others may hold them too; what they hold is swapped, and swapped back by a callback.
+    Tensors and containers are replaced by copies. Objects, modules and functions stay themselves,
+    for others may hold them too: what they hold is swapped.
     """
 
     def __init__(self, ignore: Collection[str] = (), cautious: bool = False) -> None:
-        super().__init__()
         self.ignore, self.cautious = ignore, cautious
-        # By id, so that what is shared stays shared; holding the original keeps its id its own.
+        # Originals and copies by the id of the original, which stays its own while it is held here.
         self.lent: dict[int, tuple[Any, Any]] = {}
+        # Copies of two views of one memory are views of one memory, too.
         self.storages: dict[int, Any] = {}
+        # What puts the originals back, and which names an object had when it was met.
+        self.parts: list[tuple[Store, dict[str, Any]]] = []
+        self.spaces: list[tuple[dict[str, Any], str, Collection[str]]] = []
         self.trained: list[tuple[str, Tensor, int, Tensor, Tensor | None]] = []
         self.package = ""
-        # Of classes and imported modules, only what some code names is looked at.
-        self.kinds: dict[Any, int] = {}
+        # Of a class, only the methods that some code names are looked at.
+        self.classes: set[type] = set()
         self.names = {"__call__", "forward"}
+
+    def __enter__(self) -> Loan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The last first: a global that two functions name was swapped twice.
+        for store, held in reversed(self.parts):
+            store(held)
+        self.drop_new()
+
+    def drop_new(self) -> None:
+        """Drop the names that objects did not have when they were met."""
+        for space, name, known in self.spaces:
+            for key in space.keys() - known:
+                if not self._ignores(f"{name}.{key}"):
+                    del space[key]
 
     def lend_all(self, criterion: Callable[..., Any]) -> Callable[..., Any]:
         """Return a copy of the criterion, or itself after its parts were swapped for copies."""
-        base: Any = criterion
-        while isinstance(base, partial):
-            base = base.func
-        self.package = _name_package(getattr(base, "__func__", base))
+        base = unwrap(criterion)
+        self.package = _name_home(getattr(base, "__func__", base)).partition(".")[0] + "."
         lent: Callable[..., Any] = self.lend(criterion)
-        # Methods name further attributes and classes, which hold further methods: until no more.
-        visited: set[tuple[Any, str]] = set()
-        while todo := {(k, n) for k in self.kinds for n in self.names & vars(k).keys()} - visited:
-            visited |= todo
+        # Methods name globals and further methods: until no more.
+        done: set[tuple[type, str]] = set()
+        while todo := {(c, name) for c in self.classes for name in self.names & {*vars(c)}} - done:
+            done |= todo
             for kind, name in todo:
-                part = vars(kind)[name]
+                method = vars(kind)[name]
                 # Of a bound or class method what it wraps, of a property its getter.
-                function = getattr(part, "__func__", getattr(part, "fget", part))
+                function = getattr(method, "__func__", getattr(method, "fget", method))
                 if isinstance(function, FunctionType):
-                    self.lend(function, depth=self.kinds[kind])
-                elif not hasattr(part, "__get__"):
-                    self._swap(partial(_assign, kind), {name: part}, "", self.kinds[kind])
+                    self.lend(function)
         return lent
 
     def lend(self, value: Any, name: str = "", depth: int = _DEPTH) -> Any:
         """Return a copy of a value, or the value itself after its parts were swapped for copies."""
-        if isinstance(value, (*_PLAIN, type, ModuleType)):
-            self._note_kind(value, depth)
+        if isinstance(value, type) and not _is_stateless(value):
+            self.classes.add(value)
+        if isinstance(value, (*_PLAIN, type, ModuleType)) or is_own(value):
             return value
         if id(value) in self.lent:
             return self.lent[id(value)][1]
-        near = isinstance(value, _HOLDERS) or _name_package(value) == self.package
+        near = isinstance(value, _HOLDERS) or _name_home(value).startswith(self.package)
         # What lies too deep is left, and not noted: it may be met again from nearer.
         if depth <= 0 and not (near or isinstance(value, Tensor)):
             return value
         # Noted before its parts are walked, which may refer back to it.
         self.lent[id(value)] = value, value
-        lend = self._lend_tensor if isinstance(value, Tensor) else self._lend_parts
-        self.lent[id(value)] = value, lend(value, name, depth - (not near))
-        return self.lent[id(value)][1]
+        if isinstance(value, Tensor):
+            stand_in = self._lend_tensor(value, name)
+        else:
+            stand_in = self._lend_parts(value, name, depth - (not near))
+        # A copy stands for itself, where a cell or a global shows it a second time.
+        self.lent[id(value)], self.lent[id(stand_in)] = (value, stand_in), (stand_in, stand_in)
+        return stand_in
 
-    def _note_kind(self, kind: Any, depth: int) -> None:
-        known = isinstance(kind, ModuleType) and _name_package(kind) in sys.stdlib_module_names
-        if depth > 0 and not (known or isinstance(kind, _PLAIN) or _is_stateless(kind)):
-            self.kinds.setdefault(kind, depth)
-
-    def _lend_tensor(self, value: Tensor, name: str, _depth: int) -> Tensor:
+    def _lend_tensor(self, value: Tensor, name: str) -> Tensor:
         if value.requires_grad and value.is_leaf:
             # The gradient of a copy would be lost, so trained parameters are only watched.
             kept = value.detach().clone() if self.cautious else None
             self.trained.append((name.lstrip("."), value, value._version, value.detach(), kept))
             return value
-        pointer = _find_memory(value)
         # Of what is computed from trained tensors, a clone keeps the graph.
-        if value.requires_grad or value.is_conj() or not pointer:
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+        if value.requires_grad or value.is_conj() or not plain:
             return value.clone()
-        # Copies of two views of one memory are views of one memory, too.
-        if pointer not in self.storages:
-            self.storages[pointer] = value.untyped_storage().clone()
+        storage = value.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage.clone()
         place = value.storage_offset(), value.shape, value.stride()
-        return value.new_empty(0).set_(self.storages[pointer], *place)
+        return value.new_empty(0).set_(self.storages[storage._cdata], *place)
 
     def _lend_parts(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, (list, deque, dict)):
@@ -152,8 +159,10 @@ class Loan(ExitStack):
         if isinstance(value, set) or hasattr(value, "__array_interface__"):
             return copy.copy(value)
         if isinstance(value, partial):
-            held = value.func, value.args, value.keywords
-            function, arguments, options = (self.lend(part, name, depth) for part in held)
+            function, arguments = (
+                self.lend(part, name, depth) for part in (value.func, value.args)
+            )
+            options = {key: self.lend(part, name, depth) for key, part in value.keywords.items()}
             return partial(function, *arguments, **options)
         if isinstance(value, MethodType):
             self.lend(value.__func__, name, depth)
@@ -166,32 +175,19 @@ class Loan(ExitStack):
         if isinstance(owner, FunctionType):
             self.names |= _list_names(owner)
         else:
-            for kind in type(owner).__mro__:
-                self._note_kind(kind, _DEPTH)
-        # Callbacks run last first: values come back before names that are new are dropped.
-        for space in _list_spaces(owner):
-            self.callback(self._drop_new, space, name, set(space))
+            self.classes |= {kind for kind in type(owner).__mro__ if not _is_stateless(kind)}
+        self.spaces += [(space, name, set(space)) for space in _list_spaces(owner)]
         for store, held in _list_parts(owner):
-            self._swap(store, held, name, depth)
+            kept = {key: part for key, part in held.items() if not self._ignores(f"{name}.{key}")}
+            self.parts.append((store, kept))
+            for key, part in kept.items():
+                stand_in = self.lend(part, f"{name}.{key}", depth)
+                if stand_in is not part:
+                    store({key: stand_in})
         # Children stay in place: hooks and optimizers hold them.
         if isinstance(owner, nn.Module):
             for key, child in owner.named_children():
                 self.lend(child, f"{name}.{key}", depth)
-
-    def _swap(
-        self, store: Callable[..., None], held: dict[str, Any], name: str, depth: int
-    ) -> None:
-        kept = {key: part for key, part in held.items() if not self._ignores(f"{name}.{key}")}
-        self.callback(store, kept)
-        for key, part in kept.items():
-            stand_in = self.lend(part, f"{name}.{key}", depth)
-            if stand_in is not part:
-                store({key: stand_in})
-
-    def _drop_new(self, space: dict[str, Any], name: str, known: Collection[str]) -> None:
-        for key in space.keys() - known:
-            if not self._ignores(f"{name}.{key}"):
-                del space[key]
 
     def _ignores(self, name: str) -> bool:
         return any(f".{path}." in f"{name}." for path in self.ignore)
@@ -214,7 +210,7 @@ class Loan(ExitStack):
             )
 
 
-def _list_parts(owner: Any) -> Iterator[Part]:
+def _list_parts(owner: Any) -> Iterator[tuple[Store, dict[str, Any]]]:
     """Yield what an object holds: a module's registries, attributes, slots, what code closes over.
 
     Past __setattr__, which a module, a proxy or a frozen object may have of its own.
@@ -223,45 +219,27 @@ def _list_parts(owner: Any) -> Iterator[Part]:
         yield space.update, {key: space[key] for key in space if key not in _MODULE_INTERNALS}
     if _is_stateless(owner):
         return
-    slots = {
-        key: getattr(owner, key)
-        for kind in type(owner).__mro__
-        if "__slots__" in vars(kind)
-        for key, part in vars(kind).items()
-        if isinstance(part, MemberDescriptorType) and hasattr(owner, key)
-    }
-    yield partial(_assign, owner), slots
+    names = copyreg._slotnames(type(owner))  # type: ignore[attr-defined]
     if isinstance(owner, FunctionType):
+        names = "__defaults__", "__kwdefaults__"
         for key, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
             with suppress(ValueError):  # A cell may be empty.
-                yield partial(_fill, cell), {key: cell.cell_contents}
-        defaults = ("__defaults__", "__kwdefaults__")
-        yield partial(_assign, owner), {key: getattr(owner, key) for key in defaults}
+                yield partial(_assign, cell, at="cell_contents"), {key: cell.cell_contents}
         used = owner.__globals__
         yield used.update, {key: used[key] for key in _list_names(owner) & used.keys()}
+    held = {key: getattr(owner, key) for key in names if hasattr(owner, key)}
+    yield partial(_assign, owner), held
 
 
-def _find_memory(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage; 0 where it has none that could be shared."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return tensor.untyped_storage().data_ptr() if plain else 0
+def _assign(owner: Any, held: dict[str, Any], at: str | None = None) -> None:
+    for key, value in held.items():
+        with suppress(AttributeError):  # A property may cover a slot of the same name.
+            object.__setattr__(owner, at or key, value)
 
 
 def _list_spaces(owner: Any) -> list[dict[str, Any]]:
     own = [] if _is_stateless(owner) else [getattr(owner, "__dict__", {})]
     return [owner._buffers, owner._parameters, *own] if isinstance(owner, nn.Module) else own
-
-
-def _fill(cell: CellType, held: dict[str, Any]) -> None:
-    (cell.cell_contents,) = held.values()
-
-
-def _assign(owner: Any, held: dict[str, Any]) -> None:
-    put: Any = setattr if isinstance(owner, type) else object.__setattr__
-    for key, value in held.items():
-        # Not every class lets itself be written to.
-        if getattr(owner, key, None) is not value:
-            put(owner, key, value)
 
 
 def _list_names(function: FunctionType) -> set[str]:
@@ -278,89 +256,71 @@ def list_codes(code: CodeType) -> Iterator[CodeType]:
 
 def _name_home(thing: Any) -> str:
     """Name the module where a function, a class or the class of an object is defined."""
-    if isinstance(thing, ModuleType):
-        return thing.__name__
     named = thing if isinstance(thing, (FunctionType, type)) else type(thing)
-    return f"{named.__module__}"
-
-
-def _name_package(thing: Any) -> str:
-    return _name_home(thing).partition(".")[0]
+    return f"{named.__module__}."
 
 
 def _is_stateless(thing: Any) -> bool:
-    return f"{_name_home(thing)}.".startswith(_STATELESS)
+    return _name_home(thing).startswith(_STATELESS)
 
 
 @contextmanager
 def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Do what `lend_state` does in a way that can be traced, for what `is_traceable`.
-
-    Dynamo refuses to trace a module whose plain attributes change: that takes a graph break.
-    """
-    owners = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    saved = [_list_attributes(owner) for owner in owners]
+    """Do what `lend_state` does in a way that can be traced, for what `is_traceable`."""
+    owners = [(one, _list_attributes(one)) for one in _list_modules(criterion)]
     copies: dict[int, Tensor] = {}
     try:
-        for owner, attributes in zip(owners, saved, strict=True):
+        for owner, attributes in owners:
             # Numbers need no copy: setting the saved ones back is enough.
             for name, value in attributes.items():
                 if isinstance(value, Tensor):
-                    copied = copies.setdefault(id(value), value.detach().clone())
-                    setattr(owner, name, copied)
+                    setattr(owner, name, copies.setdefault(id(value), value.detach().clone()))
         yield criterion
     finally:
-        for owner, attributes in zip(owners, saved, strict=True):
+        for owner, attributes in owners:
             for name in _list_attributes(owner).keys() - attributes.keys():
                 delattr(owner, name)
             for name, value in attributes.items():
                 setattr(owner, name, value)
 
 
-def is_library(criterion: object) -> bool:
-    """Tell whether a criterion is a loss of this package, or a function of torch: no state."""
-    for function in _FUNCTIONS:
-        if criterion is function:
-            return True
-    return type(criterion).__module__.startswith("mixmask.losses.")
-
-
 def is_traceable(whole: Any) -> bool:
     """Tell whether the state of `whole.criterion` lies in tensors and numbers of its modules."""
-    criterion = whole.criterion
     with Loan() as loan:
-        loan.lend_all(criterion)
-    modules = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    tensors = [part for one in modules for part in _list_attributes(one).values()]
-    tensors = [part for part in tensors if isinstance(part, Tensor)]
+        loan.lend_all(whole.criterion)
+    modules = _list_modules(whole.criterion)
+    held = [part for one in modules for part in _list_attributes(one).values()]
+    tensors = {id(part) for part in held if isinstance(part, Tensor)}
     # Copies of views would be no views: the walk outside of the graph sees to them.
-    pointers = Counter({id(one): _find_memory(one) for one in tensors}.values())
-    if any(pointer and count > 1 for pointer, count in pointers.items()):
+    if len(loan.storages) < len(tensors):
         return False
-    lent = [value for value, _ in loan.lent.values()]
-    options = [one.keywords for one in lent if isinstance(one, partial)]
-    trained = [one for _, one, *_ in loan.trained]
-    known = {id(one) for one in [*modules, *tensors, *options, *trained]}
-    read: set[str] = set()
-    stored: set[str] = set()
-    for value in lent:
-        if isinstance(value, FunctionType):
-            # Numbers that a function reads are constants, unless some code rebinds the name.
-            parts = [part for _, held in _list_parts(value) for part in held.items()]
-            read |= {name for name, part in parts if isinstance(part, _PLAIN)}
-            steps = [
-                one for code in list_codes(value.__code__) for one in dis.get_instructions(code)
-            ]
-            stored |= {f"{one.argval}" for one in steps if "STORE_" in one.opname}
-        elif not (id(value) in known or isinstance(value, (MethodType, partial, tuple))):
-            return False
-    for kind in loan.kinds:
-        read |= {name for name, part in vars(kind).items() if isinstance(part, _PLAIN)}
-    return not read & stored
+    known = tensors | {id(one) for one in [*modules, *(one for _, one, *_ in loan.trained)]}
+    known |= {id(copied) for one, copied in loan.lent.values() if id(one) in tensors}
+    return all(
+        # Numbers that a function reads are constants, unless it rebinds them.
+        not _rebinds(one)
+        if isinstance(one, FunctionType)
+        else id(one) in known or isinstance(one, _PASSING)
+        for one, _ in loan.lent.values()
+    )
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler.
 is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _rebinds(function: FunctionType) -> bool:
+    """Tell whether a function writes to its globals, to what it encloses, or has attributes."""
+    return any(isinstance(part, _PLAIN) for part in vars(function).values()) or any(
+        step.opname == "STORE_GLOBAL"
+        or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
+        for code in list_codes(function.__code__)
+        for step in dis.get_instructions(code)
+    )
+
+
+def _list_modules(criterion: Any) -> list[nn.Module]:
+    return list(criterion.modules()) if isinstance(criterion, nn.Module) else []
 
 
 def _list_attributes(module: nn.Module) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mixmask.losses._rows import (
     check_rows,
     check_scores,
     mix_rows,
+    read,
     reduce,
     upcast,
 )
@@ -88,8 +89,7 @@ def sinkhorn(
 ) -> Tensor:
     r"""Turn prototype scores into codes that use all prototypes equally (Sinkhorn-Knopp).
 
-    With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows. Codes are
-    computed once per step, from clean images; permuted, they are the partners' codes.
+    With a queue, pass `torch.cat([scores, queue_scores])` and keep the first N rows.
 
     Args:
         scores: (N, K) prototype scores, floating.
@@ -172,7 +172,7 @@ def dino(
     """
     _check_dino(center, temperature, target_temperature, reduction)
     check_rows(z, target)
-    sharpened = _sharpen(target, _read(center), target_temperature)
+    sharpened = _sharpen(target, read(center, _check_kind), target_temperature)
     return reduce(_soft_cross_entropy(z, sharpened, temperature), reduction)
 
 
@@ -181,7 +181,7 @@ class DINO:
     """`dino` with its options stored; a mixed view meets one target, λ t_i + (1 - λ) t_π(i).
 
     `update_center` returns a new center, so pass a function, `DINO(lambda: center)`, or build the
-    criterion where it is used. Pass a tensor only if it is updated in place.
+    criterion where it is used.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 32)
@@ -211,7 +211,7 @@ class DINO:
         """Return the loss against the mixture of two targets; see `SharingCriterion`."""
         check_rows(z, target)
         # Read once: both targets are centred alike.
-        center = _read(self.center)
+        center = read(self.center, _check_kind)
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
         # The cross-entropy is linear in its targets, so both terms are one.
@@ -250,20 +250,12 @@ def update_center(center: Tensor, target: Tensor, momentum: float = 0.9) -> Tens
     return center * momentum + mean * (1 - momentum)
 
 
-def _read(center: Center | None) -> Tensor | None:
-    """Return the center of now."""
-    if center is None or isinstance(center, Tensor):
-        return center
-    return _require_tensor(center())
-
-
-def _require_tensor(center: Tensor) -> Tensor:
+def _check_kind(center: Tensor) -> None:
     if not isinstance(center, Tensor):
         raise TypeError(
             f"center must be a tensor (K,), got {type(center).__name__}; start with "
             "torch.zeros(target.shape[1]), or pass a function that returns the tensor"
         )
-    return center
 
 
 def _check_dino(
@@ -273,7 +265,7 @@ def _check_dino(
     check_positive("target_temperature", target_temperature)
     check_reduction(reduction)
     if center is not None and not callable(center):
-        _require_tensor(center)
+        _check_kind(center)
 
 
 def _check_center(center: Tensor, target: Tensor) -> None:

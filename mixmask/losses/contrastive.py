@@ -18,6 +18,7 @@ from mixmask.losses._rows import (
     check_reduction,
     check_rows,
     mix_losses,
+    read,
     reduce,
     upcast,
 )
@@ -38,9 +39,8 @@ def info_nce(
     r"""Contrast each row with its target against negatives.
 
     $\ell_i = -\log \frac{\exp(z_i \cdot t_i / \tau)}{\exp(z_i \cdot t_i / \tau) +
-    \sum_k \exp(z_i \cdot n_k / \tau)}$. With a queue of negatives, the sum is taken in chunks
-    and its gradient along with it, so that no (N, K) matrix is ever held; without one, the
-    other targets of the batch are the negatives.
+    \sum_k \exp(z_i \cdot n_k / \tau)}$, over a queue of negatives, in chunks without an (N, K)
+    matrix, or over the batch's other targets.
 
     Args:
         z: (N, C) queries, floating; they are not normalised here.
@@ -68,7 +68,7 @@ def info_nce(
         torch.Size([4])
     """
     _check_options(negatives, temperature, gather_distributed, reduction)
-    queue = _read(negatives)  # (K, C)
+    queue = read(negatives, _check_queue)  # (K, C)
     _check_inputs(z, target, queue)
     if queue is None:
         return _contrast_in_batch(z, target, temperature, gather_distributed, reduction)
@@ -80,13 +80,10 @@ def info_nce(
 class InfoNCE:
     """`info_nce` with its options stored, as a criterion (z, target).
 
-    The queue's rows must be normalised, as queries and keys are, and detached. A queue that is
-    written in place, such as MoCo's buffer, can be passed once. If the loop rebinds it, as in
-    `queue = torch.cat([queue, keys])[n:]`, a tensor would stay the first queue: pass a function,
-    `InfoNCE(lambda: queue)`, or build the criterion where it is used.
-
-    `lambda_weighted_loss` finds its `weighted` method, which takes the negatives' sum once for
-    both terms.
+    A queue that is written in place, such as MoCo's buffer, can be passed once. If the loop
+    rebinds it, as in `queue = torch.cat([queue, keys])[n:]`, a tensor would stay the first queue:
+    pass a function, `InfoNCE(lambda: queue)`, or build the criterion where it is used. The two
+    terms of a mixed view share one sum over negatives.
 
     Example:
         >>> queue = F.normalize(torch.randn(512, 16), dim=1)
@@ -117,7 +114,7 @@ class InfoNCE:
         partner: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return lam * l(z, target) + (1 - lam) * l(z, other), reduced; see `SharingCriterion`."""
-        queue, tau = _read(self.negatives), self.temperature
+        queue, tau = read(self.negatives, _check_queue), self.temperature
         _check_inputs(z, target, queue)
         if queue is None and other is not None and partner is not None:
             # Both terms contrast with the same targets: one matrix of logits serves them.
@@ -134,15 +131,6 @@ class InfoNCE:
         own = contrast(target)  # (N,)
         others = None if other is None else contrast(other)
         return reduce(mix_losses(own, others, lam), self.reduction)
-
-
-def _read(negatives: Negatives | None) -> Tensor | None:
-    """Return the queue of now."""
-    if negatives is None or isinstance(negatives, Tensor):
-        return negatives
-    queue = negatives()
-    _check_queue(queue)
-    return queue
 
 
 def _check_options(
@@ -262,8 +250,8 @@ def nt_xent(
         target: (N, C) projections of the other view.
         temperature: τ.
         one_directional: Contrast z with the targets alone, $\ell_i = -\log softmax(\cos(z_i, t) /
-            \tau)_i$. Around a mixed view that is i-Mix: one soft cross-entropy with the shares as
-            labels, in which the partner is a positive and the other mixtures are left out.
+            \tau)_i$. Around a mixed view that is i-Mix: the partner is a positive, and the other
+            mixtures are left out.
         gather_distributed: Contrast with the rows of all processes.
         reduction: "mean" or "none".
 

@@ -15,6 +15,7 @@ from mixmask.losses._criteria import (
     Criterion,
     check_criterion,
     check_kind,
+    is_library,
     matches,
     shares,
     takes_partners,
@@ -32,7 +33,7 @@ from mixmask.losses._inputs import (
     count_rows,
     match_directions,
 )
-from mixmask.losses._state import is_library, is_traceable, lend_buffers, lend_state
+from mixmask.losses._state import is_traceable, lend_buffers, lend_state
 from mixmask.mixing import MixedBatch
 
 
@@ -45,16 +46,14 @@ def lambda_weighted_loss(
     to the loss of the clean images, with weight one. A `SharingCriterion`, such as
     `losses.InfoNCE`, is asked for both terms at once.
 
-    What not to pass:
+    Do not pass
 
-    - a similarity, such as `nn.CosineSimilarity` (refused) or a lambda around one: the sign
-      would be wrong; use `losses.NegativeCosine()`;
-    - `nn.CrossEntropyLoss` with embeddings and keys (refused), or with MoCo's logits and labels:
-      its positives are in the logits, so permuting the labels does nothing;
-    - a model that takes images and returns its loss (refused if it is a module): pass the loss
-      that it holds inside;
-    - a criterion with a queue, a bank or a center that moves when called: use
-      `LambdaWeightedLoss`;
+    - a similarity, such as `nn.CosineSimilarity`, whose sign is wrong: use
+      `losses.NegativeCosine()`;
+    - `nn.CrossEntropyLoss` with embeddings, or with MoCo's logits and labels: its positives are
+      in the logits, so permuting the labels does nothing;
+    - a model that takes images and returns its loss: pass the loss inside it;
+    - a criterion whose queue, bank or center moves when called: use `LambdaWeightedLoss`;
     - both views in one tensor of 2N rows: split them, and pair each with its own target.
 
     Args:
@@ -119,25 +118,23 @@ class LambdaWeightedLoss(nn.Module):
 
     $L = \ell(z, t) + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i) \ell(z^m_i,
     t_{\pi(i)})$. A criterion with a memory bank, a queue or a running center changes it at every
-    call. Here the mixed terms come first, on copies of its state, and the original term last, on
-    the state itself. Every mixed term thus sees the state from before the step, and one clean
-    call updates it.
+    call. Here the mixed terms come first, on copies of its state from before the step, and the
+    original term last, which updates it once.
 
     State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
-    tensors, and what its code encloses or reads from modules and classes. Random generators,
-    files and what lies deep in objects of other packages are not covered. State is copied twice
-    per mixed view, even a huge bank, unless `ignore` names it; a criterion without state costs
-    nothing. Pass the loss alone: for a function around a model, the model's buffers are copied
-    too. Build this module once, outside of the loop, and call it from one thread at a time.
-    State outside of buffers breaks torch.compile's graph, and `fullgraph=True` refuses it.
+    tensors, what its functions enclose, and the globals that they name. Attributes of classes and
+    of imported modules, random generators, files and what lies deep in objects of other packages
+    are not covered. State is copied twice per mixed view, unless `ignore` names it. Pass the loss
+    alone: for a function around a model, the model's buffers are copied too. Build this module
+    once, and call it from one thread at a time. State outside of buffers breaks torch.compile's
+    graph, and `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. A single mixed view belongs
     to the first direction; otherwise there is one mixed view per direction.
 
     Args:
-        criterion: (z, target) -> () or (N,), a module or any callable. What not to pass:
-            `lambda_weighted_loss`.
+        criterion: (z, target) -> () or (N,), a module or any callable; see `lambda_weighted_loss`.
         switch: False keeps the term of λ alone (the paper's ablation).
         ignore: Names of attributes to use without a copy, because the loss does not depend on
             their changes, or because they are large and constant.
@@ -220,9 +217,8 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Return the mixed terms alone, (), and leave the criterion's state as it is.
 
-        For loops that call backward on them before the clean images' loss, so that one forward
-        pass is alive at a time. Take them first: the original term moves the state. Arguments
-        and errors are those of `forward`; only a `MatchingCriterion` needs z.
+        For loops that call backward on them before the original term, which moves the state.
+        Arguments and errors are those of `forward`; only a `MatchingCriterion` needs z.
         """
         pairs = as_pairs(z_mixed, mixed)
         if not pairs:
@@ -237,11 +233,10 @@ class LambdaWeightedLoss(nn.Module):
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the loss term by term, the mixed ones first; each is embedded when asked for.
 
-        Call backward on a term before asking for the next: gradients add up, only one forward
-        pass is alive at a time, and a step needs the memory of one without mixing. Under
-        DistributedDataParallel, put all but the last backward into `no_sync()`, so that gradients
-        travel once. The terms sum to what `forward` returns, except that batch norm's running
-        statistics see the mixed views first.
+        Call backward on a term before asking for the next: only one forward pass is alive at a
+        time, so a step needs the memory of one without mixing. Under DistributedDataParallel, put
+        all but the last backward into `no_sync()`. The terms sum to what `forward` returns, except
+        that batch norm's running statistics see the mixed views first.
 
         Args:
             encode: The online branch, from images to what the criterion takes.
@@ -253,8 +248,7 @@ class LambdaWeightedLoss(nn.Module):
             () scalars, one per mixed view and then one per direction of the clean images.
 
         Raises:
-            ValueError: As `forward` does; or if the targets carry a gradient, whose graph the
-                first backward would free.
+            ValueError: As `forward` does; or if the targets carry a gradient.
             TypeError: If the criterion compares mixed with clean embeddings, which needs both.
 
         Example:

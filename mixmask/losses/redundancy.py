@@ -33,15 +33,12 @@ def barlow_twins(
         z: (N, C) projections of one view, N of at least 2, floating.
         target: (N, C) projections of the other view.
         redundancy_weight: w, the weight of the off-diagonal part.
-        gather_distributed: Average C over all processes. Each process still standardises features
-            over its own batch, unless `sync_statistics` is set.
+        gather_distributed: Average C over all processes, as lightly's criterion does.
         sync_statistics: Standardise features over the batches of all processes, as synchronised
-            batch norm does. With both set, the loss is that of the whole batch, as in the authors'
-            code; `gather_distributed` alone is what lightly's criterion computes.
+            batch norm does. With both, the loss is that of the whole batch, as the authors' code.
 
     Returns:
-        () scalar, at least float32. A single image has no loss, so mixed terms need a λ
-        shared by the batch.
+        () scalar, at least float32; mixed terms thus need a λ shared by the batch.
 
     Raises:
         ValueError: If shapes, devices or options do not fit.
@@ -60,19 +57,16 @@ def barlow_twins(
     z, target = upcast(z), upcast(target)
     rows = _standardize(z, z, sync_statistics)  # (N, C)
     columns = _standardize(target, target, sync_statistics)  # (N, C)
-    if gather_distributed or sync_statistics:
-        # An average of averages is that of all rows only if every process holds as many rows.
-        check_even(rows.shape[0], rows.device)
-    return _measure_redundancy(rows, columns, 1.0, redundancy_weight, gather_distributed)
+    options = redundancy_weight, gather_distributed, sync_statistics
+    return _measure_redundancy(rows, columns, 1.0, *options)
 
 
 @dataclass(frozen=True)
 class BarlowTwins:
     """`barlow_twins` with its options stored.
 
-    Around a mixed view its λ-weighted form cannot reach zero, not even for an encoder that mixes
-    ideally: C(z_m, t) cannot be the identity and, for the partner's targets, the identity again.
-    `MatchedBarlowTwins` asks for what such an encoder gives.
+    Its λ-weighted form cannot reach zero, not even for an encoder that mixes ideally;
+    `MatchedBarlowTwins` can.
     """
 
     redundancy_weight: float = 5e-3
@@ -96,11 +90,8 @@ class MatchedBarlowTwins(BarlowTwins):
     Clean views use `barlow_twins`. A mixed view is matched to the mixture of the clean
     correlations, $C(z_m, t) \to \lambda C(z, t) + (1 - \lambda) C(z_\pi, t)$: the squares of the
     difference, weighted as in `barlow_twins`. Mixed features are standardised by the clean ones'
-    mean and deviation, so that an encoder with $f(m) = \lambda f(x) + (1 - \lambda) f(x_\pi)$
-    reaches zero exactly. No gradient goes to the clean z.
-
-    It needs z as well as the target, so use it with `LambdaWeightedLoss`, not with
-    `lambda_weighted_loss`.
+    mean and deviation, so that $f(m) = \lambda f(x) + (1 - \lambda) f(x_\pi)$ reaches zero. No
+    gradient goes to the clean z. It needs z, so use it with `LambdaWeightedLoss`.
 
     Source:
         Zbontar et al., "Barlow Twins", eq. 2, and MixMask, eq. 4; after Bandara et al., "Guarding
@@ -131,7 +122,7 @@ class MatchedBarlowTwins(BarlowTwins):
         """
         check_rows(z_mixed, target, at_least=2)
         check_rows(z_mixed, z, names=("z_mixed", "z"))
-        sync, gather = self.sync_statistics, self.gather_distributed
+        sync = self.sync_statistics
         # What is matched to is a constant, as a target is.
         clean = upcast(z).detach()
         others = None if other is None else _standardize(upcast(other).detach(), clean, sync)
@@ -139,9 +130,8 @@ class MatchedBarlowTwins(BarlowTwins):
         # C is linear in its rows: the difference of two correlations is that of the difference.
         rows = _standardize(upcast(z_mixed), clean, sync) - mixture
         columns = _standardize(upcast(target), upcast(target), sync)
-        if gather or sync:
-            check_even(rows.shape[0], rows.device)
-        return _measure_redundancy(rows, columns, 0.0, self.redundancy_weight, gather)
+        options = self.redundancy_weight, self.gather_distributed, sync
+        return _measure_redundancy(rows, columns, 0.0, *options)
 
 
 def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
@@ -157,9 +147,12 @@ def _standardize(rows: Tensor, reference: Tensor, sync: bool) -> Tensor:
 
 
 def _measure_redundancy(
-    rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool
+    rows: Tensor, columns: Tensor, wanted: float, weight: float, gather: bool, sync: bool
 ) -> Tensor:
     """Return the weighted squares of the cross-correlation less the wanted diagonal, ()."""
+    if gather or sync:
+        # An average of averages is that of all rows only if every process holds as many rows.
+        check_even(rows.shape[0], rows.device)
     # A gathered correlation is a mean over processes, which products of images do not give.
     if not (gather and world_size() > 1) and _is_wide(rows):
         diagonal = (rows * columns).mean(dim=0)  # (C,)
@@ -242,8 +235,7 @@ class VICReg:
     """`vicreg` with its options stored; λ weighs the distance alone.
 
     The mixed term has v and c once, of the mixed view: those of the targets are part of the
-    clean images' loss already. If the function `vicreg` is passed to `lambda_weighted_loss`, they
-    count again and push on the targets twice.
+    clean images' loss already. The function `vicreg`, passed instead, would count them again.
     """
 
     invariance_weight: float = 25.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import enum
 import functools
 import types
 from collections import deque
@@ -216,40 +215,30 @@ def _using_globals(make: Callable[[], Any]) -> Callable[[], Any]:
     return build
 
 
-class Mode(enum.Enum):
-    """A class that refuses to be written to."""
+def make_classwide() -> Any:
+    """An object whose class holds its bank and its counter."""
 
-    ON = "on"
+    class Classwide:
+        bank, calls = torch.zeros(K, C), 0
 
+        def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+            type(self).calls += 1
+            return fill_bank(self.bank, z, target)
 
-def _with_class_attributes(base: type, *, rebinds: bool) -> Callable[[], Any]:
-    def build() -> Any:
-        class Classwide(base):  # type: ignore[misc]
-            bank, calls = torch.zeros(K, C), 0
-
-            def __call__(self, z: Tensor, target: Tensor) -> Tensor:
-                kind = type(self)
-                if rebinds and Mode.ON is Mode("on"):
-                    kind.bank, kind.calls = kind.bank + 1, kind.calls + 1
-                return fill_bank(self.bank, z, target) * (1 + self.calls)
-
-        return Classwide()
-
-    return build
+    return Classwide()
 
 
 REMOTE: Any = types.ModuleType("remote")
 
 
-def _with_a_modules_attributes(z: Tensor, target: Tensor) -> Tensor:
+def fill_a_modules_bank(z: Tensor, target: Tensor) -> Tensor:
     REMOTE.calls += 1
-    loss: Tensor = REMOTE.calls * fill_bank(REMOTE.bank, z, target)
-    return loss
+    return fill_bank(REMOTE.bank, z, target)
 
 
-def _reset_module() -> Callable[..., Tensor]:
+def reset_module() -> Callable[..., Tensor]:
     REMOTE.calls, REMOTE.bank = 0, torch.zeros(K, C)
-    return _with_a_modules_attributes
+    return fill_a_modules_bank
 
 
 class View(nn.Module):
@@ -337,15 +326,11 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "partial of a method": lambda: functools.partial(Memory().forward),
     "bound method": lambda: Memory().forward,
     "globals": _reset_globals,
-    "attributes of a module": _reset_module,
     "view of a buffer": View,
     "globals of a method": _using_globals(_Method),
     "globals of a bound method": _using_globals(lambda: _Method().contrast),
     "globals of forward and a property": _using_globals(_Forward),
     "globals of a nested function": _using_globals(lambda: _with_nested),
-    "attribute of a class": _with_class_attributes(object, rebinds=False),
-    "attribute of a class, rebound": _with_class_attributes(object, rebinds=True),
-    "attribute of a module's class": _with_class_attributes(nn.Module, rebinds=True),
     "objects in objects": prepare(
         Plain, lambda m: enqueue(m.a.inner.inner.inner.inner), a=_nest(Helper(), 4)
     ),

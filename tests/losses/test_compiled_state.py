@@ -28,10 +28,8 @@ COMPILED = (
     "bound method",
     "globals",
     "globals of forward and a property",
-    "attribute of a class",
     "function's attribute",
     "partial of a tensor",
-    "attributes of a module",
     "view of a buffer",
 )
 

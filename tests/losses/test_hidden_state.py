@@ -25,7 +25,20 @@ from buffered import (
     draw_rows,
     measure_distance,
 )
-from hidden import Helper, Memory, Plain, Wrapped, add_one, count, enqueue, hidden, prepare
+from hidden import (
+    REMOTE,
+    Helper,
+    Memory,
+    Plain,
+    Wrapped,
+    add_one,
+    count,
+    enqueue,
+    hidden,
+    make_classwide,
+    prepare,
+    reset_module,
+)
 from torch import Tensor, nn
 
 from mixmask import LambdaWeightedLoss, lambda_weighted_loss
@@ -156,6 +169,23 @@ def test_what_is_to_be_ignored_is_used_as_it_is(
     LambdaWeightedLoss(module, ignore=ignore)(z, target, z_mixed, MIXED)
     read = read or (lambda m: getattr(m, "late", None) or m.helper.count)
     assert read(module) == 3
+
+
+@pytest.mark.parametrize(
+    "make, read",
+    [(make_classwide, type), (reset_module, lambda _: REMOTE)],
+    ids=["class", "imported module"],
+)
+def test_attributes_of_classes_and_of_imported_modules_are_used_as_they_are(
+    make: Callable[[], Any], read: Callable[[Any], Any]
+) -> None:
+    criterion = make()
+    z, target, z_mixed = draw_rows(3)
+    bank = read(criterion).bank
+    LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    assert read(criterion).calls == 3
+    assert read(criterion).bank is bank
+    torch.testing.assert_close(bank[: len(z)], 2 * target + target[PARTNER])
 
 
 def _count_helper(module: Any) -> None:
@@ -367,6 +397,49 @@ def test_a_trainer_that_is_held_through_a_weak_proxy_is_lent() -> None:
     z, target, z_mixed = draw_rows(3)
     whole(z, target, z_mixed, MIXED)
     assert module.calls == 1
+
+
+def test_a_property_may_cover_a_slot() -> None:
+    class Slotted:
+        __slots__ = ("bank",)
+
+    class Covered(Slotted):
+        calls = 0
+
+        @property
+        def bank(self) -> int:
+            return len(vars(self))
+
+        def __call__(self, z: Tensor, target: Tensor) -> Tensor:
+            self.calls += 1
+            return measure_distance(z, target) * (self.bank + self.calls)
+
+    criterion = Covered()
+    z, target, z_mixed = draw_rows(3)
+    LambdaWeightedLoss(criterion)(z, target, z_mixed, MIXED)
+    assert criterion.calls == 1
+
+
+def test_views_that_a_closure_and_a_global_share_stay_shared() -> None:
+    """Two functions enclose the same bank, of which a third holds a view."""
+    bank = torch.zeros(K, C)
+    rows = [bank[:2]]
+
+    def write(target: Tensor) -> None:
+        bank.add_(target.mean())
+
+    def criterion(z: Tensor, target: Tensor) -> Tensor:
+        write(target)
+        return measure_distance(z, target) * (bank.sum() + rows[0].sum()).exp()
+
+    def once(z: Tensor, target: Tensor) -> Tensor:
+        filled = target.mean() * (bank.numel() + rows[0].numel())
+        return measure_distance(z, target) * filled.exp()
+
+    _, target, z_mixed = draw_rows(3)
+    ours = LambdaWeightedLoss(criterion).mixed_loss(z_mixed, target, MIXED)
+    torch.testing.assert_close(ours, lambda_weighted_loss(once, z_mixed, target, MIXED))
+    assert not bank.any()
 
 
 def test_two_tensors_without_memory_share_none() -> None:
