@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluated import refused, results, write_photographs, write_run
+from evaluated import refused, results, write_run
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -26,16 +26,6 @@ from mixmask.evaluation import (
     evaluate,
     load_task,
 )
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    return write_photographs(tmp_path / "photographs")
-
-
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    return write_run(tmp_path / "run", photographs, "narrow", 16)
 
 
 def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
