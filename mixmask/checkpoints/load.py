@@ -76,7 +76,7 @@ class Loaded:
 
 
 def load_backbone(
-    path: Path,
+    path: Path | str,
     *,
     arch: str | None = None,
     small_stem: bool | None = None,

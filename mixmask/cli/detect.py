@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixmask._devices import is_out_of_memory
+from mixmask._devices import choose_device, is_out_of_memory
 from mixmask.cli._console import describe_device, resumable, say
-from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder

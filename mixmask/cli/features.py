@@ -12,9 +12,9 @@ import torch
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import SOURCE, add_shared, choose_device
+from mixmask.cli.options import SOURCE, add_shared
 from mixmask.evaluation import gallery
-from mixmask.figures.style import save_figure
+from mixmask.figures.style import check_figure, save_figure
 from mixmask.runs.folder import atomic_write, check_files
 
 
@@ -30,7 +30,7 @@ def draw_map(
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
-    check_files(out, force=force)
+    check_figure(out, force=force)
     task = _load(runs, device, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
@@ -48,7 +48,7 @@ def draw_neighbours(
     **source: Any,
 ) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
-    check_files(out, force=force)
+    check_figure(out, force=force)
     task = _load([run], device, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
@@ -78,7 +78,9 @@ def embed(
     with atomic_write(out, table) as (array, names):
         with array.open("wb") as file:
             np.save(file, features.numpy())
-        with names.open("w", newline="", encoding="utf-8") as text:
+        # The names of files need not be UTF-8.
+        text = names.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+        with text:
             csv.writer(text).writerows([("split", "class", "file"), *_name_rows(task)])
     origin = task.sources[0]
     say(
@@ -102,7 +104,7 @@ def _name_rows(task: evaluation.Task) -> list[tuple[str, str, str]]:
 
 def _load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
     """Load backbones and the images to show, with or without labels."""
-    return evaluation.load_task(*runs, device=choose_device(device), labelled=False, **source)
+    return evaluation.load_task(*runs, device=device, labelled=False, **source)
 
 
 def add_map(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.cli._console import describe_device, quote, resumable, say
-from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.cli.options import add_fields, add_shared
 from mixmask.evaluation import monitor
 from mixmask.runs.folder import Row
 from mixmask.runs.records import plural
@@ -34,10 +34,9 @@ def train_backbone(
 ) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
     began = time.perf_counter()
-    chosen = choose_device(device) if device else None
     # From here on a failure before the first checkpoint takes the folder back, and an interruption
     # says how to continue.
-    opening = open_run(given, config=config, out=out, resume=resume, device=chosen)
+    opening = open_run(given, config=config, out=out, resume=resume, device=device)
     with opening as opened, resumable("pretrain", opened.run.out):
         run, data = opened.run, opened.data
         main = run.accelerator.is_main_process

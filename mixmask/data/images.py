@@ -55,8 +55,11 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
 
     Raises:
         UnreadableError: If it holds no image, or decoding fails in the block.
+        ValueError: If that variable is no number.
     """
     if limit := os.environ.get("MIXMASK_MAX_PIXELS"):
+        if not limit.isdecimal() or int(limit) == 0:
+            raise ValueError(f"MIXMASK_MAX_PIXELS must be a whole number above 0, got {limit!r}")
         Image.MAX_IMAGE_PIXELS = int(limit)
     try:
         # At once: over a network, many small reads take long.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
@@ -80,14 +81,14 @@ class Run:
         backbone: nn.Module,
         out: Path,
         source: Source,
-        device: torch.device | None = None,
+        device: torch.device | str | int | None = None,
     ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
             train, test = data.train.with_masks(), data.test.with_masks()
             data = dataclasses.replace(data, train=train, test=test)
         self.config, self.data, self.out, self.source = config, data, out, source
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
         self.detector = build_detector(backbone, len(data.classes), config).to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -199,7 +200,7 @@ def train_detector(
     out: Path,
     *,
     source: Source | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | int | None = None,
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,

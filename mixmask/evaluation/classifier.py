@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class FineTuning(Options):
                 f"--subset-list needs a folder of images, got {task.sources[0].data}, whose images "
                 "have no file names; use --percent"
             )
-        lines = map(str.strip, Path(self.subset_list).read_text(encoding="utf-8").splitlines())
+        lines = map(str.strip, os.fsdecode(Path(self.subset_list).read_bytes()).splitlines())
         return listed_subset(files, list(filter(None, lines))), f"listed in {self.subset_list}"
 
     def batch_of(self, images: int) -> int:

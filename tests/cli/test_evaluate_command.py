@@ -128,7 +128,8 @@ def test_data_that_cannot_measure(
 def test_places_that_cannot_be_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not found" in refused(["knn", str(run / "other.pt")], capsys)
     taken = str(run / "config.json")
-    assert "which is a file" in refused(["knn", str(run), "--out", taken], capsys)
+    message = f"--out must be a folder, got {taken} (File exists); name another"
+    assert message in refused(["knn", str(run), "--out", taken], capsys)
 
 
 def test_a_checkpoint_that_does_not_record_its_data_needs_it(

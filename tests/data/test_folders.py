@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from contextlib import closing
@@ -162,6 +163,45 @@ def test_test_split_comes_before_validation(tmp_path: Path) -> None:
     assert found is not None
     assert isinstance(found.files, Files)
     assert found.files.root.name == "Test"
+
+
+@pytest.mark.parametrize(
+    ("trains", "tests"),
+    [(("train.X1", "train.X2"), ("val.X1", "val.X2")), (("train1", "train_2"), ("Test-1",))],
+)
+def test_numbered_pieces_of_a_split_are_joined(
+    trains: tuple[str, ...], tests: tuple[str, ...], tmp_path: Path
+) -> None:
+    tops = (*trains, *tests)
+    touch(tmp_path, *(f"{top}/{name}/1.jpg" for top in tops for name in ("cat", "dog")))
+    train, test, classes = list_folder(tmp_path)
+    assert classes == ("cat", "dog")
+    assert train.labels is not None
+    assert train.labels.tolist() == [0, 1] * len(trains)
+    assert isinstance(train.files, Files)
+    assert train.files.name(0) == f"{trains[0]}/cat/1.jpg"
+    assert test is not None
+    assert test.labels is not None
+    assert test.labels.tolist() == [0, 1] * len(tests)
+    assert len(test.files) == 2 * len(tests)
+
+
+@pytest.mark.parametrize("tops", [("test",), ("val.X",), ("test", "Validation")])
+def test_a_test_split_alone_is_refused(tops: tuple[str, ...], tmp_path: Path) -> None:
+    touch(tmp_path, *(f"in/{top}/{name}/1.jpg" for top in tops for name in ("cat", "dog")))
+    message = rf"in holds .*{tops[0]}.* and no training split; put one .*train, or pass .*/in/"
+    with pytest.raises(ValueError, match=message):
+        list_folder(tmp_path)
+    assert list_folder(tmp_path / "in" / tops[0]).classes == ("cat", "dog")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"c\xfft")
+    touch(tmp_path, f"{odd}/{odd}.jpg", "dog/1.jpg")
+    train, _, classes = list_folder(tmp_path)
+    assert classes == ("c\\udcfft", "dog")
+    assert isinstance(train.files, Files)
+    assert train.files[0] == tmp_path / odd / f"{odd}.jpg"
 
 
 def test_classes_that_look_like_splits(tmp_path: Path) -> None:
