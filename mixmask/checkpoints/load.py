@@ -152,6 +152,8 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     if path.is_dir():
         file, content = load_checkpoint(path, lambda held: is_run(held) or "classes" in held)
         return file, content, _read_options(path) if is_run(content) else {}
+    if not path.is_file():  # To open a pipe would wait for ever.
+        raise ValueError(f"{path} is a pipe or a device; pass a run folder or a checkpoint file")
     content, metadata = read_checkpoint(path)
     if is_run(content):
         return path, content, _read_options(path.parent)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
@@ -26,6 +26,11 @@ from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
 _LIKE_SPLITS = r"(train|test|val|valid|validation|dev|holdout)([-_. ]?(ing|set|data|split|\d+))?"
 _ANNOTATIONS = "val_annotations.txt"
+# What is raised for a file that cannot be opened, or a member of an archive: one that is gone,
+# damaged or compressed in a way that Python does not know.
+_UNREADABLE = (
+    UnreadableError, OSError, EOFError, BadZipFile, zlib.error, KeyError, NotImplementedError,
+)  # fmt: skip
 # What archives of macOS and some file servers add; names with a dot are hidden anyhow.
 _RUBBISH = ("__MACOSX", "@eaDir")
 
@@ -86,7 +91,7 @@ class Files:
         try:
             with open_image(_read(self[number], self.archive)) as image:
                 yield image
-        except (UnreadableError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        except _UNREADABLE as error:
             if not (self.archive or self.root).exists():
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
@@ -262,7 +267,7 @@ def _walk(path: Path) -> Iterator[tuple[str, str]]:
 def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
     """Yield names in a .zip file, and what they are."""
     try:
-        entries = _open_archive(path, os.getpid()).infolist()
+        entries = open_archive(path).infolist()
     except BadZipFile as error:
         fix = "pass a folder of images, or a .zip file of one"
         raise ValueError(f"{path} is not a folder of images; {fix}") from error
@@ -283,10 +288,15 @@ def _is_rubbish(name: str) -> bool:
     return name.startswith(".") or name in _RUBBISH
 
 
-@cache
-def _open_archive(path: Path, process: int) -> ZipFile:
-    """Open an archive, once per process: its place in the file is not shared."""
-    del process
+def open_archive(path: Path) -> ZipFile:
+    """Open an archive, once per process: forks would share one place in the file."""
+    found = path.stat()
+    return _open_archive(path, found.st_ino, found.st_mtime_ns, found.st_size, os.getpid())
+
+
+@lru_cache(maxsize=16)
+def _open_archive(path: Path, *identity: int) -> ZipFile:
+    del identity  # An archive that was replaced is another one.
     return ZipFile(path)
 
 
@@ -294,7 +304,7 @@ def _read(path: Path, archive: Path | None) -> bytes:
     """Read a file from a folder, or from an archive."""
     if archive is None:
         return path.read_bytes()
-    return _open_archive(archive, os.getpid()).read(path.relative_to(archive).as_posix())
+    return open_archive(archive).read(path.relative_to(archive).as_posix())
 
 
 def _choose_test(

@@ -62,6 +62,8 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
             raise ValueError(f"MIXMASK_MAX_PIXELS must be a whole number above 0, got {limit!r}")
         Image.MAX_IMAGE_PIXELS = int(limit)
     try:
+        if isinstance(file, Path) and file.exists() and not file.is_file():
+            raise UnreadableError("it is a folder, a pipe or a device")  # No wait.
         # At once: over a network, many small reads take long.
         content = file.read_bytes() if isinstance(file, Path) else file
         with Image.open(io.BytesIO(content)) as image:

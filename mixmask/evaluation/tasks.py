@@ -181,6 +181,8 @@ def load_task(
         ValueError: If a checkpoint or the data cannot be loaded, the runs used different data,
             the backbone does not take the image size or channels, or labels are missing.
     """
+    if not runs:
+        raise ValueError("a task needs a run folder or a checkpoint file, got none; name one")
     device = choose_device(device)
     loaded = [
         load_backbone(run, arch=arch, small_stem=small_stem, mean=mean, std=std) for run in runs

@@ -153,6 +153,22 @@ def test_a_choice_of_the_user_s_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert stream.errors == "surrogateescape"
 
 
+def test_pipes_and_devices_are_not_waited_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe, image = tmp_path / "pipe.png", next((run.parent / "photographs").rglob("*.png"))
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero", tmp_path):
+        line = refused(["show", image, path, "--out", tmp_path / "x.png"], capsys)
+        assert f"{path} is not a readable image (it is a folder, a pipe or a device)" in line
+    for command in (["evaluate", "knn"], ["export", "--to", "timm", "--out", tmp_path / "x"]):
+        assert f"{pipe} is a pipe or a device; pass a run" in refused([*command, pipe], capsys)
+    with pytest.raises(
+        ValueError, match="a task needs a run folder or a checkpoint file, got none"
+    ):
+        load_task(data="clothing64")
+
+
 def test_refusals_keep_the_blanks_of_paths(capsys: pytest.CaptureFixture[str]) -> None:
     assert refuse("no  such\n   file a  b\tc") == 2
     assert capsys.readouterr().err == "mixmask: no  such file a  b\tc\n"

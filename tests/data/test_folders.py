@@ -318,3 +318,30 @@ def test_data_set_that_is_to_be_unpacked() -> None:
     )
     with pytest.raises(ValueError, match=fix):
         load_data("tiny-imagenet", 64)
+
+
+@pytest.mark.parametrize("compression", [9, 99])
+def test_a_member_compressed_in_an_unknown_way_is_named(compression: int, tmp_path: Path) -> None:
+    path = tmp_path / "photos.zip"
+    with ZipFile(path, "w") as archive:
+        for name in ("1.png", "2.png"):
+            with archive.open(name, "w") as file:
+                Image.new("RGB", (9, 9)).save(file, "PNG")
+    content = bytearray(path.read_bytes())
+    for start in (b"PK\3\4", b"PK\1\2"):  # The first member's two headers.
+        content[content.index(start) + (8 if start[2] == 3 else 10)] = compression
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"1\.png is not a readable image \(.*compression"):
+        assert len(load_data(str(path), 8).train.images) == 1
+
+
+def test_an_archive_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    path, other = tmp_path / "photos.zip", tmp_path / "other.zip"
+    for count, value in ((2, 10), (3, 200)):
+        with ZipFile(other, "w") as archive:
+            for i in range(count):
+                with archive.open(f"{i}.png", "w") as file:
+                    Image.new("RGB", (9, 9), (value,) * 3).save(file, "PNG")
+        other.replace(path)
+        images = load_data(str(path), 8).train.images[:]
+        assert (len(images), images.unique().tolist()) == (count, [value])
