@@ -18,14 +18,14 @@ from mixmask.runs.folder import check_files, make_folder
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 
-_LOADED = ("data", "image_size", "arch", "small_stem", "mean", "std")
+# What chooses the task, not the protocol.
+_LOADED = ("data", "image_size", "arch", "small_stem", "mean", "std", "device")
 
 
 def evaluate(
     choose: Callable[..., Protocol],
     run: Path,
     out: Path | None = None,
-    device: str | None = None,
     force: bool = False,
     **given: Any,
 ) -> None:
@@ -34,7 +34,7 @@ def evaluate(
         raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
     source = {name: given.pop(name) for name in _LOADED if name in given}
     protocol = choose(**given)
-    task = evaluation.load_task(run, device=device, **source)
+    task = evaluation.load_task(run, **source)
     folder = out or (run if run.is_dir() else run.parent)
     # Results that may not be replaced or written are refused before hours of work, not after.
     path = evaluation.results_file(protocol, task.sources[0], folder, force=force)

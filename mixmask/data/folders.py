@@ -166,14 +166,14 @@ def list_folder(path: Path) -> ListedData:
     These layouts are known: images at any depth, which then have no labels; one folder per class;
     either of them within `train` (or `training`) and, for a test split, `test`, `testing`, `val`,
     `valid`, `validation` or `dev`, in any case; Tiny ImageNet's, whose `val/val_annotations.txt`
-    names the classes; and ImageNet-100's in parts, `train.X1`, `train.X2` ... and `val.X`. A
-    single folder around all images is not a class. Links to folders are followed; names that start
-    with a dot are not looked at. Files of other kinds, and folders beside the splits, are named
-    in a warning.
+    names the classes. Numbered pieces of a split are joined: `train.X1`, `train.X2`, ... as
+    ImageNet-100 has them, or `train_1`, `train_2`. A single folder around all images is not a
+    class. Links to folders are followed; names that start with a dot are not looked at. Files of
+    other kinds, and folders beside the splits, are named in a warning.
 
     Raises:
-        ValueError: If there are fewer than two images, a class folder holds none, or the test
-            split has classes that the training split has not.
+        ValueError: If there are fewer than two images, a class folder holds none, there is a test
+            split alone, or it has classes that the training split has not.
     """
     tree = _list_tree(path)
     while True:

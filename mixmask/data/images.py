@@ -110,13 +110,14 @@ def read_deep(image: Image.Image) -> Tensor:
     return values[None] / limit
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to upright RGB of 8 bits, dropping transparency, of a palette too.
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+    """Decode to RGB of 8 bits, dropping transparency, of a palette too.
 
-    An image lies as its EXIF orientation says, as viewers show it.
+    An upright image lies as its EXIF orientation says, as viewers show it.
     """
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
     if is_deep(image):
         image = Image.fromarray((read_deep(image)[0] * 255).round().byte().numpy())
     if image.mode == "RGB":

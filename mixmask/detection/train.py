@@ -363,7 +363,7 @@ def _draw(run: Run) -> None:
     """Draw the first four test images with what is annotated and what is detected."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
-    predictions = predict(run.detector, images, run.device)
+    predictions = predict(run.detector, images)
     title = (
         f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
         f"{len(test):,} images of {test.name}, the first {len(images)} shown"

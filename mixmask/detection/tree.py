@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from mixmask.data.folders import open_archive
+from mixmask.data.images import open_image
 
 
 @contextmanager
@@ -54,8 +54,7 @@ class Tree:
     def open_image(self, name: str) -> Iterator[Image.Image]:
         """Open an image, of which so far only the header is read."""
         content = self.read(name)
-        problem = f"{name} is not a readable image"
-        with explain(problem), Image.open(io.BytesIO(content)) as image:
+        with explain(f"{name} is not a readable image"), open_image(content) as image:
             yield image
 
     def find(self, folder: str, suffix: str) -> tuple[str, dict[str, str]]:

@@ -160,7 +160,7 @@ def load_task(
     small_stem: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    device: torch.device | str | int | None = "cpu",
+    device: torch.device | str | int | None = None,
     labelled: bool = True,
 ) -> Task:
     """Load backbones, and the images that they share.
@@ -174,7 +174,7 @@ def load_task(
         small_stem: As in `load_backbone`.
         mean: As in `load_backbone`.
         std: As in `load_backbone`.
-        device: Where to compute; None for a GPU where there is one.
+        device: Where to compute. Default: a GPU where there is one.
         labelled: Whether labels on both splits are needed, as they are to measure.
 
     Raises:
