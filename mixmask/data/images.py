@@ -143,6 +143,7 @@ def take_square(image: Picture, size: int) -> Tensor:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     if isinstance(image, Tensor):
+        # (C, H, W) -> (C, side, side) -> (C, S, S)
         return _resize(image[:, top : top + side, left : left + side], size, "bicubic")
     square = image.crop((left, top, left + side, top + side))
     return _to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -314,23 +314,20 @@ def _choose_test(title: str, tests: Mapping[str, MapDataset]) -> list[Listed]:
 
     A split whose labels are all -1 is hidden and cannot be tested on.
     """
-    usable: dict[str, Listed] = {}
-    hidden = ""
+    listed: dict[str, Listed] = {}
     for name, dataset in tests.items():
         source = DatasetImages.of(dataset)
-        labels = source.labels()
-        if labels is not None and (labels < 0).all():
-            hidden = hidden or name
-            continue
-        usable[name] = Listed(source, labels)
-        if labels is not None:
+        listed[name] = Listed(source, source.labels())
+        labels = listed[name].labels
+        if labels is not None and labels.max() >= 0:  # What comes after need not be read.
             break
-    chosen = next((name for name in usable if usable[name].labels is not None), None)
-    chosen = chosen or next(iter(usable), None)
+    hidden = [n for n, each in listed.items() if each.labels is not None and each.labels.max() < 0]
+    usable = [name for name in listed if name not in hidden]
+    usable.sort(key=lambda name: listed[name].labels is None)  # The first of those with labels.
     if hidden:
-        instead = f"{chosen} is used instead" if chosen else "it is left out"
-        warnings.warn(f"{title} hides the labels of {hidden} (all -1); {instead}", stacklevel=4)
-    return [usable[chosen]] if chosen else []
+        instead = f"{usable[0]} is used instead" if usable else "it is left out"
+        warnings.warn(f"{title} hides the labels of {hidden[0]} (all -1); {instead}", stacklevel=4)
+    return [listed[name] for name in usable[:1]]
 
 
 def _streams(stream: str, title: str, needed: int) -> bool:

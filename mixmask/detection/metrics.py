@@ -91,7 +91,7 @@ def average_precision(
 
 def _summarise(curves: Tensor) -> Precision | None:
     """Average the precision (10, 101, classes) over those classes that have objects (not -1)."""
-    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]
+    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]  # (10, 101, C) -> (10, 101, c)
     if curves.numel() == 0:
         return None
     parts = {"ap": curves, "ap50": curves[0], "ap75": curves[5]}

@@ -180,7 +180,8 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
         )
     # Either sign of a direction is right; this one does not depend on the library.
     largest = directions.abs().argmax(dim=0, keepdim=True)
-    points = x @ (directions * directions.gather(0, largest).sign())  # (N, up to 50)
+    directions = directions * directions.gather(0, largest).sign()  # (D, up to 50)
+    points = x @ directions  # (N, up to 50)
     if method == "tsne":
         return Projection(_tsne(points, seed), ("t-SNE, first axis", "t-SNE, second axis"))
     first, second = (100 * deviations[:2].square() / x.square().sum().clamp_min(1e-12)).tolist()

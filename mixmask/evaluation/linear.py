@@ -117,6 +117,7 @@ def linear_scores(
     else:
         best = _choose(x[held:], y[held:], x[:held], y[:held], classes, penalties)
     weight, bias = _fit(x, y, classes, best, _TESTING)
+    # Test features are standardised as the training ones were: (M, D) -> (M, C).
     return ((test.to(device).float() - mean) / std) @ weight.T + bias, best
 
 
