@@ -17,6 +17,29 @@ _STAGED = 2**16
 _LIBRARY = torch.library.Library("mixmask", "FRAGMENT")
 
 
+def choose_device(name: torch.device | str | int | None) -> torch.device:
+    """Return a device that can compute; for None a GPU where there is one, or the CPU.
+
+    Raises:
+        TypeError: If it is not a device or the name or number of one.
+        ValueError: If there is no such device here, or it keeps no values, as "meta".
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(name, bool) or not isinstance(name, (torch.device, str, int)):
+        raise TypeError(f"--device must be a device or its name, got {name!r}; use cpu or cuda:0")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # A valid name need not be that of a device here.
+    except (AssertionError, OverflowError, RuntimeError, ValueError):
+        raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
+    return device
+
+
 def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     """Return a tensor on a device, as it is for None; only a copy to the host is waited for."""
     if device is None:

@@ -7,7 +7,14 @@ import hashlib
 import torch
 from torch import Tensor
 
-from mixmask._checks import check_generator
+from mixmask._checks import check_generator, check_integer
+
+
+def check_seed(seed: int) -> None:
+    """Require a seed that every library takes, 0 ... 2**31 - 1."""
+    check_integer("--seed", seed, 0, "use for instance 0")
+    if seed >= 2**31:
+        raise ValueError(f"--seed must be below 2**31, got {seed}; use for instance 0")
 
 
 def fold_seed(*parts: int | str) -> int:

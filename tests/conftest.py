@@ -52,6 +52,22 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(name)
 
 
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Write images of three classes to train and to test on."""
+    from evaluated import write_photographs  # It needs more than the tests of the core have.
+
+    return write_photographs(tmp_path / "photographs")
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Path:
+    """Write the folder of a run on these images."""
+    from evaluated import write_run
+
+    return write_run(tmp_path / "run", photographs, "narrow", 16)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Tensor]]:
     """Read one of the files of golden numbers, as tensors by name."""

@@ -15,6 +15,7 @@ from mixmask.backbones import SLIM, torchvision_name
 from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
+from mixmask.data.folders import printable
 from mixmask.runs.folder import atomic_write, check_files
 from mixmask.runs.reading import UNSEALED, seal_safetensors
 from mixmask.runs.records import plural
@@ -127,7 +128,7 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
     metadata = {
         "arch": loaded.arch,
         "small_stem": str(loaded.small_stem).lower(),
-        "source": f"{loaded.layout}: {loaded.file.name if loaded.file else 'unknown file'}",
+        "source": f"{loaded.layout}: {printable(loaded.file.name) if loaded.file else 'unknown'}",
     }
     for name in ("mean", "std"):
         metadata[name] = ",".join(map(str, getattr(loaded, name)))

@@ -82,7 +82,7 @@ class Loaded:
 
 
 def load_backbone(
-    path: Path,
+    path: Path | str,
     *,
     arch: str | None = None,
     small_stem: bool | None = None,
@@ -158,6 +158,8 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     if path.is_dir():
         file, content = load_checkpoint(path, _find_misfit)
         return file, content, _read_options(path) if is_run(content) else {}
+    if not path.is_file():  # To open a pipe would wait for ever.
+        raise ValueError(f"{path} is a pipe or a device; pass a run folder or a checkpoint file")
     content, metadata = read_checkpoint(path)
     if is_run(content):
         if difference := describe_difference(path, content):

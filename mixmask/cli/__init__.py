@@ -39,6 +39,7 @@ _SMALLER = {
     "help too",
     "ablate": "use a smaller --batch-size or --precision bf16",
     "evaluate": "use a smaller --batch-size or --image-size",
+    "detect": "use a smaller --batch-size, --size or --rois, in this order",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -37,15 +38,18 @@ def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
 
 
 def open_streams() -> None:
-    """Give a process that was started without standard streams some that lead nowhere."""
+    """Let the standard streams take every letter; where one is missing, one leads nowhere."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")  # ASCII has no λ, and UTF-8 not every file's name.
 
 
 def refuse(message: str) -> int:
     """Say in one line why input is refused, and return the exit code for that."""
-    say(f"mixmask: {' '.join(message.split())}", sys.stderr)
+    say(f"mixmask: {' '.join(line.strip() for line in message.splitlines())}", sys.stderr)
     return 2
 
 
@@ -83,7 +87,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2."""
-        self.exit(2, f"mixmask: {message}; see {self.prog} --help\n")
+        self.exit(refuse(f"{message}; see {self.prog} --help"))
 
     # Any: argparse's own signature has overloads.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

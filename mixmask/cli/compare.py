@@ -9,9 +9,8 @@ from pathlib import Path
 from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
 from mixmask.figures.runs import BANDS, figure_comparison
-from mixmask.figures.style import save_figure, short_path
+from mixmask.figures.style import check_figure, save_figure, short_path
 from mixmask.runs import records
-from mixmask.runs.folder import check_files
 from mixmask.runs.options import Options
 from mixmask.runs.records import Group, Record, describe_option, describe_value, percent
 from mixmask.trainers.methods import option_defaults
@@ -24,7 +23,7 @@ def compare(runs: list[Path], out: Path, band: str, force: bool = False) -> None
     """Draw the curves of several runs in one figure, and print their last accuracies."""
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
-    check_files(out, force=force)
+    check_figure(out, force=force)
     read = [records.read_record(run, defaults=option_defaults) for run in runs]
     _check_data(read)
     groups = records.group_seeds(read)

@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mixmask._devices import is_out_of_memory
+from mixmask._devices import choose_device
 from mixmask.cli._console import describe_device, resumable, say
-from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder
@@ -39,24 +37,12 @@ def detect(
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"detection needs {', '.join(missing)}: pip install '.[detection]'")
-    try:
-        _detect(run, out, resume, choose_device(device), given)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            "out of memory: use a smaller --batch-size, --size or --rois, in this order"
-        ) from None
-
-
-def _detect(
-    run: str | None, out: Path | None, resume: Path | None, device: torch.device, given: Options
-) -> None:
-    # These need the libraries that `detect` has looked for.
+    # These need the libraries.
     from mixmask.detection.data import load_detection
     from mixmask.detection.model import load_source
     from mixmask.detection.train import train_detector
 
+    chosen = choose_device(device)
     if resume is not None:
         more = {"RUN": run, "--out": out}
         check_resume([*map(flag, given), *(name for name in more if more[name] is not None)])
@@ -84,14 +70,13 @@ def _detect(
         f"{plural(len(data.train), 'image')} to train ({data.train.name}), "
         f"{len(data.test):,} to test ({data.test.name}), "
         f"{plural(len(data.classes), 'class')}, {config.arch} at {config.size} px, "
-        f"{plural(config.epochs, 'epoch')}, {describe_device(device)}\nrun folder: {folder}"
+        f"{plural(config.epochs, 'epoch')}, {describe_device(chosen)}\nrun folder: {folder}"
     )
     start = time.perf_counter()
-    go_on = resume is not None
     with resumable("detect", folder):
         _, results = train_detector(
             config, data, backbone, folder,
-            source=origin, device=device, resume=go_on, on_row=_say_row,
+            source=origin, device=chosen, resume=resume is not None, on_row=_say_row,
         )  # fmt: skip
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in results:

@@ -11,34 +11,35 @@ from typing import Any
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import SOURCE, add_fields, add_shared, choose_device
+from mixmask.cli.options import SOURCE, add_fields, add_shared
 from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.evaluation.metrics import INTERVAL, Interval
+from mixmask.runs.folder import check_files, make_folder
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 
-_LOADED = ("data", "image_size", "arch", "small_stem", "mean", "std")
+# What chooses the task, not the protocol.
+_LOADED = ("data", "image_size", "arch", "small_stem", "mean", "std", "device")
 
 
 def evaluate(
     choose: Callable[..., Protocol],
     run: Path,
     out: Path | None = None,
-    device: str | None = None,
     force: bool = False,
     **given: Any,
 ) -> None:
     """Measure a run's backbone by one protocol, and leave its results as JSON and PNG."""
     if not run.exists():
         raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, got {out}, which is a file; name another")
     source = {name: given.pop(name) for name in _LOADED if name in given}
     protocol = choose(**given)
-    task = evaluation.load_task(run, device=choose_device(device), **source)
+    task = evaluation.load_task(run, **source)
     folder = out or (run if run.is_dir() else run.parent)
-    # Results that may not be replaced are refused before hours of work, not after.
-    evaluation.results_file(protocol, task.sources[0], folder, force=force)
+    # Results that may not be replaced or written are refused before hours of work, not after.
+    path = evaluation.results_file(protocol, task.sources[0], folder, force=force)
+    make_folder(folder)
+    check_files(path, path.with_suffix(".png"), force=True)
     say(
         f"{task.sources[0].arch} of {task.sources[0].title} on {task.sources[0].data}: "
         f"{plural(len(task.train.images), 'image')} to train, {len(task.test.images):,} to test, "

@@ -9,6 +9,7 @@ from mixmask.checkpoints.export import FORMATS, export_backbone
 from mixmask.checkpoints.load import load_backbone
 from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
+from mixmask.runs.folder import check_files
 
 
 def export(
@@ -21,6 +22,7 @@ def export(
     force: bool = False,
 ) -> None:
     """Write a run's or a checkpoint's backbone in the format of another library."""
+    check_files(out, force=force)  # Also Detectron2's, once its backbone is known.
     loaded = load_backbone(run, arch=arch, small_stem=small_stem)
     say(loaded.describe())
     exported = export_backbone(loaded, to, out, force=force)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import SOURCE, add_shared, choose_device
+from mixmask.cli.options import SOURCE, add_shared
+from mixmask.data.sets import Split
 from mixmask.evaluation import gallery
-from mixmask.figures.style import save_figure
+from mixmask.figures.style import check_figure, save_figure
 from mixmask.runs.folder import atomic_write, check_files
 
 
@@ -26,12 +28,11 @@ def draw_map(
     seed: int,
     force: bool = False,
     classes: list[str] | None = None,
-    device: str | None = None,
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
-    check_files(out, force=force)
-    task = _load(runs, device, **source)
+    check_figure(out, force=force)
+    task = evaluation.load_task(*runs, labelled=False, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
@@ -44,12 +45,11 @@ def draw_neighbours(
     k: int,
     seed: int,
     force: bool = False,
-    device: str | None = None,
     **source: Any,
 ) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
-    check_files(out, force=force)
-    task = _load([run], device, **source)
+    check_figure(out, force=force)
+    task = evaluation.load_task(run, labelled=False, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
     save_figure(drawn.figure, out)
     say(f"{drawn.title}\ndrew {out}")
@@ -60,7 +60,6 @@ def embed(
     to: str,
     out: Path | None = None,
     force: bool = False,
-    device: str | None = None,
     **source: Any,
 ) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
@@ -71,15 +70,18 @@ def embed(
         )
     table = out.with_suffix(".csv")
     check_files(out, table, force=force)
-    task = _load([run], device, **source)
-    splits = [task.train] if task.test is task.train else [task.train, task.test]
+    task = evaluation.load_task(run, labelled=False, **source)
+    splits = {"train": task.train} | ({} if task.test is task.train else {"test": task.test})
     # The training images first.
-    features = torch.cat([task.extract(split.images).cpu() for split in splits])  # (N, D)
+    features = torch.cat([task.extract(s.images).cpu() for s in splits.values()])  # (N, D)
+    rows = [row for name, split in splits.items() for row in _name_rows(name, split, task.classes)]
     with atomic_write(out, table) as (array, names):
         with array.open("wb") as file:
             np.save(file, features.numpy())
-        with names.open("w", newline="", encoding="utf-8") as text:
-            csv.writer(text).writerows([("split", "class", "file"), *_name_rows(task)])
+        # The names of files need not be UTF-8.
+        text = names.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+        with text:
+            csv.writer(text).writerows([("split", "class", "file"), *rows])
     origin = task.sources[0]
     say(
         f"{origin.title}: {len(features):,} images of {origin.data}, {features.shape[1]} features "
@@ -87,22 +89,15 @@ def embed(
     )
 
 
-def _name_rows(task: evaluation.Task) -> list[tuple[str, str, str]]:
+def _name_rows(name: str, split: Split, classes: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return split, class and file of each image; its number in the split where it has no file."""
-    rows = []
-    for name, split in {"train": task.train, "test": task.test}.items():
-        if name == "test" and split is task.train:
-            break
-        count = len(split.images)
-        labels = [-1] * count if split.labels is None else split.labels.tolist()
-        for label, file in zip(labels, split.files or map(str, range(count)), strict=True):
-            rows.append((name, task.classes[label] if label >= 0 else "", file))
-    return rows
-
-
-def _load(runs: list[Path], device: str | None, **source: Any) -> evaluation.Task:
-    """Load backbones and the images to show, with or without labels."""
-    return evaluation.load_task(*runs, device=choose_device(device), labelled=False, **source)
+    count = len(split.images)
+    labels = [-1] * count if split.labels is None else split.labels.tolist()
+    files = split.files or map(str, range(count))
+    return [
+        (name, classes[label] if label >= 0 else "", file)
+        for label, file in zip(labels, files, strict=True)
+    ]
 
 
 def add_map(parser: argparse.ArgumentParser) -> None:

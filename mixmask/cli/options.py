@@ -142,15 +142,3 @@ def set_threads(threads: int | None) -> None:
     check_range("threads", threads, 1)
     check_range("threads", threads, None, most)
     torch.set_num_threads(threads)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of `--device`, or a GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)  # Names of devices that are not there are valid, too.
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
-    return device

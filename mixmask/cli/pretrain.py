@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.cli._console import describe_device, quote, resumable, say
-from mixmask.cli.options import add_fields, add_shared, choose_device
+from mixmask.cli.options import add_fields, add_shared
 from mixmask.evaluation import monitor
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
@@ -33,8 +33,7 @@ def train_backbone(
 ) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
     began = time.perf_counter()
-    chosen = choose_device(device) if device else None
-    opening = open_run(given, config=config, out=out, resume=resume, device=chosen)
+    opening = open_run(given, config=config, out=out, resume=resume, device=device)
     # A failure before the first checkpoint takes the folder back, and an interruption says how to
     # continue: the run that goes on while it is opened, then the one that is open.
     with ExitStack() as held:

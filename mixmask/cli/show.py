@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import Ratio
+from mixmask._seeds import check_seed
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
 from mixmask.data.images import UnreadableError, open_image, take_square
 from mixmask.data.sets import load_data
 from mixmask.figures.masks import figure_masks
-from mixmask.figures.style import save_figure
-from mixmask.runs.folder import check_files
+from mixmask.figures.style import check_figure, save_figure
 
 
 def show(
@@ -29,7 +29,8 @@ def show(
     """Draw block and discrete masks at several grids, and both mixes of each pair."""
     if len(images) == 1:
         raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
-    check_files(out, force=force)
+    check_figure(out, force=force)
+    check_seed(seed)
     if images:
         pictures = torch.stack([_read(path) for path in images])
     else:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
+from mixmask._devices import is_out_of_memory
 from mixmask.data.images import Picture, is_deep, read_deep
 from mixmask.data.views import check_pixels
 
@@ -23,10 +27,10 @@ from mixmask.data.views import check_pixels
 _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_KEYS = ("label", "labels", "target", "fine_label", "cls")
 
-# Names of splits, without case; ImageNet-100 comes in parts, train.X1, train.X2 ... and val.X. The
-# first test split with labels counts.
-_TRAIN = r"train(ing)?(\.x\d*)?"
-_TESTS = (r"test(ing)?", r"val(id|idation)?", r"dev", r"val\.x")
+# Names of splits, without case. Some come in numbered pieces, as ImageNet-100 in train.X1,
+# train.X2, ... and val.X. Of several test splits, the first one with labels counts.
+_TRAIN, _TESTS = "train(ing)?", ("test(ing)?", "val(id|idation)?", "dev")
+_PIECE = r"(\.x\d*|[-_. ]?\d{1,2})?"
 
 # How files that are not images become a data set, in the body of a function.
 _READERS = {
@@ -79,49 +83,85 @@ def call_function(name: str) -> Any:
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # For good: workers import it, too.
         sys.path.insert(0, here)
-    try:
+    with _explained(f"--data {name} cannot be imported"):
         load = getattr(importlib.import_module(module), function)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"--data {name} cannot be imported: {error}") from error
-    return load()
+    try:
+        inspect.signature(load).bind()
+    except TypeError as error:  # It cannot be called, or not like this.
+        raise ValueError(
+            f"--data {name} must name a function without arguments, got {load!r:.60} ({error}); "
+            "write one that returns the data set"
+        ) from None
+    with _explained(f"--data {name} failed"):
+        return load()
 
 
-def take_splits(made: Any) -> tuple[MapDataset, MapDataset | None]:
-    """Return the training and the test data set out of what a function returned.
+@contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Turn whatever code of the user's raises into a ValueError of one line that says where."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" in {place.filename}, line {place.lineno}"
+        if place.filename.startswith((__file__, "<")):  # Not in the user's code.
+            where = ""
+        raise ValueError(f"{problem}: {type(error).__name__}: {error}{where}") from error
+
+
+def take_splits(made: Any) -> tuple[MapDataset, dict[str, MapDataset]]:
+    """Return the training data set out of what a function returned, and test ones by their names.
 
     Args:
-        made: A data set, a tuple of both, or a mapping, as Hugging Face's DatasetDict is.
+        made: A data set, a tuple of both, or a mapping, as Hugging Face's DatasetDict is. Of
+            numbered pieces of a split, all are joined. The test split that is meant comes first.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is something else, or has no training split.
     """
     if isinstance(made, Mapping):
         trains, tests = find_splits(made)
-        made = tuple(made[key] for key in [*trains[:1], *tests[:1]])
-    parts = made if isinstance(made, tuple) else (made,)
+        if not trains:
+            raise ValueError(
+                f"data has the splits {', '.join(map(str, made)) or 'none'}; call the training "
+                "split train, and one to test on test or validation"
+            )
+        joined = [_join([made[name] for name in names]) for names in (trains, *tests)]
+    else:
+        joined = list(made) if isinstance(made, tuple) else [made]
+        tests = [["test"]] if len(joined) == 2 else []
     needed = ("__len__", "__getitem__")
-    if not 1 <= len(parts) <= 2 or not all(hasattr(p, name) for p in parts for name in needed):
-        kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
+    parts = joined if len(joined) == 1 + len(tests) else []
+    if not parts or not all(hasattr(p, name) for p in parts for name in needed):
+        kinds = ", ".join(type(part).__name__ for part in joined) or "nothing"
         raise ValueError(
             "data must be a data set with __len__ and __getitem__, or a training and a test one, "
             f"got {kinds}; a stream has no length: load it whole, or as a list"
         )
-    return parts[0], parts[1] if len(parts) == 2 else None
+    return parts[0], {names[0]: part for names, part in zip(tests, parts[1:], strict=True)}
 
 
-def find_splits(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of training splits and, in the order of preference, of test splits.
+def _join(pieces: list[MapDataset]) -> MapDataset:
+    return pieces[0] if len(pieces) == 1 else ConcatDataset(cast("list[Dataset[Any]]", pieces))
+
+
+def find_splits(names: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the training split's pieces, and those of each test split, best first.
 
     Example:
-        >>> find_splits(["Validation", "Train", "dogs"])
-        (['Train'], ['Validation'])
+        >>> find_splits(["Validation", "train.X2", "dogs", "train.X1"])
+        (['train.X1', 'train.X2'], [['Validation']])
     """
-    ordered = sorted(names)
-
-    def matches(pattern: str) -> list[str]:
-        return [name for name in ordered if re.fullmatch(pattern, name, re.IGNORECASE)]
-
-    return matches(_TRAIN), [name for pattern in _TESTS for name in matches(pattern)]
+    ordered = sorted(map(str, names))
+    train, *tests = (
+        [name for name in ordered if re.fullmatch(split + _PIECE, name, re.IGNORECASE)]
+        for split in (_TRAIN, *_TESTS)
+    )
+    return train, [pieces for pieces in tests if pieces]
 
 
 @dataclass(frozen=True)
@@ -146,7 +186,9 @@ class DatasetImages:
     def of(cls, dataset: MapDataset) -> DatasetImages:
         """Take all items, and look at a few for channels and type."""
         count = len(dataset)
-        looked = [_to_tensor(dataset[i], i) for i in range(0, count, max(1, count // 4))]
+        looked = [
+            _to_tensor(_read_item(dataset, i), i) for i in range(0, count, max(1, count // 4))
+        ]
         return cls(dataset, range(count), max(map(len, looked)), looked[0].dtype)
 
     def __len__(self) -> int:
@@ -166,11 +208,11 @@ class DatasetImages:
 
         Raises:
             TypeError: If it is not an image.
-            ValueError: If it is unlike the others.
+            ValueError: If it is unlike the others, or the data set fails to return it.
         """
-        item = self.dataset[self.indices[number]]
-        image, _ = _split_item(item)
-        if isinstance(image, Image.Image) and (self.channels, self.dtype) == (3, torch.uint8):
+        image, _ = item = _read_item(self.dataset, self.indices[number])
+        plain = isinstance(image, Image.Image) and min(image.size) > 0
+        if plain and (self.channels, self.dtype) == (3, torch.uint8):
             yield image
             return
         tensor = _to_tensor(item, self.indices[number])
@@ -194,8 +236,8 @@ class DatasetImages:
         for key in getattr(self.dataset, "column_names", None) or ():
             if key in _LABEL_KEYS:
                 found = self.dataset[key]
-        if found is None and _split_item(self.dataset[0])[1] is not None:
-            found = [_split_item(self.dataset[i])[1] for i in range(len(self.dataset))]
+        if found is None and _read_item(self.dataset, 0)[1] is not None:
+            found = [_read_item(self.dataset, i)[1] for i in range(len(self.dataset))]
         if found is None:
             return None
         labels = np.asarray(found)
@@ -214,9 +256,24 @@ class DatasetImages:
         return tuple(map(str, named or range(count)))
 
 
-def _to_tensor(item: Any, number: int) -> Tensor:
+def _read_item(dataset: MapDataset, number: int) -> tuple[Any, Any]:
+    """Return image and label of an item, which is None where there is none."""
+    with _explained(f"image {number} cannot be read"):
+        item = dataset[number]
+    if isinstance(item, Mapping):
+        image, label = (
+            next((item[key] for key in keys if key in item), None)
+            for keys in (_IMAGE_KEYS, _LABEL_KEYS)
+        )
+        return (item if image is None else image), label
+    if isinstance(item, (tuple, list)) and item:
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
+
+
+def _to_tensor(item: tuple[Any, Any], number: int) -> Tensor:
     """Return an item's image, of any form, as (C, H, W), uint8 or float32."""
-    image, _ = _split_item(item)
+    image, _ = item
     if isinstance(image, Image.Image):
         if is_deep(image):
             return read_deep(image)
@@ -227,21 +284,11 @@ def _to_tensor(item: Any, number: int) -> Tensor:
         # A copy: torch takes neither read-only arrays nor flipped ones.
         image = torch.from_numpy(np.atleast_3d(np.array(image, order="C"))).permute(2, 0, 1)  # CHW
     if not isinstance(image, Tensor) or image.ndim != 3:
-        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+        value = f"of shape {tuple(image.shape)}" if hasattr(image, "shape") else f"{image!r:.60}"
         raise TypeError(
             f"image {number} must be a tensor (C, H, W), an array (H, W) or (H, W, C), or a PIL "
-            f"image, got {type(image).__name__}{shape}; convert it in __getitem__"
+            f"image, got {type(image).__name__} {value}; convert it in __getitem__"
         )
+    image = image.detach()  # The squares and crops of all are written into one tensor.
     check_pixels(image[None], f"image {number}")
     return image.float() if image.is_floating_point() else image
-
-
-def _split_item(item: Any) -> tuple[Any, Any]:
-    """Return image and label, which is None where there is none."""
-    if isinstance(item, Mapping):
-        found = [[item[key] for key in keys if key in item] for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
-        image, label = (values[0] if values else None for values in found)
-        return image, label
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
@@ -26,6 +26,11 @@ from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
 _LIKE_SPLITS = r"(train|test|val|valid|validation|dev|holdout)([-_. ]?(ing|set|data|split|\d+))?"
 _ANNOTATIONS = "val_annotations.txt"
+# What is raised for a file that cannot be opened, or a member of an archive: one that is gone,
+# damaged or compressed in a way that Python does not know.
+_UNREADABLE = (
+    UnreadableError, OSError, EOFError, BadZipFile, zlib.error, KeyError, NotImplementedError,
+)  # fmt: skip
 # What archives of macOS and some file servers add; names with a dot are hidden anyhow.
 _RUBBISH = ("__MACOSX", "@eaDir")
 
@@ -86,7 +91,7 @@ class Files:
         try:
             with open_image(_read(self[number], self.archive)) as image:
                 yield image
-        except (UnreadableError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        except _UNREADABLE as error:
             if not (self.archive or self.root).exists():
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
@@ -140,8 +145,8 @@ class _Tree:
         """
         if any("/" not in name for name in self.names):
             return []
-        labels = [name.partition("/")[0] for name in self.names]
-        empty = {name for name in self.folders if "/" not in name} - set(labels)
+        labels = [printable(name.partition("/")[0]) for name in self.names]
+        empty = {printable(name) for name in self.folders if "/" not in name} - set(labels)
         if labels and empty:
             raise ValueError(
                 f"class folders without images in {self.path}: {_few(empty)}; fill or remove them, "
@@ -150,53 +155,69 @@ class _Tree:
         return labels
 
 
+def printable(name: str) -> str:
+    """Write the bytes of a name that is not UTF-8 as escapes, which every output takes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def list_folder(path: Path) -> ListedData:
     """List the images of a folder or of a .zip file of one, in the order of their names.
 
     These layouts are known: images at any depth, which then have no labels; one folder per class;
     either of them within `train` (or `training`) and, for a test split, `test`, `testing`, `val`,
     `valid`, `validation` or `dev`, in any case; Tiny ImageNet's, whose `val/val_annotations.txt`
-    names the classes; and ImageNet-100's in parts, `train.X1`, `train.X2` ... and `val.X`. A
-    single folder around all images is not a class. Links to folders are followed; names that start
-    with a dot are not looked at. Files of other kinds, and folders beside the splits, are named
-    in a warning.
+    names the classes. Numbered pieces of a split are joined: `train.X1`, `train.X2`, ... as
+    ImageNet-100 has them, or `train_1`, `train_2`. A single folder around all images is not a
+    class. Links to folders are followed; names that start with a dot are not looked at. Files of
+    other kinds, and folders beside the splits, are named in a warning.
 
     Raises:
-        ValueError: If there are fewer than two images, a class folder holds none, or the test
-            split has classes that the training split has not.
+        ValueError: If there are fewer than two images, a class folder holds none, there is a test
+            split alone, or it has classes that the training split has not.
     """
     tree = _list_tree(path)
-    # A folder in a folder and nothing beside it: the content of an archive, or `all/`.
-    while len(tops := {name.partition("/")[0] for name in [*tree.folders, *tree.names]}) == 1:
-        (top,) = tops
-        if top not in tree.folders:
+    while True:
+        tops = {name.partition("/")[0] for name in [*tree.folders, *tree.names]}
+        trains, tests = find_splits(tops & tree.folders)
+        tested = [name for names in tests for name in names]
+        if tested and tops <= set(tested):
+            raise ValueError(
+                f"{tree.path} holds {_few(tested)} and no training split; put one beside it, named "
+                f"train, or pass {tree.path / tested[0]} to train on that"
+            )
+        # A folder in a folder and nothing beside it: the content of an archive, or `all/`.
+        if len(tops) > 1 or not tops <= tree.folders:
             break
-        tree = tree.below(top)
-    # Without a training split the whole folder is one: `test` alone would be a class.
-    trains, tests = find_splits(tops & tree.folders)
-    parts = [tree.below(top) for top in trains] or [tree]
-    if trains and (beside := tops - {*trains, *tests}):
+        tree = tree.below(*tops)
+    if trains and (beside := tops - {*trains, *tested}):
         warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
-
-    # One part without classes leaves all of them without.
-    labelled = [part.labels() for part in parts]
-    labels = [label for part in labelled for label in part] if all(labelled) else []
+    # Without a training split the whole folder is one.
+    files, labels = _list_split(tree, trains)
     classes = tuple(sorted(set(labels)))
     if len(classes) == 1:  # There is nothing to tell apart.
         classes, labels = (), []
     if like := [name for name in classes if re.fullmatch(_LIKE_SPLITS, name, re.IGNORECASE)]:
         fix = "call them train and test (or val)"
         warnings.warn(f"classes of {path} look like splits: {_few(like)}; {fix}", stacklevel=2)
+    if len(files) < 2:
+        found = f"one image, {files.name(0)}" if len(files) else "no images"
+        raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
+    test = _choose_test(tree, tests, classes) if trains else None
+    return ListedData(Listed(files, _to_labels(labels, classes)), test, classes)
+
+
+def _list_split(
+    tree: _Tree, tops: Sequence[str], *, labelled: bool = True
+) -> tuple[Files, list[str]]:
+    """List the pieces of a split as one, and each image's class; none if a piece has none."""
+    parts = [tree.below(top) for top in tops] or [tree]
     root, names = parts[0].path, parts[0].names
     if len(parts) > 1:
         root = tree.path
         names = [f"{part.path.name}/{name}" for part in parts for name in part.names]
-    if len(names) < 2:
-        found = f"one image, {names[0]}" if names else "no images"
-        raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
-    train = Listed(Files.of(root, names, tree.archive), _to_labels(labels, classes))
-    test = _choose_test([tree.below(top) for top in tests], classes) if trains else None
-    return ListedData(train, test, classes)
+    labels = [(_read_annotations(part) or part.labels()) if labelled else [] for part in parts]
+    files = Files.of(root, names, tree.archive)
+    return files, [label for part in labels for label in part] if all(labels) else []
 
 
 def _list_tree(path: Path) -> _Tree:
@@ -246,7 +267,7 @@ def _walk(path: Path) -> Iterator[tuple[str, str]]:
 def _walk_archive(path: Path) -> Iterator[tuple[str, str]]:
     """Yield names in a .zip file, and what they are."""
     try:
-        entries = _open_archive(path, os.getpid()).infolist()
+        entries = open_archive(path).infolist()
     except BadZipFile as error:
         fix = "pass a folder of images, or a .zip file of one"
         raise ValueError(f"{path} is not a folder of images; {fix}") from error
@@ -267,10 +288,15 @@ def _is_rubbish(name: str) -> bool:
     return name.startswith(".") or name in _RUBBISH
 
 
-@cache
-def _open_archive(path: Path, process: int) -> ZipFile:
-    """Open an archive, once per process: its place in the file is not shared."""
-    del process
+def open_archive(path: Path) -> ZipFile:
+    """Open an archive, once per process: forks would share one place in the file."""
+    found = path.stat()
+    return _open_archive(path, found.st_ino, found.st_mtime_ns, found.st_size, os.getpid())
+
+
+@lru_cache(maxsize=16)
+def _open_archive(path: Path, *identity: int) -> ZipFile:
+    del identity  # An archive that was replaced is another one.
     return ZipFile(path)
 
 
@@ -278,16 +304,18 @@ def _read(path: Path, archive: Path | None) -> bytes:
     """Read a file from a folder, or from an archive."""
     if archive is None:
         return path.read_bytes()
-    return _open_archive(archive, os.getpid()).read(path.relative_to(archive).as_posix())
+    return open_archive(archive).read(path.relative_to(archive).as_posix())
 
 
-def _choose_test(parts: Sequence[_Tree], classes: tuple[str, ...]) -> Listed | None:
+def _choose_test(
+    tree: _Tree, tests: Sequence[Sequence[str]], classes: tuple[str, ...]
+) -> Listed | None:
     """Return the first split with labels, or the first one if none has."""
     unlabelled: list[Listed] = []
     refused: ValueError | None = None
-    for part in parts:
+    for tops in tests:
         try:
-            listed = _list_test(part, classes)
+            listed = _list_test(tree, tops, classes)
         except ValueError as error:
             refused = refused or error
             continue
@@ -299,17 +327,16 @@ def _choose_test(parts: Sequence[_Tree], classes: tuple[str, ...]) -> Listed | N
     return unlabelled[0] if unlabelled else None
 
 
-def _list_test(part: _Tree, classes: tuple[str, ...]) -> Listed:
-    if not part.names:
-        raise ValueError(f"{part.path} holds no images; fill or remove it")
-    files = Files.of(part.path, part.names, part.archive)
-    labels = (_read_annotations(part) if classes else None) or part.labels()
+def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Listed:
+    files, labels = _list_split(tree, tops, labelled=bool(classes))
+    if not len(files):
+        raise ValueError(f"{files.root} holds no images; fill or remove it")
     # A single folder within the folder is not a class.
     if not classes or not labels or (len(set(labels)) == 1 and labels[0] not in classes):
         return Listed(files, None)
     if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{part.path} has classes that the training split has not: {_few(unknown)}; name the "
+            f"{files.root} has classes that the training split has not: {_few(unknown)}; name the "
             "class folders alike"
         )
     return Listed(files, _to_labels(labels, classes))
@@ -319,7 +346,7 @@ def _read_annotations(part: _Tree) -> list[str] | None:
     """Read Tiny ImageNet's table, if there is one: a file's name, its class, and numbers."""
     table = part.path / _ANNOTATIONS
     try:
-        rows = _read(table, part.archive).decode().splitlines()
+        rows = os.fsdecode(_read(table, part.archive)).splitlines()
     except (FileNotFoundError, KeyError):
         return None
     labels = dict(row.split("\t")[:2] for row in rows if "\t" in row)

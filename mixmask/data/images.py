@@ -55,10 +55,15 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
 
     Raises:
         UnreadableError: If it holds no image, or decoding fails in the block.
+        ValueError: If that variable is no number.
     """
     if limit := os.environ.get("MIXMASK_MAX_PIXELS"):
+        if not limit.isdecimal() or int(limit) == 0:
+            raise ValueError(f"MIXMASK_MAX_PIXELS must be a whole number above 0, got {limit!r}")
         Image.MAX_IMAGE_PIXELS = int(limit)
     try:
+        if isinstance(file, Path) and file.exists() and not file.is_file():
+            raise UnreadableError("it is a folder, a pipe or a device")  # No wait.
         # At once: over a network, many small reads take long.
         content = file.read_bytes() if isinstance(file, Path) else file
         with Image.open(io.BytesIO(content)) as image:
@@ -105,13 +110,14 @@ def read_deep(image: Image.Image) -> Tensor:
     return values[None] / limit
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to upright RGB of 8 bits, dropping transparency, of a palette too.
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+    """Decode to RGB of 8 bits, dropping transparency, of a palette too.
 
-    An image lies as its EXIF orientation says, as viewers show it.
+    An upright image lies as its EXIF orientation says, as viewers show it.
     """
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
     if is_deep(image):
         image = Image.fromarray((read_deep(image)[0] * 255).round().byte().numpy())
     if image.mode == "RGB":
@@ -137,6 +143,7 @@ def take_square(image: Picture, size: int) -> Tensor:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     if isinstance(image, Tensor):
+        # (C, H, W) -> (C, side, side) -> (C, S, S)
         return _resize(image[:, top : top + side, left : left + side], size, "bicubic")
     square = image.crop((left, top, left + side, top + side))
     return _to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-__all__ = ["NAMED", "clothing64", "load_named"]
+__all__ = ["NAMED", "clothing64", "decode_jpegs", "load_named"]
 
 # torchvision's class, and what selects its training and its test split. STL-10: pretraining on
 # its 105,000 training and unlabelled images, as its authors mean it.
@@ -59,8 +57,9 @@ def load_named(name: str, root: Path | None) -> tuple[Arrays, Arrays, tuple[str,
     """
     if name == "clothing64":
         (train, labels), (test, test_labels), classes = clothing64()
-        splits = (_decode(train), torch.tensor(labels)), (_decode(test), torch.tensor(test_labels))
-        return *splits, tuple(classes)
+        pairs = (train, labels), (test, test_labels)
+        splits = [(decode_jpegs(files), torch.tensor(numbers)) for files, numbers in pairs]
+        return splits[0], splits[1], tuple(classes)
     import torchvision
 
     # torchvision downloads only what is not there yet.
@@ -73,7 +72,12 @@ def load_named(name: str, root: Path | None) -> tuple[Arrays, Arrays, tuple[str,
     return _take_arrays(train), _take_arrays(test), tuple(train.classes)
 
 
-def _decode(jpegs: Iterable[bytes]) -> Tensor:
+def decode_jpegs(jpegs: Iterable[bytes]) -> Tensor:
+    """Decode images of one size: (N, 3, H, W) uint8."""
+    # Here, since the examples run without Pillow, on noise.
+    import numpy as np
+    from PIL import Image
+
     images = [np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,13 @@ class Split:
         names = tuple(self.names[i] for i in index.tolist()) if self.names else ()
         return Split(images, None if self.labels is None else self.labels[index], names)
 
+    def drop_unlabelled(self) -> Split:
+        """Return the images that have a label."""
+        assert self.labels is not None
+        known = self.labels >= 0
+        # Selecting copies, which is slow for a large data set.
+        return self if known.all() else self.subset(known.nonzero()[:, 0])
+
 
 class Fingerprint(NamedTuple):
     """What tells one data set from another: two that differ here are not the same.
@@ -122,19 +129,10 @@ class ImageData:
         """Whether the images stay where they are stored."""
         return isinstance(self.train.images, StoredImages)
 
-    def labelled_splits(self) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
-        """Return the labelled images (N, C, H, W) of both splits with their labels (N,).
-
-        Images without a label, as most of STL-10's, are left out.
-        """
+    def labelled_splits(self) -> tuple[Split, Split]:
+        """Return both splits without the images that have no label, as most of STL-10's."""
         assert self.test is not None
-        assert self.test.labels is not None
-        assert self.train.labels is not None
-        train, known = self.train, self.train.labels >= 0
-        if not known.all():  # Selecting copies, which is slow for a large data set.
-            train = train.subset(known.nonzero()[:, 0])
-        assert train.labels is not None
-        return (train.images, train.labels), (self.test.images, self.test.labels)
+        return self.train.drop_unlabelled(), self.test.drop_unlabelled()
 
     def fingerprint(self) -> Fingerprint:
         """Return what later tells whether a name still means the same data."""
@@ -207,7 +205,7 @@ def _take(split: Split, chosen: Tensor) -> Split:
 
 
 def load_data(
-    name: str | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset],
+    name: str | Path | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset],
     image_size: int,
     root: Path | None = None,
     *,
@@ -236,8 +234,9 @@ def load_data(
         OSError: If nothing in it can be read.
     """
     check_choice("--stream", stream, STREAM)
+    name = str(name) if isinstance(name, Path) else name
     if not isinstance(name, str):
-        title, listed = "the data set", _list_datasets(*take_splits(name))
+        title, listed = "the data set", _list_datasets("the data set", name)
     elif name in NAMED:
         if stream == "always":
             raise ValueError(
@@ -248,7 +247,8 @@ def load_data(
         _warn_small(name, named.train.images.shape[-1], image_size)
         return named
     elif is_function(name):
-        title, listed = f"--data {name}", _list_datasets(*take_splits(call_function(name)))
+        title = f"--data {name}"
+        listed = _list_datasets(title, call_function(name))
     else:
         title, listed = name, list_folder(_check_path(name))
     train, test, classes = listed
@@ -278,34 +278,56 @@ def _check_path(name: str) -> Path:
 _MOST_CLASSES = 100_000
 
 
-def _list_datasets(train: MapDataset, test: MapDataset | None = None) -> ListedData:
+def _list_datasets(title: str, made: Any) -> ListedData:
     """Take the labels of data sets of one's own, and see that both splits fit together."""
-    if len(train) < 2 or (test is not None and len(test) == 0):
+    train, tests = take_splits(made)
+    if len(train) < 2 or not all(map(len, tests.values())):
         raise ValueError(
             f"training needs at least two images, and a test split one, got {len(train)}"
         )
-    sources = [DatasetImages.of(dataset) for dataset in (train, test) if dataset is not None]
-    forms = [f"{source.channels} channels of {source.dtype}" for source in sources]
+    source = DatasetImages.of(train)
+    listed = [Listed(source, source.labels()), *_choose_test(title, tests)]
+    forms = [f"{each.files.channels} channels of {each.files.dtype}" for each in listed]
     if len(set(forms)) > 1:
         raise ValueError(
             f"training images have {forms[0]}, test images {forms[1]}; return both alike"
         )
-    listed = [Listed(source, source.labels()) for source in sources]
     # Labels that are all 0, or -1 for none, tell nothing apart.
     highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
     if max(highest) >= max(len(train), _MOST_CLASSES):
         raise ValueError(
             f"labels reach {max(highest)} for {len(train):,} images; number the classes from 0"
         )
-    classes = sources[0].classes(highest[0] + 1) if highest[0] > 0 else ()
+    classes = source.classes(highest[0] + 1) if highest[0] > 0 else ()
     if not classes:  # A single one leaves nothing to tell apart.
-        listed = [Listed(source, None) for source in sources]
+        listed = [Listed(each.files, None) for each in listed]
     elif max(highest) >= len(classes):
         raise ValueError(
             f"a label is {max(highest)}, and the training split has {len(classes)} classes; number "
             "them from 0, and in both splits alike"
         )
-    return ListedData(listed[0], listed[1] if test is not None else None, classes)
+    return ListedData(listed[0], listed[1] if len(listed) == 2 else None, classes)
+
+
+def _choose_test(title: str, tests: Mapping[str, MapDataset]) -> list[Listed]:
+    """Choose the first test split with labels, or else the first one; published ones hide theirs.
+
+    A split whose labels are all -1 is hidden and cannot be tested on.
+    """
+    listed: dict[str, Listed] = {}
+    for name, dataset in tests.items():
+        source = DatasetImages.of(dataset)
+        listed[name] = Listed(source, source.labels())
+        labels = listed[name].labels
+        if labels is not None and labels.max() >= 0:  # What comes after need not be read.
+            break
+    hidden = [n for n, each in listed.items() if each.labels is not None and each.labels.max() < 0]
+    usable = [name for name in listed if name not in hidden]
+    usable.sort(key=lambda name: listed[name].labels is None)  # The first of those with labels.
+    if hidden:
+        instead = f"{usable[0]} is used instead" if usable else "it is left out"
+        warnings.warn(f"{title} hides the labels of {hidden[0]} (all -1); {instead}", stacklevel=4)
+    return [listed[name] for name in usable[:1]]
 
 
 def _streams(stream: str, title: str, needed: int) -> bool:

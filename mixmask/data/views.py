@@ -56,6 +56,10 @@ def check_pixels(images: Tensor, name: str = "images") -> None:
             f"{name} must be (N, C, H, W), got {tuple(images.shape)}; "
             f"{fixes.get(images.ndim, 'pass a batch of images')}"
         )
+    if 0 in images.shape[1:]:
+        raise ValueError(
+            f"{name} must have pixels, got the shape {tuple(images.shape)}; leave empty images out"
+        )
     if images.dtype == torch.uint8:
         return
     if not images.is_floating_point():

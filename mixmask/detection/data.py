@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
+from mixmask.data.images import to_rgb
 from mixmask.detection.layouts import Row, Source, number, read_layout
 from mixmask.detection.segments import check_segmentation, draw_masks
 from mixmask.detection.tree import Tree
@@ -51,7 +52,9 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         """Read an image, which must have the size that was annotated, and its target."""
         file = self.files[index]
         with self.tree.open_image(file) as opened:
-            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
+            # Not upright: boxes are those of the pixels as they are stored.
+            pixels = np.array(to_rgb(opened, upright=False))  # (H, W, 3)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
         (height, width), annotated = image.shape[1:], self.sizes[index].tolist()
         if [width, height] != annotated:
             raise ValueError(

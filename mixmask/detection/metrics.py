@@ -91,7 +91,7 @@ def average_precision(
 
 def _summarise(curves: Tensor) -> Precision | None:
     """Average the precision (10, 101, classes) over those classes that have objects (not -1)."""
-    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]
+    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]  # (10, 101, C) -> (10, 101, c)
     if curves.numel() == 0:
         return None
     parts = {"ap": curves, "ap50": curves[0], "ap75": curves[5]}
@@ -99,9 +99,7 @@ def _summarise(curves: Tensor) -> Precision | None:
 
 
 @torch.no_grad()
-def predict(
-    detector: nn.Module, images: Sequence[Tensor], device: torch.device | str
-) -> list[Target]:
+def predict(detector: nn.Module, images: Sequence[Tensor]) -> list[Target]:
     """Detect objects on images (3, H, W) uint8, in evaluation mode.
 
     Returns:
@@ -109,6 +107,7 @@ def predict(
         R-CNN, `masks` (n, H, W) bool, on the CPU.
     """
     detector.eval()
+    device = next(detector.parameters()).device
     predictions = []
     for output in detector([image.to(device).float() / 255 for image in images]):
         prediction = {name: value.cpu() for name, value in output.items()}
@@ -127,12 +126,11 @@ def evaluate_detector(
     workers: int = 0,
 ) -> Precisions:
     """Test a detector on a split; see `average_precision`."""
-    device = next(detector.parameters()).device
 
     def pairs() -> Iterator[tuple[Target, Target]]:
         for batch in read_batches(split, range(len(split)), batch_size, workers):
             images, targets = zip(*batch, strict=True)
-            yield from zip(predict(detector, images, device), targets, strict=True)
+            yield from zip(predict(detector, images), targets, strict=True)
 
     return average_precision(pairs(), classes, masks=split.masks)
 

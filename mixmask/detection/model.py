@@ -22,7 +22,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mixmask._seeds import fold_seed
 from mixmask.backbones import build_backbone
-from mixmask.checkpoints.load import choose_normalization, load_backbone
+from mixmask.checkpoints.load import Loaded, choose_normalization, load_backbone
 from mixmask.data.views import MEAN, STD
 from mixmask.detection.config import DetectionConfig
 
@@ -45,34 +45,24 @@ def load_source(
         The backbone, the options with its architecture and normalisation, and what results say
         of it.
     """
-    if run == "random":
-        if not config.arch:
-            raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
+    arch, mean, std = config.arch, config.mean, config.std
+    source: Source = {}
+    if run != "random":
+        loaded = load_backbone(run, arch=arch or None, small_stem=small_stem, mean=mean, std=std)
+        run, taken, left = str(Path(run).resolve()), len(loaded.taken), len(loaded.left)
+        known = {"taken": taken, "left": left, "pretraining": loaded.config}
+        source = {"layout": loaded.layout, **known}
+    elif arch:
         torch.manual_seed(fold_seed(config.seed, "backbone"))
-        backbone = build_backbone(config.arch, small_stem=config.small_stem)
-        mean, std = choose_normalization(config.mean, config.std, (MEAN, STD))
-        config = dataclasses.replace(config, mean=mean, std=std)
-        return backbone, config, {"run": run, "arch": config.arch, "small_stem": config.small_stem}
-    loaded = load_backbone(
-        Path(run),
-        arch=config.arch or None,
-        small_stem=small_stem,
-        mean=config.mean,
-        std=config.std,
-    )
-    source: Source = {
-        "run": str(Path(run).resolve()), "arch": loaded.arch, "small_stem": loaded.small_stem,
-        "layout": loaded.layout, "taken": len(loaded.taken), "left": len(loaded.left),
-        "pretraining": loaded.config,
-    }  # fmt: skip
-    config = dataclasses.replace(
-        config,
-        arch=loaded.arch,
-        small_stem=loaded.small_stem,
-        mean=loaded.mean,
-        std=loaded.std,
-    )
-    return loaded.backbone, config, source
+        backbone = build_backbone(arch, small_stem=config.small_stem)
+        mean, std = choose_normalization(mean, std, (MEAN, STD))
+        loaded = Loaded(backbone, arch, config.small_stem, run, mean=mean, std=std)
+    else:
+        raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
+    names = ("arch", "small_stem", "mean", "std")
+    options = {name: getattr(loaded, name) for name in names}
+    source = {"run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, **source}
+    return loaded.backbone, dataclasses.replace(config, **options), source
 
 
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
@@ -81,14 +82,14 @@ class Run:
         backbone: nn.Module,
         out: Path,
         source: Source,
-        device: torch.device | None = None,
+        device: torch.device | str | int | None = None,
     ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
             train, test = data.train.with_masks(), data.test.with_masks()
             data = dataclasses.replace(data, train=train, test=test)
         self.config, self.data, self.out, self.source = config, data, out, source
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
         self.detector = build_detector(backbone, len(data.classes), config).to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -208,7 +209,7 @@ def train_detector(
     out: Path,
     *,
     source: Source | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | int | None = None,
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
@@ -371,7 +372,7 @@ def _draw(run: Run) -> None:
     """Draw the first four test images with what is annotated and what is detected."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
-    predictions = predict(run.detector, images, run.device)
+    predictions = predict(run.detector, images)
     title = (
         f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
         f"{len(test):,} images of {test.name}, the first {len(images)} shown"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
+
+from mixmask.data.folders import open_archive
+from mixmask.data.images import open_image
 
 
 @contextmanager
@@ -30,17 +30,12 @@ class Tree:
     def __init__(self, root: Path) -> None:
         """List the members of a zip file; what is neither a folder nor a zip file is refused."""
         self.root = root
-        self._zips: dict[int, zipfile.ZipFile] = {}
         self._members: frozenset[str] | None = None
         if root.is_file():
             with explain(f"{root} is not a whole zip file"):
-                self._members = frozenset(self._zip().namelist())
+                self._members = frozenset(open_archive(root).namelist())
         elif not root.is_dir():
             raise ValueError(f"--data must be a folder or a zip file, got {root}")
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave open files behind when a worker is started."""
-        return {**self.__dict__, "_zips": {}}
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file; names that lead out of the tree are refused."""
@@ -53,14 +48,13 @@ class Tree:
         with explain(f"{name} in {self.root} cannot be read"):
             if self._members is None:
                 return (self.root / inside).read_bytes()
-            return self._zip().read(inside)
+            return open_archive(self.root).read(inside)
 
     @contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
         """Open an image, of which so far only the header is read."""
         content = self.read(name)
-        problem = f"{name} is not a readable image"
-        with explain(problem), Image.open(io.BytesIO(content)) as image:
+        with explain(f"{name} is not a readable image"), open_image(content) as image:
             yield image
 
     def find(self, folder: str, suffix: str) -> tuple[str, dict[str, str]]:
@@ -80,13 +74,6 @@ class Tree:
         parents = {match[1] for match in matches}
         base = min(parents, key=lambda parent: (parent.count("/"), parent), default="")
         return base, {match[2]: match[0] for match in matches if match[1] == base}
-
-    def _zip(self) -> zipfile.ZipFile:
-        # Forked workers must not share one open file: it has one position for all of them.
-        process = os.getpid()
-        if process not in self._zips:
-            self._zips[process] = zipfile.ZipFile(self.root)
-        return self._zips[process]
 
 
 def _inside(name: str) -> str:

@@ -1,6 +1,6 @@
 """How good a representation is: neighbours, linear probes, fine-tuning.
 
-`evaluate(load_task(Path("runs/a")), KNN())` measures a run as `mixmask evaluate knn` does.
+`evaluate(load_task("runs/a"), KNN())` measures a run as `mixmask evaluate knn` does.
 """
 
 from mixmask.evaluation.classifier import FineTuning, LinearSGD, classifier_scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,9 @@ class LinearSGD(Options):
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
         """Return scores (M, C) of the test images."""
-        scores = classifier_scores(
-            task.backbones[0], task.train.images, task.labels[0], task.test.images, self,
-            image_size=task.sources[0].image_size, normalization=task.sources[0].normalization,
-            classes=len(task.classes), progress=progress,
-        )  # fmt: skip
-        return scores, {
-            "n_train": len(task.train.images),
-            "schedule": "a tenth after 60 % and 80 % of the epochs",
-        }
+        schedule = "a tenth after 60 % and 80 % of the epochs"
+        details: Details = {"n_train": len(task.train.images), "schedule": schedule}
+        return _measure(self, task, task.train.images, task.labels[0], progress), details
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class FineTuning(Options):
                 f"--subset-list needs a folder of images, got {task.sources[0].data}, whose images "
                 "have no file names; use --percent"
             )
-        lines = map(str.strip, Path(self.subset_list).read_text(encoding="utf-8").splitlines())
+        lines = map(str.strip, os.fsdecode(Path(self.subset_list).read_bytes()).splitlines())
         return listed_subset(files, list(filter(None, lines))), f"listed in {self.subset_list}"
 
     def batch_of(self, images: int) -> int:
@@ -110,21 +105,28 @@ class FineTuning(Options):
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
         """Return scores (M, C) of the test images."""
         index, subset = self.subset(task)
-        images, backbone, classes = task.train.images, task.backbones[0], len(task.classes)
-        images = images[index] if isinstance(images, Tensor) else images.subset(index)
+        images = task.train.subset(index).images
         labels, test_labels = task.labels[0][index], task.labels[1]
-        scores = classifier_scores(
-            backbone, images, labels, task.test.images, self,
-            image_size=task.sources[0].image_size, normalization=task.sources[0].normalization,
-            classes=classes, progress=progress,
-        )  # fmt: skip
+        scores = _measure(self, task, images, labels, progress)
         x, x_test = (task.extract(part) for part in (images, task.test.images))
-        frozen, _ = linear_scores(x, labels, x_test, classes=classes, seed=self.seed)
+        frozen, _ = linear_scores(x, labels, x_test, classes=len(task.classes), seed=self.seed)
         top1 = top1_accuracy(frozen, test_labels)
         return scores, {
             "n_train": len(index), "batch_size": self.batch_of(len(index)), "subset": subset,
             "frozen_top1": top1, "frozen_interval": wilson_interval(top1, len(test_labels)),
         }  # fmt: skip
+
+
+def _measure(
+    protocol: LinearSGD | FineTuning, task: Task, images: Images, labels: Tensor, progress: bool
+) -> Tensor:
+    """Train on images (N, C, H, W) and labels (N,) of a task, and score its test images (M, C)."""
+    source = task.sources[0]
+    return classifier_scores(
+        task.backbones[0], images, labels, task.test.images, protocol,
+        image_size=source.image_size, normalization=source.normalization,
+        classes=len(task.classes), progress=progress,
+    )  # fmt: skip
 
 
 def classifier_scores(

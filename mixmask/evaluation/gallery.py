@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask._checks import check_choice
+from mixmask._seeds import check_seed
 from mixmask.evaluation.neighbours import nearest_neighbours
 from mixmask.evaluation.tasks import Task
 from mixmask.figures.features import figure_map, figure_neighbours
@@ -54,6 +55,7 @@ def draw_map(
     Raises:
         ValueError: If classes are named and there are no labels, or no such class.
     """
+    check_seed(seed)
     index, labels = _choose_classes(task, classes), task.test.labels
     if len(index) > _MOST_POINTS:
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
@@ -78,6 +80,7 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
         k: Number of neighbours of each; an image is not its own neighbour.
         seed: Of which images are asked for.
     """
+    check_seed(seed)
     bank, shown = task.train.images, task.test.images
     check_range("queries", queries, 1, len(shown))
     generator = torch.Generator().manual_seed(seed)
@@ -165,6 +168,7 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
         torch.Size([9, 2])
     """
     check_choice("method", method, tuple(PROJECTIONS))
+    check_seed(seed)
     if len(features) < 3:
         raise ValueError(f"a map needs at least 3 images, got {len(features)}; use more")
     x = F.normalize(features.cpu().double(), dim=1)
@@ -176,7 +180,8 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
         )
     # Either sign of a direction is right; this one does not depend on the library.
     largest = directions.abs().argmax(dim=0, keepdim=True)
-    points = x @ (directions * directions.gather(0, largest).sign())  # (N, up to 50)
+    directions = directions * directions.gather(0, largest).sign()  # (D, up to 50)
+    points = x @ directions  # (N, up to 50)
     if method == "tsne":
         return Projection(_tsne(points, seed), ("t-SNE, first axis", "t-SNE, second axis"))
     first, second = (100 * deviations[:2].square() / x.square().sum().clamp_min(1e-12)).tolist()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixmask._seeds import check_seed
 from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
 from mixmask.evaluation.tasks import Details, Options, Task
 from mixmask.runs.options import option
@@ -101,6 +102,7 @@ def linear_scores(
     check_features("test", test)
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties must be positive numbers, got {penalties}; use for instance 1")
+    check_seed(seed)
     classes, device = count_classes(train_labels, classes), train.device
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(device)
     # Deviations of constant features are 0, and a single row has none.
@@ -115,6 +117,7 @@ def linear_scores(
     else:
         best = _choose(x[held:], y[held:], x[:held], y[:held], classes, penalties)
     weight, bias = _fit(x, y, classes, best, _TESTING)
+    # Test features are standardised as the training ones were: (M, D) -> (M, C).
     return ((test.to(device).float() - mean) / std) @ weight.T + bias, best
 
 

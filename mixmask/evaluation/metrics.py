@@ -113,8 +113,8 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
     best = (scores == scores.amax(dim=1, keepdim=True)).int().argmax(dim=1)
     confusion = torch.bincount(labels * classes + best, minlength=classes**2)
-    confusion = confusion.view(classes, classes).cpu()
-    per_class = confusion.diagonal().double() / confusion.sum(dim=1)
+    confusion = confusion.view(classes, classes).cpu()  # (C * C,) -> (C, C)
+    per_class = confusion.diagonal().double() / confusion.sum(dim=1)  # (C,)
     return Accuracy(
         # Counted in integers: some devices have no float64.
         top1=int((rank == 0).sum()) / len(rank),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mixmask.data.sets import ImageData, Images
+from mixmask.data.sets import ImageData, Split
 from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.linear import linear_accuracy
 from mixmask.evaluation.neighbours import knn_accuracy
@@ -27,23 +27,26 @@ def accuracy_monitor(data: ImageData, image_size: int) -> Callable[[nn.Module, b
     """
     if not data.labelled:
         return None
-    train, test = (_sample(*split) for split in data.labelled_splits())
+    train, test = map(_sample, data.labelled_splits())
+    labels, test_labels = train.labels, test.labels
+    assert labels is not None
+    assert test_labels is not None
 
     def measure(backbone: nn.Module, thorough: bool) -> Row:
         x, x_test = (
-            extract_features(backbone, each, size=image_size) for each in (train[0], test[0])
+            extract_features(backbone, split.images, size=image_size) for split in (train, test)
         )
-        measured = {"knn": knn_accuracy(x, train[1], x_test, test[1])}
+        measured = {"knn": knn_accuracy(x, labels, x_test, test_labels)}
         if thorough:
-            measured["linear"] = linear_accuracy(x, train[1], x_test, test[1])
+            measured["linear"] = linear_accuracy(x, labels, x_test, test_labels)
         return measured
 
     return measure
 
 
-def _sample(images: Images, labels: Tensor) -> tuple[Images, Tensor]:
+def _sample(split: Split) -> Split:
     """Return a split or, of a large folder, images that lie evenly in its order."""
-    if isinstance(images, Tensor) or len(images) <= MEASURED:
-        return images, labels
-    index = torch.linspace(0, len(images) - 1, MEASURED, dtype=torch.float64).long()
-    return images.subset(index), labels[index]
+    count = len(split.images)
+    if isinstance(split.images, Tensor) or count <= MEASURED:
+        return split
+    return split.subset(torch.linspace(0, count - 1, MEASURED, dtype=torch.float64).long())

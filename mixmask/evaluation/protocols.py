@@ -21,7 +21,7 @@ from mixmask.evaluation.neighbours import KNN
 from mixmask.evaluation.tasks import Details, Source, Task
 from mixmask.figures.features import figure_confusion
 from mixmask.figures.style import short_path, write_figure
-from mixmask.runs.folder import atomic_write
+from mixmask.runs.folder import atomic_write, make_folder
 
 # Each holds its options, a `name`, and `measure(task, progress)`.
 Protocol = KNN | Linear | LinearSGD | FineTuning
@@ -65,19 +65,22 @@ class Result:
             f"n = {images:,} test images"
         )
 
-    def write(self, folder: Path, *, force: bool = False) -> Path:
+    def write(self, folder: Path | str, *, force: bool = False) -> Path:
         """Write the JSON file, see `results_file`, and the confusion matrix as PNG beside it."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder := Path(folder))
         path = results_file(self.protocol, self.source, folder, force=force)
         with atomic_write(path, path.with_suffix(".png")) as (text, picture):
             content = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
-            text.write_text(content + "\n", encoding="utf-8")
+            # As `write_text` writes names that are not UTF-8.
+            text.write_text(content + "\n", encoding="utf-8", errors="backslashreplace")
             figure = figure_confusion(self.accuracy.confusion, self.classes, title=self._title())
             write_figure(figure, picture)
         return path
 
 
-def results_file(protocol: Protocol, source: Source, folder: Path, *, force: bool = False) -> Path:
+def results_file(
+    protocol: Protocol, source: Source, folder: Path | str, *, force: bool = False
+) -> Path:
     """Name the JSON file of an evaluation, in which no other one's results must lie.
 
     Its name tells the protocol with the options that are not at their defaults, the data, the size
@@ -88,7 +91,7 @@ def results_file(protocol: Protocol, source: Source, folder: Path, *, force: boo
         ValueError: If the file holds something else than this evaluation of the same weights by
             the same versions, and is not to be replaced by `force`.
     """
-    run = Path(source.checkpoint)
+    run, folder = Path(source.checkpoint), Path(folder)
     parts = [protocol.label, Path(source.data).name, f"{source.image_size}px"]
     if source.unfinished:
         parts.append(f"epoch-{source.epoch}-of-{source.planned_epochs}")
@@ -147,9 +150,14 @@ def evaluate(task: Task, protocol: Protocol, *, progress: bool = False) -> Resul
         progress: Whether to show a progress bar.
 
     Raises:
+        TypeError: If one of them is something else, such as a path or a name.
         ValueError: If the protocol's options do not suit the images, or labels are missing.
         FloatingPointError: If a training diverges.
     """
+    if not isinstance(task, Task):
+        raise TypeError(f"task must be a Task, got {task!r}; load one with load_task({task!r})")
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol must be one such as KNN(), got {protocol!r}; build one")
     began = time.perf_counter()
     scores, details = protocol.measure(task, progress)
     accuracy = measure_accuracy(scores, task.labels[1])

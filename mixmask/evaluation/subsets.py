@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixmask._seeds import check_seed
+
 
 def balanced_subset(
     labels: Tensor, percent: float, *, seed: int = 0, classes: Sequence[str] = ()
@@ -37,6 +39,7 @@ def balanced_subset(
         raise ValueError(
             f"--percent must be above 0 and at most 100, got {percent:g}; use for instance 10"
         )
+    check_seed(seed)
     if percent == 100:
         return torch.arange(len(labels))
     present, counts = labels.unique(return_counts=True)

@@ -12,6 +12,7 @@ from typing import ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
+from mixmask._devices import choose_device
 from mixmask.checkpoints.load import Loaded, load_backbone
 from mixmask.data.sets import Images, Split
 from mixmask.data.views import MEAN, STD, Normalization
@@ -152,14 +153,14 @@ class Task:
 
 
 def load_task(
-    *runs: Path,
-    data: str | None = None,
+    *runs: Path | str,
+    data: str | Path | None = None,
     image_size: int | None = None,
     arch: str | None = None,
     small_stem: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | int | None = None,
     labelled: bool = True,
 ) -> Task:
     """Load backbones, and the images that they share.
@@ -173,13 +174,16 @@ def load_task(
         small_stem: As in `load_backbone`.
         mean: As in `load_backbone`.
         std: As in `load_backbone`.
-        device: Where to compute.
+        device: Where to compute. Default: a GPU where there is one.
         labelled: Whether labels on both splits are needed, as they are to measure.
 
     Raises:
         ValueError: If a checkpoint or the data cannot be loaded, the runs used different data,
             the backbone does not take the image size or channels, or labels are missing.
     """
+    if not runs:
+        raise ValueError("a task needs a run folder or a checkpoint file, got none; name one")
+    device = choose_device(device)
     loaded = [
         load_backbone(run, arch=arch, small_stem=small_stem, mean=mean, std=std) for run in runs
     ]
@@ -187,7 +191,7 @@ def load_task(
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
-    data = data or names.pop()
+    data = str(data or names.pop())
     sizes = [_choose_size(each, image_size) for each in loaded]
     # A run's own images must be those that it was started on.
     own = [each.config for each in loaded if each.config.get("data") == data]
@@ -201,9 +205,9 @@ def load_task(
             )
     if train.files and Path(data).exists():  # From another folder its name may mean others.
         data = str(Path(data).resolve())
+    test = images.test or train
     if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
-        (known, labels), _ = images.labelled_splits()
-        train = dataclasses.replace(train, images=known, labels=labels)
+        train, test = images.labelled_splits()
     task = Task(
         tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
         tuple(
@@ -211,7 +215,7 @@ def load_task(
             for run, each, size in zip(runs, loaded, sizes, strict=True)
         ),
         train,
-        images.test or train,
+        test,
         images.classes,
     )
     if labelled:
@@ -230,7 +234,7 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
     return given
 
 
-def _describe(run: Path, loaded: Loaded, data: str, image_size: int) -> Source:
+def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> Source:
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
     source = Source(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mixmask.data.named import clothing64
+from mixmask.data.named import clothing64, decode_jpegs
 from mixmask.data.views import RandomView
 
 TEMPERATURE, MOMENTUM, LR = 0.2, 0.99, 0.03
@@ -48,15 +47,11 @@ def build_queue(size: int = QUEUE_SIZE, dim: int = DIM) -> Tensor:
 
 def load_images(n: int) -> Tensor:
     """Return (n, 3, 64, 64) uint8 images: the embedded ones, or noise where Pillow is missing."""
+    (files, _), _, _ = clothing64()
     try:
-        import numpy as np
-        from PIL import Image
+        return decode_jpegs(files[:: max(1, len(files) // n)][:n])  # Over all classes.
     except ImportError:
         return torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8)
-    (files, _), _, _ = clothing64()
-    spread = files[:: max(1, len(files) // n)][:n]  # over all classes
-    images = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in spread]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
 
 
 def load_views(steps: int = STEPS, batch_size: int = BATCH_SIZE) -> DataLoader[Any]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mixmask.runs.folder import atomic_write
+from mixmask.data.folders import printable
+from mixmask.runs.folder import atomic_write, check_files
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -71,10 +72,30 @@ def import_matplotlib() -> None:
             mpl.rcParams["backend"] = backend
 
 
+def check_figure(path: Path, *, force: bool) -> None:
+    """Check that a figure can be written, before any work is done for it; see `check_files`.
+
+    Raises:
+        ValueError: Also if the name ends in no format of matplotlib's.
+    """
+    check_files(path, force=force)
+    import_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    # PGF needs LaTeX, which most machines lack.
+    known = set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"}
+    if _format(path).lower() not in known:
+        raise ValueError(f"--out {path} must end in one of {', '.join(sorted(known))}; use .png")
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:] or "png"
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, as PNG unless the name ends otherwise."""
     with atomic_write(path) as (temporary,):
-        write_figure(figure, temporary, path.suffix[1:] or "png")
+        write_figure(figure, temporary, _format(path))
 
 
 def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
@@ -85,9 +106,13 @@ def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Let no $ in a name begin a formula."""
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+    """Let no $ in a name begin a formula, and draw names that are not UTF-8."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
 
 
 def show_image(
@@ -155,7 +180,7 @@ def short_path(path: str | Path) -> str:
         >>> short_path("/home/me/runs/first"), short_path("clothing64")
         ('runs/first', 'clothing64')
     """
-    path = Path(path)
+    path = Path(printable(str(path)))
     return "/".join([part for part in path.parts if part != path.anchor][-2:])
 
 

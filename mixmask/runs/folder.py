@@ -72,7 +72,7 @@ def atomic_write(*paths: Path, needed: int = 0) -> Iterator[list[Path]]:
         >>> path.read_text()
         'whole'
     """
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    temporary = [_temporary(path) for path in paths]
     try:
         yield temporary
         for written in temporary:  # All of them, before the first one replaces anything.
@@ -129,7 +129,8 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
+        # A name that is not UTF-8 has surrogates, whose escapes are JSON's own.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -145,7 +146,8 @@ def check_files(*paths: Path, force: bool) -> None:
         force: Whether files that are there already may be overwritten.
 
     Raises:
-        ValueError: If a file's folder is missing, or a folder, a device or a file is in its place.
+        ValueError: If a file's folder is missing or takes no file, or a folder, a device or a file
+            is in its place.
     """
     for path in paths:
         if not path.parent.is_dir():
@@ -156,6 +158,32 @@ def check_files(*paths: Path, force: bool) -> None:
             raise ValueError(f"--out {path} is a device or a pipe; name a file")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
+        temporary = _temporary(path)
+        try:
+            temporary.open("ab").close()
+            temporary.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"--out {path} cannot be written ({error.strerror}); name another place"
+            ) from None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of results if it is not there yet, with those above it.
+
+    Raises:
+        ValueError: If that cannot be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder, got {path} ({error.strerror}); name another"
+        ) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
 
 
 def write_config(folder: Path, config: Mapping[str, object]) -> None:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
+from mixmask._devices import choose_device
 from mixmask._distributed import world_size
 from mixmask.runs.folder import LAST, PREVIOUS
 
@@ -43,11 +44,12 @@ def start_processes(device: torch.device | str | None = None) -> PartialState:
         device: "cpu", "cuda:1", "mps". Default: what accelerate chooses, a GPU where there is one.
 
     Raises:
-        ValueError: If there are several processes, which have a device each, and one is named.
+        ValueError: If there is no such device, or there are several processes, which have a device
+            each, and one is named.
     """
     joined = dist.is_available() and dist.is_initialized()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    named = None if device is None else torch.device(device)
+    named = None if device is None else choose_device(device)
     if several and named is not None and named.type != "cpu":
         raise ValueError(f"--device {device} is for one process; of several, each has its own")
     if not joined:  # An earlier run in this process may have had another.

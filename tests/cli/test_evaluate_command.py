@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluated import refused, results, write_photographs, write_run
+from evaluated import refused, results, write_run
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -26,16 +26,6 @@ from mixmask.evaluation import (
     evaluate,
     load_task,
 )
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    return write_photographs(tmp_path / "photographs")
-
-
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    return write_run(tmp_path / "run", photographs, "narrow", 16)
 
 
 def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +128,8 @@ def test_data_that_cannot_measure(
 def test_places_that_cannot_be_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not found" in refused(["knn", str(run / "other.pt")], capsys)
     taken = str(run / "config.json")
-    assert "which is a file" in refused(["knn", str(run), "--out", taken], capsys)
+    message = f"--out must be a folder, got {taken} (File exists); name another"
+    assert message in refused(["knn", str(run), "--out", taken], capsys)
 
 
 def test_a_checkpoint_that_does_not_record_its_data_needs_it(

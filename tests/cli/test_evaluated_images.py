@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated import refused, results, write_photographs, write_run
+from evaluated import refused, results, write_run
 
 from mixmask import cli
 from mixmask.backbones import build_backbone
@@ -22,16 +22,6 @@ from mixmask.evaluation import (
     load_task,
 )
 from mixmask.evaluation.monitor import accuracy_monitor
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    return write_photographs(tmp_path / "photographs")
-
-
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    return write_run(tmp_path / "run", photographs, "narrow", 16)
 
 
 @pytest.mark.parametrize(("arch", "size", "stored"), [("test_vit", 160, 183), ("narrow", 14, 16)])

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from mixmask._checks import Ratio
 from mixmask.cli.options import (
     RatioAction,
     add_fields,
     add_shared,
-    choose_device,
 )
 from mixmask.runs.options import check_options, check_resume, option
 
@@ -88,14 +86,6 @@ def test_limits_are_checked_by_one_function(given: dict[str, Any], message: str)
     check_options(Config())
     with pytest.raises(ValueError, match=message):
         check_options(Config(**given))
-
-
-def test_a_device_that_is_missing_is_named() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("cuda:99", "abacus"):
-        with pytest.raises(ValueError, match=f"--device {name} is not available; use cpu"):
-            choose_device(name)
 
 
 def test_resume_excludes_other_options() -> None:

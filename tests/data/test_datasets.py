@@ -177,7 +177,7 @@ def test_grey_and_coloured_pil_images_are_all_coloured() -> None:
         ([torch.full((3, 8, 8), 255.0)] * 2, "must lie within 0 ... 1, got 255 ... 255; divide"),
         ([np.zeros((8, 8), np.uint16)] * 2, r"got torch.uint16; divide them by .*65535 for 16"),
         ([torch.zeros(2, 3, 8, 8)] * 2, r"image 0 must be a tensor \(C, H, W\).* of shape \(2, 3"),
-        ([["x"], ["y"]], "image 0 must be a tensor .*, got str; convert it in __getitem__"),
+        ([["x"], ["y"]], "image 0 must be a tensor .*, got str 'x'; convert it in __getitem__"),
         ([torch.zeros(3, 8, 8)], r"at least two images, .* got 1"),
         ([(torch.zeros(3, 8, 8), "cat")] * 2, "labels must be integers, got 'cat'"),
     ],
@@ -239,12 +239,10 @@ def test_a_function_from_the_current_folder(module: Callable[[str], None]) -> No
     )
     data = load_data("mydata:images", 8)
     assert (data.train.images.shape, data.test) == ((3, 1, 9, 9), None)
-    assert [
-        len(part) for part in take_splits(call_function("mydata:both")) if part is not None
-    ] == [3, 2]
-    assert [
-        len(part) for part in take_splits(call_function("mydata:named")) if part is not None
-    ] == [3, 1]
+    for name, lengths in (("both", {"test": 2}), ("named", {"test": 1, "dev": 2})):
+        train, tests = take_splits(call_function(f"mydata:{name}"))
+        assert len(train) == 3
+        assert {split: len(part) for split, part in tests.items()} == lengths
     splits = {"train": list(constants([1, 2])), "validation": list(constants([3]))}
     validation = load_data(splits, 7).test
     assert validation is not None

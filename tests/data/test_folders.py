@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from contextlib import closing
@@ -164,6 +165,45 @@ def test_test_split_comes_before_validation(tmp_path: Path) -> None:
     assert found.files.root.name == "Test"
 
 
+@pytest.mark.parametrize(
+    ("trains", "tests"),
+    [(("train.X1", "train.X2"), ("val.X1", "val.X2")), (("train1", "train_2"), ("Test-1",))],
+)
+def test_numbered_pieces_of_a_split_are_joined(
+    trains: tuple[str, ...], tests: tuple[str, ...], tmp_path: Path
+) -> None:
+    tops = (*trains, *tests)
+    touch(tmp_path, *(f"{top}/{name}/1.jpg" for top in tops for name in ("cat", "dog")))
+    train, test, classes = list_folder(tmp_path)
+    assert classes == ("cat", "dog")
+    assert train.labels is not None
+    assert train.labels.tolist() == [0, 1] * len(trains)
+    assert isinstance(train.files, Files)
+    assert train.files.name(0) == f"{trains[0]}/cat/1.jpg"
+    assert test is not None
+    assert test.labels is not None
+    assert test.labels.tolist() == [0, 1] * len(tests)
+    assert len(test.files) == 2 * len(tests)
+
+
+@pytest.mark.parametrize("tops", [("test",), ("val.X",), ("test", "Validation")])
+def test_a_test_split_alone_is_refused(tops: tuple[str, ...], tmp_path: Path) -> None:
+    touch(tmp_path, *(f"in/{top}/{name}/1.jpg" for top in tops for name in ("cat", "dog")))
+    message = rf"in holds .*{tops[0]}.* and no training split; put one .*train, or pass .*/in/"
+    with pytest.raises(ValueError, match=message):
+        list_folder(tmp_path)
+    assert list_folder(tmp_path / "in" / tops[0]).classes == ("cat", "dog")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"c\xfft")
+    touch(tmp_path, f"{odd}/{odd}.jpg", "dog/1.jpg")
+    train, _, classes = list_folder(tmp_path)
+    assert classes == ("c\\udcfft", "dog")
+    assert isinstance(train.files, Files)
+    assert train.files[0] == tmp_path / odd / f"{odd}.jpg"
+
+
 def test_classes_that_look_like_splits(tmp_path: Path) -> None:
     touch(tmp_path, "train2017/1.jpg", "val2017/1.jpg", "testimony/1.jpg")
     with pytest.warns(UserWarning, match=r"look like splits: train2017, val2017; call them train"):
@@ -278,3 +318,30 @@ def test_data_set_that_is_to_be_unpacked() -> None:
     )
     with pytest.raises(ValueError, match=fix):
         load_data("tiny-imagenet", 64)
+
+
+@pytest.mark.parametrize("compression", [9, 99])
+def test_a_member_compressed_in_an_unknown_way_is_named(compression: int, tmp_path: Path) -> None:
+    path = tmp_path / "photos.zip"
+    with ZipFile(path, "w") as archive:
+        for name in ("1.png", "2.png"):
+            with archive.open(name, "w") as file:
+                Image.new("RGB", (9, 9)).save(file, "PNG")
+    content = bytearray(path.read_bytes())
+    for start in (b"PK\3\4", b"PK\1\2"):  # The first member's two headers.
+        content[content.index(start) + (8 if start[2] == 3 else 10)] = compression
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"1\.png is not a readable image \(.*compression"):
+        assert len(load_data(str(path), 8).train.images) == 1
+
+
+def test_an_archive_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    path, other = tmp_path / "photos.zip", tmp_path / "other.zip"
+    for count, value in ((2, 10), (3, 200)):
+        with ZipFile(other, "w") as archive:
+            for i in range(count):
+                with archive.open(f"{i}.png", "w") as file:
+                    Image.new("RGB", (9, 9), (value,) * 3).save(file, "PNG")
+        other.replace(path)
+        images = load_data(str(path), 8).train.images[:]
+        assert (len(images), images.unique().tolist()) == (count, [value])

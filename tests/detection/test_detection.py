@@ -73,7 +73,7 @@ def test_a_run_leaves_its_files(
     moved = [not torch.equal(value, before[name]) for name, value in backbone.state_dict().items()]
     assert all(moved)
     image, _ = data.test[0]
-    [found] = predict(detector, [image], "cpu")
+    [found] = predict(detector, [image])
     assert ("masks" in found) == (model == "mask-rcnn")
     if "masks" in found:
         assert found["masks"].shape == (len(found["boxes"]), *image.shape[1:])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -304,3 +305,11 @@ def test_what_is_no_data(tmp_path: Path) -> None:
         load_detection(tmp_path / "broken.zip")
     with pytest.raises(ValueError, match=r"--data must be a folder or a zip file, got .*nowhere"):
         load_detection(tmp_path / "nowhere")
+
+
+def test_greyscale_of_16_bits_is_scaled_by_its_range(voc: Path) -> None:
+    values = np.full((HEIGHT, WIDTH), 30_000, np.uint16)
+    (voc / "JPEGImages" / "i0.jpg").unlink()
+    Image.fromarray(values).save(voc / "JPEGImages" / "i0.png")
+    image, _ = load_detection(voc).train[0]
+    assert image.unique().tolist() == [117]  # Of 255, as 30,000 of 65,535.
