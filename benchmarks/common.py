@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import mixmask
-from mixmask.runs import folder
+from mixmask.runs import files
 
 Side = Callable[[], object]
 
@@ -278,7 +278,7 @@ def report(
 def write_json(out: Path, record: Mapping[str, Any]) -> None:
     """Write a record whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_json(out, dict(record))
+    files.write_json(out, dict(record))
 
 
 def line(case: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from common import ROOT
 
-from mixmask.runs.folder import atomic_write
+from mixmask.runs.files import atomic_write
 
 _REACHED, _MISSED, _BOUND = "#1f6f8b", "#c2452d", "#555555"
 

@@ -61,7 +61,8 @@ from soak_trials import (
 
 from mixmask.cli import _COMMANDS, _parser
 from mixmask.cli import main as command_line
-from mixmask.runs.folder import CONFIG, LAST, PREVIOUS
+from mixmask.runs.files import LAST, PREVIOUS
+from mixmask.runs.folder import CONFIG
 
 # Trials of each part, and with `--small`.
 _COUNTS = {

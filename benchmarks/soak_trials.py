@@ -30,7 +30,7 @@ from PIL import Image
 
 import mixmask
 from mixmask.cli import main as command_line
-from mixmask.runs.folder import LAST
+from mixmask.runs.files import LAST
 from mixmask.trainers.start import Opened
 
 TINY = [

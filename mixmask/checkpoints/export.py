@@ -16,7 +16,7 @@ from mixmask.checkpoints.detectron2 import configs, pickle_state
 from mixmask.checkpoints.load import Loaded
 from mixmask.checkpoints.resnets import RESNETS
 from mixmask.data.folders import printable
-from mixmask.runs.folder import atomic_write, check_files
+from mixmask.runs.files import atomic_write, check_files
 from mixmask.runs.reading import UNSEALED, seal_safetensors
 from mixmask.runs.records import plural
 

@@ -16,13 +16,7 @@ from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_nam
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
-from mixmask.runs.folder import (
-    CONFIG,
-    describe_difference,
-    is_run,
-    load_checkpoint,
-    read_config,
-)
+from mixmask.runs.folder import CONFIG, describe_difference, is_run, load_checkpoint, read_config
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from mixmask.runs.folder import CONFIG, NoRoomError, has_checkpoint
+from mixmask.runs.files import NoRoomError
+from mixmask.runs.folder import CONFIG, has_checkpoint
 from mixmask.runs.records import plural
 
 

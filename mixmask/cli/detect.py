@@ -16,7 +16,7 @@ from mixmask.detection.config import DetectionConfig, load_config
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder
 from mixmask.runs.folder import CONFIG, has_checkpoint
-from mixmask.runs.options import Options, check_resume, flag
+from mixmask.runs.options import check_resume, flag
 from mixmask.runs.records import plural
 
 if TYPE_CHECKING:

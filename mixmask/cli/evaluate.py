@@ -14,7 +14,7 @@ from mixmask.cli._console import say
 from mixmask.cli.options import SOURCE, add_fields, add_shared
 from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.evaluation.metrics import INTERVAL, Interval
-from mixmask.runs.folder import check_files, make_folder
+from mixmask.runs.files import check_files, make_folder
 from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 

@@ -9,7 +9,7 @@ from mixmask.checkpoints.export import FORMATS, export_backbone
 from mixmask.checkpoints.load import load_backbone
 from mixmask.cli._console import say
 from mixmask.cli.options import add_shared
-from mixmask.runs.folder import check_files
+from mixmask.runs.files import check_files
 
 
 def export(

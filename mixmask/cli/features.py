@@ -17,7 +17,7 @@ from mixmask.cli.options import SOURCE, add_shared
 from mixmask.data.sets import Split
 from mixmask.evaluation import gallery
 from mixmask.figures.style import check_figure, save_figure
-from mixmask.runs.folder import atomic_write, check_files
+from mixmask.runs.files import atomic_write, check_files
 
 
 # Any: the options of `SOURCE`, passed on as they are.

@@ -25,13 +25,13 @@ from mixmask.detection.model import Source, batch_norms, build_detector, train_m
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.claim import starting
+from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
     is_unstarted,
     load_checkpoint,
     save_checkpoint,
     write_config,
-    write_json,
 )
 from mixmask.runs.reading import describe_misfit
 from mixmask.runs.schedules import step_decay

@@ -21,7 +21,7 @@ from mixmask.evaluation.neighbours import KNN
 from mixmask.evaluation.tasks import Details, Source, Task
 from mixmask.figures.features import figure_confusion
 from mixmask.figures.style import short_path, write_figure
-from mixmask.runs.folder import atomic_write, make_folder
+from mixmask.runs.files import atomic_write, make_folder
 
 # Each holds its options, a `name`, and `measure(task, progress)`.
 Protocol = KNN | Linear | LinearSGD | FineTuning

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mixmask.data.folders import printable
-from mixmask.runs.folder import atomic_write, check_files
+from mixmask.runs.files import atomic_write, check_files
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

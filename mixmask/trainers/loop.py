@@ -21,7 +21,8 @@ from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
 from mixmask.runs.claim import starting
-from mixmask.runs.folder import LAST, Row, has_checkpoint, write_rows
+from mixmask.runs.files import LAST
+from mixmask.runs.folder import Row, has_checkpoint, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter

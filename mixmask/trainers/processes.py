@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 
 from mixmask._devices import choose_device
 from mixmask._distributed import world_size
-from mixmask.runs.folder import LAST, PREVIOUS
+from mixmask.runs.files import LAST, PREVIOUS
 
 Result = TypeVar("Result")
 

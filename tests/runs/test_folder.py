@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from mixmask import __version__
+from mixmask.runs.files import atomic_write, check_files, write_json, write_text
 from mixmask.runs.folder import (
     FORMAT,
-    atomic_write,
-    check_files,
     copy_checkpoint,
     has_checkpoint,
     is_unstarted,
@@ -23,9 +22,7 @@ from mixmask.runs.folder import (
     read_rows,
     save_checkpoint,
     write_config,
-    write_json,
     write_rows,
-    write_text,
 )
 from mixmask.runs.reading import is_sealed
 
@@ -193,7 +190,7 @@ def test_files_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None
 
 # Every kind of writer, where files may have 20,000 bytes: `path` is to hold more.
 WRITERS = {
-    "text": "folder.write_text(path, 'x' * 100_000)",
+    "text": "files.write_text(path, 'x' * 100_000)",
     "rows": "folder.write_rows(path.parent, [{'epoch': i, 'loss': 0.1} for i in range(9999)])",
     "checkpoint": "folder.save_checkpoint(path.parent, {'w': torch.zeros(50_000)})",
     "safetensors": "write_safetensors(path)",
@@ -206,10 +203,10 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from mixmask.figures.style import save_figure
-from mixmask.runs import folder
+from mixmask.runs import files, folder
 
 def write_safetensors(path):
-    with folder.atomic_write(path) as (temporary,):
+    with files.atomic_write(path) as (temporary,):
         save_file({"w": torch.zeros(50_000)}, temporary)
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -218,7 +215,7 @@ for name, code in WRITERS.items():
     path = Path(sys.argv[1]) / f"{name}.out"
     try:
         exec(code)
-    except folder.NoRoomError as error:
+    except files.NoRoomError as error:
         print(f"{name}: {error}")
 """
 
