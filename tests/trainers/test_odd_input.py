@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def test_a_checkpoint_of_another_run_is_passed_over(
         del content["options"]
     torch.save(content, run / "last.pt")
     told = "queue_size was 12, is 16" if options else r"queue.keys must be of shape \(16, 8\), got"
-    with pytest.warns(UserWarning, match="last") as caught:
+    with warnings.catch_warnings(record=True) as caught:  # Another one tells of the epochs.
+        warnings.simplefilter("always")
         result = start(None, resume=run, epochs=2)
     texts = "\n".join(str(warning.message) for warning in caught)
     assert re.search(rf"last\.pt.*{told}.*previous\.pt is used instead", texts)
