@@ -61,7 +61,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out; torch raises a plain one for the host's."""
-    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    texts = (
+        "can't allocate memory", "not enough memory", "Cannot allocate memory",
+        "Storage size calculation overflowed",
+    )  # fmt: skip
     out = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return out or any(text in str(error) for text in texts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def embed(
     features = torch.cat([task.extract(s.images).cpu() for s in splits.values()])  # (N, D)
     rows = [row for name, split in splits.items() for row in _name_rows(name, split, task.classes)]
     with atomic_write(out, table) as (array, names):
-        with array.open("wb") as file:
-            np.save(file, features.numpy())
+        # NumPy's own writing to a file hides why it failed.
+        content = io.BytesIO()
+        np.save(content, features.numpy())
+        array.write_bytes(content.getbuffer())
         # The names of files need not be UTF-8.
         text = names.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         with text:

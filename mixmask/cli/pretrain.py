@@ -52,8 +52,8 @@ def _say_start(opened: Opened) -> None:
     images = plural(len(data.train.images), "image")
     device = describe_device(opened.run.accelerator.device)
     say(
-        f"{config.method} + {config.mix} on {config.data}: {images}, {config.arch} at "
-        f"{config.image_size} px, {plural(config.epochs, 'epoch')}, {device}\n"
+        f"{config.method} + {config.mix} on {config.data}: {images}, recipe {config.recipe}, "
+        f"{config.arch} at {config.image_size} px, {plural(config.epochs, 'epoch')}, {device}\n"
         f"run folder: {out}"
     )
     for note in opened.notes:
@@ -61,7 +61,9 @@ def _say_start(opened: Opened) -> None:
     if data.streamed:
         say("the images stay on disk and are decoded by workers in each epoch")
     if not data.labelled:
-        say("no labelled test split: accuracies are off")
+        held = data.train.labels is not None and data.test is None
+        fix = "; --holdout 0.1 sets a tenth of the images aside as one" if held else ""
+        say(f"no labelled test split: accuracies are off{fix}")
     elif data.streamed and len(data.train.images) > monitor.MEASURED:
         say(f"accuracies during training use {monitor.MEASURED:,} of the training images")
 

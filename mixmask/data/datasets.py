@@ -29,7 +29,7 @@ _LABEL_KEYS = ("label", "labels", "target", "fine_label", "cls")
 
 # Names of splits, without case. Some come in numbered pieces, as ImageNet-100 in train.X1,
 # train.X2, ... and val.X. Of several test splits, the first one with labels counts.
-_TRAIN, _TESTS = "train(ing)?", ("test(ing)?", "val(id|idation)?", "dev")
+_TRAIN, _TESTS = "train(ing)?", ("test(ing)?", "val(id|idation)?", "dev", "eval(uation)?")
 _PIECE = r"(\.x\d*|[-_. ]?\d{1,2})?"
 
 # How files that are not images become a data set, in the body of a function.
@@ -41,8 +41,9 @@ _READERS = {
     ' split="train")',
     ".tar": 'import datasets; return datasets.load_dataset("webdataset", data_files="{file}",'
     ' split="train")',
-    ".tif": "import glob, numpy, tifffile; return [x / numpy.iinfo(x.dtype).max for x in"
-    ' map(tifffile.imread, glob.glob("{file}"))]',
+    ".tif": 'import glob, tifffile; files = glob.glob("{folder}/**/{name}", recursive=True);'
+    " images = [*map(tifffile.imread, sorted(files))]; top = max(x.max() for x in images);"
+    " return [x / top for x in images]",
 }
 _READERS |= {".hdf5": _READERS[".h5"], ".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
 
@@ -65,7 +66,7 @@ def door(file: Path) -> str:
     code = _READERS.get(file.suffix.lower())
     if code is None:
         return ""
-    body = code.format(file=file.as_posix())
+    body = code.format(file=file.as_posix(), folder=file.parent.as_posix(), name=file.name)
     return f"in mydata.py, write `def load(): {body}` and pass --data mydata:load"
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
@@ -24,7 +26,10 @@ from torch import Tensor
 from mixmask.data.datasets import DatasetImages, door, find_splits
 from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
-_LIKE_SPLITS = r"(train|test|val|valid|validation|dev|holdout)([-_. ]?(ing|set|data|split|\d+))?"
+_LIKE_SPLITS = (
+    r"(train|test|val|valid|validation|dev|eval|evaluation|holdout)"
+    r"([-_. ]?(ing|set|data|split|\d+))?"
+)
 _ANNOTATIONS = "val_annotations.txt"
 # What is raised for a file that cannot be opened, or a member of an archive: one that is gone,
 # damaged or compressed in a way that Python does not know.
@@ -33,6 +38,8 @@ _UNREADABLE = (
 )  # fmt: skip
 # What archives of macOS and some file servers add; names with a dot are hidden anyhow.
 _RUBBISH = ("__MACOSX", "@eaDir")
+# Images that tell how large those of a folder are.
+_SURVEYED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +172,11 @@ def list_folder(path: Path) -> ListedData:
 
     These layouts are known: images at any depth, which then have no labels; one folder per class;
     either of them within `train` (or `training`) and, for a test split, `test`, `testing`, `val`,
-    `valid`, `validation` or `dev`, in any case; Tiny ImageNet's, whose `val/val_annotations.txt`
-    names the classes. Numbered pieces of a split are joined: `train.X1`, `train.X2`, ... as
-    ImageNet-100 has them, or `train_1`, `train_2`. A single folder around all images is not a
-    class. Links to folders are followed; names that start with a dot are not looked at. Files of
-    other kinds, and folders beside the splits, are named in a warning.
+    `valid`, `validation`, `dev` or `eval`, in any case; Tiny ImageNet's, whose
+    `val/val_annotations.txt` names the classes. Numbered pieces of a split are joined: `train.X1`,
+    `train.X2`, ... as ImageNet-100 has them, or `train_1`, `train_2`. A single folder around all
+    images is not a class. Links to folders are followed; names that start with a dot are skipped.
+    Files of other kinds, and folders beside the splits, are named in a warning.
 
     Raises:
         ValueError: If there are fewer than two images, a class folder holds none, there is a test
@@ -204,6 +211,27 @@ def list_folder(path: Path) -> ListedData:
         raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
     test = _choose_test(tree, tests, classes) if trains else None
     return ListedData(Listed(files, _to_labels(labels, classes)), test, classes)
+
+
+def survey(path: Path, most: int) -> tuple[int, float]:
+    """Look at a folder of images or a .zip file of one, without reading it as a whole.
+
+    Returns:
+        The number of images, at most `most`; and the median of the shorter side of some of them,
+        in pixels, 0 where none can be read.
+    """
+    archive = path if path.is_file() else None
+    found = (
+        name
+        for name, kind in (_walk_archive(path) if archive else _walk(path))
+        if kind == "file" and Path(name).suffix.lower() in image_suffixes()
+    )
+    names = sorted(islice(found, most))
+    sides: list[int] = []
+    for name in names[:: max(1, len(names) // _SURVEYED)]:
+        with suppress(*_UNREADABLE), open_image(_read(path / name, archive)) as image:
+            sides.append(min(image.size))
+    return len(names), statistics.median(sides) if sides else 0
 
 
 def _list_split(

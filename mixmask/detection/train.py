@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mixmask.data.sets import Images
 from mixmask.data.views import IMAGENET, Normalization, RandomView

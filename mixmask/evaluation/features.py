@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mixmask.data.sets import Images
 from mixmask.data.views import IMAGENET, Normalization, check_pixels, normalize
+from mixmask.runs.records import plural
 
 # Of images that are larger than a view, the usual part is tested: 224 px of 256.
 _CENTRE = 7 / 8
@@ -76,7 +77,12 @@ def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
     except (AssertionError, RuntimeError) as error:  # As by networks that cannot divide a size.
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        text = f"the backbone fails on images of {x.shape[-1]} px ({error}); use another image size"
+        first = next((each for each in backbone.modules() if isinstance(each, nn.Conv2d)), None)
+        wanted = x.shape[1] if first is None else first.in_channels
+        fix = "use another image size"
+        if wanted != x.shape[1]:
+            fix = f"it takes images of {plural(wanted, 'channel')}, got {x.shape[1]}"
+        text = f"the backbone fails on images of {x.shape[-1]} px ({error}); {fix}"
         raise ValueError(text) from error
     return features
 

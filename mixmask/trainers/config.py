@@ -30,7 +30,10 @@ class RunConfig:
         "clothing64, cifar10, cifar100, stl10, a folder of images, a .zip file of such a folder, "
         "or package.module:function",
     )
-    recipe: str = option("", "named settings; default: those of --data, of imagenet for a folder")
+    recipe: str = option(
+        "",
+        "named settings; default: those of --data, for a folder by number and size of its images",
+    )
     stream: str = option(
         "auto",
         "whether a folder's images stay on disk and are decoded in each epoch; auto: if they do "

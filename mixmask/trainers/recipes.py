@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from mixmask.trainers.config import PRESETS
+from pathlib import Path
+
+from mixmask.data.datasets import is_function
+from mixmask.data.folders import survey
+from mixmask.runs.options import Options
+from mixmask.trainers.config import PRESETS, RunConfig
+from mixmask.trainers.methods import option_defaults
 
 # What a recipe's settings follow.
 _ORIGINS: dict[str, str] = {
@@ -51,6 +57,11 @@ PUBLISHED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
     },
 }  # fmt: skip
 
+# The recipe of a folder: by the shorter side of its images, at most so many pixels, and for larger
+# images by their number.
+_BY_SIDE = {48: "cifar10", 96: "tiny-imagenet"}
+_BY_COUNT = {50_000: "imagenette", 500_000: "imagenet100"}
+
 _SHOWN = ("arch", "image_size", "grid_size", "batch_size", "epochs")
 
 
@@ -73,3 +84,55 @@ def describe() -> str:
             for words, accuracy in accuracies.items()
         ]
     return "\n".join(lines)
+
+
+def suit_folder(options: Options) -> Options:
+    """Choose a recipe for a folder that comes without one, and batch and queue that it fills.
+
+    What was given stays. A smaller batch lowers the learning rate in proportion.
+
+    Args:
+        options: What the user has given.
+
+    Returns:
+        The same, with what was chosen. Other data, and a method that is not known, stay as given.
+    """
+    data, method = options.get("data"), options.get("method", RunConfig.method)
+    if "recipe" in options or not isinstance(data, str) or data in PRESETS or is_function(data):
+        return options
+    path = Path(data)
+    if not (path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())):
+        return options
+    count, side = survey(path, max(_BY_COUNT))
+    by_side = (name for most, name in _BY_SIDE.items() if 0 < side <= most)
+    by_count = (name for most, name in _BY_COUNT.items() if count < most)
+    recipe = next(by_side, next(by_count, "imagenet"))
+    chosen: Options = {"recipe": recipe}
+    defaults = option_defaults(method, recipe)
+    fit = max(2, _power_of_two(count // 4))  # Some steps in each epoch.
+    if defaults and "accumulate" not in options and fit < defaults["batch_size"]:
+        chosen |= {"batch_size": fit, "lr": defaults["lr"] * fit / defaults["batch_size"]}
+    settings = defaults | chosen | options
+    known = [settings.get(name) for name in ("batch_size", "accumulate", "queue_size", "bn_splits")]
+    batch, parts, queue, splits = (n if isinstance(n, int) and n > 0 else 1 for n in known)
+    if "queue_size" in defaults and "queue_size" not in options and queue > count:
+        chosen["queue_size"] = suit_queue(count, batch)
+    if "bn_splits" in defaults and "bn_splits" not in options:  # Parts of two images at least.
+        part = batch // parts
+        fitting = (n for n in range(splits, 1, -1) if part % n == 0 and part >= 2 * n)
+        chosen["bn_splits"] = next(fitting, 1)
+    return chosen | options
+
+
+def suit_queue(count: int, batch_size: int) -> int:
+    """Return the largest queue that holds about half of the images once, and a batch at least.
+
+    Example:
+        >>> suit_queue(3409, 64), suit_queue(50, 64)
+        (1024, 64)
+    """
+    return max(batch_size, _power_of_two(count // 2))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << max(0, most.bit_length() - 1)

@@ -36,6 +36,7 @@ from mixmask.trainers.processes import (
     start_processes,
     together,
 )
+from mixmask.trainers.recipes import suit_folder, suit_queue
 from mixmask.trainers.run import Run
 
 # What may change when a run goes on.
@@ -212,7 +213,8 @@ def _plan_new(
     options: Options, file: str | Path | None, out: Path | None, *, choose: bool
 ) -> _Plan:
     """Take options from a file and from the caller, who has the last word."""
-    config = make_config(**((read_options_file(Path(file), options) if file else {}) | options))
+    given = (read_options_file(Path(file), options) if file else {}) | options
+    config = make_config(**suit_folder(given))
     data = Path(config.data).resolve()
     folder = new_folder(out, f"{data.name}-{config.method}-{config.mix}") if choose else None
     if folder and data.is_dir() and folder.resolve().is_relative_to(data):
@@ -290,7 +292,7 @@ def _warn_queue(config: RunConfig, count: int) -> None:
     """Warn of a queue in which each image has several keys, which would be its own negatives."""
     size = getattr(config, "queue_size", 0)
     if size > count:
-        better = max(config.batch_size, 2 ** max(0, (count // 2).bit_length() - 1))
+        better = suit_queue(count, config.batch_size)
         warnings.warn(
             f"--queue-size {size} is more than the {plural(count, 'training image')}, so that an "
             f"image meets its own past keys as negatives; --queue-size {better} suits them",

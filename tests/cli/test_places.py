@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -167,6 +168,27 @@ def test_pipes_and_devices_are_not_waited_for(
         ValueError, match="a task needs a run folder or a checkpoint file, got none"
     ):
         load_task(data="clothing64")
+
+
+def test_a_full_disk_is_named_by_embed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    out = tmp_path / "features.npy"
+    told = refused(["embed", str(run), "--to", "npy", "--out", str(out)], capsys)
+    assert f"No space left for {out}" in told
+    assert not list(tmp_path.glob("features*"))
+
+
+def test_sizes_beyond_any_memory_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["evaluate", "linear"], ["map"]):
+        assert cli.main([*command, str(run), "--image-size", "99999999"]) == 2
+        told = capsys.readouterr().err.splitlines()  # The first says that views enlarge the images.
+        assert len(told) == 2
+        assert "out of memory: use a smaller" in told[1]
 
 
 def test_refusals_keep_the_blanks_of_paths(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
-from mixmask.data.datasets import DatasetImages, call_function, take_splits
+from mixmask.data.datasets import DatasetImages, call_function, door, take_splits
 from mixmask.data.sets import Split, StoredImages, load_data
 from mixmask.data.stream import Draw, read_batches
 from mixmask.data.views import RandomView
@@ -301,6 +302,22 @@ def test_multi_band_tiffs_are_pointed_to_a_function(tmp_path: Path) -> None:
     message = r"2 images in a row cannot be read: .*0.tif.*tifffile.* pass --data mydata:load"
     with pytest.raises(OSError, match=message):
         load_data(str(tmp_path), 8)
+
+
+def test_the_advice_for_tiffs_reads_them_from_class_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arrays = [np.full((4, 4, 5), value, np.float32) for value in (2, 8)]
+    reader = SimpleNamespace(imread=lambda path: arrays[int(Path(path).stem)])
+    monkeypatch.setitem(sys.modules, "tifffile", reader)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "a" / "b" / f"{i}.tif").touch()
+    made = re.search("`(def load.*)`", door(tmp_path / "*.tif"))
+    assert made
+    space: dict[str, Any] = {}
+    exec(made[1], space)  # noqa: S102  # What a user would paste.
+    assert [float(image.max()) for image in space["load"]()] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize("mode, count", [("RGBA", 4), ("RGBX", 4), ("LA", 2)])

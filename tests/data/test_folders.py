@@ -142,6 +142,7 @@ def test_folders_that_are_refused(files: list[str], message: str, tmp_path: Path
         ("training", "testing"),
         ("train", "valid"),
         ("TRAIN", "dev"),
+        ("train", "Eval"),
         ("train", "VAL"),
     ],
 )

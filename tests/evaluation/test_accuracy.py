@@ -203,3 +203,8 @@ def test_features_pass_by_compilation_and_keep_hooks() -> None:
     assert seen == [4, 2]
     with pytest.raises(Exception, match="compiled"):
         backbone(torch.zeros(2, 3, 32, 32))
+
+
+def test_images_of_other_channels_are_told() -> None:
+    with pytest.raises(ValueError, match="it takes images of 3 channels, got 1"):
+        extract_features(build_backbone("narrow"), torch.zeros(4, 1, 16, 16, dtype=torch.uint8))
