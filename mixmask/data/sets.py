@@ -264,6 +264,11 @@ def _check_path(name: str) -> Path:
     path = Path(name)
     if path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file()):
         return path
+    if name.startswith("<"):
+        raise ValueError(
+            f"the data set {name} was given from Python; give it again as data=, or pass a folder "
+            "or package.module:function with --data"
+        )
     fix = f"unpack {name} and pass its folder, with --recipe {name}"
     if name not in _UNPACKED:
         fix = door(path) or "see `Your own data` in the trainers' README for other kinds"

@@ -35,7 +35,7 @@ def load_images(
         >>> load_images({"data": "clothing64"}, 32).test.labels.shape
         torch.Size([372])
     """
-    name = data or config["data"]
+    name = config["data"] if data is None else data
     images = load_data(name, image_size, stream=stream)
     if share := config.get("holdout", 0.0):
         try:
@@ -68,8 +68,9 @@ def check_same(
     if not images.train.files and image_size != config.get("image_size"):
         known = known | {"sum": found.sum}  # Of images at another size.
     if differences := _compare(known, found):
+        shown = name if isinstance(name, str) else "the data set"
         raise ValueError(
-            f"{name} does not hold the images that {where} was started on: "
+            f"{shown} does not hold the images that {where} was started on: "
             f"{'; '.join(differences)}; name their place with --data"
         )
 

@@ -126,8 +126,8 @@ class RunConfig:
         if not isinstance(self.data, str):
             raise TypeError(
                 "--data must be the name of a data set, a path or package.module:function, got "
-                f"{type(self.data).__name__}; write a function that returns your data set, and "
-                "name it"
+                f"{type(self.data).__name__}; pass a data set to `mixmask.trainers.pretrain`, or "
+                "write a function that returns it"
             )
         check_options(self)
         size, blocks = self.mixed_size or self.image_size, self.pattern == "block"

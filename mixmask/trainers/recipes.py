@@ -112,6 +112,8 @@ def suit_folder(options: Options) -> Options:
     fit = max(2, _power_of_two(count // 4))  # Some steps in each epoch.
     if defaults and "accumulate" not in options and fit < defaults["batch_size"]:
         chosen |= {"batch_size": fit, "lr": defaults["lr"] * fit / defaults["batch_size"]}
+    if "resnet" not in str(options.get("arch", "resnet")):
+        chosen["small_stem"] = False  # It is a ResNet's.
     settings = defaults | chosen | options
     known = [settings.get(name) for name in ("batch_size", "accumulate", "queue_size", "bn_splits")]
     batch, parts, queue, splits = (n if isinstance(n, int) and n > 0 else 1 for n in known)

@@ -125,7 +125,8 @@ def pretrain(
             `mixmask.evaluation.monitor.accuracy_monitor`, from the images and the size of views.
         progress: Show a progress bar.
         **options: Those of the command line, with underscores: `data="photos"`, `epochs=20`.
-            Paths may be `Path` objects.
+            Paths may be `Path` objects. `data` may be a map-style data set, or what a function
+            behind `--data package.module:function` returns; it is given again to resume.
 
     Raises:
         TypeError: If an option has another type.
@@ -153,7 +154,14 @@ def pretrain(
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in options.items()
     }
-    with open_run(options, config=config, out=out, resume=resume, device=device) as opened:
+    data = options.get("data")
+    if not isinstance(data, str | None):
+        options["data"] = f"<{type(data).__name__}>"
+    opening = open_run(
+        options, config=config, out=out, resume=resume, device=device,
+        data=None if isinstance(data, str) else data,
+    )  # fmt: skip
+    with opening as opened:
         run = opened.run
         for note in opened.notes if run.accelerator.is_main_process else ():
             warnings.warn(note, stacklevel=2)
@@ -170,8 +178,11 @@ def open_run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     device: torch.device | str | None = None,
+    data: object = None,
 ) -> Iterator[Opened]:
     """Open a run, in all processes alike; see `pretrain`.
+
+    `data` is a data set that has no name by which it could be loaded.
 
     If what is done with it fails before the first checkpoint, its folder is removed again.
     """
@@ -194,17 +205,17 @@ def open_run(
             | {n: v for n, v in dataclasses.asdict(planned.config).items() if n not in _OWN}
         )
         folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
-        data = together(lambda: _load_images(planned, str(source or folder)))
-        facts = {"fingerprint": fingerprint_of(data)}
+        images = together(lambda: _load_images(planned, data, str(source or folder)))
+        facts = {"fingerprint": fingerprint_of(images)}
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
         if state.is_main_process:
-            _warn_queue(planned.config, len(data.train.images))
+            _warn_queue(planned.config, len(images.train.images))
         together(lambda: held.enter_context(starting(folder)))
-        run = Run.open(planned.config, data.train, folder, resume=source, facts=facts)
+        run = Run.open(planned.config, images.train, folder, resume=source, facts=facts)
         notes = planned.notes
         if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:
             notes = (*notes, _describe_length(run, before))
-        yield Opened(run, data, notes)
+        yield Opened(run, images, notes)
     state.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)  # The next run may have another device.
 
@@ -216,7 +227,9 @@ def _plan_new(
     given = (read_options_file(Path(file), options) if file else {}) | options
     config = make_config(**suit_folder(given))
     data = Path(config.data).resolve()
-    folder = new_folder(out, f"{data.name}-{config.method}-{config.mix}") if choose else None
+    folder = (
+        new_folder(out, f"{data.name.strip('<>')}-{config.method}-{config.mix}") if choose else None
+    )
     if folder and data.is_dir() and folder.resolve().is_relative_to(data):
         raise ValueError(
             f"the run folder {folder} lies inside of the data, {config.data}, so that its pictures "
@@ -252,11 +265,11 @@ def _plan_resumed(options: Options, source: Path, out: Path | None, processes: i
     return _Plan(config, out or source, content, tuple(notes))
 
 
-def _load_images(planned: _Plan, where: str) -> ImageData:
+def _load_images(planned: _Plan, data: object, where: str) -> ImageData:
     """Load a run's images; where a run goes on, they must be those that it was started on."""
     config = planned.config
     recorded = {**planned.content, "data": config.data, "holdout": config.holdout}
-    return load_images(recorded, config.image_size, stream=config.stream, where=where)
+    return load_images(recorded, config.image_size, data=data, stream=config.stream, where=where)
 
 
 def _spread(config: RunConfig, before: int, processes: int) -> RunConfig:

@@ -63,6 +63,11 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     given = {"data": data, "batch_size": 6, "lr": 1.0, "queue_size": 600, "bn_splits": 3}
     assert suit_folder(given) == given | {"recipe": "cifar10"}
     assert suit_folder({"data": data, "batch_size": 6})["bn_splits"] == 3
+    assert (
+        make_config(**suit_folder({"data": data, "arch": "vit_tiny_patch16_224"})).small_stem
+        is False
+    )
+    assert make_config(**suit_folder({"data": data, "arch": "resnet50"})).small_stem is True
     for other in ({"data": data, "recipe": "imagenet"}, {"data": "clothing64"}, {"data": "a.b:c"}):
         assert suit_folder(other) == other
     assert suit_folder({"data": str(tmp_path / "missing")}) == {"data": str(tmp_path / "missing")}

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from commands import write_photographs
-from torch.utils.data import TensorDataset
 
 from mixmask.checkpoints import load_backbone
 from mixmask.trainers import Pretrained, pretrain
@@ -74,15 +73,37 @@ def test_options_of_a_file_that_cannot_be_used(text: str, message: str, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_paths_are_taken_and_data_sets_are_named_from_python(finished: Path, run: Path) -> None:
+def test_paths_are_taken_from_python(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["data"].endswith("photographs")  # Given as a path.
-    dataset = TensorDataset(torch.zeros(4, 3, 8, 8))
-    message = r"package.module:function, got TensorDataset; write a function that returns"
-    for options in ({"resume": run, "out": None}, {"out": run / "new"}):
-        with pytest.raises(TypeError, match=message):
-            start(data=dataset, **options)
-    assert not (run / "new").exists()
+
+
+class Pictures:
+    """A data set of one's own, which no command could name."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 20, 20), index, dtype=torch.uint8), index % 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [Pictures(), (Pictures(),) * 2, {"train": Pictures()}, [Pictures()[i] for i in range(16)]],
+    ids=["data set", "splits", "mapping", "list"],
+)  # fmt: skip
+def test_a_data_set_itself_is_trained_on_and_given_again(data: Any, tmp_path: Path) -> None:
+    run = start(tmp_path / "run", data=data, **TINY).folder
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"] == f"<{type(data).__name__}>"
+    with pytest.raises(ValueError, match="was given from Python; give it again as data=, or pass"):
+        start(None, resume=run)
+    with pytest.raises(ValueError, match="the data set does not hold the images that"):
+        start(None, resume=run, data=[torch.zeros(3, 20, 20)] * 24)
+    with pytest.warns(UserWarning, match="the same images, now in <"):
+        again = start(None, resume=run, data=data)
+    assert [row["epoch"] for row in again.rows] == [1]
 
 
 @pytest.mark.parametrize("epochs, shown", [("3", "'3'"), (3.0, "3.0"), (True, "True")])

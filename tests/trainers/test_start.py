@@ -23,7 +23,7 @@ from mixmask.trainers.run import Run
 
 TINY: dict[str, Any] = {
     "arch": "narrow", "image_size": 16, "epochs": 2, "batch_size": 8, "queue_size": 16, "dim": 8,
-    "measure_every": 0,
+    "measure_every": 0, "recipe": "imagenet",
 }  # fmt: skip
 
 
