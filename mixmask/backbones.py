@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixmask._devices import is_out_of_memory
 SLIM = {"narrow": 16, "medium": 32}
 # Tells torchvision's network from timm's of the same name, which often has other layers.
 TORCHVISION = "torchvision/"
+_REFUSALS = (TypeError, AssertionError, ValueError, RuntimeError)  # Of timm's families.
 _HEADS = ("fc", "classifier", "heads", "head")  # torchvision's names of a classifier.
 
 
@@ -53,6 +55,46 @@ def build_backbone(
     return backbone
 
 
+def load_timm_weights(
+    backbone: nn.Module, arch: str, *, image_size: int | None = None, in_chans: int = 3
+) -> None:
+    """Load timm's pretrained weights into a backbone, from its cache or from where they are kept.
+
+    Args:
+        backbone: What `build_backbone` returned for the same values.
+        arch: Its name, with or without a tag.
+        image_size: See `build_backbone`; positions of a ViT are resampled.
+        in_chans: Channels of the images; the first convolution is adapted as timm does.
+
+    Raises:
+        ValueError: If timm has none, they cannot be had, or they do not fit.
+
+    Example:
+        >>> load_timm_weights(build_backbone("narrow"), "narrow")
+        Traceback (most recent call last):
+            ...
+        ValueError: --init timm needs an --arch with pretrained weights, got narrow; ...
+    """
+    import timm
+
+    if not (timm.is_model(arch) and timm.is_model_pretrained(arch)):
+        raise ValueError(
+            f"--init timm needs an --arch with pretrained weights, got {arch}; leave it out, or "
+            "name another one, such as resnet50"
+        )
+    try:
+        weights = _create_timm(arch, image_size, in_chans, pretrained=True)
+        backbone.load_state_dict(weights.state_dict())
+    except Exception as error:  # Each library on the way fails in its own way.
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--init timm cannot load the weights of {arch} ({reason:.300}); fetch them once where "
+            "there is a network, or leave out what does not fit them, such as --small-stem"
+        ) from error
+
+
 def torchvision_name(arch: str) -> str | None:
     """Return torchvision's name of a network; None for timm's and ours.
 
@@ -77,27 +119,37 @@ def _build_timm(arch: str, image_size: int | None, in_chans: int) -> nn.Module:
     if arch not in known and arch not in timm.list_pretrained():
         near = ", ".join(get_close_matches(str(arch), [*SLIM, *known], 3))
         raise ValueError(f"--arch {arch} is not a timm backbone; nearest names: {near or 'none'}")
-    notes: Any = timm.get_pretrained_cfg(arch)
-    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    # What a family does not know of, it refuses with a TypeError; the last is its own size.
-    attempts: list[dict[str, Any]] = (
-        [{**sized, "dynamic_img_size": True}, sized, {}] if notes.fixed_input_size else [{}]
-    )
-    for number, options in enumerate(attempts, 1):
-        try:
-            backbone: Any = timm.create_model(arch, num_classes=0, in_chans=in_chans, **options)
-            break
-        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-            if number == len(attempts):
-                raise ValueError(
-                    f"--arch {arch} cannot be built for {in_chans} channels ({error}); use another"
-                ) from error
+    try:
+        backbone = _create_timm(arch, image_size, in_chans)
+    except _REFUSALS as error:
+        raise ValueError(
+            f"--arch {arch} cannot be built for {in_chans} channels ({error}); use another"
+        ) from error
     # Some families widen their features after the pooling, but report the width before it.
     width = getattr(backbone, "head_hidden_size", None)
     if width not in (None, backbone.num_features):
         backbone.num_features = width
     built: nn.Module = backbone
     return built
+
+
+def _create_timm(
+    arch: str, image_size: int | None, in_chans: int, *, pretrained: bool = False
+) -> Any:
+    """Create a network of timm for an image size, where its family knows of sizes."""
+    import timm
+
+    notes: Any = timm.get_pretrained_cfg(arch)
+    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    # What a family does not know of, it refuses with a TypeError; the last is its own size.
+    attempts: list[dict[str, Any]] = (
+        [{**sized, "dynamic_img_size": True}, sized] if notes.fixed_input_size else []
+    )
+    own: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained}
+    for options in attempts:
+        with suppress(*_REFUSALS):
+            return timm.create_model(arch, **own, **options)
+    return timm.create_model(arch, **own)
 
 
 def _build_torchvision(name: str, image_size: int | None, in_chans: int) -> nn.Module:

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from tiny_runs import tiny_config
+from torch import Tensor
 
-from mixmask.backbones import build_backbone, check_sizes
+from mixmask.backbones import build_backbone, check_sizes, load_timm_weights
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.folder import save_checkpoint, write_config
+from mixmask.trainers.parts import build_encoder
 
 
 @pytest.mark.parametrize(
@@ -89,3 +93,48 @@ def test_a_network_of_every_family_is_read_from_our_own_run(module: str, tmp_pat
     assert (loaded.arch, len(loaded.taken), loaded.left) == (arch, len(state), ())
     for name, tensor in loaded.backbone.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+def _cache_weights(arch: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Lay random weights where timm finds what was downloaded before, and cut the network off."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name = str(timm.get_pretrained_cfg(arch).hf_hub_id)
+    home = folder / f"models--{name.replace('/', '--')}"
+    for place in (home / "refs", home / "snapshots" / "abc"):
+        place.mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    torch.manual_seed(3)
+    state: dict[str, Tensor] = timm.create_model(arch).state_dict()
+    save_file(state, home / "snapshots" / "abc" / "model.safetensors")
+    return state
+
+
+@pytest.mark.parametrize("arch, size", [("resnet18", 32), ("vit_tiny_patch16_224", 48)])
+def test_timms_weights_are_loaded_where_they_are_installed(
+    arch: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = _cache_weights(arch, tmp_path, monkeypatch)
+    backbone = build_backbone(arch, image_size=size)
+    load_timm_weights(backbone, arch, image_size=size)
+    loaded = backbone.state_dict()
+    same = [name for name in loaded if torch.equal(loaded[name], state[name])]
+    assert set(loaded) - set(same) <= {"pos_embed"}  # Resampled to other sizes.
+    grey = build_backbone("resnet18", in_chans=1)
+    if arch == "resnet18":
+        load_timm_weights(grey, arch, in_chans=1)
+        expected = state["conv1.weight"].sum(dim=1, keepdim=True)
+        torch.testing.assert_close(grey.state_dict()["conv1.weight"], expected)
+        with pytest.raises(ValueError, match=r"weights of resnet18 .*--small-stem"):
+            load_timm_weights(build_backbone(arch, small_stem=True), arch)
+
+
+def test_timms_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _cache_weights("resnet18", tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"weights of resnet34 .*fetch them once"):
+        load_timm_weights(build_backbone("resnet34"), "resnet34")
+    config = tiny_config("moco-v2", arch="resnet18", init="timm", image_size=32)
+    encoder, _ = build_encoder(config)
+    again, _ = build_encoder(config)
+    assert torch.equal(encoder.state_dict()["conv1.weight"], again.state_dict()["conv1.weight"])

@@ -9,6 +9,7 @@ from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio
 from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
+TIMM = "timm"  # Of --init.
 PATTERNS = ("block", "discrete")
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
@@ -78,7 +79,11 @@ class RunConfig:
     arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
     small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
 
-    init: str = option("", "checkpoint to start the backbone from, in any layout that export reads")
+    init: str = option(
+        "",
+        "what the backbone starts from: a checkpoint in any layout that export reads, or timm, for "
+        "its pretrained weights of --arch",
+    )
 
     epochs: int = option(200, "passes over the data", low=1)
     batch_size: int = option(256, "batch size per process", low=2)

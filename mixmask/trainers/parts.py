@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.backbones import build_backbone
+from mixmask.backbones import build_backbone, load_timm_weights
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
-from mixmask.trainers.config import RunConfig
+from mixmask.trainers.config import TIMM, RunConfig
 
 
 def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
     """Build a run's backbone, and return it with the number of its features.
 
-    With `--init` its weights are those of a checkpoint, in any layout that can be read.
+    With `--init` its weights are timm's, or those of a checkpoint in any layout that can be read.
     """
     backbone = build_backbone(
         config.arch,
@@ -27,7 +27,10 @@ def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
         image_size=config.image_size,
         in_chans=config.channels,
     )
-    if config.init:
+    if config.init == TIMM:
+        size, channels = config.image_size, config.channels
+        load_timm_weights(backbone, config.arch, image_size=size, in_chans=channels)
+    elif config.init:
         loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
         state = loaded.backbone.state_dict()
         if misfit := describe_misfit(backbone.state_dict(), state):

@@ -38,7 +38,7 @@ from mixmask.runs.folder import (
 from mixmask.runs.options import Options
 from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
-from mixmask.trainers.config import RunConfig
+from mixmask.trainers.config import TIMM, RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method, build_method
 
@@ -71,7 +71,7 @@ def complete_config(config: RunConfig, train: Split) -> RunConfig:
     return replace(
         config,
         data=str(Path(config.data).resolve()) if train.files else config.data,
-        init=str(Path(config.init).resolve()) if config.init else "",
+        init=config.init if config.init in ("", TIMM) else str(Path(config.init).resolve()),
         channels=train.images.shape[1],
         # A resumed run must find its images where they were, whatever memory is free by then.
         stream="never" if isinstance(train.images, Tensor) else "always",
