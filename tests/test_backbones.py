@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -100,7 +101,8 @@ def _cache_weights(arch: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    name = str(timm.get_pretrained_cfg(arch).hf_hub_id)
+    notes: Any = timm.get_pretrained_cfg(arch)
+    name = str(notes.hf_hub_id)
     home = folder / f"models--{name.replace('/', '--')}"
     for place in (home / "refs", home / "snapshots" / "abc"):
         place.mkdir(parents=True)
