@@ -19,7 +19,7 @@ from mixmask.runs.records import plural
 from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.processes import interruptible
+from mixmask.trainers.processes import interruptible, start_processes
 from mixmask.trainers.studies import Cell, Report
 
 # Options of a run that hold in all cells of a study.
@@ -35,13 +35,16 @@ _OWN = {
 
 
 # Any: the options of both studies, which the cells' configurations check.
-def run_study(study: str, out: Path | None, seeds: int, **given: Any) -> None:
+def run_study(
+    study: str, out: Path | None, seeds: int, device: str | None = None, **given: Any
+) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
     try:
         with interruptible():
+            start_processes(device)
             _run_study(study, out, seeds, cells)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the study") from None
@@ -154,4 +157,4 @@ def add_ablate(parser: argparse.ArgumentParser) -> None:
         help="budgets: learning rate without mixing, tuned separately [as --lr]",
     )  # fmt: skip
     add_run_fields(parser, only=_PASSED_ON)
-    add_shared(parser, "--threads")
+    add_shared(parser, "--device", "--threads")

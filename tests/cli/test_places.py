@@ -53,6 +53,7 @@ def test_every_door_looks_at_the_device(
         ["embed", run],
         ["pretrain", "--out", out],
         ["detect", run, "--data", tmp_path],
+        ["ablate", "--out", out],
     ):
         assert f"--device {name} is not available" in refused([*words, f"--device={name}"], capsys)
     with pytest.raises(ValueError, match=f"--device {name} is not available"):
