@@ -164,7 +164,7 @@ class BlockMaskGenerator:
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
         count = 1 if n is None else n
-        masks = block_masks(count, **vars(self), device=device, generator=generator)
+        masks = block_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
         return masks[0] if n is None else masks
 
 
@@ -194,7 +194,7 @@ class DiscreteMaskGenerator:
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
         count = 1 if n is None else n
-        masks = discrete_masks(count, **vars(self), device=device, generator=generator)
+        masks = discrete_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
         return masks[0] if n is None else masks
 
 
@@ -231,8 +231,8 @@ def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:
         return masks
     # (..., h, w) -> (..., height, w) -> (..., height, width)
     # In integers: a float scale would round at the borders of cells.
-    rows = torch.arange(height, device=masks.device) * h // height
-    columns = torch.arange(width, device=masks.device) * w // width
+    rows = torch.arange(height, device=masks.device) * h // height  # (height,)
+    columns = torch.arange(width, device=masks.device) * w // width  # (width,)
     return masks.index_select(-2, rows).index_select(-1, columns)
 
 

@@ -205,6 +205,7 @@ def _train_step(run: Run, batch: Tensor) -> float:
     # their own (dropout, stochastic depth).
     generator = step_generator(config.seed, rank, run.step)
     torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
+    # (crops * N, 3, S, S) -> (N, 3, S, S) each
     views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
     mix = _is_mixed(config, run.step)
     parts = config.accumulate
