@@ -41,7 +41,7 @@ def choose_device(name: torch.device | str | int | None) -> torch.device:
 
 
 def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return a tensor on a device, as it is for None; only a copy to the host is waited for."""
+    """Move a tensor; `None` leaves it in place. Only copies to the host block."""
     if device is None:
         return tensor
     device = torch.device(device) if isinstance(device, str) else device
@@ -73,11 +73,11 @@ def _is_large_and_pageable(tensor: Tensor) -> bool:
 
 
 def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Make a function an operator where it is traced; elsewhere it is called as it is.
+    """Register a function as an operator for tracing; eager calls run it directly.
 
     Args:
         signature: As in "(Tensor rows, SymInt n) -> Tensor". A size that is an `int` and no
-            `SymInt` makes the compiler start anew for each value of it.
+            `SymInt` makes the compiler start again for each value.
         fake: Returns empty tensors of the shapes and dtypes that the function returns.
     """
 

@@ -42,7 +42,7 @@ def _reverse(n: int, device: torch.device) -> Tensor:
     place = torch.arange(n, device=device)  # (n,)
     middle, odd = n // 2, n % 2
     # Reversal would pair the middle of an odd batch with itself: the middle three form a ring.
-    # In one expression, for a compiler would start anew where a batch is odd.
+    # In one expression, for a compiler would start again where a batch is odd.
     return n - 1 - place + odd * ((place == middle).long() - (place == middle - 1).long())
 
 

@@ -104,7 +104,7 @@ def discrete_masks(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw masks of independent cells, exactly the asked number of them.
+    """Draw masks of independent cells, with exactly the requested number of kept cells.
 
     Args:
         n: Number of masks.

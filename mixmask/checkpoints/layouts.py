@@ -31,7 +31,7 @@ _CHILDREN = (("conv1", "bn1", "act1", "maxpool", *_STAGES), ("conv1", "bn1", *_S
 
 
 class Content(NamedTuple):
-    """What a format is told by; names are without wrappers."""
+    """How a format is detected; names are without wrappers."""
 
     entries: Mapping[str, object]  # Of the file; empty if it holds no mapping.
     ours: bool  # Whether a run or an export of this package wrote it.

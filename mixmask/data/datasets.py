@@ -140,7 +140,7 @@ def take_splits(made: Any) -> tuple[MapDataset, dict[str, MapDataset]]:
         kinds = ", ".join(type(part).__name__ for part in joined) or "nothing"
         raise ValueError(
             "data must be a data set with __len__ and __getitem__, or a training and a test one, "
-            f"got {kinds}; a stream has no length: load it whole, or as a list"
+            f"got {kinds}; streaming data sets are not supported; load them fully"
         )
     return parts[0], {names[0]: part for names, part in zip(tests, parts[1:], strict=True)}
 

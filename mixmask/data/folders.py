@@ -173,7 +173,7 @@ def list_folder(path: Path) -> ListedData:
 
     Raises:
         ValueError: If there are fewer than two images, a class folder holds none, there is a test
-            split alone, or it has classes that the training split has not.
+            split alone, or it has classes missing from the training split.
     """
     tree = _list_tree(path)
     while True:
@@ -230,7 +230,7 @@ def _list_tree(path: Path) -> _Tree:
             tree.folders.add(name)
         elif kind == "file" and end in image_suffixes():
             tree.names.append(name)
-        else:  # To open a pipe would wait for ever.
+        else:  # To open a pipe would wait forever.
             skipped[(end or "without an ending") if kind == "file" else kind] += 1
     tree.names.sort(key=lambda name: name.split("/"))
     if not tree.names:
@@ -336,7 +336,7 @@ def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Li
         return Listed(files, None)
     if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{files.root} has classes that the training split has not: {_few(unknown)}; name the "
+            f"{files.root} has classes missing from the training split: {_few(unknown)}; name the "
             "class folders alike"
         )
     return Listed(files, _to_labels(labels, classes))
@@ -353,7 +353,9 @@ def _read_annotations(part: _Tree) -> list[str] | None:
     found = [labels.get(name.rpartition("/")[2], "") for name in part.names]
     if missing := [name for name, label in zip(part.names, found, strict=True) if not label]:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ValueError(f"{table} names no class for {missing[0]}{more}; unpack the data set anew")
+        raise ValueError(
+            f"{table} names no class for {missing[0]}{more}; unpack the data set again"
+        )
     return found
 
 

@@ -239,7 +239,7 @@ class RandomView(nn.Module):
 
         Args:
             images: (N, C, H, W), uint8 or float within [0, 1]; `check_pixels` refuses others.
-            parameters: What `draw` returned, to make the same views again. Default: drawn anew.
+            parameters: What `draw` returned, to make the same views again. Default: new ones.
             generator: A CPU generator for the draws. Default: torch's global one.
         """
         check_pixels(images)

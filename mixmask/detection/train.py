@@ -38,7 +38,7 @@ from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
-# Batches from which the statistics of batch norm are measured anew before a test.
+# Batches from which the statistics of batch norm are measured again before a test.
 _STATISTICS = 50
 # What a checkpoint holds beside the weights.
 _PROGRESS = ("step", "rows", "sums", "seconds", "source")
@@ -218,7 +218,7 @@ def train_detector(
 
     SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
     3/4 and again after 11/12 of the run. Images are flipped at random and resized to a random
-    one of eleven sizes. Before each test the statistics of tuned batch norms are measured anew.
+    one of eleven sizes. Before each test the statistics of tuned batch norms are measured again.
     Every step's randomness follows from (seed, step), so a run that was stopped and resumed ends
     in the same weights as one that was not.
 

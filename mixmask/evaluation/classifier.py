@@ -20,7 +20,7 @@ from mixmask.evaluation.linear import linear_scores
 from mixmask.evaluation.metrics import count_classes, top1_accuracy, wilson_interval
 from mixmask.evaluation.subsets import balanced_subset, listed_subset
 from mixmask.evaluation.tasks import Details, Options, Task
-from mixmask.runs.options import check_range, option
+from mixmask.runs.options import HELP, check_range, option
 from mixmask.runs.schedules import cosine_decay, step_decay
 
 # A batch of a small subset is a tenth of it, so that an epoch has enough steps.
@@ -44,7 +44,7 @@ class LinearSGD(Options):
     epochs: int = option(100, "passes over the images", low=1)
     batch_size: int = option(_BATCH, "images per step", low=2)
     lr: float = option(30.0, "learning rate at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
     name: ClassVar[str] = "linear-sgd"
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
@@ -71,7 +71,7 @@ class FineTuning(Options):
     )
     lr: float = option(0.01, "learning rate of the backbone at the start", positive=True)
     head_lr: float = option(0.2, "learning rate of the head at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
     name: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:

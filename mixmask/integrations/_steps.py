@@ -189,7 +189,7 @@ class Snapshot(Loan):
             self.criterion: Criterion = self.lend_all(criterion)
 
     def lend(self, value: Any, *args: Any, **options: Any) -> Any:
-        """Return a copy, as the loan does, and one of our losses with the queue of now."""
+        """Return a copy; one of our losses gets a copy of its current queue or center."""
         if not is_own(value):
             return super().lend(value, *args, **options)
         # Frozen and without state: only what its functions return can have changed by then.
@@ -199,7 +199,7 @@ class Snapshot(Loan):
 
     @contextmanager
     def installed(self) -> Iterator[Criterion]:
-        """Put the state of then in place; afterwards that of now is back."""
+        """Install the recorded state for the block; the current one comes back afterwards."""
         with lend_state(self.criterion, self.ignore):
             self.drop_new()
             for store, held in self.parts:
@@ -208,7 +208,7 @@ class Snapshot(Loan):
 
 
 def _read_functions(loss: Any) -> Any:
-    """Return a loss whose queue or center is a copy of that of now."""
+    """Return a loss with a copy of its current queue or center."""
     values = {field.name: getattr(loss, field.name) for field in fields(loss) if field.init}
     for name, value in values.items():
         read = value() if callable(value) else value

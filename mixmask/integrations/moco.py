@@ -131,8 +131,9 @@ def wrap(
         )
     mixing = partial(_mix, masks, per_sample, partner=partner, generator=generator)
     mixture = _Mixture(
-        builder, mixing, switch, symmetric, temperature, encode, enqueue, queue, layout or "CK"
-    )
+        model=builder, mixing=mixing, switch=switch, symmetric=symmetric, temperature=temperature,
+        encode=encode, enqueue=enqueue, queue=queue, layout=layout or "CK",
+    )  # fmt: skip
     mixture.criterion()  # Asks for the temperature now.
     # Both live in the instance: its class, parameters and buffers are those of before.
     setattr(builder, MARK, mixture)

@@ -94,7 +94,7 @@ def wrap(
     if isinstance(module, methods.MoCov2) and symmetric:
         raise ValueError("symmetric=True is not supported by MoCov2, which has one direction")
     if hasattr(module, "mixmask"):
-        raise ValueError("module is wrapped already; build it anew to change the options")
+        raise ValueError("module is wrapped already; build a new one to change the options")
     module.mixmask = _Step(mixing, switch=switch, symmetric=symmetric, method=_method(module))
     module.mixmask.attach(module)
     return module

@@ -1,8 +1,9 @@
 """What a criterion remembers, lent out as copies while it is called for mixed terms.
 
-That is what modules and objects hold, what functions enclose, and the globals that they name, with
-containers and views of these; attributes of classes and of imported modules are not. Where
-torch.compile looks on, `lend_buffers` does it for modules, if `is_traceable` finds nothing else.
+That is what modules and objects hold, the closure variables of functions, and the globals that
+they name, with containers and views of these; attributes of classes and of imported modules are
+not. Where torch.compile looks on, `lend_buffers` does it for modules, if `is_traceable` finds
+nothing else.
 """
 
 from __future__ import annotations
@@ -310,7 +311,7 @@ is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _rebinds(function: FunctionType) -> bool:
-    """Tell whether a function writes to its globals, to what it encloses, or has attributes."""
+    """Tell whether a function writes to its globals, to closure variables, or has attributes."""
     return any(isinstance(part, _PLAIN) for part in vars(function).values()) or any(
         step.opname == "STORE_GLOBAL"
         or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)

@@ -88,7 +88,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Write the metrics of all epochs anew, so that a resumed run repeats no row."""
+    """Rewrite the metrics of all epochs, so that a resumed run repeats no row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (
         atomic_write(folder / METRICS) as (temporary,),

@@ -66,7 +66,7 @@ def read_options_file(path: Path, given: Options | None = None) -> Options:
     Args:
         path: JSON, or YAML by its suffix `.yaml` or `.yml`, which needs pyyaml. Names may be
             written with hyphens.
-        given: The options beside it, which overrule it.
+        given: Options that take precedence over those of the file.
 
     Raises:
         ValueError: If the file is missing, holds no options or unknown ones, or is another kind

@@ -212,7 +212,9 @@ def test_splits_that_do_not_fit_together() -> None:
 
 def test_streams_are_refused() -> None:
     stream = type("Stream", (IterableDataset,), {"__iter__": lambda _: iter(constants([1, 2]))})()
-    with pytest.raises(ValueError, match=r"with __len__ .*, got Stream; a stream has no length"):
+    with pytest.raises(
+        ValueError, match=r"with __len__ .*, got Stream; streaming data sets are not"
+    ):
         load_data(stream, 7)
 
 

@@ -63,7 +63,7 @@ def test_a_folder_that_another_process_holds_is_refused_and_left(
 ) -> None:
     folder = tmp_path / "run"
     monkeypatch.setattr(claim, "_PATIENCE", 0)
-    with pytest.raises(ValueError, match=r"another process works in .*run; wait for its end"):
+    with pytest.raises(ValueError, match=r"another process is using .*run; wait until it finishes"):
         start(folder)
     assert folder.is_dir()
     monkeypatch.setattr(claim, "_PATIENCE", 60)
@@ -81,7 +81,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(
         return True
 
     monkeypatch.setattr(claim, "_lock", fill)
-    with pytest.raises(ValueError, match=r"another process has worked in .*run; choose another"):
+    with pytest.raises(ValueError, match=r"another process has used .*run; choose another"):
         start(folder)
     assert (folder / "last.pt").exists()
 
