@@ -186,7 +186,7 @@ def find_nests(path: Path, content: object) -> list[Mapping[str, Tensor]]:
         held += " as a whole"
         fix = 'torch.save(torch.load(PATH, weights_only=False).state_dict(), "weights.pth")'
         fix = f"if you trust it, save its weights alone: {fix}"
-    raise ValueError(f"{path} holds {held} and no weights that are known; {fix}")
+    raise ValueError(f"{path} holds {held}, but no weights in a known format; {fix}")
 
 
 def _nests_in(
@@ -330,7 +330,7 @@ def _trained(path: Path, places: Collection[str], layout: Layout) -> str:
     candidates = sorted(trained or places)
     if len(candidates) > 1:
         raise ValueError(
-            f"{path} holds several encoders, {', '.join(candidates)}; save the one you mean alone: "
+            f"{path} holds several encoders, {', '.join(candidates)}; save only the one you need: "
             'torch.save(model.NAME.state_dict(), "backbone.pth")'
         )
     return candidates[0]

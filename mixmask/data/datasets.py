@@ -219,7 +219,7 @@ class DatasetImages:
         if (len(tensor), tensor.dtype) != (self.channels, self.dtype):
             raise ValueError(
                 f"{self.name(number)} has {len(tensor)} channels of {tensor.dtype}, others have "
-                f"{self.channels} of {self.dtype}; return all alike"
+                f"{self.channels} of {self.dtype}; return the same for all"
             )
         yield tensor
 

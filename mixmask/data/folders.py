@@ -336,8 +336,8 @@ def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Li
         return Listed(files, None)
     if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{files.root} has classes missing from the training split: {_few(unknown)}; name the "
-            "class folders alike"
+            f"{files.root} has classes missing from the training split: {_few(unknown)}; use the "
+            "same class folders in both"
         )
     return Listed(files, _to_labels(labels, classes))
 

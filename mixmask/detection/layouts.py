@@ -82,7 +82,7 @@ def _choose_split(
     kind: str, asked: str, usual: Iterable[str], known: Sequence[str], where: str
 ) -> str:
     if asked and asked not in known:
-        raise ValueError(f"--{kind}-split {asked} is not there; {where}")
+        raise ValueError(f"--{kind}-split {asked} does not exist; {where}")
     groups = ([name for name in known if re.fullmatch(pattern, name)] for pattern in usual)
     candidates = [asked] if asked else next(filter(None, groups), [])
     if len(candidates) != 1:

@@ -188,7 +188,7 @@ class Run:
                 raise ValueError(
                     f"{self.out} was started on {content['images']} images of "
                     f"{', '.join(content['classes'])}, but {self.config.data} has {images} of "
-                    f"{', '.join(classes)}; continue with the data of the start"
+                    f"{', '.join(classes)}; continue with the original data"
                 )
             self.detector.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])

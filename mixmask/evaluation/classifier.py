@@ -80,7 +80,7 @@ class FineTuning(Options):
         if self.batch_size != 0:
             check_range("batch_size", self.batch_size, 2)
         if self.subset_list and self.percent != 100:
-            raise ValueError("--percent and --subset-list exclude each other; use one of them")
+            raise ValueError("--percent and --subset-list cannot be combined; use one of them")
 
     def subset(self, task: Task) -> tuple[Tensor, str]:
         """Return the indices (n,) of the images to fine-tune on, and how they are chosen."""
@@ -237,6 +237,6 @@ def _train(
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
                 if not loss.isfinite():
                     raise FloatingPointError(
-                        f"the loss became {loss.item()} while the classifier was trained; lower "
+                        f"the loss became {loss.item()} while training the classifier; lower "
                         "the learning rate"
                     )

@@ -148,8 +148,8 @@ def check_kind(criterion: Any) -> None:
     # A loss falls where the similarity rises: its sign would train embeddings apart.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
-            "the criterion must be a loss, got a cosine similarity, which training would make "
-            "small; use losses.NegativeCosine()"
+            "the criterion must be a loss, got a cosine similarity, which training would "
+            "minimise; use losses.NegativeCosine()"
         )
 
 

@@ -124,7 +124,7 @@ def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:
     if loss.shape not in ((), (n,)):
         raise ValueError(
             f"the criterion must return () or (N,) with N = {n}, got {tuple(loss.shape)}; "
-            "reduce it over all axes but the first"
+            "reduce it over all axes except the first"
         )
     if lam is not None and lam.ndim == 1 and loss.ndim == 0:
         raise ValueError(

@@ -95,8 +95,8 @@ class _LogSumExp(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if _read_version(ctx.negatives) != ctx.version:
                 raise RuntimeError(
-                    "second derivatives need the negatives of the forward pass, which were written "
-                    "to since; enqueue after the backward pass"
+                    "second derivatives need the negatives of the forward pass, which have been "
+                    "changed since; enqueue after the backward pass"
                 )
             sums = _sum_plainly(z, ctx.negatives, ctx.scale)
             return *follow(sums, (z, ctx.negatives), grad, ctx.needs_input_grad[:2]), None

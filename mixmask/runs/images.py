@@ -70,7 +70,7 @@ def check_same(
     if differences := _compare(known, found):
         raise ValueError(
             f"{name} does not hold the images that {where} was started on: "
-            f"{'; '.join(differences)}; name their place with --data"
+            f"{'; '.join(differences)}; pass their location with --data"
         )
 
 

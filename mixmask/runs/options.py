@@ -125,7 +125,7 @@ def check_resume(given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
         allowed: Those that are allowed.
     """
     if given:
-        others = f" (beside it only {', '.join(allowed)})" if allowed else ""
+        others = f" (only {', '.join(allowed)} may change)" if allowed else ""
         raise ValueError(f"--resume uses the run's own options; remove {', '.join(given)}{others}")
 
 
