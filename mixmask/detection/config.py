@@ -51,7 +51,7 @@ class DetectionConfig:
 def load_config(folder: Path) -> tuple[DetectionConfig, str]:
     """Read the options of a detection run's folder, and where its backbone came from.
 
-    That is a path, "random", or nothing if an older version or another caller has not said.
+    That is a path, "random", or "" if an older version or another caller did not record it.
     """
     try:
         content = read_config(folder)

@@ -125,7 +125,7 @@ def _build_source(split: str, file: str, folders: tuple[str, ...], content: obje
 
 
 def _check_table(file: str, content: object, table: str) -> list[Row]:
-    """Return the rows of a table, whose columns have the types they should."""
+    """Return the rows of a table, after a check of its columns' types."""
     rows = content.get(table) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(

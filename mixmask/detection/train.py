@@ -46,7 +46,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mi
 
 
 class Row(Precisions, total=False):
-    """What an epoch has measured: the mean loss and, in some epochs, the average precision.
+    """Measurements of an epoch: the mean loss and, in some epochs, the average precision.
 
     The parts of the loss stand beside it under torchvision's names.
     """
@@ -73,7 +73,7 @@ class Results(Precisions):
 
 
 class Run:
-    """All that a run is made of, where it stands, and its files."""
+    """A run: its parts, its progress and its files."""
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ def train_detector(
         on_row: Called with what was measured after each epoch.
 
     Raises:
-        ValueError: If the backbone does not suit, or there is nothing to resume.
+        ValueError: If the backbone is not supported, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
     run = Run(config, data, backbone, out, source or {}, device)
@@ -250,7 +250,7 @@ def train_detector(
 
 
 def _train(run: Run, progress: bool, on_row: Callable[[Row], None] | None) -> None:
-    """Train from where the run stands to its last epoch, with a test now and then."""
+    """Train from the current step to the last epoch, with tests in between."""
     config = run.config
     total = run.steps * config.epochs
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress) as bar:
@@ -369,7 +369,7 @@ def _measure_statistics(run: Run) -> None:
 
 
 def _draw(run: Run) -> None:
-    """Draw the first four test images with what is annotated and what is detected."""
+    """Draw the first four test images with their annotations and detections."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
     predictions = predict(run.detector, images)

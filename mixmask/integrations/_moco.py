@@ -19,7 +19,7 @@ _TOLERANCE, _TOLERANCE_OF_HALF = 1e-3, 3e-2
 
 
 class FirstStep:
-    """Listens to `encoder_q` for one forward pass, and undoes what a refused one enqueued."""
+    """Records `encoder_q` in one forward pass, and undoes the enqueueing if a check fails."""
 
     def __init__(self, builder: Any) -> None:
         encoder, self.builder = builder.encoder_q, builder
@@ -174,7 +174,7 @@ def find_views(model: nn.Module, args: Any, options: Any, directions: int) -> li
 
 
 def find_builder(model: Any) -> Any:
-    """Return the module inside DistributedDataParallel, `torch.compile` and their like."""
+    """Return the module inside DistributedDataParallel, `torch.compile` and similar wrappers."""
     while isinstance(model, nn.Module) and not isinstance(model, nn.DataParallel):
         # A compiled module has the attributes of the one inside.
         inner = model._modules.get("_orig_mod")
@@ -190,7 +190,7 @@ def find_builder(model: Any) -> Any:
 
 
 def check_builder(model: Any, enqueue: str, queue: str, layout: str | None) -> None:
-    """Require what `wrap` needs, by the names that it was given."""
+    """Require the attributes that `wrap` needs, under the given names."""
     kind = type(model).__name__
     if MARK in vars(model):
         raise ValueError(f"model must not be wrapped yet, got a {kind} that is; call wrap once")

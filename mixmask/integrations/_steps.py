@@ -93,7 +93,7 @@ def mix_views(mixing: Mixing, views: Iterable[View], *, switch: bool) -> tuple[T
 
 
 class StandIn(Generic[T]):
-    """Stands in place of a callable, and keeps what the calls of one step left, to be taken once.
+    """Replaces a callable, and keeps the results of one step's calls, to be taken once.
 
     Around a module it is a module of the same parameters, buffers and names.
     """
@@ -103,7 +103,7 @@ class StandIn(Generic[T]):
     as_module: ClassVar[type]
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Make a module of a module, for a model takes nothing else in its place."""
+        """Return a module for a module: models accept no other replacement."""
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
@@ -126,15 +126,15 @@ class StandIn(Generic[T]):
         return getattr(vars(self)[self.replaces], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the step that is under way behind."""
+        """Leave the current step out of copies and pickles."""
         return {**vars(self), "_kept": []}
 
     def reset(self) -> None:
-        """Forget what was kept, where the loss of a step is not used."""
+        """Forget the recorded calls of a step whose loss is not used."""
         self._kept = []
 
     def _keep(self, item: T) -> None:
-        """Keep what a call left; refuse it where the last step's was not taken."""
+        """Keep the result of a call; refuse if that of the last step was not taken."""
         # Forgotten before the error, so that a caller who goes on starts with a clean step.
         if len(self._kept) == self._calls:
             self.reset()
@@ -147,7 +147,7 @@ class StandIn(Generic[T]):
         self._kept.append(item)
 
     def _take(self) -> list[T]:
-        """Return what the calls of the step left, and forget it."""
+        """Return the results of the step's calls, and forget them."""
         kept = self._kept
         self.reset()
         if len(kept) == self._calls:
@@ -177,10 +177,10 @@ class StandInModule(nn.Module):
 
 
 class Snapshot(Loan):
-    """What a criterion remembers at one time, for a call at a later one, inside `installed`.
+    """State of a criterion at one time, for later calls inside `installed`.
 
-    Seen is what `lend_state` sees, and what functions in our losses return, as the queue of
-    `InfoNCE(lambda: queue)`.
+    It covers what `lend_state` covers, and what functions in our losses return, such as the queue
+    of `InfoNCE(lambda: queue)`.
     """
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
@@ -223,7 +223,7 @@ _DYNAMIC = frozenset(("super", "getattr", "vars", "children", "modules", "_modul
 
 
 def list_unused(criterion: Any) -> tuple[str, ...]:
-    """Name the children of a method's model that it does not mention; they need no copy."""
+    """Name the children of a method's model that it does not use; they need no copy."""
     model = getattr(criterion, "__self__", None)
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()
@@ -244,7 +244,7 @@ def list_unused(criterion: Any) -> tuple[str, ...]:
 
 
 def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Tell whether an embedding is one of the outputs, or near to one in autograd's graph."""
+    """Tell whether an embedding is one of the outputs, or close to one in autograd's graph."""
     origins = {output.grad_fn for output in outputs}
     level = {z.grad_fn}
     # Normalising and the like take a few nodes; an encoder is not walked through.
@@ -259,7 +259,7 @@ def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
 def split_arguments(
     criterion: Any, args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Return z, target and further arguments by name, from what a criterion is called with."""
+    """Return z, target and further arguments by name, from a criterion's call."""
     # The common call needs no look at the signature, which builtins may not have.
     if len(args) == 2:
         return args[0], args[1], dict(options)

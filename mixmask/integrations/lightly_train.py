@@ -45,7 +45,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
 
     $L = L_\mathrm{theirs} + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i)
     \ell(z^m_i, t_{\pi(i)})$: the first view is mixed, and t are the projections (SimCLR) or the
-    teacher's distributions (DINO, with the center of before the step) of the other global view.
+    teacher's distributions (DINO, with the center from before the step) of the other global view.
 
     Args:
         mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
@@ -112,7 +112,7 @@ def _helpers() -> Any:
 def _note(
     calls: list[dict[str, Any]], criterion: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """Note what their step passes to the criterion, and DINO's center, which is about to move."""
+    """Record what their step passes to the criterion, and DINO's center before its update."""
     center = getattr(criterion, "center", torch.zeros(0)).flatten().clone()  # (K,)
     calls.append({"arguments": arguments, "center": center, **options})
 

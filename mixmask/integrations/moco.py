@@ -175,7 +175,7 @@ def _mix(masks: Any, per_sample: bool, images: Tensor, **options: Any) -> MixedB
 
 @dataclass(eq=False)
 class _Mixture:
-    """What `wrap` adds to one model; it stands in place of what enqueues."""
+    """What `wrap` adds to one model; it replaces the method that enqueues."""
 
     model: Any
     mixing: Mixing
@@ -193,7 +193,7 @@ class _Mixture:
     spent: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of the model leave the step that is under way behind."""
+        """Leave the current step out of copies and pickles of the model."""
         return {**vars(self), "views": [], "term": None, "first": None}
 
     def before(self, model: nn.Module, args: Any, options: Any) -> None:
@@ -225,7 +225,7 @@ class _Mixture:
         return getattr(type(self.model), self.enqueue)(self.model, keys, *args, **options)
 
     def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """Let go of the images, also where `forward` failed; compare the first output."""
+        """Release the images, also if `forward` failed; compare the first output."""
         first, self.first, self.views = self.first, None, []
         if first is None:
             return

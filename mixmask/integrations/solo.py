@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_processes_patched() -> None:
-    """Make Lightning start the other processes of a run through this module, not without it."""
+    """Make Lightning start the other processes of a run through this module."""
     from lightning.pytorch.strategies.launchers import subprocess_script as launcher
 
     basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
@@ -152,7 +152,7 @@ def _read_options(cfg: Any) -> dict[str, Any] | None:
 
 @dataclass
 class Step:
-    """What one of their training steps produced, as far as the mixed term needs it."""
+    """The parts of one of their training steps that the mixed term needs."""
 
     clean: list[dict[str, Tensor]] = field(default_factory=list)
     momentum: list[dict[str, Tensor]] = field(default_factory=list)
@@ -175,7 +175,7 @@ class Recipe:
 
 
 def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
-    """Return their method of this name, whose output is noted during a step."""
+    """Return their method of this name, which records its output during a step."""
 
     def method(self: _Mixed, *args: Any, **options: Any) -> Any:
         out = getattr(super(_Mixed, self), name)(*args, **options)
@@ -189,8 +189,8 @@ def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
 class _Mixed:
     """A method of theirs with the mixed term; goes before it in the order of classes.
 
-    Their training step runs as it is. What it computed for the clean crops is noted on the way,
-    and what it would enqueue waits until the mixed term has read the same queue.
+    Their training step runs unchanged. Its outputs for the clean crops are recorded, and
+    enqueueing waits until the mixed term has read the same queue.
     """
 
     recipe: Recipe  # Set by `patch`; None where MixMask does not support the method.

@@ -60,7 +60,7 @@ def wrap(
     Args:
         module: A method, or a `Module` with one of the losses above.
         mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
-            One mask per sample is supported by all methods but Barlow Twins.
+            One mask per sample is supported by all methods except Barlow Twins.
         switch: False keeps the term of λ alone (the paper's ablation).
         symmetric: Mix view 2 as well, for one more forward pass; the term is the mean of both.
             Not supported by MoCo v2, which has one direction.
@@ -128,12 +128,12 @@ class _Step:
         self.pairs: list[Pair] = []
 
     def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: Any) -> None:
-        """Note what the online backbone sees. A teacher that is the student has no gradient."""
+        """Record the online backbone's images; a teacher that is the student has no gradient."""
         if self.recording and torch.is_grad_enabled():
             self.images.append(arguments[0])
 
     def record_pair(self, _part: nn.Module, arguments: Any, out: Any) -> None:
-        """Note what their loss compares."""
+        """Record what their loss compares."""
         if not self.recording:
             return
         if self.method == "SimSiam":
@@ -191,7 +191,7 @@ class _Step:
         return list(images.split(n))[:count]
 
     def embed(self, module: Any, images: Tensor) -> Tensor:
-        """Return what the online branch gives to their loss."""
+        """Return what the online branch passes to their loss."""
         z: Tensor = _student(module.projector)(_student(module.backbone)(images))  # (N, C)
         if self.method in ("SimSiam", "byol_loss"):
             z = module.predictor(z)
@@ -221,7 +221,7 @@ _LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")
 
 
 def _method(module: Any) -> str:
-    """Return which parts tell the targets: a method with a loss inside, or a loss module."""
+    """Return the source of the targets: a method with its own loss, or a loss module."""
     for method in (methods.MoCov2, methods.SimSiam):
         if isinstance(module, method):
             return str(method.__name__)
