@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 # Bytes of pageable memory that a copy to a GPU takes along without a wait.
 _STAGED = 2**16
@@ -72,7 +72,7 @@ def _is_large_and_pageable(tensor: Tensor) -> bool:
     return tensor.nbytes > _STAGED and not tensor.is_pinned()
 
 
-def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Function], Function]:
     """Register a function as an operator for tracing; eager calls run it directly.
 
     Args:
@@ -89,7 +89,7 @@ def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function]
         torch.library.register_fake(f"mixmask::{name}", fake, lib=_LIBRARY)
         operator = getattr(torch.ops.mixmask, name).default
 
-        def call(*args: Any) -> Any:
+        def call(*args: object) -> object:
             return operator(*args) if torch.compiler.is_compiling() else function(*args)
 
         call.__doc__ = function.__doc__

@@ -78,7 +78,7 @@ def _build_timm(arch: str, image_size: int | None, in_chans: int) -> nn.Module:
         near = ", ".join(get_close_matches(str(arch), [*SLIM, *known], 3))
         raise ValueError(f"--arch {arch} is not a timm backbone; nearest names: {near or 'none'}")
     notes: Any = timm.get_pretrained_cfg(arch)
-    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    sized: dict[str, object] = {} if image_size is None else {"img_size": image_size}
     # What a family does not know of, it refuses with a TypeError; the last is its own size.
     attempts: list[dict[str, Any]] = (
         [{**sized, "dynamic_img_size": True}, sized, {}] if notes.fixed_input_size else [{}]

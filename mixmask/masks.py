@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -258,14 +258,14 @@ def fit_masks(
     return cells_to_pixels(masks, *images.shape[-2:])
 
 
-def _is_generator(masks: Any) -> bool:
+def _is_generator(masks: object) -> bool:
     # MixMask can be called, too, but it takes images: the signature tells.
     if isinstance(masks, nn.Module):
         return "device" in inspect.signature(masks.forward).parameters
     return callable(masks) and not isinstance(masks, type)
 
 
-def _describe_kind(masks: Any) -> str:
+def _describe_kind(masks: object) -> str:
     """Name what was passed for masks, and what to pass instead."""
     if isinstance(masks, type):
         return f"the class {masks.__name__}; pass an instance, as {masks.__name__}(...)"

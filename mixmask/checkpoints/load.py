@@ -162,7 +162,7 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     return path, content, metadata or exported_metadata(content)
 
 
-def _find_misfit(content: Mapping[str, Any]) -> str:
+def _find_misfit(content: Mapping[str, object]) -> str:
     return "" if is_run(content) or "classes" in content else "it is not a checkpoint of a run"
 
 

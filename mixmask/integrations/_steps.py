@@ -69,7 +69,7 @@ def measure_byol(z: Tensor, target: Tensor) -> Tensor:
     return 2 + 2 * negative_cosine(z, target, reduction="none")
 
 
-def check_mixing(mixing: Any) -> None:
+def check_mixing(mixing: object) -> None:
     """Require a function from images to their mix."""
     if not callable(mixing):
         raise TypeError(
@@ -102,13 +102,13 @@ class StandIn(Generic[T]):
     kind: ClassVar[str]
     as_module: ClassVar[type]
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
+    def __new__(cls, *args: object, **options: object) -> Any:
         """Return a module for a module: models accept no other replacement."""
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
 
-    def __init__(self, replaced: Any, calls: int) -> None:
+    def __init__(self, replaced: object, calls: int) -> None:
         check_integer("calls", calls, 1, "count them in forward: 2 in symmetric methods")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
@@ -125,7 +125,7 @@ class StandIn(Generic[T]):
             raise AttributeError(name)
         return getattr(vars(self)[self.replaces], name)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the current step out of copies and pickles."""
         return {**vars(self), "_kept": []}
 
@@ -188,7 +188,7 @@ class Snapshot(Loan):
         with self:
             self.criterion: Criterion = self.lend_all(criterion)
 
-    def lend(self, value: Any, *args: Any, **options: Any) -> Any:
+    def lend(self, value: object, *args: Any, **options: Any) -> Any:
         """Return a copy; one of our losses gets a copy of its current queue or center."""
         if not is_own(value):
             return super().lend(value, *args, **options)
@@ -207,7 +207,7 @@ class Snapshot(Loan):
             yield self.criterion
 
 
-def _read_functions(loss: Any) -> Any:
+def _read_functions(loss: Any) -> object:
     """Return a loss with a copy of its current queue or center."""
     values = {field.name: getattr(loss, field.name) for field in fields(loss) if field.init}
     for name, value in values.items():
@@ -222,13 +222,13 @@ _NEAR = 6
 _DYNAMIC = frozenset(("super", "getattr", "vars", "children", "modules", "_modules"))
 
 
-def list_unused(criterion: Any) -> tuple[str, ...]:
+def list_unused(criterion: object) -> tuple[str, ...]:
     """Name the children of a method's model that it does not use; they need no copy."""
     model = getattr(criterion, "__self__", None)
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()
     mentioned: set[str] = set()
-    todo: list[Any] = [criterion.__func__]
+    todo: list[object] = [criterion.__func__]
     while todo:
         method = todo.pop()
         # A decorator encloses what it decorates.
@@ -257,8 +257,8 @@ def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
 
 
 def split_arguments(
-    criterion: Any, args: Sequence[Any], options: Mapping[str, Any]
-) -> tuple[Any, Any, dict[str, Any]]:
+    criterion: Any, args: Sequence[object], options: Mapping[str, object]
+) -> tuple[object, object, dict[str, object]]:
     """Return z, target and further arguments by name, from a criterion's call."""
     # The common call needs no look at the signature, which builtins may not have.
     if len(args) == 2:
@@ -266,7 +266,7 @@ def split_arguments(
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
     # Further arguments are passed on by name, so what only goes by position is refused below.
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     fixed = []
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
@@ -282,7 +282,7 @@ def split_arguments(
     return given[first], given[more[0]], {name: given[name] for name in more[1:]}
 
 
-def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
+def check_recordable(criterion: object, mixed_criterion: object) -> None:
     """Require a loss of embeddings for the mixed term."""
     used = criterion if mixed_criterion is None else mixed_criterion
     if not callable(criterion):

@@ -192,11 +192,11 @@ class _Mixture:
     checked: bool = False
     spent: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the current step out of copies and pickles of the model."""
         return {**vars(self), "views": [], "term": None, "first": None}
 
-    def before(self, model: nn.Module, args: Any, options: Any) -> None:
+    def before(self, model: nn.Module, args: object, options: object) -> None:
         """Find the images of a training step, before its `forward`."""
         if not (model.training and torch.is_grad_enabled()):
             return
@@ -216,7 +216,7 @@ class _Mixture:
         if not self.checked:
             self.first = FirstStep(self.model)
 
-    def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
+    def __call__(self, keys: Tensor, *args: object, **options: object) -> object:
         """Take the mixed term with the old queue, then enqueue."""
         if self.views:
             # Builders enqueue under no_grad.
@@ -224,7 +224,7 @@ class _Mixture:
                 self._mix(keys)
         return getattr(type(self.model), self.enqueue)(self.model, keys, *args, **options)
 
-    def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
+    def after(self, _model: nn.Module, _args: object, output: object) -> None:
         """Release the images, also if `forward` failed; compare the first output."""
         first, self.first, self.views = self.first, None, []
         if first is None:
@@ -266,7 +266,7 @@ class _Mixture:
         # (C, K) -> (K, C)
         return InfoNCE(queue.T if self.layout == "CK" else queue, float(temperature))
 
-    def _temperatures(self) -> list[Any]:
+    def _temperatures(self) -> list[object]:
         """Return ours, and that of the model."""
         head = getattr(self.model, "head", None)
         every = self.temperature, getattr(self.model, "T", None), getattr(head, "temperature", None)

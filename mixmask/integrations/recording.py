@@ -85,7 +85,7 @@ class RecordingCriterion(StandIn[Call]):
 
     replaces = kind = "criterion"
     criterion: Any
-    mixed_criterion: Any
+    mixed_criterion: object
 
     def __init__(
         self,
@@ -112,14 +112,14 @@ class RecordingCriterion(StandIn[Call]):
     def __repr__(self) -> str:
         return f"RecordingCriterion({self.criterion!r}, calls={self._calls}, switch={self.switch})"
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: object) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
         if torch.is_grad_enabled():
             self._record(args, options)
         return self.criterion(*args, **options)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # Imports no compiler by itself.
-    def _record(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def _record(self, args: Sequence[object], options: Mapping[str, object]) -> None:
         z, target, more = split_arguments(self.criterion, args, options)
         if not isinstance(z, Tensor) or not isinstance(target, Tensor):
             raise TypeError(

@@ -177,7 +177,7 @@ class Recipe:
 def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
     """Return their method of this name, which records its output during a step."""
 
-    def method(self: _Mixed, *args: Any, **options: Any) -> Any:
+    def method(self: _Mixed, *args: object, **options: object) -> object:
         out = getattr(super(_Mixed, self), name)(*args, **options)
         if self._step is not None:
             note(self._step, out)
@@ -218,7 +218,7 @@ class _Mixed:
         self._mix_options = own
         self._step: Step | None = None
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Any, batch_idx: int) -> object:
         """Return their loss plus the mixed term."""
         if self.mixmask is None:
             return super().training_step(batch, batch_idx)  # type: ignore[misc]

@@ -121,13 +121,13 @@ class _Step:
         part.register_forward_hook(self.record_pair)
         module.register_forward_hook(self.finish)
 
-    def start(self, module: nn.Module | None, _arguments: Any) -> None:
+    def start(self, module: nn.Module | None, _arguments: object) -> None:
         """Forget the last step, and record this one if it trains."""
         self.recording = module is not None and module.training and torch.is_grad_enabled()
         self.images: list[Tensor] = []
         self.pairs: list[Pair] = []
 
-    def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: Any) -> None:
+    def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: object) -> None:
         """Record the online backbone's images; a teacher that is the student has no gradient."""
         if self.recording and torch.is_grad_enabled():
             self.images.append(arguments[0])
@@ -146,7 +146,7 @@ class _Step:
             keys = F.normalize(out, dim=-1)
             self.pairs.append((keys, keys))
 
-    def finish(self, module: Any, _arguments: Any, output: Any) -> Any:
+    def finish(self, module: object, _arguments: object, output: Any) -> object:
         """Add the mixed term to the loss of the output."""
         images, pairs, recorded = self.images, self.pairs, self.recording
         # Under DistributedDataParallel the module is called around its own call.
@@ -239,11 +239,11 @@ def _method(module: Any) -> str:
     return names[0]
 
 
-def _student(part: Any) -> Any:
+def _student(part: object) -> Any:
     return part.student if isinstance(part, theirs.TeacherStudentWrapper) else part
 
 
-def _add(module: Any, output: Any, term: Tensor, share: Tensor) -> Any:
+def _add(module: Any, output: Any, term: Tensor, share: Tensor) -> object:
     """Return their output with the mixed term in its loss, and log it where a Trainer runs."""
     output["loss"] = output["loss"] + term
     if type(output) is dict:

@@ -110,7 +110,7 @@ def _sum_tiles(
     return sums
 
 
-def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     others = rows[:0] if columns is None else columns
     return upcast(torch.empty_like(rows)), upcast(torch.empty_like(others))
 

@@ -215,7 +215,7 @@ def is_run(content: object) -> bool:
     return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
 
 
-def describe_difference(file: Path, content: Mapping[str, Any]) -> str:
+def describe_difference(file: Path, content: Mapping[str, object]) -> str:
     """Say how a checkpoint's options differ from the `config.json` beside it; "" if they do not."""
     try:
         written = read_config(file.parent)

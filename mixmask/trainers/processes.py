@@ -66,7 +66,7 @@ def start_processes(device: torch.device | str | None = None) -> PartialState:
     return state
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: object) -> list[Any]:
     """Return what each process passed, in the order of their ranks."""
     gathered = [value] * world_size()
     if world_size() > 1:
