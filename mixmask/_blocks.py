@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, seeded
+from mixmask._devices import as_operator, make_generator
 
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10
@@ -80,7 +80,7 @@ def draw_blocks(
     """Draw (n, g, g) masks from a seed; the options are those of `masks.block_masks`."""
     if n == 1:
         return _draw_one(seed, grid_size, low, high, min_cells, min_aspect, exact, roll)
-    generator = seeded(seed)
+    generator = make_generator(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     # (n, g, g), and the indices of those that stalled.
     masks, stalled = lay_blocks(wanted, grid_size, min_cells, min_aspect, generator)
@@ -102,7 +102,7 @@ def _draw_one(
     """Draw a mask (1, g, g) as `draw_blocks` does, from the same numbers."""
     # What follows the rectangles needs the generator where they left it: then it starts again.
     for ahead in (1,) if roll else (_ROUNDS_AHEAD, 1):
-        generator, wanted = seeded(seed), low
+        generator, wanted = make_generator(seed), low
         if low < high:
             drawn = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
             wanted = low + (high - low) * drawn.item()
@@ -120,7 +120,7 @@ def _draw_one(
 @as_operator("(Tensor seed, SymInt n, int grid_size, float low, float high) -> Tensor", _make_empty)
 def draw_cells(seed: Tensor, n: int, grid_size: int, low: float, high: float) -> Tensor:
     """Draw (n, g, g) masks of independent cells from a seed; see `masks.discrete_masks`."""
-    generator = seeded(seed)
+    generator = make_generator(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     # The cells with the smallest of independent numbers are a uniform choice of that many.
     cells = grid_size * grid_size

@@ -98,6 +98,6 @@ def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Functi
     return register
 
 
-def seeded(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator that starts from a drawn seed."""
     return torch.Generator(device).manual_seed(int(seed))
