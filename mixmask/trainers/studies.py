@@ -352,7 +352,7 @@ def _draw_budgets(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -
         for name, values in line.accuracies.items():
             curves = panels.setdefault(config.method, {}).setdefault(name, {})
             curves.setdefault(describe_option("mix", config.mix), {})[config.epochs] = values
-    return figure_budgets(panels, untrained=_untrained(runs), title=title)
+    return figure_budgets(panels, untrained=_mean_untrained(runs), title=title)
 
 
 def _draw_factors(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -> Figure:
@@ -360,10 +360,10 @@ def _draw_factors(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -
     panels: dict[str, dict[str, dict[str, list[float]]]] = {}
     for line in lines:
         panels.setdefault(line.cell.factor, {})[line.cell.value] = line.accuracies
-    return figure_factors(panels, untrained=_untrained(runs), title=title)
+    return figure_factors(panels, untrained=_mean_untrained(runs), title=title)
 
 
-def _untrained(runs: Sequence[StudyRun]) -> dict[str, float]:
+def _mean_untrained(runs: Sequence[StudyRun]) -> dict[str, float]:
     """Return the mean accuracies before training, 0 ... 1, by measure."""
     firsts = [run.rows[0] for run in runs if run.rows]
     return {
