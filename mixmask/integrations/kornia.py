@@ -259,7 +259,7 @@ def take_labels(container: AugmentationSequential) -> AugmentationSequential:
 
 def _send(name: str, values: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """Return gated cells and partners on the device of the values, (B, ...), they belong to."""
-    cells, partner = _gated(params)
+    cells, partner = _apply_gate(params)
     if len(values) != len(partner):
         raise ValueError(
             f"{name} must be those of the {len(partner)} images that the params were drawn for, "
@@ -274,7 +274,7 @@ def _send(name: str, values: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     return rest.view(torch.bool).view(cells.shape), head.view(partner.dtype)
 
 
-def _gated(params: Params) -> tuple[Tensor, Tensor]:
+def _apply_gate(params: Params) -> tuple[Tensor, Tensor]:
     """Return cells and partners in which the images left out keep all their pixels."""
     cells, partner = params["cells"], params["partner"].to(params["cells"].device)
     own = torch.arange(len(partner), device=partner.device)

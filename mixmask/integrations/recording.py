@@ -102,11 +102,11 @@ class RecordingCriterion(StandIn[Call]):
         vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
         # What is kept is not the criterion's state, though its model holds it.
-        self._ignored = "_kept", *list_unused(self._used)
+        self._ignored = "_kept", *list_unused(self._mixed_or_own)
         self._tried = False
 
     @property
-    def _used(self) -> Any:
+    def _mixed_or_own(self) -> Any:
         return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
     def __repr__(self) -> str:
@@ -135,7 +135,7 @@ class RecordingCriterion(StandIn[Call]):
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
         again = more and self.mixed_criterion is None
-        used = partial(self._used, **more) if again else self._used
+        used = partial(self._mixed_or_own, **more) if again else self._mixed_or_own
         self._keep((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
