@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmask.data.datasets import DatasetImages, door, find_splits
+from mixmask.data.datasets import DatasetImages, describe_door, find_splits
 from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
 _LIKE_SPLITS = r"(train|test|val|valid|validation|dev|holdout)([-_. ]?(ing|set|data|split|\d+))?"
@@ -96,7 +96,7 @@ class Files:
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
             # As for TIFF files of several bands.
-            fix = door(self.root / f"*{self[number].suffix}")
+            fix = describe_door(self.root / f"*{self[number].suffix}")
             text = f"{self[number]} is not a readable image ({error})"
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
@@ -234,7 +234,7 @@ def _list_tree(path: Path) -> _Tree:
             skipped[(end or "without an ending") if kind == "file" else kind] += 1
     tree.names.sort(key=lambda name: name.split("/"))
     if not tree.names:
-        fixes = (door(path / f"*{end}") for end, _ in skipped.most_common())
+        fixes = (describe_door(path / f"*{end}") for end, _ in skipped.most_common())
         fix = next(filter(None, fixes), "pass the folder above them")
         raise ValueError(f"{path} holds no images that Pillow reads; {fix}")
     if skipped:

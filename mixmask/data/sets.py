@@ -19,7 +19,7 @@ from mixmask._checks import check_choice
 from mixmask.data.datasets import (
     MapDataset,
     call_function,
-    door,
+    describe_door,
     is_function,
 )
 from mixmask.data.folders import Files, Listed, Source, list_folder
@@ -266,7 +266,7 @@ def _check_path(name: str) -> Path:
         return path
     fix = f"unpack {name} and pass its folder, with --recipe {name}"
     if name not in _UNPACKED:
-        fix = door(path) or "see `Your own data` in the trainers' README for other kinds"
+        fix = describe_door(path) or "see `Your own data` in the trainers' README for other kinds"
     raise ValueError(
         f"--data must be a folder or one of {', '.join(NAMED)}, a .zip file of a folder, or "
         f"package.module:function, got {name}; {fix}"
