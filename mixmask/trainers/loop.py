@@ -28,7 +28,7 @@ from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import at_first_signal, losing_others
+from mixmask.trainers.processes import at_first_signal, report_lost_processes
 from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
@@ -96,7 +96,7 @@ def train_method(
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
     """Train a run from where it stands to its last epoch; see `train_method`."""
-    with losing_others(run.out):
+    with report_lost_processes(run.out):
         _train(run, monitor=monitor, progress=progress)
 
 

@@ -74,7 +74,7 @@ def gather_objects(value: object) -> list[Any]:
     return gathered
 
 
-def together(call: Callable[[], Result]) -> Result:
+def call_together(call: Callable[[], Result]) -> Result:
     """Call a function in each process; where one refuses, all of them raise."""
     result: Result | None = None
     refusal: Exception | None = None
@@ -157,7 +157,7 @@ def at_first_signal(
 
 
 @contextmanager
-def losing_others(folder: Path) -> Iterator[None]:
+def report_lost_processes(folder: Path) -> Iterator[None]:
     """Say in one line that another process died or is not responding, and what is kept."""
     try:
         yield

@@ -31,10 +31,10 @@ from mixmask.trainers.loop import Monitor, first_views, learning_rate, train
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.processes import (
     agree,
+    call_together,
     gather_objects,
     interruptible,
     start_processes,
-    together,
 )
 from mixmask.trainers.run import Run
 
@@ -187,18 +187,18 @@ def open_run(
             return _plan_resumed(options, source, target, state.num_processes)
 
         # Every process plans for itself, so that all of them stop where one refuses.
-        planned = together(plan)
+        planned = call_together(plan)
         agree(
             {"version": __version__, "resume": resume}
             | {n: v for n, v in dataclasses.asdict(planned.config).items() if n not in _OWN}
         )
         folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
-        data = together(lambda: _load_images(planned, str(source or folder)))
+        data = call_together(lambda: _load_images(planned, str(source or folder)))
         facts = {"fingerprint": fingerprint_of(data)}
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
         if state.is_main_process:
             _warn_queue(planned.config, len(data.train.images))
-        together(lambda: held.enter_context(starting(folder)))
+        call_together(lambda: held.enter_context(starting(folder)))
         run = Run.open(planned.config, data.train, folder, resume=source, facts=facts)
         notes = planned.notes
         if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:
