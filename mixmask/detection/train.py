@@ -24,7 +24,7 @@ from mixmask.detection.metrics import Precisions, evaluate_detector, predict, re
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import starting
+from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
@@ -240,7 +240,7 @@ def train_detector(
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
     run = Run(config, data, backbone, out, source or {}, device)
-    with starting(out):
+    with hold_new_run(out):
         if resume:
             run.load()
         else:

@@ -20,7 +20,7 @@ from mixmask.data.sets import ImageData
 from mixmask.figures.masks import figure_views
 from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import new_folder, starting
+from mixmask.runs.claim import hold_new_run, new_folder
 from mixmask.runs.folder import Row
 from mixmask.runs.images import fingerprint_of, load_images
 from mixmask.runs.options import Options, check_resume, flag
@@ -198,7 +198,7 @@ def open_run(
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
         if state.is_main_process:
             _warn_queue(planned.config, len(data.train.images))
-        call_together(lambda: held.enter_context(starting(folder)))
+        call_together(lambda: held.enter_context(hold_new_run(folder)))
         run = Run.open(planned.config, data.train, folder, resume=source, facts=facts)
         notes = planned.notes
         if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:
