@@ -295,7 +295,7 @@ def _options() -> argparse.Namespace:
     asked.add_argument("--status", action="store_true", help="say what is done and what is left")
     asked.add_argument("--pause", action="store_true", help="halt the jobs of a runner")
     asked.add_argument("--resume", action="store_true", help="let them go on")
-    asked.add_argument("--cell", metavar="NAME", help="run one cell alone, anew")
+    asked.add_argument("--cell", metavar="NAME", help="run one cell alone, again")
     options = parser.parse_args()
     if options.results is None:
         options.results = ROOT / "results" / "evidence" / Path(options.plan).stem

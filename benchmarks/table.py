@@ -155,7 +155,7 @@ def summary(records: Iterable[dict[str, Any]]) -> str:
 
 
 def rendered(page: str, results: Path) -> str:
-    """Return the page with the part between the markers written anew."""
+    """Return the page with the part between the markers replaced."""
     # Detectors have a record of their own form, and are told about in words.
     records = (
         r for r in read_records(results) if {"cases", "runs", "curve", "scaling", "soak"} & r.keys()

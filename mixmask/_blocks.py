@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, seeded
+from mixmask._devices import as_operator, make_generator
 
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10
@@ -53,7 +53,7 @@ def draw_cell_counts(
 
 def _mark_first(order: Tensor, wanted: Tensor, k: int) -> Tensor:
     """Mark the first `wanted` (n,) of the places that each row of `order` lists: (n, k) bool."""
-    first = _arange(order.shape[1]) < wanted[:, None]
+    first = _arange(order.shape[1]) < wanted[:, None]  # (n, places)
     return torch.zeros(len(order), k, dtype=torch.bool, device="cpu").scatter_(1, order, first)
 
 
@@ -80,8 +80,9 @@ def draw_blocks(
     """Draw (n, g, g) masks from a seed; the options are those of `masks.block_masks`."""
     if n == 1:
         return _draw_one(seed, grid_size, low, high, min_cells, min_aspect, exact, roll)
-    generator = seeded(seed)
+    generator = make_generator(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
+    # (n, g, g), and the indices of those that stalled.
     masks, stalled = lay_blocks(wanted, grid_size, min_cells, min_aspect, generator)
     if exact and len(stalled):
         masks[stalled] = _grow(masks[stalled], wanted[stalled], generator)
@@ -101,7 +102,7 @@ def _draw_one(
     """Draw a mask (1, g, g) as `draw_blocks` does, from the same numbers."""
     # What follows the rectangles needs the generator where they left it: then it starts again.
     for ahead in (1,) if roll else (_ROUNDS_AHEAD, 1):
-        generator, wanted = seeded(seed), low
+        generator, wanted = make_generator(seed), low
         if low < high:
             drawn = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
             wanted = low + (high - low) * drawn.item()
@@ -112,14 +113,14 @@ def _draw_one(
             break
     else:
         cells = _grow_one(cells, count, g, generator)
-    masks = _to_mask(cells, g)
+    masks = _to_mask(cells, g)  # (1, g, g)
     return _roll(masks, generator) if roll else masks
 
 
 @as_operator("(Tensor seed, SymInt n, int grid_size, float low, float high) -> Tensor", _make_empty)
 def draw_cells(seed: Tensor, n: int, grid_size: int, low: float, high: float) -> Tensor:
     """Draw (n, g, g) masks of independent cells from a seed; see `masks.discrete_masks`."""
-    generator = seeded(seed)
+    generator = make_generator(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)
     # The cells with the smallest of independent numbers are a uniform choice of that many.
     cells = grid_size * grid_size
@@ -135,10 +136,11 @@ def lay_blocks(
     Each round makes the next few attempts of every unfinished mask at once and lays the first
     acceptable rectangle. Returned are masks (n, g, g) and the indices of those that stalled.
     """
-    ladders = _make_ladders(g)
+    ladders = _make_ladders(g)  # (g + 1, w)
     log_aspect = -math.log(min_aspect)
 
-    index, words = _arange(len(wanted)), wanted.new_zeros(len(wanted), ladders.shape[1])
+    index = _arange(len(wanted))  # (n,)
+    words = wanted.new_zeros(len(wanted), ladders.shape[1])  # (n, w)
     finished = words.clone()
     missing, refusals = wanted.clone(), torch.zeros_like(wanted)
     stalled = [index[:0]]
@@ -148,15 +150,15 @@ def lay_blocks(
         # Also right where fewer cells are missing than min_cells: the bounds trade places.
         root = (missing[:, None] - min_cells).mul(draws[0]).add_(min_cells).sqrt_()  # (n, a)
         # The root of the aspect ratio: BEiT's sides are root(area * aspect), root(area / aspect).
-        stretch = draws[1].sub_(0.5).mul_(log_aspect).exp_()
+        stretch = draws[1].sub_(0.5).mul_(log_aspect).exp_()  # (n, a)
         # (2, n, a), the leading axis being (vertical, horizontal).
         sides = torch.stack([root * stretch, root * (1 / stretch)]).round_()
         # As in BEiT, no rectangle spans the grid; one without a side has no cells.
-        vertical, horizontal = (sides > 0) & (sides < g)
-        fits = vertical & horizontal & (_arange(attempts) < _ATTEMPTS - refusals[:, None])
+        vertical, horizontal = (sides > 0) & (sides < g)  # (n, a) each
+        fits = vertical & horizontal & (_arange(attempts) < _ATTEMPTS - refusals[:, None])  # (n, a)
 
         refusals = refusals + attempts
-        able = fits.any(dim=1).nonzero()[:, 0]
+        able = fits.any(dim=1).nonzero()[:, 0]  # (m,)
         for some in able.split(max(1, _CACHED // (attempts * ladders.shape[1]))):
             blocks, added = _try_rectangles(
                 sides[:, some], draws[2:, some], fits[some], words[some], missing[some], ladders
@@ -169,7 +171,7 @@ def lay_blocks(
         if leaving.any():
             finished[index[leaving]] = words[leaving]
             stalled.append(index[stalls])
-            kept = (~leaving).nonzero()[:, 0]
+            kept = (~leaving).nonzero()[:, 0]  # (m,)
             index, words, missing, refusals = (
                 state.index_select(0, kept) for state in (index, words, missing, refusals)
             )
@@ -195,16 +197,17 @@ def _try_rectangles(
     """
     n, a = fits.shape
     g = len(ladders) - 1
-    sides = sides.clamp(max=g).long()
-    start = (places * (g + 1 - sides)).long()
+    sides = sides.clamp(max=g).long()  # (2, n, a)
+    start = (places * (g + 1 - sides)).long()  # (2, n, a)
     edges = torch.stack([start[0], start[0] + sides[0]])  # (2, n, a): first row, row behind
+    # (n, a, w) each.
     above, through = ladders.index_select(0, edges.flatten()).view(2, n, a, ladders.shape[1])
-    columns = ((1 << sides[1]) - 1) << start[1]
+    columns = ((1 << sides[1]) - 1) << start[1]  # (n, a)
     blocks = (through - above).mul_(columns[:, :, None])  # (n, a, w)
     added = _count_bits(blocks & ~words[:, None]).sum(dim=2)  # (n, a)
     # The maximum of booleans is found at the first that is True: (n, 1).
     laid, first = (fits & (added >= 1) & (added <= missing[:, None])).max(dim=1, keepdim=True)
-    block = blocks.gather(1, first[:, :, None].expand(n, 1, blocks.shape[2]))[:, 0] * laid
+    block = blocks.gather(1, first[:, :, None].expand(n, 1, blocks.shape[2]))[:, 0] * laid  # (n, w)
     return block, (added.gather(1, first) * laid)[:, 0]
 
 
@@ -213,7 +216,7 @@ def _to_masks(words: Tensor, g: int) -> Tensor:
     rows = min(g, _WORD_BITS // g)
     octets = (words[:, :, None] >> _arange(0, rows * g, 8)).to(torch.uint8)  # (n, w, b)
     bits = octets[..., None] & (1 << _arange(8)).to(torch.uint8)  # (n, w, b, 8)
-    cells = bits.bool().flatten(2)[:, :, : rows * g]
+    cells = bits.bool().flatten(2)[:, :, : rows * g]  # (n, w, rows * g)
     return cells.reshape(len(words), rows * words.shape[1], g)[:, :g].contiguous()
 
 
@@ -248,18 +251,18 @@ def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
     empty mask grows from a random cell.
     """
     n, g, _ = masks.shape
-    seeds = torch.zeros(n, g * g, dtype=torch.bool, device="cpu")
+    seeds = torch.zeros(n, g * g, dtype=torch.bool, device="cpu")  # (n, g * g)
     seeds[_arange(n), torch.randint(g * g, (n,), generator=generator, device="cpu")] = True
-    empty = ~masks.any(dim=2).any(dim=1)
+    empty = ~masks.any(dim=2).any(dim=1)  # (n,)
     masks = masks | seeds.view(n, g, g) & empty[:, None, None]
-    distance = torch.zeros(n, g, g, dtype=torch.float32, device="cpu")
+    distance = torch.zeros(n, g, g, dtype=torch.float32, device="cpu")  # (n, g, g)
     near = masks
     while bool((near.flatten(1).sum(dim=1) < wanted).any()):
         distance += ~near
         near = _spread(near)
     distance += ~near
     turns = distance.flatten(1) + _draw(n, g * g, generator=generator)  # (n, g * g)
-    missing = wanted - masks.flatten(1).sum(dim=1)
+    missing = wanted - masks.flatten(1).sum(dim=1)  # (n,)
     turns.masked_fill_(masks.flatten(1), torch.inf)
     nearest = turns.topk(int(missing.max()), largest=False).indices  # (n, most missing)
     return masks | _mark_first(nearest, missing, g * g).view(n, g, g)
@@ -277,8 +280,8 @@ def _spread(masks: Tensor) -> Tensor:
 
 def _roll(masks: Tensor, generator: torch.Generator) -> Tensor:
     n, g, _ = masks.shape
-    shift = torch.randint(g, (2, n, 1), generator=generator, device="cpu")
-    rows, columns = (_arange(g) - shift) % g
+    shift = torch.randint(g, (2, n, 1), generator=generator, device="cpu")  # (2, n, 1)
+    rows, columns = (_arange(g) - shift) % g  # (n, g) each
     return masks[_arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 Ratio = float | tuple[float, float]
 
 
-def check_tensor(name: str, value: Any, shape: str = "(N, ...)") -> None:
+def check_tensor(name: str, value: object, shape: str = "(N, ...)") -> None:
     """Require a tensor; say how to take one out of what an encoder may return instead."""
     if isinstance(value, Tensor):
         return
@@ -132,7 +131,7 @@ def _check_real(name: str, value: float, fix: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}; {fix}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Require one of the choices."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 # Bytes of pageable memory that a copy to a GPU takes along without a wait.
 _STAGED = 2**16
@@ -41,7 +41,7 @@ def choose_device(name: torch.device | str | int | None) -> torch.device:
 
 
 def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return a tensor on a device, as it is for None; only a copy to the host is waited for."""
+    """Move a tensor; `None` leaves it in place. Only copies to the host block."""
     if device is None:
         return tensor
     device = torch.device(device) if isinstance(device, str) else device
@@ -75,12 +75,12 @@ def _is_large_and_pageable(tensor: Tensor) -> bool:
     return tensor.nbytes > _STAGED and not tensor.is_pinned()
 
 
-def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Make a function an operator where it is traced; elsewhere it is called as it is.
+def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Function], Function]:
+    """Register a function as an operator for tracing; eager calls run it directly.
 
     Args:
         signature: As in "(Tensor rows, SymInt n) -> Tensor". A size that is an `int` and no
-            `SymInt` makes the compiler start anew for each value of it.
+            `SymInt` makes the compiler start again for each value.
         fake: Returns empty tensors of the shapes and dtypes that the function returns.
     """
 
@@ -92,7 +92,7 @@ def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function]
         torch.library.register_fake(f"mixmask::{name}", fake, lib=_LIBRARY)
         operator = getattr(torch.ops.mixmask, name).default
 
-        def call(*args: Any) -> Any:
+        def call(*args: object) -> object:
             return operator(*args) if torch.compiler.is_compiling() else function(*args)
 
         call.__doc__ = function.__doc__
@@ -101,6 +101,6 @@ def as_operator(signature: str, fake: Callable[..., Any]) -> Callable[[Function]
     return register
 
 
-def seeded(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator that starts from a drawn seed."""
     return torch.Generator(device).manual_seed(int(seed))

@@ -77,7 +77,7 @@ def average(value: Tensor) -> Tensor:
 _compared: dict[Any, tuple[int, int]] = {}
 
 
-def check_even(n: int, device: torch.device, kind: Any = None) -> None:
+def check_even(n: int, device: torch.device, kind: object = None) -> None:
     """Refuse a batch that is split unevenly: rows of other processes would be mistaken for ours.
 
     Every process must call this, on the device of the process group. On a CPU all of them raise.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask._devices import as_operator, move, seeded
+from mixmask._devices import as_operator, make_generator, move
 from mixmask._seeds import draw_seed
 
 # "reverse", "random", or an index (N,).
@@ -34,7 +34,7 @@ def choose_partners(
 def _draw_ring(seed: Tensor, n: int) -> Tensor:
     # A permutation read as a ring: each image's partner is the one before it, so that all are
     # partners once and none is its own.
-    ring = torch.randperm(n, generator=seeded(seed), device="cpu")  # (n,)
+    ring = torch.randperm(n, generator=make_generator(seed), device="cpu")  # (n,)
     return torch.empty_like(ring).index_copy_(0, ring, ring.roll(1))
 
 
@@ -42,7 +42,7 @@ def _reverse(n: int, device: torch.device) -> Tensor:
     place = torch.arange(n, device=device)  # (n,)
     middle, odd = n // 2, n % 2
     # Reversal would pair the middle of an odd batch with itself: the middle three form a ring.
-    # In one expression, for a compiler would start anew where a batch is odd.
+    # In one expression, for a compiler would start again where a batch is odd.
     return n - 1 - place + odd * ((place == middle).long() - (place == middle - 1).long())
 
 

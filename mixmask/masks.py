@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def discrete_masks(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw masks of independent cells, exactly the asked number of them.
+    """Draw masks of independent cells, with exactly the requested number of kept cells.
 
     Args:
         n: Number of masks.
@@ -164,7 +164,7 @@ class BlockMaskGenerator:
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
         count = 1 if n is None else n
-        masks = block_masks(count, **vars(self), device=device, generator=generator)
+        masks = block_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
         return masks[0] if n is None else masks
 
 
@@ -194,7 +194,7 @@ class DiscreteMaskGenerator:
     ) -> Tensor:
         """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
         count = 1 if n is None else n
-        masks = discrete_masks(count, **vars(self), device=device, generator=generator)
+        masks = discrete_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
         return masks[0] if n is None else masks
 
 
@@ -231,8 +231,8 @@ def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:
         return masks
     # (..., h, w) -> (..., height, w) -> (..., height, width)
     # In integers: a float scale would round at the borders of cells.
-    rows = torch.arange(height, device=masks.device) * h // height
-    columns = torch.arange(width, device=masks.device) * w // width
+    rows = torch.arange(height, device=masks.device) * h // height  # (height,)
+    columns = torch.arange(width, device=masks.device) * w // width  # (width,)
     return masks.index_select(-2, rows).index_select(-1, columns)
 
 
@@ -258,14 +258,14 @@ def fit_masks(
     return cells_to_pixels(masks, *images.shape[-2:])
 
 
-def _is_generator(masks: Any) -> bool:
+def _is_generator(masks: object) -> bool:
     # MixMask can be called, too, but it takes images: the signature tells.
     if isinstance(masks, nn.Module):
         return "device" in inspect.signature(masks.forward).parameters
     return callable(masks) and not isinstance(masks, type)
 
 
-def _describe_kind(masks: Any) -> str:
+def _describe_kind(masks: object) -> str:
     """Name what was passed for masks, and what to pass instead."""
     if isinstance(masks, type):
         return f"the class {masks.__name__}; pass an instance, as {masks.__name__}(...)"

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
-from mixmask._devices import as_operator, move, seeded
+from mixmask._devices import as_operator, make_generator, move
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
 from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
@@ -368,7 +368,7 @@ def _make_floats(seed: Tensor, *shape: int) -> Tensor:
 def _draw_beta(seed: Tensor, n: int, alpha: float) -> Tensor:
     # x / (x + y) of two gamma variables is a beta variable; torch's Beta takes no generator.
     parameters = torch.full((2, n), alpha, dtype=torch.float64, device="cpu")
-    gamma = torch._standard_gamma(parameters, generator=seeded(seed))  # (2, n)
+    gamma = torch._standard_gamma(parameters, generator=make_generator(seed))  # (2, n)
     # The tiny summand keeps a very small alpha from dividing zero by zero.
     tiny = torch.finfo(gamma.dtype).tiny
     return ((gamma[0] + tiny) / (gamma.sum(dim=0) + 2 * tiny)).float()
@@ -376,7 +376,7 @@ def _draw_beta(seed: Tensor, n: int, alpha: float) -> Tensor:
 
 @as_operator("(Tensor seed, SymInt n) -> Tensor", lambda seed, n: _make_floats(seed, 2, n))
 def _draw_centres(seed: Tensor, n: int) -> Tensor:
-    return torch.rand(2, n, generator=seeded(seed), dtype=torch.float32, device="cpu")
+    return torch.rand(2, n, generator=make_generator(seed), dtype=torch.float32, device="cpu")
 
 
 def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
@@ -392,4 +392,4 @@ def _mark_outside(length: int, side: Tensor, centre: Tensor) -> Tensor:
 @as_operator("(Tensor seed, Tensor images) -> Tensor", lambda _, images: torch.empty_like(images))
 def _draw_noise(seed: Tensor, images: Tensor) -> Tensor:
     """Draw standard Gaussian noise where the images are, from a seed that was drawn on the host."""
-    return torch.empty_like(images).normal_(generator=seeded(seed, images.device))
+    return torch.empty_like(images).normal_(generator=make_generator(seed, images.device))

@@ -200,7 +200,7 @@ def test_a_single_mask_is_drawn_as_in_a_batch(
     grown = 0
     for number in range(60):
         seed = torch.tensor(number)
-        generator = _devices.seeded(seed)
+        generator = _devices.make_generator(seed)
         wanted = _blocks.draw_cell_counts(1, grid, low, high, generator)
         batch, stalled = _blocks.lay_blocks(wanted, grid, min_cells, 0.3, generator)
         if len(stalled):

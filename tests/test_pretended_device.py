@@ -231,11 +231,11 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         r"_to_copy copies \(8,\) to cuda:0 and blocks at mixmask/_partners.py:{} in choose_.*",
     ),
     "generator of the host": (
-        "seeded", "torch.Generator(device)", "torch.Generator()",
+        "make_generator", "torch.Generator(device)", "torch.Generator()",
         r"normal_ on cuda:0 got a generator of the host at mixmask/mixing.py:\d+ in _draw_noise",
     ),
     "generator of the device": (
-        "seeded", "torch.Generator(device)", 'torch.Generator("cuda")',
+        "make_generator", "torch.Generator(device)", 'torch.Generator("cuda")',
         r"rand on the host got a generator of cuda:0 at mixmask/_blocks.py:\d+ in _draw",
     ),
 }  # fmt: skip

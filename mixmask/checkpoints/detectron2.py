@@ -140,7 +140,7 @@ def pickle_state(state: Mapping[str, Tensor]) -> bytes:
     """Return a ResNet's state dict as the pickle that MoCo's converter writes for Detectron2."""
     import numpy as np
 
-    def reduce(array: Any) -> tuple[Any, tuple[Any, ...]]:
+    def reduce(array: Any) -> tuple[Any, tuple[object, ...]]:
         return np.ndarray, (array.shape, array.dtype.str, bytearray(array.tobytes()))
 
     model = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}

@@ -54,7 +54,7 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
     suffix = {"safetensors": ".safetensors", "detectron2": ".pkl"}.get(to)
     if suffix is not None and out.suffix != suffix:
         raise ValueError(
-            f"--to {to} needs a file named *{suffix}, by which its readers know it, got {out}; "
+            f"--to {to} needs a file named *{suffix}, which its readers expect, got {out}; "
             f"use --out {out.with_suffix(suffix)}"
         )
     # Each tensor contiguous and by itself, as safetensors wants it.

@@ -31,7 +31,7 @@ _CHILDREN = (("conv1", "bn1", "act1", "maxpool", *_STAGES), ("conv1", "bn1", *_S
 
 
 class Content(NamedTuple):
-    """What a format is told by; names are without wrappers."""
+    """How a format is detected; names are without wrappers."""
 
     entries: Mapping[str, object]  # Of the file; empty if it holds no mapping.
     ours: bool  # Whether a run or an export of this package wrote it.
@@ -186,7 +186,7 @@ def find_nests(path: Path, content: object) -> list[Mapping[str, Tensor]]:
         held += " as a whole"
         fix = 'torch.save(torch.load(PATH, weights_only=False).state_dict(), "weights.pth")'
         fix = f"if you trust it, save its weights alone: {fix}"
-    raise ValueError(f"{path} holds {held} and no weights that are known; {fix}")
+    raise ValueError(f"{path} holds {held}, but no weights in a known format; {fix}")
 
 
 def _nests_in(
@@ -260,12 +260,12 @@ def _match(
     children: tuple[str, ...] = ()
     own = places or _exact_places(keys, expected)  # By their own names: nothing is renamed.
     if not own:
-        keys = _renamed(layout, weights)
+        keys = _rename(layout, weights)
     exact = own or _exact_places(keys, expected)
     places = exact or _similar_places(keys, expected)
     if not places:
         return None
-    prefix = _trained(path, places, layout)
+    prefix = _choose_encoder(path, places, layout)
     keys = {name.removeprefix(prefix): k for name, k in keys.items() if name.startswith(prefix)}
     if not exact:
         keys, children = _torchvision_names(keys)
@@ -286,7 +286,7 @@ def _match(
     )
 
 
-def _renamed(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+def _rename(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Give a layout's tensors timm's names, with the keys of its parts in their order."""
     parts: dict[str, dict[str, str]] = {}
     for key in weights:
@@ -324,13 +324,13 @@ def _similar_places(names: Collection[str], expected: Sequence[str]) -> set[str]
     return places or (_places_of(names, first) if first else set())
 
 
-def _trained(path: Path, places: Collection[str], layout: Layout) -> str:
+def _choose_encoder(path: Path, places: Collection[str], layout: Layout) -> str:
     """Choose the place of the trained encoder among those of encoders."""
     trained = {place for place in places if not layout.followers & set(re.split(r"[._]", place))}
     candidates = sorted(trained or places)
     if len(candidates) > 1:
         raise ValueError(
-            f"{path} holds several encoders, {', '.join(candidates)}; save the one you mean alone: "
+            f"{path} holds several encoders, {', '.join(candidates)}; save only the one you need: "
             'torch.save(model.NAME.state_dict(), "backbone.pth")'
         )
     return candidates[0]

@@ -45,7 +45,7 @@ class Loaded:
         config: The run's `config.json`; empty for checkpoints of others.
         file: The file that was read.
         mean: Of each channel, by which its images were normalised, for pixels from 0 to 1.
-        std: Deviation of each channel, likewise.
+        std: Deviation of each channel, in the same form.
         image_size: Height and width in pixels for which it was built; None where any will do.
     """
 
@@ -99,7 +99,7 @@ def load_backbone(
             whether the first convolution is a 3x3 one.
         mean: Of each channel, by which images are normalised, for pixels from 0 to 1; one number
             for all, or as many as there are. Default: the checkpoint's own, else ImageNet's.
-        std: Deviation of each channel, likewise.
+        std: Deviation of each channel, in the same form.
 
     Raises:
         ValueError: If there is no checkpoint, or it is damaged, unknown, of another architecture
@@ -152,7 +152,7 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     if path.is_dir():
         file, content = load_checkpoint(path, _find_misfit)
         return file, content, _read_options(path) if is_run(content) else {}
-    if not path.is_file():  # To open a pipe would wait for ever.
+    if not path.is_file():  # To open a pipe would wait forever.
         raise ValueError(f"{path} is a pipe or a device; pass a run folder or a checkpoint file")
     content, metadata = read_checkpoint(path)
     if is_run(content):
@@ -162,7 +162,7 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     return path, content, metadata or exported_metadata(content)
 
 
-def _find_misfit(content: Mapping[str, Any]) -> str:
+def _find_misfit(content: Mapping[str, object]) -> str:
     return "" if is_run(content) or "classes" in content else "it is not a checkpoint of a run"
 
 

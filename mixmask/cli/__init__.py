@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        return refuse(f"this command needs {', '.join(missing)}: pip install '.[train]'")
+        return refuse(
+            f"this command needs {', '.join(missing)}; run pip install '.[train]' in the checkout "
+            "of mixmask"
+        )
     # Python's own form shows a line of code, which does not help at a command line.
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")

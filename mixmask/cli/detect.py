@@ -36,7 +36,10 @@ def detect(
     """Train a detector on a run's backbone, test it, and leave a folder of results."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"detection needs {', '.join(missing)}: pip install '.[detection]'")
+        raise ValueError(
+            f"detection needs {', '.join(missing)}; run pip install '.[detection]' in the checkout "
+            "of mixmask"
+        )
     # These need the libraries.
     from mixmask.detection.data import load_detection
     from mixmask.detection.model import load_source

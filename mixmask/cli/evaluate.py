@@ -109,7 +109,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         protocol.set_defaults(command=evaluate, choose=choose)
         add_shared(protocol, "run", *SOURCE)
         add_shared(protocol, "--out", metavar="DIR", help="folder for the results [beside the run]")
-        add_shared(protocol, "--force", help="replace other results of that name")
+        add_shared(protocol, "--force", help="overwrite existing results")
         return protocol
 
     knn = add("knn", KNN, "weighted nearest neighbours on frozen features")

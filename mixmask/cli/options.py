@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mixmask.runs.options import check_range, flag
+from mixmask.runs.options import HELP, check_range, flag
 from mixmask.runs.records import describe_value
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -27,24 +27,24 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--image-size": {
         "type": int, "metavar": "N", "help": "image height and width in pixels [that of the run]",
     },
-    "--arch": {"metavar": "ARCH", "help": "backbone, by its name in timm [that of the run]"},
+    "--arch": {"metavar": "ARCH", "help": f"{HELP['arch']} [that of the run]"},
     "--small-stem": {
         "action": argparse.BooleanOptionalAction,
-        "help": "whether the backbone has the stem for small images [as in the run]",
+        "help": f"{HELP['small_stem']} [as in the run]",
     },
     "--mean": {
         "type": float, "metavar": "X", "nargs": "+",
-        "help": "mean of each channel, or of all, for pixels of 0 ... 1 [that of the checkpoint]",
+        "help": f"{HELP['mean']} [that of the checkpoint]",
     },
     "--std": {
         "type": float, "metavar": "X", "nargs": "+",
-        "help": "deviation of each channel, or of all [that of the checkpoint]",
+        "help": f"{HELP['std']} [that of the checkpoint]",
     },
     "--device": {"metavar": "DEVICE", "help": "cpu, cuda, cuda:N or mps [a GPU if there is one]"},
     "--threads": {"type": int, "metavar": "N", "help": "CPU threads [torch's choice]"},
     "--out": {"type": Path, "metavar": "PATH", "help": "file to write"},
     "--resume": {"type": Path, "metavar": "DIR", "help": "run folder to continue"},
-    "--seed": {"type": int, "metavar": "N", "default": 0, "help": "seed of all random draws [0]"},
+    "--seed": {"type": int, "metavar": "N", "default": 0, "help": f"{HELP['seed']} [0]"},
     "--force": {"action": "store_true", "help": "replace existing files"},
 }  # fmt: skip
 # Which backbone is looked at, on which images, and where: the options of `load_task`.

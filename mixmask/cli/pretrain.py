@@ -97,7 +97,8 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     run = add_run_fields(parser)
     run.add_argument(
         "--config", type=Path, metavar="FILE",
-        help="YAML or JSON file of options, such as a run's config.json; others overrule it",
+        help="YAML or JSON file of options, such as a run's config.json; command-line options take "
+        "precedence",
     )  # fmt: skip
     add_shared(run, "--out", metavar="DIR", help="run folder to create [runs/DATA-METHOD-MIX]")
     again = "run folder to continue; --epochs and --data may change, --out continues a copy"

@@ -55,11 +55,11 @@ class MapDataset(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...  # Items are what their author returns.
 
 
-def door(file: Path) -> str:
+def describe_door(file: Path) -> str:
     """Return how a file or a folder of such files is passed as a data set; empty if unknown.
 
     Example:
-        >>> door(Path("x.npz"))
+        >>> describe_door(Path("x.npz"))
         'in mydata.py, write `def load(): import numpy; return numpy.load("x.npz")["images"]` and
         pass --data mydata:load'
     """
@@ -84,7 +84,7 @@ def call_function(name: str) -> Any:
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # For good: workers import it, too.
         sys.path.insert(0, here)
-    with _explained(f"--data {name} cannot be imported"):
+    with _explain_errors(f"--data {name} cannot be imported"):
         load = getattr(importlib.import_module(module), function)
     try:
         inspect.signature(load).bind()
@@ -93,12 +93,12 @@ def call_function(name: str) -> Any:
             f"--data {name} must name a function without arguments, got {load!r:.60} ({error}); "
             "write one that returns the data set"
         ) from None
-    with _explained(f"--data {name} failed"):
+    with _explain_errors(f"--data {name} failed"):
         return load()
 
 
 @contextmanager
-def _explained(problem: str) -> Iterator[None]:
+def _explain_errors(problem: str) -> Iterator[None]:
     """Turn whatever code of the user's raises into a ValueError of one line that says where."""
     try:
         yield
@@ -141,7 +141,7 @@ def take_splits(made: Any) -> tuple[MapDataset, dict[str, MapDataset]]:
         kinds = ", ".join(type(part).__name__ for part in joined) or "nothing"
         raise ValueError(
             "data must be a data set with __len__ and __getitem__, or a training and a test one, "
-            f"got {kinds}; a stream has no length: load it whole, or as a list"
+            f"got {kinds}; streaming data sets are not supported; load them fully"
         )
     return parts[0], {names[0]: part for names, part in zip(tests, parts[1:], strict=True)}
 
@@ -220,7 +220,7 @@ class DatasetImages:
         if (len(tensor), tensor.dtype) != (self.channels, self.dtype):
             raise ValueError(
                 f"{self.name(number)} has {len(tensor)} channels of {tensor.dtype}, others have "
-                f"{self.channels} of {self.dtype}; return all alike"
+                f"{self.channels} of {self.dtype}; return the same for all"
             )
         yield tensor
 
@@ -259,7 +259,7 @@ class DatasetImages:
 
 def _read_item(dataset: MapDataset, number: int) -> tuple[Any, Any]:
     """Return image and label of an item, which is None where there is none."""
-    with _explained(f"image {number} cannot be read"):
+    with _explain_errors(f"image {number} cannot be read"):
         item = dataset[number]
     if isinstance(item, Mapping):
         image, label = (

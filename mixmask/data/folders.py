@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmask.data.datasets import DatasetImages, door, find_splits
+from mixmask.data.datasets import DatasetImages, describe_door, find_splits
 from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
 _LIKE_SPLITS = (
@@ -103,7 +103,7 @@ class Files:
                 text = f"the folder of images, {self.root}, is gone"
                 raise FileNotFoundError(text) from error
             # As for TIFF files of several bands.
-            fix = door(self.root / f"*{self[number].suffix}")
+            fix = describe_door(self.root / f"*{self[number].suffix}")
             text = f"{self[number]} is not a readable image ({error})"
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
@@ -180,7 +180,7 @@ def list_folder(path: Path) -> ListedData:
 
     Raises:
         ValueError: If there are fewer than two images, a class folder holds none, there is a test
-            split alone, or it has classes that the training split has not.
+            split alone, or it has classes missing from the training split.
     """
     tree = _list_tree(path)
     while True:
@@ -258,11 +258,11 @@ def _list_tree(path: Path) -> _Tree:
             tree.folders.add(name)
         elif kind == "file" and end in image_suffixes():
             tree.names.append(name)
-        else:  # To open a pipe would wait for ever.
+        else:  # To open a pipe would wait forever.
             skipped[(end or "without an ending") if kind == "file" else kind] += 1
     tree.names.sort(key=lambda name: name.split("/"))
     if not tree.names:
-        fixes = (door(path / f"*{end}") for end, _ in skipped.most_common())
+        fixes = (describe_door(path / f"*{end}") for end, _ in skipped.most_common())
         fix = next(filter(None, fixes), "pass the folder above them")
         raise ValueError(f"{path} holds no images that Pillow reads; {fix}")
     if skipped:
@@ -364,8 +364,8 @@ def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Li
         return Listed(files, None)
     if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{files.root} has classes that the training split has not: {_few(unknown)}; name the "
-            "class folders alike"
+            f"{files.root} has classes missing from the training split: {_few(unknown)}; use the "
+            "same class folders in both"
         )
     return Listed(files, _to_labels(labels, classes))
 
@@ -381,7 +381,9 @@ def _read_annotations(part: _Tree) -> list[str] | None:
     found = [labels.get(name.rpartition("/")[2], "") for name in part.names]
     if missing := [name for name, label in zip(part.names, found, strict=True) if not label]:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ValueError(f"{table} names no class for {missing[0]}{more}; unpack the data set anew")
+        raise ValueError(
+            f"{table} names no class for {missing[0]}{more}; unpack the data set again"
+        )
     return found
 
 

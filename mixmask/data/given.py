@@ -25,13 +25,14 @@ def list_datasets(title: str, made: Any) -> ListedData:
     forms = [f"{each.files.channels} channels of {each.files.dtype}" for each in listed]
     if len(set(forms)) > 1:
         raise ValueError(
-            f"training images have {forms[0]}, test images {forms[1]}; return both alike"
+            f"training images have {forms[0]}, test images {forms[1]}; return both in one format"
         )
     # Labels that are all 0, or -1 for none, tell nothing apart.
     highest = [-1 if each.labels is None else int(each.labels.max()) for each in listed]
     if max(highest) >= max(len(train), _MOST_CLASSES):
         raise ValueError(
-            f"labels reach {max(highest)} for {len(train):,} images; number the classes from 0"
+            f"the largest label is {max(highest)}, for {len(train):,} images; number the classes "
+            "from 0"
         )
     classes = source.classes(highest[0] + 1) if highest[0] > 0 else ()
     if not classes:  # A single one leaves nothing to tell apart.
@@ -39,7 +40,7 @@ def list_datasets(title: str, made: Any) -> ListedData:
     elif max(highest) >= len(classes):
         raise ValueError(
             f"a label is {max(highest)}, and the training split has {len(classes)} classes; number "
-            "them from 0, and in both splits alike"
+            "them from 0, the same way in both splits"
         )
     return ListedData(listed[0], listed[1] if len(listed) == 2 else None, classes)
 

@@ -83,7 +83,7 @@ def _check_bands(image: Image.Image) -> None:
     tags = getattr(image, "tag_v2", {})
     bands, colours = tags.get(_BANDS, 1), _COLOURS.get(tags.get(_PHOTOMETRIC, 0), 1)
     if bands > colours:
-        raise UnreadableError(f"it has {bands} bands, of which a picture keeps {colours}")
+        raise UnreadableError(f"it has {bands} bands, of which only {colours} would be kept")
 
 
 def is_deep(image: Image.Image) -> bool:

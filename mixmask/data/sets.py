@@ -19,7 +19,7 @@ from mixmask._checks import check_choice
 from mixmask.data.datasets import (
     MapDataset,
     call_function,
-    door,
+    describe_door,
     is_function,
 )
 from mixmask.data.folders import Files, Listed, Source, list_folder
@@ -170,9 +170,9 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
     """
     labels = data.train.labels
     if labels is None:
-        raise ValueError("images can be held out by their classes, got no labels; leave it out")
+        raise ValueError("holding out images needs labels, got none; leave it out")
     if data.test is not None:
-        raise ValueError("there is a test split, so that no images need be held out; leave it out")
+        raise ValueError("the data has a test split already, so none is held out; leave it out")
     if not 0 < share < 1:
         raise ValueError(f"the share held out must lie between 0 and 1, got {share}; use 0.1")
     lost = data.train.lost
@@ -184,7 +184,7 @@ def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
         index = (labels == label).nonzero()[:, 0]  # (n,)
         if len(index) < 2:
             name = data.classes[label]
-            raise ValueError(f"class {name} has one image, which cannot be shared out; add images")
+            raise ValueError(f"class {name} has one image, which cannot be split; add images")
         count = min(max(1, round(share * len(index))), len(index) - 1)  # 1 is left on each side.
         held[index[torch.randperm(len(index), generator=generator)[:count]]] = True
     train, test = (_take(data.train, side) for side in (~held, held))
@@ -271,7 +271,7 @@ def _check_path(name: str) -> Path:
         )
     fix = f"unpack {name} and pass its folder, with --recipe {name}"
     if name not in _UNPACKED:
-        fix = door(path) or "see `Your own data` in the trainers' README for other kinds"
+        fix = describe_door(path) or "see `Your own data` in the trainers' README for other kinds"
     raise ValueError(
         f"--data must be a folder or one of {', '.join(NAMED)}, a .zip file of a folder, or "
         f"package.module:function, got {name}; {fix}"

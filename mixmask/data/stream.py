@@ -259,7 +259,7 @@ class Stream(Iterator[Tensor]):
                 raise
             text = " ".join(str(error).split())
             raise ChildProcessError(
-                f"a process that decodes images has died ({text}); if memory was short, use fewer "
+                f"a process that decodes images died ({text}); if memory was short, use fewer "
                 "--workers"
             ) from None
 

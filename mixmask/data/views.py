@@ -206,12 +206,12 @@ class RandomView(nn.Module):
         def uniform(*shape: int) -> Tensor:
             return _uniform(shape, generator)
 
-        whole = _tensor([0, 0, width, height]).expand(n, 4)
+        whole = _tensor([0, 0, width, height]).expand(n, 4)  # (n, 4)
         boxes = whole
         if self.crop:
             boxes = random_boxes(n, height, width, self.min_scale, generator=generator)
         strengths = _tensor([self.jitter, self.jitter, self.jitter, self.hue])[:, None]  # (4, 1)
-        middle = _tensor([1, 1, 1, 0])[:, None]
+        middle = _tensor([1, 1, 1, 0])[:, None]  # (4, 1)
         low = (middle - strengths).clamp_min(0)
         low[3] = -self.hue
         factors = low + uniform(4, n) * (middle + strengths - low)  # (4, n)
@@ -239,7 +239,7 @@ class RandomView(nn.Module):
 
         Args:
             images: (N, C, H, W), uint8 or float within [0, 1]; `check_pixels` refuses others.
-            parameters: What `draw` returned, to make the same views again. Default: drawn anew.
+            parameters: What `draw` returned, to make the same views again. Default: new ones.
             generator: A CPU generator for the draws. Default: torch's global one.
         """
         check_pixels(images)
@@ -260,7 +260,7 @@ class RandomView(nn.Module):
         if not self.crop:
             return torch.where(move(drawn.flipped, x.device)[:, None, None, None], x.flip(3), x)
         height, width = x.shape[-2:]
-        left, top, w, h = drawn.boxes.unbind(1)
+        left, top, w, h = drawn.boxes.unbind(1)  # (N,) each
         # A view's corners show the box's: from -1 ... 1 within the view to that of the image.
         across = (1 - 2 * drawn.flipped.float()) * (w - 1) / (width - 1)
         down = (h - 1) / (height - 1)
@@ -269,13 +269,14 @@ class RandomView(nn.Module):
         zero = torch.zeros_like(down)
         theta = torch.stack([across, zero, centre_x, zero, down, centre_y], dim=1)  # (N, 6)
         theta = move(theta, x.device).view(-1, 2, 3)  # (N, 2, 3)
-        grid = F.affine_grid(theta, [*x.shape[:2], self.size, self.size], align_corners=True)
-        return F.grid_sample(x, grid, mode="bilinear", align_corners=True)
+        shape = [*x.shape[:2], self.size, self.size]
+        grid = F.affine_grid(theta, shape, align_corners=True)  # (N, S, S, 2)
+        return F.grid_sample(x, grid, mode="bilinear", align_corners=True)  # (N, C, S, S)
 
     def _jitter(self, x: Tensor, drawn: ViewParameters) -> Tensor:
         factors = move(drawn.factors, x.device)[:, :, None, None, None]  # (4, N, 1, 1, 1)
         for number in drawn.order:
-            factor = factors[number]
+            factor = factors[number]  # (N, 1, 1, 1)
             if number >= _SATURATION and x.shape[1] != 3:
                 continue
             if number == _HUE:
@@ -286,7 +287,7 @@ class RandomView(nn.Module):
 
     def _blur(self, x: Tensor, drawn: ViewParameters) -> Tensor:
         """Blur the chosen views, first along rows and then along columns."""
-        index = drawn.sigma.nonzero()[:, 0]
+        index = drawn.sigma.nonzero()[:, 0]  # (n,)
         if len(index) == 0:
             return x
         place = torch.arange(self.kernel, device="cpu") - self.kernel // 2
@@ -296,10 +297,10 @@ class RandomView(nn.Module):
         index = move(index, x.device)
         # One group per channel of each view, so that all views take one convolution.
         rows = rearrange(x[index], "n c h w -> 1 (n c) h w")  # (1, n * C, S, S)
-        half = self.kernel // 2
-        rows = F.pad(rows, (half, half, half, half), mode="reflect")
-        rows = F.conv2d(rows, weights[:, None, None, :], groups=len(weights))
-        rows = F.conv2d(rows, weights[:, None, :, None], groups=len(weights))
+        half = self.kernel // 2  # P = S + 2 * half pixels, padded.
+        rows = F.pad(rows, (half, half, half, half), mode="reflect")  # (1, n * C, P, P)
+        rows = F.conv2d(rows, weights[:, None, None, :], groups=len(weights))  # (1, n * C, P, S)
+        rows = F.conv2d(rows, weights[:, None, :, None], groups=len(weights))  # (1, n * C, S, S)
         return x.index_copy(0, index, rearrange(rows, "1 (n c) h w -> n c h w", n=len(index)))
 
 
@@ -330,17 +331,17 @@ def random_boxes(
     shape = n, _TRIES
     area = (min_scale + _uniform(shape, generator) * (1 - min_scale)) * height * width
     low, high = (math.log(aspect) for aspect in _ASPECTS)
-    aspect = (low + _uniform(shape, generator) * (high - low)).exp()
+    aspect = (low + _uniform(shape, generator) * (high - low)).exp()  # (n, tries)
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)  # (n, tries)
     first = fits.int().argmax(dim=1, keepdim=True)  # (n, 1)
     # Where none fits, the largest central part with an allowed aspect ratio.
     full_w = min(width, round(height * _ASPECTS[1]))
     full_h = min(height, round(width / _ASPECTS[0]))
-    none = ~fits.any(dim=1)
-    w = torch.where(none, float(full_w), w.gather(1, first)[:, 0])
+    none = ~fits.any(dim=1)  # (n,)
+    w = torch.where(none, float(full_w), w.gather(1, first)[:, 0])  # (n,)
     h = torch.where(none, float(full_h), h.gather(1, first)[:, 0])
-    place = _uniform((2, n), generator)
+    place = _uniform((2, n), generator)  # (2, n)
     left = torch.where(none, (width - w).div(2).floor(), (place[0] * (width - w + 1)).floor())
     top = torch.where(none, (height - h).div(2).floor(), (place[1] * (height - h + 1)).floor())
     return torch.stack([left, top, w, h], dim=1)  # (n, 4)
@@ -355,7 +356,7 @@ def luma(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
     r, g, b = _LUMA
-    return (r * x[:, 0] + g * x[:, 1] + b * x[:, 2])[:, None]
+    return (r * x[:, 0] + g * x[:, 1] + b * x[:, 2])[:, None]  # (N, H, W) -> (N, 1, H, W)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -380,15 +381,15 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     As through HSV, without building it: a channel is the value less the chroma times
     clamp(min(k, 4 - k), 0, 1), with k = (offset + 6 hue) mod 6 and offsets 5, 3, 1 for R, G, B.
     """
-    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
-    value = x.amax(dim=1, keepdim=True)
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]  # (N, 1, H, W) each
+    value = x.amax(dim=1, keepdim=True)  # (N, 1, H, W)
     chroma = value - x.amin(dim=1, keepdim=True)
     # Where there is no chroma any hue will do.
     divisor = torch.where(chroma == 0, 1.0, chroma)
     from_green = torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
     sixths = torch.where(value == r, (g - b) / divisor, from_green)
     offsets = move(_tensor([5, 3, 1]), x.device).view(3, 1, 1)
-    k = (sixths + 6 * turns + offsets).remainder_(6)
+    k = (sixths + 6 * turns + offsets).remainder_(6)  # (N, 3, H, W)
     away = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - away.mul_(chroma)
 

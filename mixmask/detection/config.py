@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmask.runs.folder import read_config
-from mixmask.runs.options import check_options, option, restore_config
+from mixmask.runs.options import HELP, check_options, option, restore_config
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,10 @@ class DetectionConfig:
     """Options of a detection run; the defaults are MoCo's on Pascal VOC, at half the batch size."""
 
     data: str = option("", "folder or zip file in Pascal VOC's or COCO's layout")
-    train_split: str = option("", "training split; default: VOC's trainval or COCO's train")
-    test_split: str = option("", "test split; default: VOC's test or COCO's val")
-    arch: str = option("", "backbone, a timm name or 'narrow'; default: that of the run")
-    small_stem: bool = option(False, "3x3 first convolution, no pooling; default: as in the run")
+    train_split: str = option("", "training split [VOC's trainval or COCO's train]")
+    test_split: str = option("", "test split [VOC's test or COCO's val]")
+    arch: str = option("", f"{HELP['arch']} [that of the run]")
+    small_stem: bool = option(False, f"{HELP['small_stem']} [as in the run]")
     model: str = option(
         "faster-rcnn", "predict boxes, or boxes and masks", ("faster-rcnn", "mask-rcnn")
     )
@@ -29,21 +29,19 @@ class DetectionConfig:
     )
     epochs: int = option(24, "passes over the training split", low=1)
     batch_size: int = option(8, "images per step", low=1)
-    lr: float = option(0.0, "learning rate; 0: 0.02 x batch size / 16", low=0)
-    weight_decay: float = option(1e-4, "weight decay", low=0)
+    lr: float = option(0.0, "learning rate; 0 = 0.02 x batch size / 16", low=0)
+    weight_decay: float = option(1e-4, HELP["weight_decay"], low=0)
     size: int = option(800, "shorter side of the images, in pixels", low=32)
     min_scale: float = option(0.6, "smallest training size, as a share of --size", low=0.1, high=1)
     rois: int = option(512, "regions per image that the head learns from in a step", low=1)
     proposals: int = option(
         1000, "regions proposed per image in a test; twice as many in training", low=1
     )
-    measure_every: int = option(4, "epochs between tests; 0: one at the end only", low=0)
-    workers: int = option(0, "processes that read images; 0: none beside the training", low=0)
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
-    mean: tuple[float, ...] = option(
-        (), "mean of each channel, or of all, for pixels of 0 ... 1; default: the checkpoint's"
-    )
-    std: tuple[float, ...] = option((), "deviation of each channel, or of all, likewise")
+    measure_every: int = option(4, "epochs between tests; 0 = only at the end", low=0)
+    workers: int = option(0, f"{HELP['workers']}; 0 = read in the training process", low=0)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
+    mean: tuple[float, ...] = option((), f"{HELP['mean']} [that of the checkpoint]")
+    std: tuple[float, ...] = option((), f"{HELP['std']} [that of the checkpoint]")
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -53,7 +51,7 @@ class DetectionConfig:
 def load_config(folder: Path) -> tuple[DetectionConfig, str]:
     """Read the options of a detection run's folder, and where its backbone came from.
 
-    That is a path, "random", or nothing if an older version or another caller has not said.
+    That is a path, "random", or "" if an older version or another caller did not record it.
     """
     try:
         content = read_config(folder)

@@ -49,7 +49,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Read an image, which must have the size that was annotated, and its target."""
+        """Read an image, which must have its annotated size, and its target."""
         file = self.files[index]
         with self.tree.open_image(file) as opened:
             # Not upright: boxes are those of the pixels as they are stored.
@@ -104,7 +104,7 @@ def load_detection(path: Path, *, train: str = "", test: str = "") -> DetectionD
     `<split>`, `images/<split>`, `images` or beside; the classes are ordered by their numbers.
     Either may lie in a folder within the folder or zip file. Boxes that extend beyond the image
     are clipped; objects without a box, with an empty box or with one outside of the image are
-    left out. A warning counts each kind. COCO's crowds serve in tests only.
+    left out. A warning counts each kind. COCO's crowds are used in tests only.
 
     Args:
         path: A folder, or a zip file, which is read in place.
@@ -186,7 +186,7 @@ def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> Detectio
 
 
 def _numbers(bbox: object) -> list[float]:
-    """Return the four numbers of a box, NaN for what is none."""
+    """Return the four numbers of a box, NaN where there is no number."""
     sides = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None] * 4
     return [number(side) for side in sides]
 

@@ -82,7 +82,7 @@ def _choose_split(
     kind: str, asked: str, usual: Iterable[str], known: Sequence[str], where: str
 ) -> str:
     if asked and asked not in known:
-        raise ValueError(f"--{kind}-split {asked} is not there; {where}")
+        raise ValueError(f"--{kind}-split {asked} does not exist; {where}")
     groups = ([name for name in known if re.fullmatch(pattern, name)] for pattern in usual)
     candidates = [asked] if asked else next(filter(None, groups), [])
     if len(candidates) != 1:
@@ -125,7 +125,7 @@ def _build_source(split: str, file: str, folders: tuple[str, ...], content: obje
 
 
 def _check_table(file: str, content: object, table: str) -> list[Row]:
-    """Return the rows of a table, whose columns have the types they should."""
+    """Return the rows of a table, after a check of its columns' types."""
     rows = content.get(table) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(

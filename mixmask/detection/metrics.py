@@ -40,14 +40,14 @@ def average_precision(
 
     AP is the mean over overlaps of 0.50, 0.55, ... 0.95 and over the classes that occur in the
     targets; AP50 and AP75 are those at one overlap. At most 100 detections per image count.
-    torchmetrics hands everything to pycocotools.
+    torchmetrics passes everything to pycocotools.
 
     Args:
         pairs: Per image a prediction with `boxes` (n, 4), `scores` (n,), `labels` (n,), and a
             target with `boxes`, `labels` and optionally `iscrowd` (n,); with masks, both with
             `masks` (n, H, W).
         classes: Names; label 1 is the first.
-        masks: Whether to judge masks too.
+        masks: Whether to measure masks too.
 
     Example:
         >>> box, one = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([1])

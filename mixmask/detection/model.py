@@ -76,7 +76,7 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
     800 pixels, in proportion.
 
     Batch norm "train" tunes scales, shifts and statistics of all layers, as MoCo does, because
-    features of self-supervised backbones are scaled unlike those that detectors are made for.
+    features of self-supervised backbones have another scale than detectors are made for.
     Its statistics cover positions as well as images, so that a batch of 4 images is enough even
     at 160 pixels; that is why it is the default. "frozen" keeps the backbone's statistics,
     scales and shifts and puts no norms into the new layers, as older recipes do: for batches of
@@ -154,7 +154,7 @@ def batch_norms(module: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
 
 
 def train_mode(detector: nn.Module) -> None:
-    """Set training mode, but for frozen batch norms, which keep their statistics."""
+    """Set training mode, except for frozen batch norms, which keep their statistics."""
     detector.train()
     for norm in batch_norms(detector):
         if not norm.weight.requires_grad:
@@ -165,7 +165,7 @@ def train_mode(detector: nn.Module) -> None:
 def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
     """Measure the channels and strides of the last four stages on a blank image.
 
-    What timm declares is of no use here: a stem without pooling halves the strides.
+    timm's own figures do not apply: a stem without pooling halves the strides.
     """
     side = 64
     try:

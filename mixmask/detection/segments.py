@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def check_segmentation(segmentation: object, height: int, width: int, file: str) -> None:
-    """Require what can be drawn; on the rest pycocotools may take down the process.
+    """Require a segmentation that can be drawn; others may crash pycocotools.
 
     That is a list of polygons, each x, y, x, y, ... in pixels, of three points or more, not far
     outside of the image; or `{"size": [height, width], "counts": ...}` with run lengths that fill
@@ -57,7 +57,7 @@ def _is_polygon(polygon: object, side: int) -> bool:
 
 
 def _runs(counts: object) -> list[int]:
-    """Return run lengths, reading COCO's text of them; [-1] where they are neither.
+    """Return run lengths, decoded if they are COCO's text; [-1] if they are neither.
 
     Each character holds five bits of a number, low ones first, and one that says whether more
     follow; from the fourth number on, the number is the difference from the one two before.

@@ -24,7 +24,7 @@ from mixmask.detection.metrics import Precisions, evaluate_detector, predict, re
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import starting
+from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
@@ -38,7 +38,7 @@ from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
-# Batches from which the statistics of batch norm are measured anew before a test.
+# Batches from which the statistics of batch norm are measured again before a test.
 _STATISTICS = 50
 # What a checkpoint holds beside the weights.
 _PROGRESS = ("step", "rows", "sums", "seconds", "source")
@@ -46,7 +46,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mi
 
 
 class Row(Precisions, total=False):
-    """What an epoch has measured: the mean loss and, in some epochs, the average precision.
+    """Measurements of an epoch: the mean loss and, in some epochs, the average precision.
 
     The parts of the loss stand beside it under torchvision's names.
     """
@@ -73,7 +73,7 @@ class Results(Precisions):
 
 
 class Run:
-    """All that a run is made of, where it stands, and its files."""
+    """A run: its parts, its progress and its files."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Run:
                 raise ValueError(
                     f"{self.out} was started on {content['images']} images of "
                     f"{', '.join(content['classes'])}, but {self.config.data} has {images} of "
-                    f"{', '.join(classes)}; continue with the data of the start"
+                    f"{', '.join(classes)}; continue with the original data"
                 )
             self.detector.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -218,7 +218,7 @@ def train_detector(
 
     SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
     3/4 and again after 11/12 of the run. Images are flipped at random and resized to a random
-    one of eleven sizes. Before each test the statistics of tuned batch norms are measured anew.
+    one of eleven sizes. Before each test the statistics of tuned batch norms are measured again.
     Every step's randomness follows from (seed, step), so a run that was stopped and resumed ends
     in the same weights as one that was not.
 
@@ -236,11 +236,11 @@ def train_detector(
         on_row: Called with what was measured after each epoch.
 
     Raises:
-        ValueError: If the backbone does not suit, or there is nothing to resume.
+        ValueError: If the backbone is not supported, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
     run = Run(config, data, backbone, out, source or {}, device)
-    with starting(out):
+    with hold_new_run(out):
         if resume:
             run.load()
         else:
@@ -250,7 +250,7 @@ def train_detector(
 
 
 def _train(run: Run, progress: bool, on_row: Callable[[Row], None] | None) -> None:
-    """Train from where the run stands to its last epoch, with a test now and then."""
+    """Train from the current step to the last epoch, with tests in between."""
     config = run.config
     total = run.steps * config.epochs
     with tqdm(total=total, initial=run.step, unit="step", disable=not progress) as bar:
@@ -369,7 +369,7 @@ def _measure_statistics(run: Run) -> None:
 
 
 def _draw(run: Run) -> None:
-    """Draw the first four test images with what is annotated and what is detected."""
+    """Draw the first four test images with their annotations and detections."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
     predictions = predict(run.detector, images)

@@ -1,4 +1,4 @@
-"""A folder, or a zip file of one, to read from; and one line for whatever is broken in it."""
+"""A folder, or a zip file of one, to read from, with one-line errors for broken files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixmask.data.images import open_image
 
 @contextmanager
 def explain(problem: str) -> Iterator[None]:
-    """Turn whatever a reader of foreign bytes raises into a ValueError of one line."""
+    """Turn any error from reading foreign bytes into a ValueError of one line."""
     try:
         yield
     except MemoryError:
@@ -28,7 +28,7 @@ class Tree:
     """A read-only folder, or a zip file of one, which is read in place: nothing is extracted."""
 
     def __init__(self, root: Path) -> None:
-        """List the members of a zip file; what is neither a folder nor a zip file is refused."""
+        """List the members of a zip file; anything but a folder or a zip file is refused."""
         self.root = root
         self._members: frozenset[str] | None = None
         if root.is_file():
@@ -52,13 +52,13 @@ class Tree:
 
     @contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
-        """Open an image, of which so far only the header is read."""
+        """Open an image; only its header is read yet."""
         content = self.read(name)
         with explain(f"{name} is not a readable image"), open_image(content) as image:
             yield image
 
     def find(self, folder: str, suffix: str) -> tuple[str, dict[str, str]]:
-        """Find the files in a folder that end in a suffix, however deep the folder lies.
+        """Find the files with a suffix in a folder, at any depth.
 
         Returns:
             What holds the folder, "" or ending in "/", the outermost one; and the paths of the

@@ -20,7 +20,7 @@ from mixmask.evaluation.linear import linear_scores
 from mixmask.evaluation.metrics import count_classes, top1_accuracy, wilson_interval
 from mixmask.evaluation.subsets import balanced_subset, listed_subset
 from mixmask.evaluation.tasks import Details, Options, Task
-from mixmask.runs.options import check_range, option
+from mixmask.runs.options import HELP, check_range, option
 from mixmask.runs.schedules import cosine_decay, step_decay
 
 # A batch of a small subset is a tenth of it, so that an epoch has enough steps.
@@ -44,7 +44,7 @@ class LinearSGD(Options):
     epochs: int = option(100, "passes over the images", low=1)
     batch_size: int = option(_BATCH, "images per step", low=2)
     lr: float = option(30.0, "learning rate at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
     name: ClassVar[str] = "linear-sgd"
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:
@@ -71,7 +71,7 @@ class FineTuning(Options):
     )
     lr: float = option(0.01, "learning rate of the backbone at the start", positive=True)
     head_lr: float = option(0.2, "learning rate of the head at the start", positive=True)
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
     name: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class FineTuning(Options):
         if self.batch_size != 0:
             check_range("batch_size", self.batch_size, 2)
         if self.subset_list and self.percent != 100:
-            raise ValueError("--percent and --subset-list exclude each other; use one of them")
+            raise ValueError("--percent and --subset-list cannot be combined; use one of them")
 
     def subset(self, task: Task) -> tuple[Tensor, str]:
         """Return the indices (n,) of the images to fine-tune on, and how they are chosen."""
@@ -237,6 +237,6 @@ def _train(
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
                 if not loss.isfinite():
                     raise FloatingPointError(
-                        f"the loss became {loss.item()} while the classifier was trained; lower "
+                        f"the loss became {loss.item()} while training the classifier; lower "
                         "the learning rate"
                     )

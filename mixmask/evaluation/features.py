@@ -57,8 +57,8 @@ def extract_features(
         for batch in _batches(images, batch_size):
             if not isinstance(batch, Tensor):
                 raise TypeError(
-                    f"images must be a tensor (N, C, H, W), got {type(images).__name__}; make one "
-                    "of them, for instance by torch.from_numpy"
+                    f"images must be a tensor (N, C, H, W), got {type(images).__name__}; "
+                    "convert them, for instance with torch.from_numpy"
                 )
             x = batch.to(device)
             x = x if size is None else resize(x, size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixmask._seeds import check_seed
 from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
 from mixmask.evaluation.tasks import Details, Options, Task
-from mixmask.runs.options import option
+from mixmask.runs.options import HELP, option
 
 # From strong to weak; at 1e-6 features of usual widths are fitted almost freely.
 PENALTIES = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
@@ -31,7 +31,7 @@ _ROWS = 2**16
 class Linear(Options):
     """Logistic regression on frozen features of whole images, see `linear_scores`."""
 
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
     name: ClassVar[str] = "linear"
 
     def measure(self, task: Task, progress: bool) -> tuple[Tensor, Details]:

@@ -152,7 +152,7 @@ def nearest_neighbours(
     rows = min(max(_SIMILARITIES // columns, 1), len(queries))
     similarity = torch.full((len(queries), k), -torch.inf, device=bank.device)
     index = torch.zeros(len(queries), k, dtype=torch.int64, device=bank.device)
-    # One block for all similarities: allocated anew, its pages cost as much as the selection.
+    # One block for all similarities: allocated for each, its pages cost as much as the selection.
     space = torch.empty(rows * columns, device=bank.device)
     for start in range(0, len(bank), columns):
         keys = _unit(bank[start : start + columns], "train")

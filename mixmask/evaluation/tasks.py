@@ -107,7 +107,7 @@ class Task:
         backbones: (n, C, H, W) -> (n, D) each, on the device that computes.
         sources: Where each of them and the images come from.
         train: (N, C, H, W) uint8 or float, labels (N,) where they are known, file names.
-        test: (M, C, H, W) likewise; `train` itself where there is no other split.
+        test: (M, C, H, W), in the same form; `train` itself where there is no other split.
         classes: Names of the classes.
     """
 
@@ -238,10 +238,17 @@ def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> So
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
     source = Source(
-        str(run), loaded.layout, loaded.arch, loaded.small_stem, data, image_size,
-        loaded.mean, loaded.std, loaded.file.name,
-        hashlib.sha256(loaded.file.read_bytes()).hexdigest(),
-    )  # fmt: skip
+        checkpoint=str(run),
+        layout=loaded.layout,
+        arch=loaded.arch,
+        small_stem=loaded.small_stem,
+        data=data,
+        image_size=image_size,
+        mean=loaded.mean,
+        std=loaded.std,
+        file=loaded.file.name,
+        sha256=hashlib.sha256(loaded.file.read_bytes()).hexdigest(),
+    )
     if loaded.layout != "mixmask":
         return source
     content, _ = read_checkpoint(loaded.file)

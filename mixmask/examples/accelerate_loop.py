@@ -1,7 +1,7 @@
 """MoCo with MixMask under accelerate: `python -m mixmask.examples.accelerate_loop`.
 
 Devices, precision, several processes and gradient accumulation are accelerate's; the two lines
-stay as they are. `pip install '.[train]'` brings accelerate along.
+stay as they are. It needs accelerate (`pip install accelerate`).
 """
 
 from __future__ import annotations

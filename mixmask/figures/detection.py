@@ -1,4 +1,4 @@
-"""Figure: what was annotated beside what was detected."""
+"""Figure of annotations beside detections."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def figure_detections(
     *,
     title: str = "",
 ) -> Figure:
-    """Draw what was annotated beside what was detected with a score of 0.5 or more, row by row.
+    """Draw annotations beside detections with a score of 0.5 or more, one row per image.
 
     Args:
         images: (3, H, W) uint8 each.
         targets: Per image `boxes` (n, 4) in pixels, `labels` (n,) and optionally `masks` (n, H, W).
         predictions: Per image the same and `scores` (n,).
         classes: Names; label 1 is the first.
-        title: Whose detections they are, and how precise.
+        title: The run and its average precision.
     """
     # Inches: a column is about 4.2 wide, and each row as high as its image needs.
     height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 1

@@ -30,7 +30,7 @@ _NUMBERED_CLASSES, _NAMED_CLASSES = 20, 120
 def class_style(label: int, classes: int) -> tuple[str, str]:
     """Choose colour and mark of a class; no two of up to a hundred classes share both.
 
-    Up to ten classes differ in both, so that neither alone must be seen.
+    Up to ten classes differ in both, so either one is enough to tell them apart.
 
     Example:
         >>> class_style(11, 10) == class_style(1, 10), class_style(11, 100)[0]

@@ -66,7 +66,7 @@ def figure_views(images: Tensor, query: Tensor, mixed: Sequence[MixedBatch], key
     Args:
         images: (n, 3, H, W) uint8, the originals.
         query: (n, 3, S, S) normalised views.
-        mixed: What became of the query views, a record per mixture; may be empty.
+        mixed: The mixed query views, one record per mixture; may be empty.
         key: Of the same shape.
     """
     rows: list[tuple[str, Tensor, Tensor | None]] = [

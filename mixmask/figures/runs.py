@@ -147,7 +147,7 @@ def figure_factors(
     Args:
         panels: Factor -> value -> measure ("knn", "linear") -> one accuracy per seed, 0 ... 1.
         untrained: Measure -> accuracy before training.
-        title: What holds in all panels.
+        title: What all panels have in common.
     """
     widths = [1 + len(values) for values in panels.values()]
     figure = new_figure(2 + 0.75 * sum(widths), 4)
@@ -180,7 +180,7 @@ def figure_budgets(
     Args:
         panels: Method -> measure -> name of a setting -> epochs -> one accuracy per seed, 0 ... 1.
         untrained: Measure -> accuracy before training.
-        title: What holds in all panels.
+        title: What all panels have in common.
     """
     figure = new_figure(1.2 + 3.2 * len(panels), 6)
     axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
@@ -208,7 +208,7 @@ def _is_drawn(points: Points) -> bool:
 
 
 def _group_scales(curves: Mapping[str, Points]) -> list[list[str]]:
-    """Part settings whose losses differ in sign or by more than a factor of two throughout."""
+    """Split settings whose losses differ in sign or by more than a factor of two throughout."""
     bounds = {name: sorted(v for each in curves[name].values() for v in each) for name in curves}
     groups: list[list[str]] = [[]]
     top = math.inf
@@ -262,7 +262,7 @@ def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
 
 
 def _add_caption(figure: Figure, title: str, kind: str) -> None:
-    """Say above the panels what they share, and what the band is, where there is one."""
+    """Write above the panels what they share, and what the band is, where there is one."""
     banded = any(axis.collections for axis in figure.axes)
     caption = f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"
     add_caption(figure, title, caption)

@@ -76,7 +76,7 @@ def check_figure(path: Path, *, force: bool) -> None:
     """Check that a figure can be written, before any work is done for it; see `check_files`.
 
     Raises:
-        ValueError: Also if the name ends in no format of matplotlib's.
+        ValueError: Also if matplotlib does not support the format of the name's suffix.
     """
     check_files(path, force=force)
     import_matplotlib()
@@ -106,7 +106,7 @@ def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Let no $ in a name begin a formula, and draw names that are not UTF-8."""
+    """Draw $ literally, not as math, and replace bytes that are not UTF-8."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

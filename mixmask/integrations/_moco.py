@@ -19,11 +19,11 @@ _TOLERANCE, _TOLERANCE_OF_HALF = 1e-3, 3e-2
 
 
 class FirstStep:
-    """Listens to `encoder_q` for one forward pass, and undoes what a refused one enqueued."""
+    """Records `encoder_q` in one forward pass, and undoes the enqueueing if a check fails."""
 
     def __init__(self, builder: Any) -> None:
         encoder, self.builder = builder.encoder_q, builder
-        self.seen: list[tuple[Tensor, Any]] = []
+        self.seen: list[tuple[Tensor, object]] = []
         self.pairs: list[tuple[Tensor, Tensor]] = []
         buffers = builder._buffers.items()
         self.buffers = {name: (one, one.clone()) for name, one in buffers if one is not None}
@@ -31,7 +31,7 @@ class FirstStep:
         compiled = hasattr(encoder, "_orig_mod") or encoder._compiled_call_impl is not None
         self.handle = None if compiled else encoder.register_forward_hook(self._keep)
 
-    def _keep(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _keep(self, _: nn.Module, args: tuple[object, ...], output: object) -> None:
         if args and isinstance(args[0], Tensor):
             self.seen.append((args[0].detach(), output))
 
@@ -66,7 +66,7 @@ class FirstStep:
                 self.pairs.append((q.float(), keys.float()))
 
     def check_output(
-        self, output: Any, queue: str, layout: str, temperatures: Sequence[Any]
+        self, output: object, queue: str, layout: str, temperatures: Sequence[Any]
     ) -> None:
         """Compare the logits, if there are any, with cosines of the keys and the old queue."""
         # From before the step: by now the builder has enqueued.
@@ -110,7 +110,7 @@ class FirstStep:
                 self.builder._buffers[name] = buffer.copy_(before)
 
 
-def _list_tensors(output: Any) -> Iterator[Tensor]:
+def _list_tensors(output: object) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output.detach()
     elif isinstance(output, (list, tuple, dict)):
@@ -143,7 +143,7 @@ def _among(view: Tensor, seen: Sequence[Tensor]) -> bool:
     return any(view.shape == got.shape and torch.equal(view, got) for got in seen)
 
 
-def normalise(q: Any) -> Tensor:
+def normalise(q: object) -> Tensor:
     """Return normalised queries, (N, C), from an encoder's output."""
     if isinstance(q, Sequence) and len(q) == 1:
         q = q[0]
@@ -173,8 +173,8 @@ def find_views(model: nn.Module, args: Any, options: Any, directions: int) -> li
     return images
 
 
-def find_builder(model: Any) -> Any:
-    """Return the module inside DistributedDataParallel, `torch.compile` and their like."""
+def find_builder(model: object) -> Any:
+    """Return the module inside DistributedDataParallel, `torch.compile` and similar wrappers."""
     while isinstance(model, nn.Module) and not isinstance(model, nn.DataParallel):
         # A compiled module has the attributes of the one inside.
         inner = model._modules.get("_orig_mod")
@@ -189,8 +189,8 @@ def find_builder(model: Any) -> Any:
     )
 
 
-def check_builder(model: Any, enqueue: str, queue: str, layout: str | None) -> None:
-    """Require what `wrap` needs, by the names that it was given."""
+def check_builder(model: object, enqueue: str, queue: str, layout: str | None) -> None:
+    """Require the attributes that `wrap` needs, under the given names."""
     kind = type(model).__name__
     if MARK in vars(model):
         raise ValueError(f"model must not be wrapped yet, got a {kind} that is; call wrap once")

@@ -69,7 +69,7 @@ def measure_byol(z: Tensor, target: Tensor) -> Tensor:
     return 2 + 2 * negative_cosine(z, target, reduction="none")
 
 
-def check_mixing(mixing: Any) -> None:
+def check_mixing(mixing: object) -> None:
     """Require a function from images to their mix."""
     if not callable(mixing):
         raise TypeError(
@@ -93,7 +93,7 @@ def mix_views(mixing: Mixing, views: Iterable[View], *, switch: bool) -> tuple[T
 
 
 class StandIn(Generic[T]):
-    """Stands in place of a callable, and keeps what the calls of one step left, to be taken once.
+    """Replaces a callable, and keeps the results of one step's calls, to be taken once.
 
     Around a module it is a module of the same parameters, buffers and names.
     """
@@ -102,13 +102,13 @@ class StandIn(Generic[T]):
     kind: ClassVar[str]
     as_module: ClassVar[type]
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Make a module of a module, for a model takes nothing else in its place."""
+    def __new__(cls, *args: object, **options: object) -> Any:
+        """Return a module for a module: models accept no other replacement."""
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
 
-    def __init__(self, replaced: Any, calls: int) -> None:
+    def __init__(self, replaced: object, calls: int) -> None:
         check_integer("calls", calls, 1, "count them in forward: 2 in symmetric methods")
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
@@ -125,16 +125,16 @@ class StandIn(Generic[T]):
             raise AttributeError(name)
         return getattr(vars(self)[self.replaces], name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the step that is under way behind."""
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the current step out of copies and pickles."""
         return {**vars(self), "_kept": []}
 
     def reset(self) -> None:
-        """Forget what was kept, where the loss of a step is not used."""
+        """Forget the recorded calls of a step whose loss is not used."""
         self._kept = []
 
     def _keep(self, item: T) -> None:
-        """Keep what a call left; refuse it where the last step's was not taken."""
+        """Keep the result of a call; refuse if that of the last step was not taken."""
         # Forgotten before the error, so that a caller who goes on starts with a clean step.
         if len(self._kept) == self._calls:
             self.reset()
@@ -147,7 +147,7 @@ class StandIn(Generic[T]):
         self._kept.append(item)
 
     def _take(self) -> list[T]:
-        """Return what the calls of the step left, and forget it."""
+        """Return the results of the step's calls, and forget them."""
         kept = self._kept
         self.reset()
         if len(kept) == self._calls:
@@ -177,10 +177,10 @@ class StandInModule(nn.Module):
 
 
 class Snapshot(Loan):
-    """What a criterion remembers at one time, for a call at a later one, inside `installed`.
+    """State of a criterion at one time, for later calls inside `installed`.
 
-    Seen is what `lend_state` sees, and what functions in our losses return, as the queue of
-    `InfoNCE(lambda: queue)`.
+    It covers what `lend_state` covers, and what functions in our losses return, such as the queue
+    of `InfoNCE(lambda: queue)`.
     """
 
     def __init__(self, criterion: Criterion, ignore: Collection[str] = ()) -> None:
@@ -188,8 +188,8 @@ class Snapshot(Loan):
         with self:
             self.criterion: Criterion = self.lend_all(criterion)
 
-    def lend(self, value: Any, *args: Any, **options: Any) -> Any:
-        """Return a copy, as the loan does, and one of our losses with the queue of now."""
+    def lend(self, value: object, *args: Any, **options: Any) -> Any:
+        """Return a copy; one of our losses gets a copy of its current queue or center."""
         if not is_own(value):
             return super().lend(value, *args, **options)
         # Frozen and without state: only what its functions return can have changed by then.
@@ -199,7 +199,7 @@ class Snapshot(Loan):
 
     @contextmanager
     def installed(self) -> Iterator[Criterion]:
-        """Put the state of then in place; afterwards that of now is back."""
+        """Install the recorded state for the block; the current one comes back afterwards."""
         with lend_state(self.criterion, self.ignore):
             self.drop_new()
             for store, held in self.parts:
@@ -207,8 +207,8 @@ class Snapshot(Loan):
             yield self.criterion
 
 
-def _read_functions(loss: Any) -> Any:
-    """Return a loss whose queue or center is a copy of that of now."""
+def _read_functions(loss: Any) -> object:
+    """Return a loss with a copy of its current queue or center."""
     values = {field.name: getattr(loss, field.name) for field in fields(loss) if field.init}
     for name, value in values.items():
         read = value() if callable(value) else value
@@ -222,13 +222,13 @@ _NEAR = 6
 _DYNAMIC = frozenset(("super", "getattr", "vars", "children", "modules", "_modules"))
 
 
-def list_unused(criterion: Any) -> tuple[str, ...]:
-    """Name the children of a method's model that it does not mention; they need no copy."""
+def list_unused(criterion: object) -> tuple[str, ...]:
+    """Name the children of a method's model that it does not use; they need no copy."""
     model = getattr(criterion, "__self__", None)
     if not isinstance(criterion, MethodType) or not isinstance(model, nn.Module):
         return ()
     mentioned: set[str] = set()
-    todo: list[Any] = [criterion.__func__]
+    todo: list[object] = [criterion.__func__]
     while todo:
         method = todo.pop()
         # A decorator encloses what it decorates.
@@ -244,7 +244,7 @@ def list_unused(criterion: Any) -> tuple[str, ...]:
 
 
 def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Tell whether an embedding is one of the outputs, or near to one in autograd's graph."""
+    """Tell whether an embedding is one of the outputs, or close to one in autograd's graph."""
     origins = {output.grad_fn for output in outputs}
     level = {z.grad_fn}
     # Normalising and the like take a few nodes; an encoder is not walked through.
@@ -257,16 +257,16 @@ def comes_from(z: Tensor, outputs: Sequence[Tensor]) -> bool:
 
 
 def split_arguments(
-    criterion: Any, args: Sequence[Any], options: Mapping[str, Any]
-) -> tuple[Any, Any, dict[str, Any]]:
-    """Return z, target and further arguments by name, from what a criterion is called with."""
+    criterion: Any, args: Sequence[object], options: Mapping[str, object]
+) -> tuple[object, object, dict[str, object]]:
+    """Return z, target and further arguments by name, from a criterion's call."""
     # The common call needs no look at the signature, which builtins may not have.
     if len(args) == 2:
         return args[0], args[1], dict(options)
     called = criterion.forward if isinstance(criterion, nn.Module) else criterion
     bound = inspect.signature(called).bind(*args, **options)
     # Further arguments are passed on by name, so what only goes by position is refused below.
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     fixed = []
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
@@ -282,7 +282,7 @@ def split_arguments(
     return given[first], given[more[0]], {name: given[name] for name in more[1:]}
 
 
-def check_recordable(criterion: Any, mixed_criterion: Any) -> None:
+def check_recordable(criterion: object, mixed_criterion: object) -> None:
     """Require a loss of embeddings for the mixed term."""
     used = criterion if mixed_criterion is None else mixed_criterion
     if not callable(criterion):

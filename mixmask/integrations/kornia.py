@@ -44,7 +44,7 @@ class RandomMixMask(MixAugmentationBaseV2):
         same_on_batch: Draw the mask, and whether to mix at all, once for the batch. A container
             that sets it overrides `per_sample`.
         p: Probability of each image to be mixed; with `same_on_batch`, of the batch.
-        keepdim: Without effect, for a single image has no partner.
+        keepdim: Has no effect, because a single image has no partner.
         data_keys: The inputs, of "input" (or "image") and "class" (or "label"). Default:
             ["input"].
 
@@ -130,15 +130,15 @@ class RandomMixMask(MixAugmentationBaseV2):
     # images are left out; here both methods return the whole batch, done.
 
     def transform_input(self, images: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
-        """Mix a batch along given params, which also hold who is left out."""
+        """Mix a batch by given params, which also say which images are left out."""
         return self.apply_transform(self.transform_tensor(images), params, flags)
 
     def transform_class(self, labels: Tensor, params: Params, flags: dict[str, Any]) -> Tensor:
-        """Return the rows of a batch; those of images left out say so themselves."""
+        """Return the rows of a batch; an image left out has the row (label, label, 0)."""
         return self.apply_transform_class(labels, params, flags)
 
     def apply_transform(self, images: Tensor, params: Params, flags: Any = None) -> Tensor:  # noqa: ARG002
-        """Mix (B, C, H, W) along given params; images left out come back as they were."""
+        """Mix (B, C, H, W) by given params; images left out are returned unchanged."""
         cells, partner = _send("images", images, params)
         return mix_batch(images, cells, partner=partner).images
 
@@ -196,7 +196,7 @@ class RandomMixMask(MixAugmentationBaseV2):
         return MixedBatch(images, _own_share(mask), partner, mask)
 
     def transform_mask(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse what is neither an image nor a label."""
+        """Refuse inputs other than images and labels."""
         _refuse("masks, boxes or keypoints")
 
     transform_boxes = transform_keypoint = transform_mask
@@ -259,7 +259,7 @@ def take_labels(container: AugmentationSequential) -> AugmentationSequential:
 
 def _send(name: str, values: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """Return gated cells and partners on the device of the values, (B, ...), they belong to."""
-    cells, partner = _gated(params)
+    cells, partner = _apply_gate(params)
     if len(values) != len(partner):
         raise ValueError(
             f"{name} must be those of the {len(partner)} images that the params were drawn for, "
@@ -274,7 +274,7 @@ def _send(name: str, values: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     return rest.view(torch.bool).view(cells.shape), head.view(partner.dtype)
 
 
-def _gated(params: Params) -> tuple[Tensor, Tensor]:
+def _apply_gate(params: Params) -> tuple[Tensor, Tensor]:
     """Return cells and partners in which the images left out keep all their pixels."""
     cells, partner = params["cells"], params["partner"].to(params["cells"].device)
     own = torch.arange(len(partner), device=partner.device)

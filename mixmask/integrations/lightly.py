@@ -138,7 +138,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         *arguments: Any,
         z_mixed: Embeddings | None = None,
         mixed: Records | None = None,
-        **options: Any,
+        **options: object,
     ) -> Tensor:
         """Return the criterion's loss plus the mixed terms.
 
@@ -175,7 +175,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         term = self.mixed_loss(z_mixed, target, mixed, z=z)  # type: ignore[arg-type]
         return self._clean(z, target, more) + term
 
-    def _split(self, given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _split(self, given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, object]]:
         """Return the two batches of embeddings, and the criterion's other arguments."""
         module: Any = self.criterion
         name = module.forward.__qualname__.partition(".")[0]
@@ -193,7 +193,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         z, target = (given.pop(batch) for batch in batches)
         return z, target, given
 
-    def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    def _clean(self, z: Tensor, target: Tensor, options: dict[str, object]) -> Tensor:
         loss: Tensor = self.criterion(z, target, **options)
         return loss.mean()
 
@@ -233,7 +233,7 @@ class WrappedNTXent(WrappedCriterion):
             bank.register_buffer("bank", bank.bank, persistent=True)
             bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 
-    def _clean(self, z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    def _clean(self, z: Tensor, target: Tensor, options: dict[str, object]) -> Tensor:
         del options
         rows, keys = F.normalize(z, dim=1), F.normalize(target, dim=1)  # (N, C)
         loss = self._contrast(keys)(rows, keys)
@@ -259,7 +259,7 @@ class WrappedNTXent(WrappedCriterion):
             bank(keys)
         return losses.InfoNCE(bank.bank.to(keys.device), self.temperature)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: object) -> None:
         # This comes before the bank's own turn, which would refuse the other shape.
         bank = self.memory_bank
         saved = state_dict.get(f"{prefix}criterion.memory_bank.bank")
@@ -268,7 +268,7 @@ class WrappedNTXent(WrappedCriterion):
         nn.Module._load_from_state_dict(self, state_dict, prefix, *more)
 
 
-def _are_records(argument: Any) -> bool:
+def _are_records(argument: object) -> bool:
     records = as_list(argument)
     return bool(records) and all(isinstance(record, MixedBatch) for record in records)
 
@@ -313,7 +313,7 @@ def _cosine(criterion: Any) -> losses.Criterion:
 
 # Their state, if any, is left alone by these forms, so nothing has to be copied. By `forward`, so
 # that a derived criterion with its own is not taken for lightly's.
-_PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
+_PAIRS: dict[Callable[..., object], Callable[[Any], losses.Criterion]] = {
     theirs.NegativeCosineSimilarity.forward: _cosine,
     theirs.VICRegLoss.forward: _vicreg,
     theirs.TiCoLoss.forward: _tico,
@@ -322,7 +322,7 @@ _PAIRS: dict[Callable[..., Any], Callable[[Any], losses.Criterion]] = {
         lambda own: own,
     ),
 }
-_CROPS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
+_CROPS: dict[Callable[..., object], Callable[..., nn.Module]] = {
     theirs.SwaVLoss.forward: WrappedSwaV,
     theirs.DINOLoss.forward: WrappedDINO,
     LeJEPALoss.forward: WrappedLeJEPA,

@@ -45,7 +45,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
 
     $L = L_\mathrm{theirs} + \frac{1}{N} \sum_i \lambda_i \ell(z^m_i, t_i) + (1 - \lambda_i)
     \ell(z^m_i, t_{\pi(i)})$: the first view is mixed, and t are the projections (SimCLR) or the
-    teacher's distributions (DINO, with the center of before the step) of the other global view.
+    teacher's distributions (DINO, with the center from before the step) of the other global view.
 
     Args:
         mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
@@ -67,7 +67,7 @@ def patch(mixing: Mixing, *, switch: bool = True, symmetric: bool = False) -> Ca
     original = getattr(helpers.get_method_cls, "original", helpers.get_method_cls)
     options = {"mixing": staticmethod(mixing), "switch": switch, "symmetric": symmetric}
 
-    def get_method_cls(method: Any) -> type:
+    def get_method_cls(method: object) -> type:
         theirs: type = original(method)
         if issubclass(theirs, _Mixed):
             return theirs
@@ -110,9 +110,12 @@ def _helpers() -> Any:
 
 
 def _note(
-    calls: list[dict[str, Any]], criterion: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    calls: list[dict[str, object]],
+    criterion: object,
+    arguments: tuple[object, ...],
+    options: dict[str, object],
 ) -> None:
-    """Note what their step passes to the criterion, and DINO's center, which is about to move."""
+    """Record what their step passes to the criterion, and DINO's center before its update."""
     center = getattr(criterion, "center", torch.zeros(0)).flatten().clone()  # (K,)
     calls.append({"arguments": arguments, "center": center, **options})
 
@@ -128,12 +131,12 @@ class _Mixed:
     criterion: Any
     # Provided by the classes below: the criterion with the target that another view gives, and
     # what the online branch gives to it.
-    _towards: Callable[[dict[str, Any], int], tuple[losses.Criterion, Tensor]]
+    _towards: Callable[[dict[str, object], int], tuple[losses.Criterion, Tensor]]
     _embed: Callable[[Tensor], Tensor]
 
-    def training_step_impl(self, batch: Any, batch_idx: int) -> Any:
+    def training_step_impl(self, batch: Any, batch_idx: int) -> object:
         """Return their loss plus the mixed term."""
-        calls: list[dict[str, Any]] = []
+        calls: list[dict[str, object]] = []
         handle = self.criterion.register_forward_pre_hook(partial(_note, calls), with_kwargs=True)
         try:
             result = super().training_step_impl(batch, batch_idx)  # type: ignore[misc]

@@ -131,8 +131,9 @@ def wrap(
         )
     mixing = partial(_mix, masks, per_sample, partner=partner, generator=generator)
     mixture = _Mixture(
-        builder, mixing, switch, symmetric, temperature, encode, enqueue, queue, layout or "CK"
-    )
+        model=builder, mixing=mixing, switch=switch, symmetric=symmetric, temperature=temperature,
+        encode=encode, enqueue=enqueue, queue=queue, layout=layout or "CK",
+    )  # fmt: skip
     mixture.criterion()  # Asks for the temperature now.
     # Both live in the instance: its class, parameters and buffers are those of before.
     setattr(builder, MARK, mixture)
@@ -174,7 +175,7 @@ def _mix(masks: Any, per_sample: bool, images: Tensor, **options: Any) -> MixedB
 
 @dataclass(eq=False)
 class _Mixture:
-    """What `wrap` adds to one model; it stands in place of what enqueues."""
+    """What `wrap` adds to one model; it replaces the method that enqueues."""
 
     model: Any
     mixing: Mixing
@@ -191,11 +192,11 @@ class _Mixture:
     checked: bool = False
     spent: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of the model leave the step that is under way behind."""
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the current step out of copies and pickles of the model."""
         return {**vars(self), "views": [], "term": None, "first": None}
 
-    def before(self, model: nn.Module, args: Any, options: Any) -> None:
+    def before(self, model: nn.Module, args: object, options: object) -> None:
         """Find the images of a training step, before its `forward`."""
         if not (model.training and torch.is_grad_enabled()):
             return
@@ -215,7 +216,7 @@ class _Mixture:
         if not self.checked:
             self.first = FirstStep(self.model)
 
-    def __call__(self, keys: Tensor, *args: Any, **options: Any) -> Any:
+    def __call__(self, keys: Tensor, *args: object, **options: object) -> object:
         """Take the mixed term with the old queue, then enqueue."""
         if self.views:
             # Builders enqueue under no_grad.
@@ -223,8 +224,8 @@ class _Mixture:
                 self._mix(keys)
         return getattr(type(self.model), self.enqueue)(self.model, keys, *args, **options)
 
-    def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """Let go of the images, also where `forward` failed; compare the first output."""
+    def after(self, _model: nn.Module, _args: object, output: object) -> None:
+        """Release the images, also if `forward` failed; compare the first output."""
         first, self.first, self.views = self.first, None, []
         if first is None:
             return
@@ -265,7 +266,7 @@ class _Mixture:
         # (C, K) -> (K, C)
         return InfoNCE(queue.T if self.layout == "CK" else queue, float(temperature))
 
-    def _temperatures(self) -> list[Any]:
+    def _temperatures(self) -> list[object]:
         """Return ours, and that of the model."""
         head = getattr(self.model, "head", None)
         every = self.temperature, getattr(self.model, "T", None), getattr(head, "temperature", None)

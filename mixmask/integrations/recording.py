@@ -6,7 +6,7 @@
     )
 
 MoCo v3, SimSiam and SimCLR re-implementations, and byol-pytorch have an inner loss of two
-arguments, whose place `RecordingCriterion` takes. Barlow Twins and VICReg compute theirs in line:
+arguments, which `RecordingCriterion` replaces. Barlow Twins and VICReg compute theirs in line:
 `record_embeddings` listens to their projector. `RecordingView` is for views made in `forward`.
 """
 
@@ -38,7 +38,7 @@ Call = tuple[Snapshot, Tensor, Tensor]
 
 
 class RecordingCriterion(StandIn[Call]):
-    r"""Stand in place of a model's inner loss, and offer the mixed term of its calls (eq. 4).
+    r"""Replace a model's inner loss, and offer the mixed term of its calls (eq. 4).
 
     Calls are passed on. Of calls with gradients it keeps the arguments and a copy of the
     criterion's state (see `LambdaWeightedLoss`) until `mixed_loss` takes them: the mixed term
@@ -85,7 +85,7 @@ class RecordingCriterion(StandIn[Call]):
 
     replaces = kind = "criterion"
     criterion: Any
-    mixed_criterion: Any
+    mixed_criterion: object
 
     def __init__(
         self,
@@ -95,31 +95,31 @@ class RecordingCriterion(StandIn[Call]):
         mixed_criterion: Criterion | None = None,
         switch: bool = True,
     ) -> None:
-        """Refuse what is not a loss of embeddings now rather than at the first step."""
+        """Refuse other callables than losses of embeddings now rather than at the first step."""
         check_recordable(criterion, mixed_criterion)
         super().__init__(criterion, calls)
         # Not by assignment, as the criterion.
         vars(self)["mixed_criterion"] = mixed_criterion
         self.switch = switch
         # What is kept is not the criterion's state, though its model holds it.
-        self._ignored = "_kept", *list_unused(self._used)
+        self._ignored = "_kept", *list_unused(self._mixed_or_own)
         self._tried = False
 
     @property
-    def _used(self) -> Any:
+    def _mixed_or_own(self) -> Any:
         return self.criterion if self.mixed_criterion is None else self.mixed_criterion
 
     def __repr__(self) -> str:
         return f"RecordingCriterion({self.criterion!r}, calls={self._calls}, switch={self.switch})"
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: object) -> Any:
         """Return the criterion's value; of a call with gradients, keep the arguments."""
         if torch.is_grad_enabled():
             self._record(args, options)
         return self.criterion(*args, **options)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # Imports no compiler by itself.
-    def _record(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def _record(self, args: Sequence[object], options: Mapping[str, object]) -> None:
         z, target, more = split_arguments(self.criterion, args, options)
         if not isinstance(z, Tensor) or not isinstance(target, Tensor):
             raise TypeError(
@@ -135,7 +135,7 @@ class RecordingCriterion(StandIn[Call]):
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
         again = more and self.mixed_criterion is None
-        used = partial(self._used, **more) if again else self._used
+        used = partial(self._mixed_or_own, **more) if again else self._mixed_or_own
         self._keep((Snapshot(used, self._ignored), z, target))
 
     def mixed_loss(
@@ -207,7 +207,7 @@ RecordingCriterion.as_module = _RecordingModule
 
 
 class RecordingView(StandIn[Tensor]):
-    """Stand in place of an augmentation that runs inside `forward`, and keep the view it made.
+    """Replace an augmentation that runs inside `forward`, and keep the view it made.
 
     Around a module it is a module with the same `state_dict`. Views made under `torch.no_grad()`
     are not kept.
@@ -271,7 +271,7 @@ def record_embeddings(
     with them in both orders. The mixed embeddings must come from the same module.
 
     Args:
-        module: What gives the embeddings (N, C) that the loss compares, once per view: Barlow
+        module: Returns the embeddings (N, C) that the loss compares, once per view: Barlow
             Twins' and VICReg's `model.projector`. Pass it after conversions that replace modules,
             such as `convert_sync_batchnorm`.
         criterion: (z, target) -> () or (N,), for the mixed term: `losses.BarlowTwins(lambd)`,

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_processes_patched() -> None:
-    """Make Lightning start the other processes of a run through this module, not without it."""
+    """Make Lightning start the other processes of a run through this module."""
     from lightning.pytorch.strategies.launchers import subprocess_script as launcher
 
     basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
@@ -152,7 +152,7 @@ def _read_options(cfg: Any) -> dict[str, Any] | None:
 
 @dataclass
 class Step:
-    """What one of their training steps produced, as far as the mixed term needs it."""
+    """The parts of one of their training steps that the mixed term needs."""
 
     clean: list[dict[str, Tensor]] = field(default_factory=list)
     momentum: list[dict[str, Tensor]] = field(default_factory=list)
@@ -174,10 +174,10 @@ class Recipe:
     both_directions: bool = True
 
 
-def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
-    """Return their method of this name, whose output is noted during a step."""
+def _record_output(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
+    """Return their method of this name, which records its output during a step."""
 
-    def method(self: _Mixed, *args: Any, **options: Any) -> Any:
+    def method(self: _Mixed, *args: object, **options: object) -> object:
         out = getattr(super(_Mixed, self), name)(*args, **options)
         if self._step is not None:
             note(self._step, out)
@@ -189,8 +189,8 @@ def _noting(name: str, note: Callable[[Step, Any], None]) -> Callable[..., Any]:
 class _Mixed:
     """A method of theirs with the mixed term; goes before it in the order of classes.
 
-    Their training step runs as it is. What it computed for the clean crops is noted on the way,
-    and what it would enqueue waits until the mixed term has read the same queue.
+    Their training step runs unchanged. Its outputs for the clean crops are recorded, and
+    enqueueing waits until the mixed term has read the same queue.
     """
 
     recipe: Recipe  # Set by `patch`; None where MixMask does not support the method.
@@ -218,12 +218,12 @@ class _Mixed:
         self._mix_options = own
         self._step: Step | None = None
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Any, batch_idx: int) -> object:
         """Return their loss plus the mixed term."""
         if self.mixmask is None:
             return super().training_step(batch, batch_idx)  # type: ignore[misc]
         self._step = step = Step()
-        # Their step runs whole; `_noting` and `_later` fill the record on the way.
+        # Their step runs whole; `_record_output` and `_later` fill the record on the way.
         try:
             step.noted = self.recipe.before(self)
             loss = super().training_step(batch, batch_idx)  # type: ignore[misc]
@@ -237,13 +237,17 @@ class _Mixed:
         self.log_dict(logged, on_epoch=True, sync_dist=True)
         return loss + mixed_loss
 
-    base_training_step = _noting("base_training_step", lambda step, out: step.clean.append(out))
-    _shared_step_momentum = _noting(
+    base_training_step = _record_output(
+        "base_training_step", lambda step, out: step.clean.append(out)
+    )
+    _shared_step_momentum = _record_output(
         "_shared_step_momentum", lambda step, out: step.momentum.append(out)
     )
     # The codes of the large crops (SwAV), and the neighbours of a crop (NNCLR).
-    get_assignments = _noting("get_assignments", lambda step, codes: step.noted.extend(codes))
-    find_nn = _noting("find_nn", lambda step, out: step.noted.append(out[1]))
+    get_assignments = _record_output(
+        "get_assignments", lambda step, codes: step.noted.extend(codes)
+    )
+    find_nn = _record_output("find_nn", lambda step, out: step.noted.append(out[1]))
 
     def _dequeue_and_enqueue(self, *keys: Tensor) -> None:
         self._later(super()._dequeue_and_enqueue, *keys)  # type: ignore[misc]
@@ -314,12 +318,12 @@ def _nnclr(model: Any, _step: Step, _other: int) -> losses.Criterion:
 def _barlow_twins(model: Any, _step: Step, _other: int) -> losses.Criterion:
     criterion = losses.BarlowTwins(model.lamb, gather_distributed=True)
 
-    def scaled(z: Tensor, target: Tensor) -> Tensor:
+    def scale(z: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = model.scale_loss * criterion(z, target)
         # Theirs averages over the processes without their gradients, which leaves a share.
         return loss.detach() + (loss - loss.detach()) / world_size()
 
-    return scaled
+    return scale
 
 
 def _vicreg(model: Any, _step: Step, _other: int) -> losses.Criterion:

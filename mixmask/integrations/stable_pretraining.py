@@ -60,7 +60,7 @@ def wrap(
     Args:
         module: A method, or a `Module` with one of the losses above.
         mixing: From images (N, C, H, W) to their mix, for instance `MixMask(grid_size=4)`.
-            One mask per sample is supported by all methods but Barlow Twins.
+            One mask per sample is supported by all methods except Barlow Twins.
         switch: False keeps the term of λ alone (the paper's ablation).
         symmetric: Mix view 2 as well, for one more forward pass; the term is the mean of both.
             Not supported by MoCo v2, which has one direction.
@@ -94,7 +94,7 @@ def wrap(
     if isinstance(module, methods.MoCov2) and symmetric:
         raise ValueError("symmetric=True is not supported by MoCov2, which has one direction")
     if hasattr(module, "mixmask"):
-        raise ValueError("module is wrapped already; build it anew to change the options")
+        raise ValueError("module is wrapped already; build a new one to change the options")
     module.mixmask = _Step(mixing, switch=switch, symmetric=symmetric, method=_method(module))
     module.mixmask.attach(module)
     return module
@@ -121,19 +121,19 @@ class _Step:
         part.register_forward_hook(self.record_pair)
         module.register_forward_hook(self.finish)
 
-    def start(self, module: nn.Module | None, _arguments: Any) -> None:
+    def start(self, module: nn.Module | None, _arguments: object) -> None:
         """Forget the last step, and record this one if it trains."""
         self.recording = module is not None and module.training and torch.is_grad_enabled()
         self.images: list[Tensor] = []
         self.pairs: list[Pair] = []
 
-    def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: Any) -> None:
-        """Note what the online backbone sees. A teacher that is the student has no gradient."""
+    def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: object) -> None:
+        """Record the online backbone's images; a teacher that is the student has no gradient."""
         if self.recording and torch.is_grad_enabled():
             self.images.append(arguments[0])
 
     def record_pair(self, _part: nn.Module, arguments: Any, out: Any) -> None:
-        """Note what their loss compares."""
+        """Record what their loss compares."""
         if not self.recording:
             return
         if self.method == "SimSiam":
@@ -146,7 +146,7 @@ class _Step:
             keys = F.normalize(out, dim=-1)
             self.pairs.append((keys, keys))
 
-    def finish(self, module: Any, _arguments: Any, output: Any) -> Any:
+    def finish(self, module: object, _arguments: object, output: Any) -> object:
         """Add the mixed term to the loss of the output."""
         images, pairs, recorded = self.images, self.pairs, self.recording
         # Under DistributedDataParallel the module is called around its own call.
@@ -191,7 +191,7 @@ class _Step:
         return list(images.split(n))[:count]
 
     def embed(self, module: Any, images: Tensor) -> Tensor:
-        """Return what the online branch gives to their loss."""
+        """Return what the online branch passes to their loss."""
         z: Tensor = _student(module.projector)(_student(module.backbone)(images))  # (N, C)
         if self.method in ("SimSiam", "byol_loss"):
             z = module.predictor(z)
@@ -221,7 +221,7 @@ _LOSSES = ("simclr_loss", "byol_loss", "barlow_loss", "vicreg_loss")
 
 
 def _method(module: Any) -> str:
-    """Return which parts tell the targets: a method with a loss inside, or a loss module."""
+    """Return the source of the targets: a method with its own loss, or a loss module."""
     for method in (methods.MoCov2, methods.SimSiam):
         if isinstance(module, method):
             return str(method.__name__)
@@ -239,11 +239,11 @@ def _method(module: Any) -> str:
     return names[0]
 
 
-def _student(part: Any) -> Any:
+def _student(part: object) -> Any:
     return part.student if isinstance(part, theirs.TeacherStudentWrapper) else part
 
 
-def _add(module: Any, output: Any, term: Tensor, share: Tensor) -> Any:
+def _add(module: Any, output: Any, term: Tensor, share: Tensor) -> object:
     """Return their output with the mixed term in its loss, and log it where a Trainer runs."""
     output["loss"] = output["loss"] + term
     if type(output) is dict:

@@ -17,11 +17,11 @@ _MOST_CHANNELS = 16
 _TOLERANCE = 0.05
 # Looking at values waits for the device, so there it is done once per kind of criterion and its
 # options: a loop may build one in each step.
-_looked_at: set[tuple[Any, ...]] = set()
+_looked_at: set[tuple[object, ...]] = set()
 
 _TOLD_APART = ("reduction", "log_target", "label_smoothing", "ignore_index")
 # The losses among torch's functions.
-_FUNCTIONS: tuple[Any, ...] = (
+_FUNCTIONS: tuple[object, ...] = (
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy, F.huber_loss,
     F.kl_div, F.l1_loss, F.mse_loss, F.smooth_l1_loss,
 )  # fmt: skip
@@ -64,22 +64,22 @@ class MatchingCriterion(Protocol):
         """Return the whole mixed term, (); `z` and `other` are of the images and partners."""
 
 
-def shares(criterion: Any) -> TypeGuard[SharingCriterion]:
+def shares(criterion: object) -> TypeGuard[SharingCriterion]:
     """Tell whether `weighted` gives both terms, and gives those of the criterion's own call."""
     return {"other", "lam"} <= _list_parameters(criterion, "weighted")
 
 
-def takes_partners(criterion: Any) -> bool:
+def takes_partners(criterion: object) -> bool:
     """Tell whether `weighted` of a criterion that shares takes the partners' index."""
     return "partner" in _list_parameters(criterion, "weighted")
 
 
-def matches(criterion: Any) -> TypeGuard[MatchingCriterion]:
+def matches(criterion: object) -> TypeGuard[MatchingCriterion]:
     """Tell whether the mixed term is that of `matched`."""
     return {"other", "lam"} <= _list_parameters(criterion, "matched")
 
 
-def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
+def _list_parameters(criterion: object, name: str) -> frozenset[str]:
     """Return the parameters of a method, if it is to be used in the place of the call."""
     # A proxy's attributes are those of what it wraps, its call is not: only the type tells.
     if isinstance(criterion, partial):
@@ -94,7 +94,7 @@ def _list_parameters(criterion: Any, name: str) -> frozenset[str]:
     return frozenset()
 
 
-def is_own(value: Any) -> bool:
+def is_own(value: object) -> bool:
     """Tell whether a value is one of our losses, which are frozen and hold no state."""
     return type(value).__module__.startswith("mixmask.losses.") and is_dataclass(value)
 
@@ -105,7 +105,7 @@ def is_library(criterion: object) -> bool:
     return is_own(criterion) or any(criterion is function for function in _FUNCTIONS)
 
 
-def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) -> None:
+def check_criterion(criterion: Callable[..., object], z: Tensor, target: Tensor) -> None:
     """Refuse what would train on something else than it seems to, where it can be detected."""
     check_kind(criterion)
     base = unwrap(criterion)
@@ -130,7 +130,7 @@ def check_criterion(criterion: Callable[..., Any], z: Tensor, target: Tensor) ->
             _looked_at.add(known)
 
 
-def check_kind(criterion: Any) -> None:
+def check_kind(criterion: object) -> None:
     """Require an instance that can be called, and no cosine similarity."""
     if isinstance(criterion, type):
         raise TypeError(
@@ -148,25 +148,25 @@ def check_kind(criterion: Any) -> None:
     # A loss falls where the similarity rises: its sign would train embeddings apart.
     if _is_kind(base, nn.CosineSimilarity, F.cosine_similarity):
         raise TypeError(
-            "the criterion must be a loss, got a cosine similarity, which training would make "
-            "small; use losses.NegativeCosine()"
+            "the criterion must be a loss, got a cosine similarity, which training would "
+            "minimise; use losses.NegativeCosine()"
         )
 
 
-def unwrap(criterion: Callable[..., Any]) -> Any:
+def unwrap(criterion: Callable[..., object]) -> Any:
     """Return what a partial calls in the end, or the criterion itself."""
     while isinstance(criterion, partial):
         criterion = criterion.func
     return criterion
 
 
-def _is_kind(base: Any, module: type[nn.Module], function: Callable[..., Any]) -> bool:
+def _is_kind(base: object, module: type[nn.Module], function: Callable[..., object]) -> bool:
     """Tell whether this is a function of torch or its module, with the module's own forward."""
     own = isinstance(base, module) and type(base).forward is module.forward
     return own or base is function
 
 
-def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:
+def _check_classes(z: Tensor, target: Tensor, _criterion: object) -> None:
     """Require class probabilities or labels that differ."""
     if target.is_floating_point():
         _check_distributions("cross-entropy", target)
@@ -180,11 +180,11 @@ def _check_classes(z: Tensor, target: Tensor, _criterion: Any) -> None:
         )
 
 
-def _read_options(criterion: Any) -> dict[str, Any]:
+def _read_options(criterion: object) -> dict[str, object]:
     return criterion.keywords if isinstance(criterion, partial) else vars(criterion)
 
 
-def _check_divergence(z: Tensor, target: Tensor, criterion: Any) -> None:
+def _check_divergence(z: Tensor, target: Tensor, criterion: object) -> None:
     """Require log-probabilities and probabilities."""
     options = _read_options(criterion)
     _check_distributions("KL divergence", target.exp() if options.get("log_target") else target)
@@ -195,7 +195,7 @@ def _check_divergence(z: Tensor, target: Tensor, criterion: Any) -> None:
         )
 
 
-def _check_binary(_z: Tensor, target: Tensor, _criterion: Any) -> None:
+def _check_binary(_z: Tensor, target: Tensor, _criterion: object) -> None:
     if not bool(((target >= 0) & (target <= 1)).all()):
         raise ValueError(
             "the targets of a binary cross-entropy must lie within 0 ... 1, got others, which "
@@ -215,7 +215,7 @@ def _check_distributions(name: str, target: Tensor) -> None:
         )
 
 
-_CHECKS: dict[tuple[type[nn.Module], Callable[..., Any]], Callable[..., None]] = {
+_CHECKS: dict[tuple[type[nn.Module], Callable[..., object]], Callable[..., None]] = {
     (nn.CrossEntropyLoss, F.cross_entropy): _check_classes,
     (nn.NLLLoss, F.nll_loss): _check_classes,
     (nn.KLDivLoss, F.kl_div): _check_divergence,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -14,10 +14,13 @@ from mixmask.mixing import MixedBatch
 Embeddings = Tensor | Sequence[Tensor]
 Records = MixedBatch | Sequence[MixedBatch]
 
+Part = TypeVar("Part")
 
-def as_list(value: Any) -> list[Any]:
+
+def as_list(value: Part | Sequence[Part]) -> list[Part]:
     """Return the parts of a list or tuple, or the value itself as the only part."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    # No type says that a part is not a sequence itself.
+    return list(value) if isinstance(value, (list, tuple)) else [cast("Part", value)]
 
 
 def as_directions(
@@ -86,7 +89,7 @@ def as_records(mixed: Records) -> list[MixedBatch]:
     return records
 
 
-def check_mixed(mixed: Any) -> None:
+def check_mixed(mixed: object) -> None:
     """Require what mix_batch returned, as a whole."""
     if not isinstance(mixed, MixedBatch):
         raise TypeError(
@@ -124,7 +127,7 @@ def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:
     if loss.shape not in ((), (n,)):
         raise ValueError(
             f"the criterion must return () or (N,) with N = {n}, got {tuple(loss.shape)}; "
-            "reduce it over all axes but the first"
+            "reduce it over all axes except the first"
         )
     if lam is not None and lam.ndim == 1 and loss.ndim == 0:
         raise ValueError(

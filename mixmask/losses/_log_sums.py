@@ -30,7 +30,7 @@ def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
     """
     if is_transformed():
         return _sum_plainly(z, negatives, scale)
-    sums: Tensor = _LogSumExp.apply(z, negatives, scale)
+    sums: Tensor = _LogSumExp.apply(z, negatives, scale)  # (N,)
     return sums
 
 
@@ -57,9 +57,9 @@ def mix_log_sums(
         shares = torch.ones(rows.shape[0], 1, dtype=accumulator, device=rows.device)
     shares = shares.to(accumulator)
     if is_transformed() or shares.requires_grad:
-        mixed = _mix_plainly(rows, columns, scale, shares, counts)
+        mixed = _mix_plainly(rows, columns, scale, shares, counts)  # (N,)
         return mixed.mean() if mean else mixed
-    result: Tensor = _MixedLogSums.apply(rows, columns, scale, shares, counts, mean)
+    result: Tensor = _MixedLogSums.apply(rows, columns, scale, shares, counts, mean)  # (N,) or ()
     return result
 
 
@@ -95,15 +95,15 @@ class _LogSumExp(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if _read_version(ctx.negatives) != ctx.version:
                 raise RuntimeError(
-                    "second derivatives need the negatives of the forward pass, which were written "
-                    "to since; enqueue after the backward pass"
+                    "second derivatives need the negatives of the forward pass, which have been "
+                    "changed since; enqueue after the backward pass"
                 )
             sums = _sum_plainly(z, ctx.negatives, ctx.scale)
             return *follow(sums, (z, ctx.negatives), grad, ctx.needs_input_grad[:2]), None
-        of_z = (mean * grad[:, None]).to(z.dtype) if ctx.needs_input_grad[0] else None
+        of_z = (mean * grad[:, None]).to(z.dtype) if ctx.needs_input_grad[0] else None  # (N, C)
         if not rest:
             return of_z, None, None
-        of_negatives = _grade_chunks(z.to(ctx.work), rest[0], ctx.scale, result, grad)
+        of_negatives = _grade_chunks(z.to(ctx.work), rest[0], ctx.scale, result, grad)  # (K, C)
         return of_z, of_negatives.to(rest[0].dtype), None
 
 
@@ -123,13 +123,13 @@ def _sum_chunks(
     for chunk in _split(negatives, rows.shape[0]):
         chunk = chunk.to(work)  # (k, C)
         weights = (rows @ chunk.T).to(accumulator).mul_(scale)  # (N, k)
-        rise = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
+        rise = torch.maximum(largest, weights.amax(dim=1, keepdim=True))  # (N, 1)
         # What was summed up to here was relative to the maximum up to here.
-        shrink = (largest - rise).exp_()
+        shrink = (largest - rise).exp_()  # (N, 1)
         weights.sub_(rise).exp_()
         total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
         if needs_mean:
-            mean.mul_(shrink).add_(weights.to(work) @ chunk)
+            mean.mul_(shrink).add_(weights.to(work) @ chunk)  # (N, k) @ (k, C)
         largest = rise
     return (largest + total.log()).squeeze(1), mean.div_(total).mul_(scale)  # (N,), (N, C)
 
@@ -147,7 +147,7 @@ def _grade_chunks(
         weights = (rows @ chunk.to(rows.dtype).T).to(sums.dtype).mul_(scale)  # (N, k)
         weights.sub_(sums[:, None]).exp_().mul_(grad[:, None] * scale)
         parts.append(weights.T.to(rows.dtype) @ rows)  # (k, C)
-    return torch.cat(parts)
+    return torch.cat(parts)  # (K, C)
 
 
 class _MixedLogSums(torch.autograd.Function):
@@ -188,8 +188,8 @@ class _MixedLogSums(torch.autograd.Function):
                 False, True,
             )  # fmt: skip
         elif of_columns:
-            column_grad = column_grad * (grad / rows.shape[0])
-        factor = grad / rows.shape[0] if ctx.mean else grad[:, None]
+            column_grad = column_grad * (grad / rows.shape[0])  # (K, C)
+        factor = grad / rows.shape[0] if ctx.mean else grad[:, None]  # () or (N, 1)
         return (
             (row_grad * factor).to(rows.dtype) if of_rows else None,
             column_grad.to(columns.dtype) if of_columns else None,
@@ -240,15 +240,15 @@ def _pass_bands(
                 slopes += second.mul_(_scale_slopes(shares[band, 1:], total, scale, share))
             slopes = slopes.to(work)  # (n, K)
             if of_rows:
-                row_grad[band] = slopes @ columns
+                row_grad[band] = slopes @ columns  # (n, C)
             if of_columns:
-                add_product(column_grad, slopes.T, rows[band])
+                add_product(column_grad, slopes.T, rows[band])  # (K, n) @ (n, C)
     return result, row_grad, column_grad
 
 
 def _raise(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits (n, K) by their powers; return their log-sum-exp (n,) and sum (n, 1)."""
-    largest = logits.amax(dim=1, keepdim=True)
+    largest = logits.amax(dim=1, keepdim=True)  # (n, 1)
     total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
     return (largest + total.log()).squeeze(1), total
 
@@ -261,7 +261,7 @@ def _scale_slopes(share: Tensor, total: Tensor, scale: float, weight: Tensor | N
 
 def _sum_plainly(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
     """Return what `sum_negatives` does by operations that autograd follows, (N, K) and all."""
-    return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)
+    return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)  # (N, K) -> (N,)
 
 
 def _mix_plainly(
@@ -269,7 +269,7 @@ def _mix_plainly(
 ) -> Tensor:
     """Return what `mix_log_sums` does by operations that autograd follows, (N, K) and all."""
     logits = upcast(rows @ columns.to(rows.dtype).T) * scale  # (N, K)
-    mixed = shares[:, 0] * logits.logsumexp(dim=1)
+    mixed = shares[:, 0] * logits.logsumexp(dim=1)  # (N,)
     if counts is None:
         return mixed
     return mixed + shares[:, 1] * (logits + counts.log()).logsumexp(dim=1)

@@ -41,7 +41,7 @@ def sum_pairs(
     bound = 64 if accumulator == torch.float32 else 600
     if is_transformed() or abs(scale) > bound:
         return _sum_pairs_plainly(rows, columns, scale, weights, first, blocks)
-    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, first, blocks)
+    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, first, blocks)  # (M, V)
     return sums
 
 
@@ -56,7 +56,7 @@ class _PairSums(torch.autograd.Function):
         """Return (M, V) in at least float32."""
         ctx.work = choose_dtype(rows, rows)
         others = None if columns is None else columns.to(ctx.work)
-        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, first, blocks)
+        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, first, blocks)  # (M, V)
         ctx.save_for_backward(rows, columns, weights, sums)
         ctx.scale, ctx.place = scale, (first, blocks)
         return sums.log()
@@ -97,7 +97,7 @@ def _sum_tiles(
     first: int, blocks: int,
 ) -> Tensor:  # fmt: skip
     """Return the weighted sums of powers, (M, V)."""
-    sums = _fake_sums(rows, columns, scale, weights).zero_()
+    sums = _fake_sums(rows, columns, scale, weights).zero_()  # (M, V)
 
     def weigh(powers: Tensor, place: slice) -> Tensor:
         return powers.sum(1, keepdim=True) if weights is None else powers @ weights[place]
@@ -110,7 +110,7 @@ def _sum_tiles(
     return sums
 
 
-def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     others = rows[:0] if columns is None else columns
     return upcast(torch.empty_like(rows)), upcast(torch.empty_like(others))
 
@@ -138,9 +138,9 @@ def _grade_tiles(
     with without_autocast(rows):
         for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
             slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
-            add_product(of_rows[here], slopes, others[there])
+            add_product(of_rows[here], slopes, others[there])  # (m, k) @ (k, C)
             if columns is not None or here != there:
-                add_product(of_others[there], slopes.T, rows[here])
+                add_product(of_others[there], slopes.T, rows[here])  # (k, m) @ (m, C)
     return of_rows, of_columns
 
 
@@ -187,9 +187,9 @@ def _sum_pairs_plainly(
         torch.arange(column, column + high - low, device=rows.device)
         for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
     ]
-    logits = logits.scatter(1, torch.cat(own)[:, None], -torch.inf)
+    logits = logits.scatter(1, torch.cat(own)[:, None], -torch.inf)  # (M, K), index (M, 1)
     if weights is None:
-        return logits.logsumexp(dim=1, keepdim=True)
+        return logits.logsumexp(dim=1, keepdim=True)  # (M, 1)
     bias = weights.log()  # (K, V)
     return torch.stack([(logits + one).logsumexp(dim=1) for one in bias.unbind(1)], dim=1)
 

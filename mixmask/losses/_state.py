@@ -1,8 +1,9 @@
 """What a criterion remembers, lent out as copies while it is called for mixed terms.
 
-That is what modules and objects hold, what functions enclose, and the globals that they name, with
-containers and views of these; attributes of classes and of imported modules are not. Where
-torch.compile looks on, `lend_buffers` does it for modules, if `is_traceable` finds nothing else.
+That is what modules and objects hold, the closure variables of functions, and the globals that
+they name, with containers and views of these; attributes of classes and of imported modules are
+not. Where torch.compile looks on, `lend_buffers` does it for modules, if `is_traceable` finds
+nothing else.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ _STATELESS = ("torch.", "einops.", "numpy.", "mixmask.losses.")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 # Puts values in their place by name.
-Store = Callable[[dict[str, Any]], None]
+Store = Callable[[dict[str, object]], None]
 
 
 @contextmanager
 def lend_state(
-    criterion: Callable[..., Any], ignore: Collection[str] = (), *, cautious: bool = False
-) -> Iterator[Callable[..., Any]]:
+    criterion: Callable[..., object], ignore: Collection[str] = (), *, cautious: bool = False
+) -> Iterator[Callable[..., object]]:
     """Yield a criterion that works on copies; afterwards it has its own state back, untouched.
 
     Copies, and not a restored original: what autograd keeps of the call must not change under it.
@@ -61,12 +62,12 @@ class Loan:
     def __init__(self, ignore: Collection[str] = (), cautious: bool = False) -> None:
         self.ignore, self.cautious = ignore, cautious
         # Originals and copies by the id of the original, which stays its own while it is held here.
-        self.lent: dict[int, tuple[Any, Any]] = {}
+        self.lent: dict[int, tuple[object, object]] = {}
         # Copies of two views of one memory are views of one memory, too.
         self.storages: dict[int, Any] = {}
         # What puts the originals back, and which names an object had when it was met.
         self.parts: list[tuple[Store, dict[str, Any]]] = []
-        self.spaces: list[tuple[dict[str, Any], str, Collection[str]]] = []
+        self.spaces: list[tuple[dict[str, object], str, Collection[str]]] = []
         self.trained: list[tuple[str, Tensor, int, Tensor, Tensor | None]] = []
         self.package = ""
         # Of a class, only the methods that some code names are looked at.
@@ -89,11 +90,11 @@ class Loan:
                 if not self._ignores(f"{name}.{key}"):
                     del space[key]
 
-    def lend_all(self, criterion: Callable[..., Any]) -> Callable[..., Any]:
+    def lend_all(self, criterion: Callable[..., object]) -> Callable[..., Any]:
         """Return a copy of the criterion, or itself after its parts were swapped for copies."""
         base = unwrap(criterion)
         self.package = _name_home(getattr(base, "__func__", base)).partition(".")[0] + "."
-        lent: Callable[..., Any] = self.lend(criterion)
+        lent: Callable[..., object] = self.lend(criterion)
         # Methods name globals and further methods: until no more.
         done: set[tuple[type, str]] = set()
         while todo := {(c, name) for c in self.classes for name in self.names & {*vars(c)}} - done:
@@ -106,7 +107,7 @@ class Loan:
                     self.lend(function)
         return lent
 
-    def lend(self, value: Any, name: str = "", depth: int = _DEPTH) -> Any:
+    def lend(self, value: object, name: str = "", depth: int = _DEPTH) -> Any:
         """Return a copy of a value, or the value itself after its parts were swapped for copies."""
         if isinstance(value, type) and not _is_stateless(value):
             self.classes.add(value)
@@ -210,7 +211,7 @@ class Loan:
             )
 
 
-def _list_parts(owner: Any) -> Iterator[tuple[Store, dict[str, Any]]]:
+def _list_parts(owner: object) -> Iterator[tuple[Store, dict[str, object]]]:
     """Yield what an object holds: a module's registries, attributes, slots, what code closes over.
 
     Past __setattr__, which a module, a proxy or a frozen object may have of its own.
@@ -231,13 +232,13 @@ def _list_parts(owner: Any) -> Iterator[tuple[Store, dict[str, Any]]]:
     yield partial(_assign, owner), held
 
 
-def _assign(owner: Any, held: dict[str, Any], at: str | None = None) -> None:
+def _assign(owner: object, held: dict[str, object], at: str | None = None) -> None:
     for key, value in held.items():
         with suppress(AttributeError):  # A property may cover a slot of the same name.
             object.__setattr__(owner, at or key, value)
 
 
-def _list_spaces(owner: Any) -> list[dict[str, Any]]:
+def _list_spaces(owner: object) -> list[dict[str, Any]]:
     own = [] if _is_stateless(owner) else [getattr(owner, "__dict__", {})]
     return [owner._buffers, owner._parameters, *own] if isinstance(owner, nn.Module) else own
 
@@ -260,12 +261,12 @@ def _name_home(thing: Any) -> str:
     return f"{named.__module__}."
 
 
-def _is_stateless(thing: Any) -> bool:
+def _is_stateless(thing: object) -> bool:
     return _name_home(thing).startswith(_STATELESS)
 
 
 @contextmanager
-def lend_buffers(criterion: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def lend_buffers(criterion: Callable[..., object]) -> Iterator[Callable[..., object]]:
     """Do what `lend_state` does in a way that can be traced, for what `is_traceable`."""
     owners = [(one, _list_attributes(one)) for one in _list_modules(criterion)]
     copies: dict[int, Tensor] = {}
@@ -310,7 +311,7 @@ is_traceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _rebinds(function: FunctionType) -> bool:
-    """Tell whether a function writes to its globals, to what it encloses, or has attributes."""
+    """Tell whether a function writes to its globals, to closure variables, or has attributes."""
     return any(isinstance(part, _PLAIN) for part in vars(function).values()) or any(
         step.opname == "STORE_GLOBAL"
         or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
@@ -319,11 +320,11 @@ def _rebinds(function: FunctionType) -> bool:
     )
 
 
-def _list_modules(criterion: Any) -> list[nn.Module]:
+def _list_modules(criterion: object) -> list[nn.Module]:
     return list(criterion.modules()) if isinstance(criterion, nn.Module) else []
 
 
-def _list_attributes(module: nn.Module) -> dict[str, Any]:
+def _list_attributes(module: nn.Module) -> dict[str, object]:
     """Return a module's buffers and, where it may change them, its plain attributes."""
     own = {} if _is_stateless(module) else vars(module)
     return {name: own[name] for name in own if name not in _MODULE_INTERNALS} | module._buffers

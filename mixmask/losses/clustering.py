@@ -172,7 +172,7 @@ def dino(
     """
     _check_dino(center, temperature, target_temperature, reduction)
     check_rows(z, target)
-    sharpened = _sharpen(target, read(center, _check_kind), target_temperature)
+    sharpened = _sharpen(target, read(center, _check_kind), target_temperature)  # (N, K)
     return reduce(_soft_cross_entropy(z, sharpened, temperature), reduction)
 
 
@@ -215,7 +215,7 @@ class DINO:
         own = _sharpen(target, center, self.target_temperature)
         others = None if other is None else _sharpen(other, center, self.target_temperature)
         # The cross-entropy is linear in its targets, so both terms are one.
-        mixture = mix_rows(own, others, lam)
+        mixture = mix_rows(own, others, lam)  # (N, K)
         return reduce(_soft_cross_entropy(z, mixture, self.temperature), self.reduction)
 
 
@@ -288,4 +288,4 @@ def _sharpen(target: Tensor, center: Tensor | None, temperature: float) -> Tenso
 
 def _soft_cross_entropy(z: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Return -sum_k t_k log softmax(z / τ)_k, (N,)."""
-    return -(target.detach() * (upcast(z) / temperature).log_softmax(dim=1)).sum(dim=1)
+    return -(target.detach() * (upcast(z) / temperature).log_softmax(dim=1)).sum(dim=1)  # (N,)

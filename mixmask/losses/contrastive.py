@@ -72,7 +72,7 @@ def info_nce(
     _check_inputs(z, target, queue)
     if queue is None:
         return _contrast_in_batch(z, target, temperature, gather_distributed, reduction)
-    loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)
+    loss = _contrast(z, target, sum_negatives(z, queue, 1 / temperature), temperature)  # (N,)
     return reduce(loss, reduction)
 
 
@@ -129,7 +129,7 @@ class InfoNCE:
             return _contrast(z, target, negative, tau)
 
         own = contrast(target)  # (N,)
-        others = None if other is None else contrast(other)
+        others = None if other is None else contrast(other)  # (N,)
         return reduce(mix_losses(own, others, lam), self.reduction)
 
 
@@ -206,8 +206,8 @@ def _contrast_in_batch(
     shares = counts = None
     if mixing is not None:
         partner, lam = mixing
-        other = _similarity(z, target.index_select(0, partner), temperature)
-        positive = mix_losses(positive, other, lam)
+        other = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
+        positive = mix_losses(positive, other, lam)  # (N,)
         # In the partner's term a target stands as often as it was chosen: for a permutation once
         # each, so both terms have the same log-sum-exp, and λ weighs the positives alone.
         counts = _count_partners(partner, columns, gather)
@@ -225,7 +225,7 @@ def _count_partners(partner: Tensor, columns: Tensor, gather: bool) -> Tensor | 
         # An index within this process's batch becomes one into the gathered rows.
         partner = gather_rows(partner + rank() * partner.shape[0], checked=False)  # (W * N,)
     counts = torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device)
-    counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))
+    counts = counts.index_add(0, partner, torch.ones_like(partner, dtype=counts.dtype))  # (W * N,)
     # Almost always a permutation, but to look at a device's values would be to wait for it.
     known = counts.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if known and bool((counts == 1).all()) else counts
@@ -332,13 +332,14 @@ def _contrast_views(
         columns, first = torch.cat(views), rank() * n  # (2 W N, C)
     counts = weights = None
     if mixing is not None:
-        half = rows[:n] if columns is None else columns.chunk(2)[0]
+        half = rows[:n] if columns is None else columns.chunk(2)[0]  # (N, C) or (W * N, C)
         counts = _count_partners(mixing[0], half, gather)
         # The mixed rows stand in the partners' loss once each, the targets as often as chosen.
-        weights = None if counts is None else torch.cat([torch.ones_like(counts), counts])
+        if counts is not None:
+            weights = torch.cat([torch.ones_like(counts), counts])  # (2 W N,)
     # A row is no negative of itself.
     sums = sum_pairs(rows, scale, weights, columns, first, blocks=2)  # (2 N, 1 or 2)
-    there, back = sums[:n], sums[n:]
+    there, back = sums[:n], sums[n:]  # (N, 1 or 2) each
     # Halved, so that a batch's mean is SimCLR's over its 2N rows.
     loss = (there[:, 0] + back[:, 0]) / 2 - _similarity(z, target, temperature)  # (N,)
     if mixing is not None:
@@ -347,11 +348,11 @@ def _contrast_views(
         there, back = there[:, -1], back[:, -1]  # (N,)
         if counts is not None:
             # Where two images share a partner, its row meets copies of itself.
-            copies = (counts[first : first + n] - 1).clamp(min=0).log()
-            itself = _similarity(target, target, temperature)
+            copies = (counts[first : first + n] - 1).clamp(min=0).log()  # (N,)
+            itself = _similarity(target, target, temperature)  # (N,)
             # No logaddexp, whose second derivatives are NaN where one of both is nothing.
             back = back - F.logsigmoid(back - itself - copies)
         positive = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
-        others = (there + back.index_select(0, partner)) / 2 - positive
+        others = (there + back.index_select(0, partner)) / 2 - positive  # (N,)
         loss = mix_losses(loss, others, lam)
     return reduce(loss, reduction)

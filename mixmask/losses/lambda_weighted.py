@@ -122,12 +122,12 @@ class LambdaWeightedLoss(nn.Module):
     original term last, which updates it once.
 
     State is what the criterion holds: buffers, attributes such as pointers, counters and lists of
-    tensors, what its functions enclose, and the globals that they name. Attributes of classes and
-    of imported modules, random generators, files and what lies deep in objects of other packages
-    are not covered. State is copied twice per mixed view, unless `ignore` names it. Pass the loss
-    alone: for a function around a model, the model's buffers are copied too. Build this module
-    once, and call it from one thread at a time. State outside of buffers breaks torch.compile's
-    graph, and `fullgraph=True` refuses it.
+    tensors, its functions' closure variables, and the globals that they name. Attributes of classes
+    and of imported modules, random generators, files and what lies deep in objects of other
+    packages are not covered. State is copied twice per mixed view, unless `ignore` names it. Pass
+    the loss alone: for a function around a model, the model's buffers are copied too. Build this
+    module once, and call it from one thread at a time. State outside of buffers breaks
+    torch.compile's graph, and `fullgraph=True` refuses it.
 
     Symmetric methods (BYOL, SimSiam, SwAV, DINO, MoCo v3) take both directions at once: z is
     (p1, p2) and target (t2, t1). The original term is then their sum. A single mixed view belongs

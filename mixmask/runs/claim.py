@@ -49,13 +49,13 @@ def _is_free(folder: Path) -> bool:
 
 
 @contextmanager
-def starting(folder: Path) -> Iterator[None]:
+def hold_new_run(folder: Path) -> Iterator[None]:
     """Hold a run folder, and take back what a run writes that fails before its first checkpoint.
 
     So the same command can be repeated. After an interruption everything stays, for --resume.
 
     Raises:
-        ValueError: If another process works in the folder, or did until now; or a folder lies
+        ValueError: If another process is using the folder, or did until now; or a folder lies
             where a run's file belongs.
     """
     # A launcher tells the rank before the processes have joined.
@@ -66,7 +66,7 @@ def starting(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _hold(folder):
         if set(folder.iterdir()) != (before or set()):
-            raise ValueError(f"another process has worked in {folder}; choose another --out")
+            raise ValueError(f"another process has used {folder}; choose another --out")
         _check_places(folder)
         try:
             yield
@@ -97,7 +97,8 @@ def _hold(folder: Path) -> Iterator[None]:
         while not _lock(held):
             if time.monotonic() > until:
                 raise ValueError(
-                    f"another process works in {folder}; wait for its end, or choose another --out"
+                    f"another process is using {folder}; wait until it finishes, or choose "
+                    "another --out"
                 )
             time.sleep(_PAUSE)
         yield

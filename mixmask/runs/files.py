@@ -82,7 +82,7 @@ def _describe_room(path: Path, begun: int, needed: int) -> str:
         f"No space left for {path}: it takes {amount}, {_megabytes(free)} are free (a quota or "
         "a limit on the size of files counts too); "
         + (f"{path.parent / kept[0]} is kept: " if kept else "")
-        + "make room, then go on"
+        + "free some space, then resume"
     )
 
 

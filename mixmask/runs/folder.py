@@ -88,7 +88,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Write the metrics of all epochs anew, so that a resumed run repeats no row."""
+    """Rewrite the metrics of all epochs, so that a resumed run repeats no row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (
         atomic_write(folder / METRICS) as (temporary,),
@@ -215,7 +215,7 @@ def is_run(content: object) -> bool:
     return isinstance(content, Mapping) and {"model", "step", "rows", "meter"} <= set(content)
 
 
-def describe_difference(file: Path, content: Mapping[str, Any]) -> str:
+def describe_difference(file: Path, content: Mapping[str, object]) -> str:
     """Say how a checkpoint's options differ from the `config.json` beside it; "" if they do not."""
     try:
         written = read_config(file.parent)

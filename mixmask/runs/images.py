@@ -71,11 +71,11 @@ def check_same(
         shown = name if isinstance(name, str) else "the data set"
         raise ValueError(
             f"{shown} does not hold the images that {where} was started on: "
-            f"{'; '.join(differences)}; name their place with --data"
+            f"{'; '.join(differences)}; pass their location with --data"
         )
 
 
-def _compare(known: Mapping[str, Any], found: Fingerprint) -> list[str]:
+def _compare(known: Mapping[str, object], found: Fingerprint) -> list[str]:
     """Say what two fingerprints differ in."""
     different = []
     for split, noun in (("train", "training image"), ("test", "test image")):
@@ -95,6 +95,6 @@ def _shorten(names: object) -> str:
     return ", ".join(map(str, names[:3])) + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
-def fingerprint_of(data: ImageData) -> dict[str, Any]:
+def fingerprint_of(data: ImageData) -> dict[str, object]:
     """Return what `config.json` says of a run's images."""
     return {**data.fingerprint()._asdict(), "classes": list(data.classes)}

@@ -29,6 +29,17 @@ _CHANGEABLE = (
     "epochs", "data", "init", "stream", "workers", "batch_size", "accumulate", "save_every",
     "save_minutes", "keep", "measure_every", "tracker",
 )  # fmt: skip
+# What `--help` says of options that several configurations or commands have; texts that depend on
+# the command follow in brackets.
+HELP = {
+    "arch": "backbone, by its name in timm, or our 'narrow', 'medium'",
+    "small_stem": "3x3 first convolution without max-pooling, for small images",
+    "mean": "mean of each channel, or of all, for pixels of 0 ... 1",
+    "std": "deviation of each channel, or of all, for pixels of 0 ... 1",
+    "workers": "processes that read images",
+    "weight_decay": "weight decay",
+    "seed": "seed of all random draws",
+}
 # The numbers that a field of this type takes.
 _KINDS: dict[type, type] = {int: Integral, float: Real}
 
@@ -114,11 +125,8 @@ def check_resume(given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
         allowed: Those that are allowed.
     """
     if given:
-        others = f" (beside it only {', '.join(allowed)})" if allowed else ""
-        raise ValueError(
-            f"--resume continues a run with its own options, got {', '.join(given)} too; "
-            f"leave it out{others}"
-        )
+        others = f" (only {', '.join(allowed)} may change)" if allowed else ""
+        raise ValueError(f"--resume uses the run's own options; remove {', '.join(given)}{others}")
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

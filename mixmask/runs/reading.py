@@ -109,7 +109,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         file.seek(-min(path.stat().st_size, _SEAL_SIZE + 22), os.SEEK_END)
         end = file.read()
     if end[22:].startswith(_SEAL) and not is_sealed(path):
-        raise DamagedError(f"{path} is damaged: its bytes do not have the sum that it notes")
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum")
     if not start.startswith((b"PK", b"\x80")):
         if not start.strip(b"\0"):
             raise DamagedError(f"{path} is damaged: it is empty, or begins with zeros")
@@ -172,7 +172,7 @@ def _check_archive(path: Path, end: bytes) -> None:
     if not sealed and int.from_bytes(comment[:2], "little") != len(comment) - 2:
         raise DamagedError(f"{path} is damaged or cut short: its end is missing")
     if not sealed and len(comment) == _SEAL_SIZE + 2:
-        raise DamagedError(f"{path} is damaged: the sum that it notes is unreadable")
+        raise DamagedError(f"{path} is damaged: its checksum is unreadable")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -181,7 +181,7 @@ def _check_archive(path: Path, end: bytes) -> None:
     except Exception as error:  # The module raises what its parts do, on damage of each kind.
         raise DamagedError(f"{path} is damaged or cut short ({error})") from error
     if spoilt:
-        raise DamagedError(f"{path} is damaged: its part {spoilt} does not have its checksum")
+        raise DamagedError(f"{path} is damaged: its part {spoilt} does not match its checksum")
     parts = {each.filename.rpartition("/")[2] for each in members}
     if "constants.pkl" in parts:
         raise ValueError(
@@ -214,7 +214,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
         content = path.read_bytes()
         blank = content.replace(noted.encode(), UNSEALED.encode(), 1)
         if "arch" in metadata and seal_safetensors(blank) != content:
-            raise DamagedError(f"{path} is damaged: its bytes do not have the sum that it notes")
+            raise DamagedError(f"{path} is damaged: its content does not match its checksum")
     return tensors, metadata
 
 

@@ -125,7 +125,7 @@ def _distinguish(configs: Sequence[Options]) -> list[str]:
 
 
 def common_options(groups: Sequence[Group]) -> Options:
-    """Return the options that all groups have alike."""
+    """Return the options that all groups share."""
     first, *others = (_without_seed(group.records[0].config) for group in groups)
     return {
         name: value

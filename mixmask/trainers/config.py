@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio
-from mixmask.runs.options import Options, Value, check_options, check_range, option, share
+from mixmask.runs.options import (
+    HELP,
+    Options,
+    Value,
+    check_options,
+    check_range,
+    option,
+    share,
+)
 
 TIMM = "timm"  # Of --init.
 PATTERNS = ("block", "discrete")
@@ -32,8 +40,7 @@ class RunConfig:
         "or package.module:function",
     )
     recipe: str = option(
-        "",
-        "named settings; default: those of --data, for a folder by number and size of its images",
+        "", "named settings [those of --data; for a folder by number and size of its images]"
     )
     stream: str = option(
         "auto",
@@ -41,7 +48,7 @@ class RunConfig:
         "not fit into memory",
         ("auto", "always", "never"),
     )
-    workers: int = option(0, "processes that decode images; 0 = CPU cores - 1, at most 16", low=0)
+    workers: int = option(0, f"{HELP['workers']}; 0 = CPU cores - 1, at most 16", low=0)
 
     holdout: float = option(
         0.0,
@@ -76,8 +83,8 @@ class RunConfig:
     replace_clean: bool = option(False, "replace the clean queries by the mixed views")
 
     method: str = option("moco-v2", "training method")
-    arch: str = option("resnet50", "backbone, by its name in timm, or our 'narrow', 'medium'")
-    small_stem: bool = option(False, "3x3 first convolution without max-pooling, for small images")
+    arch: str = option("resnet50", HELP["arch"])
+    small_stem: bool = option(False, HELP["small_stem"])
 
     init: str = option(
         "",
@@ -91,9 +98,9 @@ class RunConfig:
     lr: float = option(0.03, "initial learning rate, for this batch size", low=0)
     warmup: float = share(0.0, "share of the run in which the learning rate rises")
     schedule: str = option("cosine", "schedule of the learning rate", ("cosine", "step"))
-    weight_decay: float = option(1e-4, "weight decay", low=0)
+    weight_decay: float = option(1e-4, HELP["weight_decay"], low=0)
     sgd_momentum: float = share(0.9, "momentum of SGD and LARS")
-    accumulate: int = option(1, "parts of a batch that are forwarded one after the other", low=1)
+    accumulate: int = option(1, "gradient accumulation: parts into which a batch is split", low=1)
 
     precision: str = option("fp32", "number format of the forward pass", ("fp32", "bf16", "fp16"))
     compile: bool = option(False, "compile the backbone")
@@ -119,7 +126,7 @@ class RunConfig:
     tracker: str = option(
         "none", "where metrics go, besides metrics.csv", ("none", "tensorboard", "wandb")
     )
-    seed: int = option(0, "seed of all random draws", low=0, high=2**31 - 1)
+    seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
         """Check all options.

@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from mixmask._checks import check_choice
 from mixmask.runs.folder import CONFIG, read_config, read_options
@@ -66,7 +65,7 @@ def read_options_file(path: Path, given: Options | None = None) -> Options:
     Args:
         path: JSON, or YAML by its suffix `.yaml` or `.yml`, which needs pyyaml. Names may be
             written with hyphens.
-        given: The options beside it, which overrule it.
+        given: Options that take precedence over those of the file.
 
     Raises:
         ValueError: If the file is missing, holds no options or unknown ones, or is another kind
@@ -123,7 +122,7 @@ def _check_names(content: Options) -> Options:
     return options
 
 
-def _read_number(value: Any) -> Any:
+def _read_number(value: object) -> object:
     """Return 1e-3 as a number: YAML 1.1 reads it as text, because it has no point."""
     try:
         return float(value) if isinstance(value, str) else value

@@ -20,7 +20,7 @@ from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
-from mixmask.runs.claim import starting
+from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import LAST
 from mixmask.runs.folder import Row, has_checkpoint, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
@@ -28,7 +28,7 @@ from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import at_first_signal, losing_others
+from mixmask.trainers.processes import at_first_signal, report_lost_processes
 from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.
@@ -88,7 +88,7 @@ def train_method(
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
         FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
-    with starting(out):
+    with hold_new_run(out):
         run = Run.open(config, Split(images), out, resume=out if resume else None)
         train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
@@ -96,7 +96,7 @@ def train_method(
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
     """Train a run from where it stands to its last epoch; see `train_method`."""
-    with losing_others(run.out):
+    with report_lost_processes(run.out):
         _train(run, monitor=monitor, progress=progress)
 
 
@@ -205,6 +205,7 @@ def _train_step(run: Run, batch: Tensor) -> float:
     # their own (dropout, stochastic depth).
     generator = step_generator(config.seed, rank, run.step)
     torch.manual_seed(fold_seed(config.seed, rank, run.step, "network"))
+    # (crops * N, 3, S, S) -> (N, 3, S, S) each
     views = run.view(batch, generator=generator).chunk(_crops(config, run.step))
     mix = _is_mixed(config, run.step)
     parts = config.accumulate

@@ -95,9 +95,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
+        mean = self.running_mean.repeat(self.splits)  # (splits * C,)
+        var = self.running_var.repeat(self.splits)
         weight, bias = (
-            parameter.repeat(self.splits) if self.affine else None
+            parameter.repeat(self.splits) if self.affine else None  # (splits * C,)
             for parameter in (self.weight, self.bias)
         )
         # Without a momentum, statistics are means over all batches, as in torch.
@@ -117,7 +118,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # (splits * C,) -> (C,)
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
         self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
-        return out.view(n, c, h, w)
+        return out.view(n, c, h, w)  # (N / splits, splits * C, H, W) -> (N, C, H, W)
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:
@@ -159,8 +160,9 @@ class Queue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys by a batch (N, dim)."""
         size = len(self.keys)
-        keys = keys[-size:]
+        keys = keys[-size:]  # (min(N, K), dim)
         # Modulo K: a batch that reaches the end goes on at the start.
-        places = (self.position + torch.arange(len(keys), device=keys.device)) % size
+        steps = torch.arange(len(keys), device=keys.device)  # (min(N, K),)
+        places = (self.position + steps) % size
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         self.position.add_(len(keys)).remainder_(size)

@@ -66,7 +66,7 @@ def start_processes(device: torch.device | str | None = None) -> PartialState:
     return state
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: object) -> list[Any]:
     """Return what each process passed, in the order of their ranks."""
     gathered = [value] * world_size()
     if world_size() > 1:
@@ -74,7 +74,7 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def together(call: Callable[[], Result]) -> Result:
+def call_together(call: Callable[[], Result]) -> Result:
     """Call a function in each process; where one refuses, all of them raise."""
     result: Result | None = None
     refusal: Exception | None = None
@@ -88,7 +88,7 @@ def together(call: Callable[[], Result]) -> Result:
         raise refusal
     for rank, text in enumerate(texts):
         if text:
-            raise ValueError(f"process {rank} refuses: {text}")
+            raise ValueError(f"process {rank} failed: {text}")
     return result  # type: ignore[return-value]
 
 
@@ -157,8 +157,8 @@ def at_first_signal(
 
 
 @contextmanager
-def losing_others(folder: Path) -> Iterator[None]:
-    """Say in one line that another process has died or hangs, and what is kept."""
+def report_lost_processes(folder: Path) -> Iterator[None]:
+    """Say in one line that another process died or is not responding, and what is kept."""
     try:
         yield
     except RuntimeError as error:
@@ -167,7 +167,7 @@ def losing_others(folder: Path) -> Iterator[None]:
         kept = next((p for p in (folder / LAST, folder / PREVIOUS) if p.exists()), None)
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(
-            f"another process has died or hangs ({reason}); "
+            f"another process died or is not responding ({reason}); "
             + (f"{kept} is kept: " if kept else "")
             + f"start all processes again with --resume {folder}"
         ) from None

@@ -115,7 +115,7 @@ class Run:
             resume: The folder of the run to go on from, which may be another than `out`. A run
                 that was killed before its first checkpoint starts at its first step.
             facts: What `config.json` says beside the options. A resumed run with facts writes it
-                anew.
+                again.
         """
         config = complete_config(config, train)
         begun = resume is not None and not is_unstarted(resume)

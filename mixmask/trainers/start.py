@@ -20,7 +20,7 @@ from mixmask.data.sets import ImageData
 from mixmask.figures.masks import figure_views
 from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import new_folder, starting
+from mixmask.runs.claim import hold_new_run, new_folder
 from mixmask.runs.folder import Row
 from mixmask.runs.images import fingerprint_of, load_images
 from mixmask.runs.options import Options, check_resume, flag
@@ -31,10 +31,10 @@ from mixmask.trainers.loop import Monitor, first_views, learning_rate, train
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.processes import (
     agree,
+    call_together,
     gather_objects,
     interruptible,
     start_processes,
-    together,
 )
 from mixmask.trainers.recipes import suit_folder, suit_queue
 from mixmask.trainers.run import Run
@@ -199,18 +199,18 @@ def open_run(
             return _plan_resumed(options, source, target, state.num_processes)
 
         # Every process plans for itself, so that all of them stop where one refuses.
-        planned = together(plan)
+        planned = call_together(plan)
         agree(
             {"version": __version__, "resume": resume}
             | {n: v for n, v in dataclasses.asdict(planned.config).items() if n not in _OWN}
         )
         folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
-        images = together(lambda: _load_images(planned, data, str(source or folder)))
+        images = call_together(lambda: _load_images(planned, data, str(source or folder)))
         facts = {"fingerprint": fingerprint_of(images)}
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
         if state.is_main_process:
             _warn_queue(planned.config, len(images.train.images))
-        together(lambda: held.enter_context(starting(folder)))
+        call_together(lambda: held.enter_context(hold_new_run(folder)))
         run = Run.open(planned.config, images.train, folder, resume=source, facts=facts)
         notes = planned.notes
         if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:

@@ -16,7 +16,7 @@ from mixmask._checks import Ratio
 from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import starting
+from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import write_text
 from mixmask.runs.folder import CONFIG, METRICS, Row, has_checkpoint, read_config, read_rows
 from mixmask.runs.images import check_same, fingerprint_of
@@ -87,7 +87,7 @@ class StudyRun:
         resume = self.folder if has_checkpoint(self.folder) else None
         facts = {"fingerprint": fingerprint_of(data)}
         try:
-            with starting(self.folder):
+            with hold_new_run(self.folder):
                 run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
                 train(run, monitor=monitor, progress=False)
             self.rows = run.rows
@@ -352,7 +352,7 @@ def _draw_budgets(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -
         for name, values in line.accuracies.items():
             curves = panels.setdefault(config.method, {}).setdefault(name, {})
             curves.setdefault(describe_option("mix", config.mix), {})[config.epochs] = values
-    return figure_budgets(panels, untrained=_untrained(runs), title=title)
+    return figure_budgets(panels, untrained=_mean_untrained(runs), title=title)
 
 
 def _draw_factors(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -> Figure:
@@ -360,10 +360,10 @@ def _draw_factors(lines: Sequence[Line], runs: Sequence[StudyRun], title: str) -
     panels: dict[str, dict[str, dict[str, list[float]]]] = {}
     for line in lines:
         panels.setdefault(line.cell.factor, {})[line.cell.value] = line.accuracies
-    return figure_factors(panels, untrained=_untrained(runs), title=title)
+    return figure_factors(panels, untrained=_mean_untrained(runs), title=title)
 
 
-def _untrained(runs: Sequence[StudyRun]) -> dict[str, float]:
+def _mean_untrained(runs: Sequence[StudyRun]) -> dict[str, float]:
     """Return the mean accuracies before training, 0 ... 1, by measure."""
     firsts = [run.rows[0] for run in runs if run.rows]
     return {

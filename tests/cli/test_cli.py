@@ -129,7 +129,7 @@ def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["pretrain", "--resume", str(tmp_path), "--lr", "1"], capsys)
-    assert "--resume continues a run with its own options, got --lr too" in line
+    assert "--resume uses the run's own options; remove --lr" in line
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr(cli, "_EXTRA", ("torch", "no_such_library"))
     assert refused(["show"], capsys).endswith(
-        "this command needs no_such_library: pip install '.[train]'"
+        "this command needs no_such_library; run pip install '.[train]' in the checkout"
     )
 
 

@@ -91,7 +91,7 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
     assert [row["epoch"] for row in results["epochs"]] == [1, 2]
     assert results["backbone"]["run"] == "random"
     line = refused(["detect", "--resume", str(second), "--lr", "1"], capsys)
-    assert "--resume continues a run with its own options, got --lr too" in line
+    assert "--resume uses the run's own options; remove --lr" in line
     assert "got RUN too" in refused(["detect", "random", "--resume", str(second)], capsys)
     line = refused([*words, "--out", str(second)], capsys)
     assert "exists and is not empty; continue it with --resume" in line
@@ -212,7 +212,7 @@ def test_missing_libraries_are_named_and_nothing_else_needs_them(
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     assert refused(["detect", "random", "--data", str(tmp_path)], capsys).endswith(
-        "detection needs pycocotools, torchmetrics: pip install '.[detection]'"
+        "detection needs pycocotools, torchmetrics; run pip install '.[detection]'"
     )
     assert cli.main(["pretrain", "--help"]) == 0
     assert cli.main(["detect", "--help"]) == 0

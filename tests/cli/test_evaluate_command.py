@@ -99,7 +99,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["finetune", "--percent", "95"], "are 13 of each class, but class owl has 12"),
         (["finetune", "--lr", "0"], "--lr must be positive"),
         (["finetune", "--batch-size", "1"], "--batch-size must be at least 2"),
-        (["finetune", "--percent", "9", "--subset-list", "x"], "exclude each other"),
+        (["finetune", "--percent", "9", "--subset-list", "x"], "cannot be combined"),
         (["finetune", "--subset-list", "no.txt"], "no.txt"),
         (["finetune", "--data", "clothing64", "--subset-list", "x"], "needs a folder of images"),
     ],

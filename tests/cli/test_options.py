@@ -90,7 +90,7 @@ def test_limits_are_checked_by_one_function(given: dict[str, Any], message: str)
 
 def test_resume_excludes_other_options() -> None:
     check_resume([])
-    with pytest.raises(ValueError, match="with its own options, got --lr, --out too; leave"):
+    with pytest.raises(ValueError, match=r"uses the run.s own options; remove --lr, --out"):
         check_resume(["--lr", "--out"])
 
 

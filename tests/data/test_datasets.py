@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
-from mixmask.data.datasets import DatasetImages, call_function, door, take_splits
+from mixmask.data.datasets import DatasetImages, call_function, describe_door, take_splits
 from mixmask.data.sets import Split, StoredImages, load_data
 from mixmask.data.stream import Draw, read_batches
 from mixmask.data.views import RandomView
@@ -146,7 +146,7 @@ def test_labels_of_tuples_tensors_columns_and_targets() -> None:
 
 def test_labels_that_are_no_classes_of_these_images_are_refused() -> None:
     images = constants([10, 20, 30])
-    with pytest.raises(ValueError, match="labels reach 1000000001 for 3 images; number the cla"):
+    with pytest.raises(ValueError, match="largest label is 1000000001, for 3 images; number"):
         load_data([(image, 10**9 + i % 2) for i, image in enumerate(images)], 7)
     targets = type("Targets", (list,), {"targets": [1, 0, 1, 0]})(images)
     with pytest.raises(ValueError, match="there are 4 labels for 3 images"):
@@ -213,7 +213,9 @@ def test_splits_that_do_not_fit_together() -> None:
 
 def test_streams_are_refused() -> None:
     stream = type("Stream", (IterableDataset,), {"__iter__": lambda _: iter(constants([1, 2]))})()
-    with pytest.raises(ValueError, match=r"with __len__ .*, got Stream; a stream has no length"):
+    with pytest.raises(
+        ValueError, match=r"with __len__ .*, got Stream; streaming data sets are not"
+    ):
         load_data(stream, 7)
 
 
@@ -313,7 +315,7 @@ def test_the_advice_for_tiffs_reads_them_from_class_folders(
     (tmp_path / "a" / "b").mkdir(parents=True)
     for i in range(2):
         (tmp_path / "a" / "b" / f"{i}.tif").touch()
-    made = re.search("`(def load.*)`", door(tmp_path / "*.tif"))
+    made = re.search("`(def load.*)`", describe_door(tmp_path / "*.tif"))
     assert made
     space: dict[str, Any] = {}
     exec(made[1], space)  # noqa: S102  # What a user would paste.

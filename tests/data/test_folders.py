@@ -124,7 +124,7 @@ def test_split_without_labels_serves_where_there_is_no_other(tmp_path: Path) -> 
         (["train/a/1.jpg", "train/b/1.jpg", "test/x.txt"], r"test holds no images; fill or"),
         (
             ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"],
-            "has classes that the training split has not: c; name the class folders alike",
+            "has classes missing from the training split: c; use the same class folders",
         ),
     ],
 )

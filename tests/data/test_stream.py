@@ -233,7 +233,7 @@ def test_worker_that_dies_stops_the_run_with_its_steps_saved(
         after_step(self, done)
 
     monkeypatch.setattr(MoCo, "after_step", killing)
-    with pytest.raises(OSError, match=r"a process that decodes images has died .*--resume"):
+    with pytest.raises(OSError, match=r"a process that decodes images died .*--resume"):
         run(config, images, tmp_path / "run")
     kept = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert kept["step"] == steps[0] < 120

@@ -85,7 +85,7 @@ def test_splits_by_name(voc: Path) -> None:
     (lists / "few.txt").write_text("i1  1\ni3 -1\n\n")  # VOC's lists of a class have a second word.
     data = load_detection(voc, train="few", test="trainval")
     assert (data.train.name, len(data.train), len(data.test)) == ("few", 2, 5)
-    with pytest.raises(ValueError, match=r"--train-split many is not there; .* has few, test"):
+    with pytest.raises(ValueError, match=r"--train-split many does not exist; .* has few, test"):
         load_detection(voc, train="many")
     with pytest.raises(ValueError, match="training and test split are both few"):
         load_detection(voc, train="few", test="few")

@@ -48,7 +48,7 @@ from mixmask.losses import (
             ROWS,
             SHARED,
             ValueError,
-            r"return \(\) or \(N,\) with N = 4, got \(4, 5\); reduce it over all axes but",
+            r"return \(\) or \(N,\) with N = 4, got \(4, 5\); reduce it over all axes except",
         ),
         (
             lambda z, t: squares(z, t)[:2],

@@ -55,7 +55,7 @@ def test_second_derivatives_are_refused_once_the_queue_was_written_to() -> None:
     queue[:N] = target
     # First derivatives do not read the queue: MoCo enqueues before the backward.
     assert torch.autograd.grad(loss, z, retain_graph=True)[0].any()
-    with pytest.raises(RuntimeError, match=r"written to since; enqueue after the backward pass"):
+    with pytest.raises(RuntimeError, match=r"changed since; enqueue after the backward pass"):
         torch.autograd.grad(loss, z, create_graph=True)
 
 

@@ -207,7 +207,7 @@ def test_bad_input_to_the_module_is_refused(
         (
             lambda z, t: (z - t) ** 2,
             ValueError,
-            r"return \(\) or \(N,\) with N = 4, got \(4, 5\); reduce it over all axes but",
+            r"return \(\) or \(N,\) with N = 4, got \(4, 5\); reduce it over all axes except",
         ),
         (
             lambda z, t: [F.mse_loss(z, t)],

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mixmask.runs import claim
-from mixmask.runs.claim import new_folder, starting
+from mixmask.runs.claim import hold_new_run, new_folder
 
 HOLD = """
 import sys
 from pathlib import Path
-from mixmask.runs.claim import starting
-with starting(Path(sys.argv[1])):
+from mixmask.runs.claim import hold_new_run
+with hold_new_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -51,7 +51,7 @@ def test_new_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def start(folder: Path, *names: str, error: type[BaseException] | None = None) -> None:
     """Write files into a run folder, and fail."""
-    with starting(folder):
+    with hold_new_run(folder):
         for name in names:
             (folder / name).touch()
         if error:
@@ -63,7 +63,7 @@ def test_a_folder_that_another_process_holds_is_refused_and_left(
 ) -> None:
     folder = tmp_path / "run"
     monkeypatch.setattr(claim, "_PATIENCE", 0)
-    with pytest.raises(ValueError, match=r"another process works in .*run; wait for its end"):
+    with pytest.raises(ValueError, match=r"another process is using .*run; wait until it finishes"):
         start(folder)
     assert folder.is_dir()
     monkeypatch.setattr(claim, "_PATIENCE", 60)
@@ -81,7 +81,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(
         return True
 
     monkeypatch.setattr(claim, "_lock", fill)
-    with pytest.raises(ValueError, match=r"another process has worked in .*run; choose another"):
+    with pytest.raises(ValueError, match=r"another process has used .*run; choose another"):
         start(folder)
     assert (folder / "last.pt").exists()
 

@@ -233,7 +233,7 @@ def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> 
         assert (
             f"MB are free (a quota or a limit on the size of files counts too); {tmp_path}" in line
         )
-        assert line.endswith("last.pt is kept: make room, then go on")
+        assert line.endswith("last.pt is kept: free some space, then resume")
     assert "it takes 0.2 MB, " in lines[2]
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert load_checkpoint(tmp_path)[1] == {"step": 1}

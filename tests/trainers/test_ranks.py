@@ -104,7 +104,7 @@ def test_a_process_that_dies_ends_the_other_and_its_checkpoint_is_kept(
     code, lines = said[0]["dead"]
     kept = folder / "dead" / "last.pt"
     assert (code, len(lines)) == (2, 1), lines
-    assert "mixmask: another process has died or hangs (" in lines[0]
+    assert "mixmask: another process died or is not responding (" in lines[0]
     assert lines[0].endswith(
         f"{kept} is kept: start all processes again with --resume {folder}/dead"
     )

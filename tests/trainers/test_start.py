@@ -171,7 +171,7 @@ def test_a_run_can_be_made_longer(whole: Path, tmp_path: Path) -> None:
     assert (load_config(out).epochs, load_config(whole).epochs) == (4, 2)
     with pytest.raises(ValueError, match=r"--epochs must be at least the 4 of .*, got 3"):
         start(None, resume=out, epochs=3)
-    message = r"got --lr, --mix too; leave it out \(beside it only --epochs, --data, --out"
+    message = r"remove --lr, --mix \(only --epochs, --data, --out"
     with pytest.raises(ValueError, match=message):
         start(None, resume=out, lr=0.1, mix="none")
 
@@ -257,7 +257,7 @@ def test_a_run_whose_images_changed_is_told_by_every_command(
     (out / "config.json").write_text(text)
     load_task(out, labelled=False)
     next(changed.rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match="23 training images instead of 24; name their place"):
+    with pytest.raises(ValueError, match="23 training images instead of 24; pass their location"):
         load_task(out, labelled=False)
 
 
