@@ -175,8 +175,8 @@ def list_folder(path: Path) -> ListedData:
     `valid`, `validation`, `dev` or `eval`, in any case; Tiny ImageNet's, whose
     `val/val_annotations.txt` names the classes. Numbered pieces of a split are joined: `train.X1`,
     `train.X2`, ... as ImageNet-100 has them, or `train_1`, `train_2`. A single folder around all
-    images is not a class. Links to folders are followed; names that start with a dot are skipped.
-    Files of other kinds, and folders beside the splits, are named in a warning.
+    images is not a class. Links to folders are followed; names that start with a dot are skipped;
+    other files, and folders beside the splits, are named in a warning.
 
     Raises:
         ValueError: If there are fewer than two images, a class folder holds none, there is a test
@@ -217,8 +217,7 @@ def survey(path: Path, most: int) -> tuple[int, float]:
     """Look at a folder of images or a .zip file of one, without reading it as a whole.
 
     Returns:
-        The number of images, at most `most`; and the median of the shorter side of some of them,
-        in pixels, 0 where none can be read.
+        The number of images, at most `most`; and the shorter side of a usual one in pixels, or 0.
     """
     archive = path if path.is_file() else None
     found = (
