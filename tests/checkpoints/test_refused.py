@@ -78,10 +78,10 @@ def detectron2(path: Path) -> None:
             "is not a checkpoint: it begins with b'<",
         ),
         (lambda path: path.write_bytes(b""), "is damaged: it is empty"),
-        (lambda path: torch.save([1, 2], path), "holds a list and no weights"),
-        (lambda path: torch.save({"epoch": 3}, path), "holds the keys 'epoch' and no weights"),
+        (lambda path: torch.save([1, 2], path), "holds a list, but no weights"),
+        (lambda path: torch.save({"epoch": 3}, path), "holds the keys 'epoch', but no weights"),
         (lambda path: torch.save({"w": torch.ones(2)}, path), r"its keys: w, .* with --arch"),
-        (lambda path: torch.save(torch.ones(2), path), "holds a Tensor and no weights"),
+        (lambda path: torch.save(torch.ones(2), path), "holds a Tensor, but no weights"),
     ],
 )
 def test_files_that_are_no_checkpoints(

@@ -297,7 +297,7 @@ def test_a_share_of_each_class_is_held_out(stream: str, tmp_path: Path) -> None:
 def test_what_cannot_be_held_out(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", 2)
     flat = load_data(str(tmp_path), 14)
-    with pytest.raises(ValueError, match="by their classes, got no labels"):
+    with pytest.raises(ValueError, match="holding out images needs labels, got none"):
         hold_out(flat, 0.1)
     write_images(tmp_path / "dog", 1)
     labelled = load_data(str(tmp_path), 14)
@@ -305,7 +305,7 @@ def test_what_cannot_be_held_out(tmp_path: Path) -> None:
         hold_out(labelled, 0.1)
     with pytest.raises(ValueError, match="must lie between 0 and 1, got 10; use"):
         hold_out(labelled, 10)
-    with pytest.raises(ValueError, match="there is a test split"):
+    with pytest.raises(ValueError, match="the data has a test split already"):
         hold_out(load_data("clothing64", 32), 0.1)
 
 
