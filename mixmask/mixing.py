@@ -18,7 +18,7 @@ from mixmask._checks import Ratio, check_choice, check_images, check_positive
 from mixmask._devices import as_operator, move, seeded
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
-from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
+from mixmask.masks import PATTERNS, MaskGenerator, fit_masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,18 +296,15 @@ class MixMask(nn.Module):
     ) -> None:
         """Check and store the options."""
         super().__init__()
-        check_choice("pattern", pattern, ("block", "discrete"))
+        check_choice("pattern", pattern, tuple(PATTERNS))
         check_choice("partner", partner, ("reverse", "random"))
-        if roll and pattern == "discrete":
+        if roll and pattern != "block":
             raise ValueError(
-                "roll=True needs pattern='block', got 'discrete'; leave it out, for discrete masks "
-                "keep every place equally often anyway"
+                f"roll=True needs pattern='block', got {pattern!r}; leave it out, for discrete "
+                "masks keep every place equally often anyway"
             )
-        self.masks: MaskGenerator = (
-            BlockMaskGenerator(grid_size, ratio, roll=roll)
-            if pattern == "block"
-            else DiscreteMaskGenerator(grid_size, ratio)
-        )
+        options = {"roll": True} if roll else {}
+        self.masks: MaskGenerator = PATTERNS[pattern](grid_size, ratio, **options)
         self.per_sample = per_sample
         self.partner = partner
 

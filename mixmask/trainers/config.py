@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mixmask import masks
 from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio
 from mixmask.runs.options import Options, Value, check_options, check_range, option, share
 
-PATTERNS = ("block", "discrete")
+PATTERNS = tuple(masks.PATTERNS)
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
 
