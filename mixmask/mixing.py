@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
-from mixmask._devices import as_operator, move, seeded
+from mixmask._devices import as_operator, is_transformed, move, seeded
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
 from mixmask.masks import PATTERNS, MaskGenerator, fit_masks
@@ -334,8 +334,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     """Take pixels from the images where the mask is True, and from their partners elsewhere."""
     kept = rearrange(mask, "... h w -> ... 1 h w")  # (1, H, W) or (N, 1, H, W)
-    plain = images.device.type == "cpu" and not (
-        images.requires_grad or torch.compiler.is_compiling() or images.is_complex()
+    plain = images.is_cpu and not (
+        images.requires_grad
+        or torch.compiler.is_compiling()
+        or images.is_complex()
+        or is_transformed()
     )
     if not plain:
         return torch.where(kept, images, images.index_select(0, index))
