@@ -1,7 +1,8 @@
 """Mixed batches: MixMask (paper, eq. 1-3), Un-Mix's mixtures, and erasing as in MSCN.
 
 Every function returns the same `MixedBatch`, so one loss serves them all. `lam` is the share
-of an image's own content everywhere in this package.
+of an image's own content everywhere in this package. What `mix_batch` says of a `generator`
+holds for all of them, and for `mixmask.masks`.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def mix_batch(
         partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring, so
             that no image is its own partner (unlike with `torch.flip`: use `mixed.partner`).
             "random" draws a random ring through the whole batch. Or an index tensor (N,).
-        generator: A CPU generator for the mask and the partners. Default: torch's global one.
+        generator: A CPU generator for the mask and the partners. Default: torch's global one,
+            which `torch.compile(fullgraph=True)` needs: a generator breaks the graph, at no
+            change of what is drawn.
 
     Returns:
         A `MixedBatch`, its `lam` () for a shared mask and (N,) for one per sample.
@@ -116,6 +119,7 @@ def mix_batch(
         MixMask, section 3.1 and eq. 1-3.
 
     Example:
+        >>> from mixmask import BlockMaskGenerator
         >>> images = torch.rand(8, 3, 32, 32)
         >>> mixed = mix_batch(images, BlockMaskGenerator(grid_size=4))
         >>> mixed.images.shape, mixed.lam.item(), mixed.partner.tolist()
@@ -239,6 +243,7 @@ def erase_batch(
         Jing et al., "Masked Siamese ConvNets", section 3; MixMask, section 3.1.
 
     Example:
+        >>> from mixmask import BlockMaskGenerator
         >>> erase_batch(torch.rand(2, 3, 32, 32), BlockMaskGenerator(4)).partner.tolist()
         [0, 1]
     """

@@ -18,3 +18,14 @@ METER = (
         to_be_mended=False,
     ),
 )
+
+_CLEAN, _MIXED = "integrations/lightly.py:_clean", "losses/lambda_weighted.py:_weigh"
+_POINTER = "lightly reads its bank's pointer on the host, with mixed views and without"
+_MASK = "lightly's own criterion chooses by a mask, with mixed views and without"
+LIGHTLY = {
+    "NTXentLoss, bank": (Known("_local_scalar_dense", _CLEAN, _POINTER, to_be_mended=False),),
+    "VICRegLoss": (Known("index", _CLEAN, _MASK, to_be_mended=False),),
+    "DCLLoss": tuple(
+        Known("index", place, _MASK, to_be_mended=False) for place in (_CLEAN, _MIXED)
+    ),
+}
