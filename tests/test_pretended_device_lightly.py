@@ -42,9 +42,10 @@ def test_a_criterion_of_lightly_waits_only_where_lightly_does(name: str) -> None
         assert rows.grad is not None
         return torch.cat([loss.detach().view(1), rows.grad.flatten()])
 
-    expected = wrap(CRITERIA[name]())
+    criterion = CRITERIA[name]()
+    expected = wrap(copy.deepcopy(criterion))
     with pretend() as accelerator:
-        ours = wrap(copy.deepcopy(expected.criterion).to(DEVICE))
+        ours = wrap(criterion.to(DEVICE))
         there = rows.to(DEVICE), images.to(DEVICE)
         torch.testing.assert_close(step(ours, *there).cpu(), step(expected, rows, images))
         with accelerator.watched(*LIGHTLY.get(name, ())):
