@@ -135,3 +135,10 @@ def test_draws_that_differ_over_a_map_are_refused(name: str, transform: Mix) -> 
     with pytest.raises(ValueError, match=r"need randomness='same', got 'different'; or draw mas"):
         torch.func.vmap(mixing, randomness="different")(batches)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_a_generator_breaks_a_graph_and_draws_the_same() -> None:
+    images = _images()
+    compiled = torch.compile(MIXES["rolled blocks"], backend="eager")
+    found, expected = compiled(images, _seeded()), MIXES["rolled blocks"](images, _seeded())
+    assert torch.equal(found.images, expected.images)
