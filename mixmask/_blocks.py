@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, make_generator
+from mixmask._devices import as_operator, is_transformed, make_generator
 
 # BEiT gives a mask up as full after this many rectangles in a row that do not fit.
 _ATTEMPTS = 10
@@ -78,7 +78,8 @@ def draw_blocks(
     roll: bool,
 ) -> Tensor:
     """Draw (n, g, g) masks from a seed; the options are those of `masks.block_masks`."""
-    if n == 1:
+    # Transforms follow operations on tensors, and not what is written to memory beside them.
+    if n == 1 and not is_transformed():
         return _draw_one(seed, grid_size, low, high, min_cells, min_aspect, exact, roll)
     generator = make_generator(seed)
     wanted = draw_cell_counts(n, grid_size, low, high, generator)

@@ -8,9 +8,14 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as has_transforms
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
+# A device by name is parsed in each call, which single masks are slowed by.
+HOST = torch.device("cpu")
 # Bytes of pageable memory that a copy to a GPU takes along without a wait.
 _STAGED = 2**16
 # And not torch.library.custom_op, whose first call imports the whole compiler.
@@ -59,6 +64,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return context
 
 
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward mode is at work, which follow plain operations alone."""
+    # Asked for every mask: by names of this module, which are found twice as fast.
+    return not is_compiling() and (has_transforms() or forward_ad._current_level >= 0)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out; torch raises a plain one for the host's."""
     texts = (
@@ -70,7 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_large_and_pageable(tensor: Tensor) -> bool:
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if tensor.device.type != "cpu" or is_compiling():
         return False
     return tensor.nbytes > _STAGED and not tensor.is_pinned()
 
@@ -93,7 +104,7 @@ def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Functi
         operator = getattr(torch.ops.mixmask, name).default
 
         def call(*args: object) -> object:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+            return operator(*args) if is_compiling() else function(*args)
 
         call.__doc__ = function.__doc__
         return cast("Function", call)
@@ -101,6 +112,6 @@ def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Functi
     return register
 
 
-def make_generator(seed: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: Tensor, device: torch.device = HOST) -> torch.Generator:
     """Return a generator that starts from a drawn seed."""
     return torch.Generator(device).manual_seed(int(seed))

@@ -8,6 +8,7 @@ seed gives the same masks on every device and the device is never waited for.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
@@ -196,6 +197,13 @@ class DiscreteMaskGenerator:
         count = 1 if n is None else n
         masks = discrete_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
         return masks[0] if n is None else masks
+
+
+# By the names that `MixMask` and `--pattern` take; each is made of a grid size and a ratio.
+PATTERNS: dict[str, Callable[..., MaskGenerator]] = {
+    "block": BlockMaskGenerator,
+    "discrete": DiscreteMaskGenerator,
+}
 
 
 def cells_to_pixels(masks: Tensor, height: int, width: int) -> Tensor:

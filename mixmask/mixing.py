@@ -1,7 +1,8 @@
 """Mixed batches: MixMask (paper, eq. 1-3), Un-Mix's mixtures, and erasing as in MSCN.
 
 Every function returns the same `MixedBatch`, so one loss serves them all. `lam` is the share
-of an image's own content everywhere in this package.
+of an image's own content everywhere in this package. What `mix_batch` says of a `generator`
+holds for all of them, and for `mixmask.masks`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixmask._checks import Ratio, check_choice, check_images, check_positive
-from mixmask._devices import as_operator, make_generator, move
+from mixmask._devices import as_operator, is_transformed, make_generator, move
 from mixmask._partners import Partner, choose_partners
 from mixmask._seeds import draw_seed
-from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator, fit_masks
+from mixmask.masks import PATTERNS, MaskGenerator, fit_masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,9 @@ def mix_batch(
         partner: "reverse" pairs i with N - 1 - i; in an odd batch the middle three form a ring, so
             that no image is its own partner (unlike with `torch.flip`: use `mixed.partner`).
             "random" draws a random ring through the whole batch. Or an index tensor (N,).
-        generator: A CPU generator for the mask and the partners. Default: torch's global one.
+        generator: A CPU generator for the mask and the partners. Default: torch's global one,
+            which `torch.compile(fullgraph=True)` needs: a generator breaks the graph, at no
+            change of what is drawn.
 
     Returns:
         A `MixedBatch`, its `lam` () for a shared mask and (N,) for one per sample.
@@ -116,6 +119,7 @@ def mix_batch(
         MixMask, section 3.1 and eq. 1-3.
 
     Example:
+        >>> from mixmask import BlockMaskGenerator
         >>> images = torch.rand(8, 3, 32, 32)
         >>> mixed = mix_batch(images, BlockMaskGenerator(grid_size=4))
         >>> mixed.images.shape, mixed.lam.item(), mixed.partner.tolist()
@@ -239,6 +243,7 @@ def erase_batch(
         Jing et al., "Masked Siamese ConvNets", section 3; MixMask, section 3.1.
 
     Example:
+        >>> from mixmask import BlockMaskGenerator
         >>> erase_batch(torch.rand(2, 3, 32, 32), BlockMaskGenerator(4)).partner.tolist()
         [0, 1]
     """
@@ -296,18 +301,15 @@ class MixMask(nn.Module):
     ) -> None:
         """Check and store the options."""
         super().__init__()
-        check_choice("pattern", pattern, ("block", "discrete"))
+        check_choice("pattern", pattern, tuple(PATTERNS))
         check_choice("partner", partner, ("reverse", "random"))
-        if roll and pattern == "discrete":
+        if roll and pattern != "block":
             raise ValueError(
-                "roll=True needs pattern='block', got 'discrete'; leave it out, for discrete masks "
-                "keep every place equally often anyway"
+                f"roll=True needs pattern='block', got {pattern!r}; leave it out, for discrete "
+                "masks keep every place equally often anyway"
             )
-        self.masks: MaskGenerator = (
-            BlockMaskGenerator(grid_size, ratio, roll=roll)
-            if pattern == "block"
-            else DiscreteMaskGenerator(grid_size, ratio)
-        )
+        options = {"roll": True} if roll else {}
+        self.masks: MaskGenerator = PATTERNS[pattern](grid_size, ratio, **options)
         self.per_sample = per_sample
         self.partner = partner
 
@@ -337,8 +339,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _fill(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     """Take pixels from the images where the mask is True, and from their partners elsewhere."""
     kept = rearrange(mask, "... h w -> ... 1 h w")  # (1, H, W) or (N, 1, H, W)
-    plain = images.device.type == "cpu" and not (
-        images.requires_grad or torch.compiler.is_compiling() or images.is_complex()
+    plain = images.is_cpu and not (
+        images.requires_grad
+        or torch.compiler.is_compiling()
+        or images.is_complex()
+        or is_transformed()
     )
     if not plain:
         return torch.where(kept, images, images.index_select(0, index))

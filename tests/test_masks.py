@@ -12,10 +12,15 @@ from torch import Tensor
 from mixmask import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
+    MixMask,
     block_masks,
     cells_to_pixels,
     discrete_masks,
 )
+from mixmask.figures.masks import figure_masks
+from mixmask.integrations.kornia import RandomMixMask
+from mixmask.masks import PATTERNS
+from mixmask.trainers import config
 
 Golden = Callable[[str], dict[str, Tensor]]
 Draw = Callable[..., Tensor]
@@ -98,6 +103,19 @@ def test_generators_pass_their_options_on() -> None:
     assert torch.equal(
         discrete(5, generator=_seeded(1)), discrete_masks(5, 8, (0.2, 0.6), generator=_seeded(1))
     )
+
+
+class Checkerboard(DiscreteMaskGenerator):
+    """A pattern of a user's own."""
+
+
+def test_a_row_of_one_table_adds_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(PATTERNS) == config.PATTERNS
+    monkeypatch.setitem(PATTERNS, "checkerboard", Checkerboard)
+    for module in (MixMask(2, 0.25, "checkerboard"), RandomMixMask(2, 0.25, "checkerboard")):
+        assert module.masks == Checkerboard(2, 0.25)
+    figure = figure_masks(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), grid_sizes=(2,))
+    assert "checkerboard, grid 2" in [axes.get_title() for axes in figure.axes]
 
 
 @pytest.mark.parametrize(

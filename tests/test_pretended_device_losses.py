@@ -70,6 +70,8 @@ CRITERIA: dict[str, Callable[[Tensor], Any]] = {
     "InfoNCE, current queue": lambda z: losses.InfoNCE(lambda: _queue(z), reduction="none"),
     "InfoNCE, batch": lambda _: losses.InfoNCE(gather_distributed=True),
     "NTXent": lambda _: losses.NTXent(gather_distributed=True),
+    # Whose powers do not fit float32 without a maximum to subtract.
+    "NTXent, low temperature": lambda _: losses.NTXent(0.01),
     "NTXent, one way": lambda _: losses.NTXent(one_directional=True, gather_distributed=True),
     "NegativeCosine": lambda _: losses.NegativeCosine(reduction="none"),
     "BarlowTwins": lambda _: losses.BarlowTwins(gather_distributed=True),

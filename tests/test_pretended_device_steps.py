@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from pretended import DEVICE, Accelerator, PretendedTensor, pretend, pretend_two_processes
-from pretended_known import METER
+from pretended_known import ASKING, METER
 from tiny_runs import run, seeded, tiny_config, tiny_images
 from torch import Tensor
 
@@ -158,9 +158,13 @@ class Event:
         return True
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_loop_never_waits_between_its_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator
 ) -> None:
+    if processes == 2:
+        pretend_two_processes(monkeypatch)
+        monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda _: 2))
     steps, rate, calls = 13, loop.learning_rate, [0]
 
     def watched(config: RunConfig, done: float) -> float:
@@ -175,7 +179,7 @@ def test_the_loop_never_waits_between_its_steps(
     monkeypatch.setattr(loop, "memory_gib", lambda _: 0.0)
     monkeypatch.setattr(Run, "save", lambda _, **__: None)
     config = tiny_config("moco-v2", mix="both", blur=0.5, epochs=1)
-    with accelerator.watched(*METER):
+    with accelerator.watched(*METER, *(ASKING if processes == 2 else ())):
         accelerator.steady = False
-        run(config, tiny_images(8 * steps), tmp_path)
+        run(config, tiny_images(8 * steps * processes), tmp_path)
     assert calls[0] == steps

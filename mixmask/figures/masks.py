@@ -12,13 +12,12 @@ from torch import Tensor
 from mixmask._checks import Ratio
 from mixmask.data.views import denormalize
 from mixmask.figures.style import add_caption, new_figure, show_image
-from mixmask.masks import BlockMaskGenerator, DiscreteMaskGenerator, MaskGenerator
+from mixmask.masks import PATTERNS
 from mixmask.mixing import MixedBatch, mix_batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PATTERNS = {"block": BlockMaskGenerator, "discrete": DiscreteMaskGenerator}
 _LEGEND = "white keeps\none's own pixels,\nblack takes\nthe partner's"
 
 
@@ -41,7 +40,7 @@ def figure_masks(
     pairs = [
         torch.stack([images[i], images[(i + 1) % len(images)]]) for i in range(0, len(images), 2)
     ]
-    settings = [(pattern, grid) for pattern in _PATTERNS for grid in grid_sizes]
+    settings = [(pattern, grid) for pattern in PATTERNS for grid in grid_sizes]
     figure = new_figure(1.25 * (1 + len(settings)), 4.15 * len(pairs))
     axes = figure.subplots(3 * len(pairs), 1 + len(settings), squeeze=False)
     # Three rows per pair: masks, mixes, switch images.
@@ -51,8 +50,7 @@ def figure_masks(
         show_image(rows[1, 0], pair[0], "image", size=9)
         show_image(rows[2, 0], pair[1], "partner", size=9)
         for column, (pattern, grid) in zip(rows[:, 1:].T, settings, strict=True):
-            masks: MaskGenerator = _PATTERNS[pattern](grid, ratio)
-            mixed = mix_batch(pair, masks, generator=generator)
+            mixed = mix_batch(pair, PATTERNS[pattern](grid, ratio), generator=generator)
             assert mixed.mask is not None
             show_image(column[0], mixed.mask, f"{pattern}, grid {grid}", size=9)
             show_image(column[1], mixed.images[0], f"mix, λ = {float(mixed.lam):.2f}", size=9)

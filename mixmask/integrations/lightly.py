@@ -32,6 +32,8 @@ from mixmask import losses
 from mixmask._distributed import check_even, world_size
 from mixmask.integrations._steps import SplitCriterion, weigh_squares
 from mixmask.losses._inputs import Embeddings, Records, as_list, as_pairs, check_sizes
+from mixmask.losses._rows import upcast
+from mixmask.losses.redundancy import _regularize
 from mixmask.mixing import MixedBatch
 
 __all__ = [
@@ -46,7 +48,7 @@ __all__ = [
 try:
     from lightly import loss as theirs
     from lightly.loss.lejepa_loss import LeJEPALoss
-    from lightly.loss.vicreg_loss import covariance_loss, variance_loss
+    from lightly.loss.vicreg_loss import variance_loss
     from lightly.utils.dist import gather
 
     from mixmask.integrations._lightly_crops import LikeIts, WrappedDINO, WrappedLeJEPA, WrappedSwaV
@@ -279,8 +281,10 @@ def _vicreg(criterion: Any) -> losses.Criterion:
             z = torch.cat(gather(z))  # (W * N, C)
         # Theirs is half of the sum over both views.
         variance: Tensor = criterion.mu_param * 0.5 * variance_loss(x=z, eps=criterion.eps)
-        covariance: Tensor = criterion.nu_param * covariance_loss(x=z)
-        return variance + covariance
+        # Theirs is the mean over places, (N, ..., C), and chooses by a mask, which waits.
+        places = upcast(z).reshape(len(z), -1, z.shape[-1]).unbind(1)  # (N, C) each
+        terms = [_regularize(place, 0.0, criterion.nu_param, gather=False) for place in places]
+        return variance + torch.stack(terms).mean()
 
     return weigh_squares(float(criterion.lambda_param), rest)
 

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, without_autocast
-from mixmask.losses._pair_sums import (
-    add_product,
-    choose_dtype,
-    count_elements,
-    follow,
-    is_transformed,
-)
+from mixmask._devices import as_operator, is_transformed, without_autocast
+from mixmask.losses._pair_sums import add_product, choose_dtype, count_elements, follow
 from mixmask.losses._rows import upcast
 
 # Bands are larger, for each of them adds to the gradient of all columns.

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from mixmask._devices import as_operator, without_autocast
+from mixmask._devices import as_operator, is_transformed, without_autocast
 from mixmask.losses._rows import upcast
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
@@ -192,13 +191,6 @@ def _sum_pairs_plainly(
         return logits.logsumexp(dim=1, keepdim=True)  # (M, 1)
     bias = weights.log()  # (K, V)
     return torch.stack([(logits + one).logsumexp(dim=1) for one in bias.unbind(1)], dim=1)
-
-
-def is_transformed() -> bool:
-    """Tell whether torch.func or forward mode is at work, which follow plain operations alone."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def follow(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mixmask import masks
 from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio
 from mixmask.runs.options import (
@@ -18,7 +19,7 @@ from mixmask.runs.options import (
 )
 
 TIMM = "timm"  # Of --init.
-PATTERNS = ("block", "discrete")
+PATTERNS = tuple(masks.PATTERNS)
 MIXTURES = ("none", "mixmask", "unmix", "both", "erase", "mixup", "cutmix")
 
 

@@ -373,7 +373,11 @@ def pretend_two_processes(patch: pytest.MonkeyPatch) -> None:
         if op == dist.ReduceOp.SUM:
             tensor.mul_(2)
 
+    def all_gather_object(out: list[Any], value: Any) -> None:
+        out[:] = [value, value]
+
     patch.setattr(_distributed, "_all_gather", all_gather)
+    patch.setattr(dist, "all_gather_object", all_gather_object)
     patch.setattr(dist, "all_reduce", all_reduce)
     patch.setattr(dist, "all_to_all_single", lambda out, rows, *_: out.copy_(rows))
     for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):

@@ -1,0 +1,53 @@
+"""lightly's criteria with mixed views on a pretended accelerator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightly.loss as theirs
+import pytest
+import torch
+from pretended import DEVICE, pretend
+from pretended_known import LIGHTLY
+from torch import Tensor, nn
+
+from mixmask import BlockMaskGenerator, mix_batch
+from mixmask.integrations.lightly import wrap
+
+N, C, Q = 8, 12, 32
+CRITERIA: dict[str, Callable[[], nn.Module]] = {
+    "NTXentLoss": theirs.NTXentLoss,
+    "NTXentLoss, bank": lambda: theirs.NTXentLoss(memory_bank_size=(Q, C)),
+    "NegativeCosineSimilarity": theirs.NegativeCosineSimilarity,
+    "BarlowTwinsLoss": theirs.BarlowTwinsLoss,
+    "VICRegLoss": theirs.VICRegLoss,
+    "TiCoLoss": theirs.TiCoLoss,
+    "DCLLoss": theirs.DCLLoss,
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_of_lightly_waits_only_where_lightly_does(name: str) -> None:
+    torch.manual_seed(1)
+    rows, images = torch.randn(3, N, C), torch.rand(N, 3, 8, 8)
+    masks = BlockMaskGenerator(4)()
+
+    def step(criterion: Any, rows: Tensor, images: Tensor) -> Tensor:
+        rows = rows.detach().requires_grad_()  # (3, N, C)
+        z, target, z_mixed = rows.unbind()
+        loss = criterion(z, target.detach(), z_mixed, mix_batch(images, masks))
+        loss.backward()
+        assert rows.grad is not None
+        return torch.cat([loss.detach().view(1), rows.grad.flatten()])
+
+    criterion = CRITERIA[name]()
+    expected = wrap(copy.deepcopy(criterion))
+    with pretend() as accelerator:
+        ours = wrap(criterion.to(DEVICE))
+        there = rows.to(DEVICE), images.to(DEVICE)
+        torch.testing.assert_close(step(ours, *there).cpu(), step(expected, rows, images))
+        with accelerator.watched(*LIGHTLY.get(name, ())):
+            found = step(ours, *there)
+        torch.testing.assert_close(found.cpu(), step(expected, rows, images))
