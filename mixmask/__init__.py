@@ -4,6 +4,16 @@ Two lines around an existing criterion::
 
     mixed = mixmask.mix_batch(x_q, masks)
     loss = criterion(q, k) + mixmask.lambda_weighted_loss(criterion, encode(mixed.images), k, mixed)
+
+Where things are::
+
+    masks.py, mixing.py, losses/   the core: imports torch and einops only
+    integrations/, examples/       adapters for other codebases; loops to copy
+    data/                          data sets, streamed folders, random views
+    trainers/                      the methods, one file each, and the training loop
+    runs/, checkpoints/            run folders; reading, loading and exporting weights
+    evaluation/, detection/        kNN, linear, fine-tuning, neighbours; Faster and Mask R-CNN
+    figures/, cli/                 figures; the command line
 """
 
 from mixmask import losses
