@@ -326,7 +326,7 @@ def amount(value: float, unit: str) -> str:
     if unit != "s":
         return f"{value:g} {unit}"
     for size, name in ((1, "s"), (1e-3, "ms")):
-        if value >= size:
+        if abs(value) >= size:
             return f"{value / size:.3g} {name}"
     return f"{value / 1e-6:.3g} µs"
 
