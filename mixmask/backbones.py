@@ -47,9 +47,10 @@ def build_backbone(
     else:
         backbone = _build_timm(arch, image_size, in_chans)
     if small_stem and arch not in SLIM:
-        if not isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d):
+        stem = [getattr(backbone, name, None) for name in ("conv1", "maxpool")]
+        if not (isinstance(stem[0], nn.Conv2d) and isinstance(stem[1], nn.MaxPool2d)):
             raise ValueError(f"--small-stem suits ResNets only, got {arch}; leave it out")
-        channels = int(backbone.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+        channels = stem[0].out_channels
         backbone.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
     return backbone

@@ -137,7 +137,9 @@ def take_splits(made: Any) -> tuple[MapDataset, dict[str, MapDataset]]:
         tests = [["test"]] if len(joined) == 2 else []
     needed = ("__len__", "__getitem__")
     parts = joined if len(joined) == 1 + len(tests) else []
-    if not parts or not all(hasattr(p, name) for p in parts for name in needed):
+    if not parts or not all(
+        hasattr(p, name) and not isinstance(p, type) for p in parts for name in needed
+    ):
         kinds = ", ".join(type(part).__name__ for part in joined) or "nothing"
         raise ValueError(
             "data must be a data set with __len__ and __getitem__, or a training and a test one, "

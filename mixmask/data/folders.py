@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
@@ -213,24 +212,21 @@ def list_folder(path: Path) -> ListedData:
     return ListedData(Listed(files, _to_labels(labels, classes)), test, classes)
 
 
-def survey(path: Path, most: int) -> tuple[int, float]:
-    """Look at a folder of images or a .zip file of one, without reading it as a whole.
+def survey(path: Path) -> tuple[int, float]:
+    """Return the number of training images of a folder, and the shorter side of a usual one.
 
-    Returns:
-        The number of images, at most `most`; and the shorter side of a usual one in pixels, or 0.
+    Raises:
+        ValueError, OSError: See `list_folder`, whose warnings are left to it.
     """
-    archive = path if path.is_file() else None
-    found = (
-        name
-        for name, kind in (_walk_archive(path) if archive else _walk(path))
-        if kind == "file" and Path(name).suffix.lower() in image_suffixes()
-    )
-    names = sorted(islice(found, most))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files = list_folder(path).train.files
+    assert isinstance(files, Files)
     sides: list[int] = []
-    for name in names[:: max(1, len(names) // _SURVEYED)]:
-        with suppress(*_UNREADABLE), open_image(_read(path / name, archive)) as image:
+    for number in range(0, len(files), max(1, len(files) // _SURVEYED)):
+        with suppress(UnreadableError), files.open(number) as image:
             sides.append(min(image.size))
-    return len(names), statistics.median(sides) if sides else 0
+    return len(files), statistics.median(sides) if sides else 0
 
 
 def _list_split(

@@ -221,6 +221,8 @@ def describe_difference(file: Path, content: Mapping[str, object]) -> str:
         written = read_config(file.parent)
     except (OSError, ValueError):  # Who needs it says so.
         return ""
+    if "format" not in written:  # Of an older version, or not a run's at all.
+        return ""
     change = describe_change(content.get("options"), written)
     return f"{file} was trained with other options than its {CONFIG} says ({change})" * bool(change)
 

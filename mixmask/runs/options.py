@@ -27,7 +27,7 @@ FACTS = ("format", "version", "processes", "fingerprint", "source")
 # its images are shared between processes.
 _CHANGEABLE = (
     "epochs", "data", "init", "stream", "workers", "batch_size", "accumulate", "save_every",
-    "save_minutes", "keep", "measure_every", "tracker",
+    "save_minutes", "keep", "measure_every", "tracker", "processes",
 )  # fmt: skip
 # What `--help` says of options that several configurations or commands have; texts that depend on
 # the command follow in brackets.
@@ -188,13 +188,21 @@ def describe_change(trained: object, written: Options) -> str:
         >>> describe_change({"lr": 0.1, "epochs": 9}, {"lr": 0.5, "epochs": 5})
         'lr was 0.1, is 0.5'
     """
-    for name, value in trained.items() if isinstance(trained, Mapping) else ():
+    if not isinstance(trained, Mapping):
+        return ""
+    for name, value in trained.items():
         if name not in written:
             return f"{name} is missing"
+        if not isinstance(value, str | int | float | tuple):
+            return f"{name} was {type(value).__name__}"
         now = written[name]
         now = tuple(now) if isinstance(now, list) else now  # JSON knows no tuples.
         if name not in _CHANGEABLE and now != value:
             return f"{name} was {value!r}, is {now!r}"
+    if "processes" in trained:  # Among which a step's images may be shared otherwise.
+        before, now = (one["batch_size"] * one["processes"] for one in (trained, written))
+        if before != now:
+            return f"images per step were {before}, are {now}"
     return ""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from mixmask._distributed import world_size
 from mixmask.data.datasets import is_function
 from mixmask.data.folders import survey
 from mixmask.runs.options import Options
@@ -62,6 +64,9 @@ PUBLISHED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
 _BY_SIDE = {48: "cifar10", 96: "tiny-imagenet"}
 _BY_COUNT = {50_000: "imagenette", 500_000: "imagenet100"}
 
+# Networks whose first convolution `--small-stem` replaces; others have a stem of their own.
+_PLAIN_STEM = r"(torchvision/)?(wide_)?resnet\d+(_2)?(\.\w+)?"
+
 _SHOWN = ("arch", "image_size", "grid_size", "batch_size", "epochs")
 
 
@@ -98,22 +103,29 @@ def suit_folder(options: Options) -> Options:
         The same, with what was chosen. Other data, and a method that is not known, stay as given.
     """
     data, method = options.get("data"), options.get("method", RunConfig.method)
-    if "recipe" in options or not isinstance(data, str) or data in PRESETS or is_function(data):
+    texts = isinstance(data, str) and isinstance(method, str)
+    if "recipe" in options or not (data and texts) or data in PRESETS or is_function(data):
         return options
-    path = Path(data)
-    if not (path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())):
+    try:
+        count, side = survey(Path(data))
+        count = int(count * (1 - options.get("holdout", 0)))
+    except (OSError, TypeError, ValueError):  # Whoever loads the images says so.
         return options
-    count, side = survey(path, max(_BY_COUNT))
     by_side = (name for most, name in _BY_SIDE.items() if 0 < side <= most)
     by_count = (name for most, name in _BY_COUNT.items() if count < most)
     recipe = next(by_side, next(by_count, "imagenet"))
     chosen: Options = {"recipe": recipe}
     defaults = option_defaults(method, recipe)
-    fit = max(2, _power_of_two(count // 4))  # Some steps in each epoch.
-    if defaults and "accumulate" not in options and fit < defaults["batch_size"]:
+    # Some steps in each epoch, of batches that each process has.
+    fit = max(2, _power_of_two(count // (4 * world_size())))
+    if (
+        defaults
+        and not {"accumulate", "batch_size"} & set(options)
+        and fit < defaults["batch_size"]
+    ):
         chosen |= {"batch_size": fit, "lr": defaults["lr"] * fit / defaults["batch_size"]}
-    if "resnet" not in str(options.get("arch", "resnet")):
-        chosen["small_stem"] = False  # It is a ResNet's.
+    if not re.fullmatch(_PLAIN_STEM, str(options.get("arch", "resnet18"))):
+        chosen["small_stem"] = False
     settings = defaults | chosen | options
     known = [settings.get(name) for name in ("batch_size", "accumulate", "queue_size", "bn_splits")]
     batch, parts, queue, splits = (n if isinstance(n, int) and n > 0 else 1 for n in known)

@@ -124,12 +124,13 @@ class Run:
         run.config = config
         if resume is not None and begun:
             run.load(resume)
+        if begun and resume != out:  # First: with a configuration alone, it would start again.
+            out.mkdir(parents=True, exist_ok=True)
+            run.save()
         if run.accelerator.is_main_process and (resume is None or facts is not None):
             processes = {"processes": run.accelerator.num_processes}
             out.mkdir(parents=True, exist_ok=True)
             write_config(out, processes | (facts or {}) | asdict(config))
-        if begun and resume != out:
-            run.save()
         if config.tracker != "none":
             _start_tracker(run)
         return run
@@ -167,7 +168,7 @@ class Run:
                 "step": self.step,
                 "rows": self.rows,
                 "meter": self.meter.state(),
-                "options": asdict(self.config),
+                "options": {**asdict(self.config), "processes": self.accelerator.num_processes},
             }
             if self.accelerator.scaler is not None:
                 content["scaler"] = self.accelerator.scaler.state_dict()

@@ -126,7 +126,8 @@ def pretrain(
         progress: Show a progress bar.
         **options: Those of the command line, with underscores: `data="photos"`, `epochs=20`.
             Paths may be `Path` objects. `data` may be a map-style data set, or what a function
-            behind `--data package.module:function` returns; it is given again to resume.
+            behind `--data package.module:function` returns; it is given again to resume, and
+            its `recipe` is that of imagenet where none is named.
 
     Raises:
         TypeError: If an option has another type.
@@ -247,7 +248,7 @@ def _plan_resumed(options: Options, source: Path, out: Path | None, processes: i
             f"--epochs must be at least the {recorded.epochs} of {source}, got {config.epochs}; "
             "leave it out"
         )
-    if "data" in options:
+    if config.data != recorded.data:
         known = "fingerprint" in content
         same = "the same images" if known else "unchecked images (an older run does not say which)"
         notes.append(f"{same}, now in {config.data}: all else stays exact")

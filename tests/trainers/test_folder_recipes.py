@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mixmask.backbones import build_backbone
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.recipes import suit_folder
 
@@ -73,7 +74,48 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     assert suit_folder({"data": str(tmp_path / "missing")}) == {"data": str(tmp_path / "missing")}
 
 
-@pytest.mark.parametrize("bad", [{"accumulate": 0}, {"batch_size": "x"}, {"method": "dino"}])
+def test_only_training_images_of_each_process_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "x" / "train", 16, (32, 32))
+    write(tmp_path / "x" / "test", 90, (300, 300))
+    data = str(tmp_path / "x")
+    assert suit_folder({"data": data})["recipe"] == "cifar10"
+    assert suit_folder({"data": data})["batch_size"] == 4
+    assert suit_folder({"data": data, "holdout": 0.5})["batch_size"] == 2
+    monkeypatch.setattr("mixmask.trainers.recipes.world_size", lambda: 2)
+    assert suit_folder({"data": data})["batch_size"] == 2
+
+
+def test_a_given_batch_keeps_the_learning_rate(tmp_path: Path) -> None:
+    data = str(write(tmp_path / "x", 40, (32, 32)))
+    assert "lr" not in suit_folder({"data": data, "batch_size": 32})
+
+
+@pytest.mark.parametrize(
+    "arch, small", [("resnet10t", False), ("resnet18d", False), ("resnetv2_50", False),
+                    ("torchvision/resnet18", True), ("wide_resnet50_2", True)],
+)  # fmt: skip
+def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_path: Path) -> None:
+    config = make_config(
+        **suit_folder({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch})
+    )
+    assert config.small_stem is small
+    if not small:
+        with pytest.raises(ValueError, match="--small-stem suits ResNets only"):
+            build_backbone(arch, small_stem=True)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"method": ["x"]},
+        {"holdout": "x"},
+        {"accumulate": 0},
+        {"batch_size": "x"},
+        {"method": "dino"},
+    ],
+)
 def test_bad_options_are_left_to_the_configuration(bad: dict[str, Any], tmp_path: Path) -> None:
     chosen = suit_folder({"data": str(write(tmp_path / "x", 9, (32, 32)))} | bad)
     assert bad.items() <= chosen.items()

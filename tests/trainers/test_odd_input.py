@@ -15,10 +15,11 @@ from commands import write_photographs
 
 from mixmask.checkpoints import load_backbone
 from mixmask.trainers import Pretrained, pretrain
+from mixmask.trainers.run import Run
 
 TINY: dict[str, Any] = {
     "arch": "narrow", "image_size": 16, "epochs": 1, "batch_size": 8, "queue_size": 16, "dim": 8,
-    "grid_size": 2, "measure_every": 0,
+    "grid_size": 2, "measure_every": 0, "recipe": "imagenet",
 }  # fmt: skip
 
 
@@ -101,8 +102,7 @@ def test_a_data_set_itself_is_trained_on_and_given_again(data: Any, tmp_path: Pa
         start(None, resume=run)
     with pytest.raises(ValueError, match="the data set does not hold the images that"):
         start(None, resume=run, data=[torch.zeros(3, 20, 20)] * 24)
-    with pytest.warns(UserWarning, match="the same images, now in <"):
-        again = start(None, resume=run, data=data)
+    again = start(None, resume=run, data=data)
     assert [row["epoch"] for row in again.rows] == [1]
 
 
@@ -125,6 +125,8 @@ def test_epochs_of_another_type_are_refused_when_a_run_goes_on(
         ({"queue_size": 12}, r"trained with other options than .*\(queue_size was 16, is 12\)"),
         ({"arch": "medium"}, r"\(arch was 'narrow', is 'medium'\)"),
         ({"lr": 0.5}, r"\(lr was [0-9.]+, is 0.5\)"),
+        ({"batch_size": 4}, r"\(images per step were 8, are 4\)"),
+        ({"processes": 2}, r"\(images per step were 8, are 16\)"),
     ],
 )
 def test_a_configuration_that_does_not_fit_its_run_is_refused(
@@ -189,3 +191,30 @@ def test_accuracies_that_are_no_numbers_are_left_out_with_a_warning(
         )
     assert [row["mine"] for row in result.rows] == [1.0, 1.0]
     assert not any("knn" in row for row in result.rows)
+
+
+def test_a_class_in_place_of_a_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data must be a data set with __len__"):
+        start(tmp_path / "run", data=Pictures, **TINY)
+
+
+def test_a_copy_that_was_interrupted_does_not_start_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    copy = tmp_path / "copy"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(copy, resume=run)
+    assert not (copy / "config.json").exists()
+
+
+def test_a_checkpoint_beside_the_configuration_of_another_library_is_read(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run / "last.pt", tmp_path / "backbone.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    assert load_backbone(tmp_path / "backbone.pt").arch == "narrow"
