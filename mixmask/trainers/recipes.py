@@ -8,6 +8,7 @@ from pathlib import Path
 from mixmask._distributed import world_size
 from mixmask.data.datasets import is_function
 from mixmask.data.folders import survey
+from mixmask.data.given import survey_datasets
 from mixmask.runs.options import Options
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import option_defaults
@@ -91,13 +92,14 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def suit_folder(options: Options) -> Options:
+def suit_images(options: Options, data_set: object = None) -> Options:
     """Choose a recipe for a folder that comes without one, and batch and queue that it fills.
 
     What was given stays. A smaller batch lowers the learning rate in proportion.
 
     Args:
         options: What the user has given.
+        data_set: The data themselves, if they have no name.
 
     Returns:
         The same, with what was chosen. Other data, and a method that is not known, stay as given.
@@ -107,7 +109,7 @@ def suit_folder(options: Options) -> Options:
     if "recipe" in options or not (data and texts) or data in PRESETS or is_function(data):
         return options
     try:
-        count, side = survey(Path(data))
+        count, side = survey(Path(data)) if data_set is None else survey_datasets(data_set)
         count = int(count * (1 - options.get("holdout", 0)))
     except (OSError, TypeError, ValueError):  # Whoever loads the images says so.
         return options

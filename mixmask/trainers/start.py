@@ -36,7 +36,7 @@ from mixmask.trainers.processes import (
     interruptible,
     start_processes,
 )
-from mixmask.trainers.recipes import suit_folder, suit_queue
+from mixmask.trainers.recipes import suit_images, suit_queue
 from mixmask.trainers.run import Run
 
 # What may change when a run goes on.
@@ -126,8 +126,7 @@ def pretrain(
         progress: Show a progress bar.
         **options: Those of the command line, with underscores: `data="photos"`, `epochs=20`.
             Paths may be `Path` objects. `data` may be a map-style data set, or what a function
-            behind `--data package.module:function` returns; it is given again to resume, and
-            its `recipe` is that of imagenet where none is named.
+            behind `--data package.module:function` returns; it is given again to resume.
 
     Raises:
         TypeError: If an option has another type.
@@ -194,7 +193,7 @@ def open_run(
 
         def plan() -> _Plan:
             if source is None:
-                return _plan_new(options, config, target, choose=state.is_main_process)
+                return _plan_new(options, config, target, data, choose=state.is_main_process)
             given = [flag(name) for name in options if name not in CHANGEABLE]
             check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
             return _plan_resumed(options, source, target, state.num_processes)
@@ -222,11 +221,11 @@ def open_run(
 
 
 def _plan_new(
-    options: Options, file: str | Path | None, out: Path | None, *, choose: bool
+    options: Options, file: str | Path | None, out: Path | None, data_set: object, *, choose: bool
 ) -> _Plan:
     """Take options from a file and from the caller, who has the last word."""
     given = (read_options_file(Path(file), options) if file else {}) | options
-    config = make_config(**suit_folder(given))
+    config = make_config(**suit_images(given, data_set))
     data = Path(config.data).resolve()
     folder = (
         new_folder(out, f"{data.name.strip('<>')}-{config.method}-{config.mix}") if choose else None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mixmask.backbones import build_backbone
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.recipes import suit_folder
+from mixmask.trainers.recipes import suit_images
 
 
 def write(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -27,7 +27,7 @@ def write(folder: Path, count: int, size: tuple[int, int]) -> Path:
 def test_a_folder_follows_the_size_of_its_images(
     size: tuple[int, int], recipe: str, tmp_path: Path
 ) -> None:
-    chosen = suit_folder({"data": str(write(tmp_path / "x", 40, size))})
+    chosen = suit_images({"data": str(write(tmp_path / "x", 40, size))})
     assert chosen["recipe"] == recipe
     config: Any = make_config(**chosen)
     default: Any = make_config(data="elsewhere", recipe=recipe)
@@ -43,7 +43,7 @@ def test_an_archive_is_looked_at_as_its_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in folder.rglob("*.png"):
             archive.write(path, str(path.relative_to(tmp_path)))
-    assert suit_folder({"data": str(tmp_path / "x.zip")})["recipe"] == "cifar10"
+    assert suit_images({"data": str(tmp_path / "x.zip")})["recipe"] == "cifar10"
 
 
 def test_many_large_images_follow_imagenets_recipes(
@@ -52,26 +52,26 @@ def test_many_large_images_follow_imagenets_recipes(
     data = str(write(tmp_path / "x", 1, (300, 300)))
     for count, recipe in ((70_000, "imagenet100"), (499_999, "imagenet100"), (500_000, "imagenet")):
         monkeypatch.setattr("mixmask.trainers.recipes.survey", lambda *_, n=count: (n, 300.0))
-        chosen = suit_folder({"data": data})
+        chosen = suit_images({"data": data})
         assert chosen["recipe"] == recipe
         assert make_config(**chosen) == make_config(data=data, recipe=recipe)
     monkeypatch.setattr("mixmask.trainers.recipes.survey", lambda *_: (50_000, 300.0))
-    assert suit_folder({"data": data})["queue_size"] == 16_384  # Imagenet's 65,536 is too much.
+    assert suit_images({"data": data})["queue_size"] == 16_384  # Imagenet's 65,536 is too much.
 
 
 def test_what_is_given_stays(tmp_path: Path) -> None:
     data = str(write(tmp_path / "x", 9, (32, 32)))
     given = {"data": data, "batch_size": 6, "lr": 1.0, "queue_size": 600, "bn_splits": 3}
-    assert suit_folder(given) == given | {"recipe": "cifar10"}
-    assert suit_folder({"data": data, "batch_size": 6})["bn_splits"] == 3
+    assert suit_images(given) == given | {"recipe": "cifar10"}
+    assert suit_images({"data": data, "batch_size": 6})["bn_splits"] == 3
     assert (
-        make_config(**suit_folder({"data": data, "arch": "vit_tiny_patch16_224"})).small_stem
+        make_config(**suit_images({"data": data, "arch": "vit_tiny_patch16_224"})).small_stem
         is False
     )
-    assert make_config(**suit_folder({"data": data, "arch": "resnet50"})).small_stem is True
+    assert make_config(**suit_images({"data": data, "arch": "resnet50"})).small_stem is True
     for other in ({"data": data, "recipe": "imagenet"}, {"data": "clothing64"}, {"data": "a.b:c"}):
-        assert suit_folder(other) == other
-    assert suit_folder({"data": str(tmp_path / "missing")}) == {"data": str(tmp_path / "missing")}
+        assert suit_images(other) == other
+    assert suit_images({"data": str(tmp_path / "missing")}) == {"data": str(tmp_path / "missing")}
 
 
 def test_only_training_images_of_each_process_count(
@@ -80,16 +80,16 @@ def test_only_training_images_of_each_process_count(
     write(tmp_path / "x" / "train", 16, (32, 32))
     write(tmp_path / "x" / "test", 90, (300, 300))
     data = str(tmp_path / "x")
-    assert suit_folder({"data": data})["recipe"] == "cifar10"
-    assert suit_folder({"data": data})["batch_size"] == 4
-    assert suit_folder({"data": data, "holdout": 0.5})["batch_size"] == 2
+    assert suit_images({"data": data})["recipe"] == "cifar10"
+    assert suit_images({"data": data})["batch_size"] == 4
+    assert suit_images({"data": data, "holdout": 0.5})["batch_size"] == 2
     monkeypatch.setattr("mixmask.trainers.recipes.world_size", lambda: 2)
-    assert suit_folder({"data": data})["batch_size"] == 2
+    assert suit_images({"data": data})["batch_size"] == 2
 
 
 def test_a_given_batch_keeps_the_learning_rate(tmp_path: Path) -> None:
     data = str(write(tmp_path / "x", 40, (32, 32)))
-    assert "lr" not in suit_folder({"data": data, "batch_size": 32})
+    assert "lr" not in suit_images({"data": data, "batch_size": 32})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_given_batch_keeps_the_learning_rate(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_path: Path) -> None:
     config = make_config(
-        **suit_folder({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch})
+        **suit_images({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch})
     )
     assert config.small_stem is small
     if not small:
@@ -117,7 +117,15 @@ def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_p
     ],
 )
 def test_bad_options_are_left_to_the_configuration(bad: dict[str, Any], tmp_path: Path) -> None:
-    chosen = suit_folder({"data": str(write(tmp_path / "x", 9, (32, 32)))} | bad)
+    chosen = suit_images({"data": str(write(tmp_path / "x", 9, (32, 32)))} | bad)
     assert bad.items() <= chosen.items()
     with pytest.raises((TypeError, ValueError), match="--"):
         make_config(**chosen)
+
+
+def test_a_data_set_is_looked_at_as_a_folder() -> None:
+    data = [(Image.new("RGB", (70, 90)), i % 2) for i in range(40)]
+    for given in (data, (data, data[:2]), {"train": data}):
+        chosen = suit_images({"data": "<list>"}, given)
+        assert (chosen["recipe"], chosen["batch_size"]) == ("tiny-imagenet", 8)
+    assert suit_images({"data": "<list>"}, 3) == {"data": "<list>"}
