@@ -53,7 +53,8 @@ def _say_start(opened: Opened) -> None:
     device = describe_device(opened.run.accelerator.device)
     say(
         f"{config.method} + {config.mix} on {config.data}: {images}, recipe {config.recipe}, "
-        f"{config.arch} at {config.image_size} px, {plural(config.epochs, 'epoch')}, {device}\n"
+        f"{config.arch} at {config.image_size} px, batch size {config.batch_size}, "
+        f"{plural(config.epochs, 'epoch')}, {device}\n"
         f"run folder: {out}"
     )
     for note in opened.notes:

@@ -135,7 +135,7 @@ class Task:
         data = self.sources[0].data
         fix = "pass a folder with train and test (or val), each with one folder per class"
         if self.test is self.train:
-            raise ValueError(f"--data {data} has no test split; {fix}")
+            raise ValueError(f"--data {data} has no test split; {fix}, or train with --holdout 0.1")
         if self.train.labels is None or self.test.labels is None:
             raise ValueError(f"--data {data} has no labels; {fix}")
         return self.train.labels, self.test.labels

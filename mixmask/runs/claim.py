@@ -71,7 +71,9 @@ def hold_new_run(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, Exception) and not has_checkpoint(folder):
+            # Whose reader has gone was not refused, and can go on.
+            failed = isinstance(error, Exception) and not isinstance(error, BrokenPipeError)
+            if failed and not has_checkpoint(folder):
                 for path in set(folder.iterdir()) - (before or set()):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             if before is None and not any(folder.iterdir()):

@@ -58,7 +58,7 @@ def test_pretrain_leaves_a_run_folder(
     printed = capsys.readouterr().out
     assert "nearest neighbours" in printed
     assert "untrained" in printed
-    assert "20 images, recipe cifar10, narrow at 16 px, 1 epoch, " in printed
+    assert "20 images, recipe cifar10, narrow at 16 px, batch size 8, 1 epoch, " in printed
     assert f"next: mixmask evaluate knn {out}\n" in printed
     exported = tmp_path / "backbone.safetensors"
     (advice,) = (line for line in printed.splitlines() if "mixmask export" in line)

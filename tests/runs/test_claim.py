@@ -86,7 +86,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(
     assert (folder / "last.pt").exists()
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, BrokenPipeError])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_start_that_fails_leaves_what_was_there(
     error: type[BaseException], there: bool, tmp_path: Path
@@ -101,6 +101,7 @@ def test_a_start_that_fails_leaves_what_was_there(
     with pytest.raises(error):
         start(folder, "config.json", "views.png", error=error)
     names = {"mine.txt"} if there else set()
-    # What was interrupted can go on.
-    names |= {"config.json", "views.png"} if error is KeyboardInterrupt else set()
+    # What was interrupted can go on, and what lost its reader.
+    goes_on = (KeyboardInterrupt, BrokenPipeError)
+    names |= {"config.json", "views.png"} if error in goes_on else set()
     assert {path.name for path in folder.iterdir()} == names if names else not folder.exists()
