@@ -172,7 +172,7 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr(cli, "_EXTRA", ("torch", "no_such_library"))
     assert refused(["show"], capsys).endswith(
-        "this command needs no_such_library; run pip install '.[train]' in the checkout"
+        "needs no_such_library; run pip install '.[train]' in the checkout of mixmask"
     )
 
 

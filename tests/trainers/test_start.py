@@ -343,7 +343,7 @@ def test_images_are_held_out_for_accuracies(data: Path, tmp_path: Path) -> None:
     assert {"knn", "linear"} <= result.rows[-1].keys()
     task = load_task(result.folder)
     assert (len(task.train.images), len(task.test.images)) == (18, 6)
-    with pytest.raises(ValueError, match=r"--holdout 0.1: there is a test split"):
+    with pytest.raises(ValueError, match=r"--holdout 0.1: the data has a test split already"):
         start(tmp_path / "bad", data="clothing64", holdout=0.1)
 
 
