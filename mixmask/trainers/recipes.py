@@ -95,7 +95,7 @@ def describe() -> str:
 def suit_images(options: Options, data_set: object = None) -> Options:
     """Choose a recipe for a folder that comes without one, and batch and queue that it fills.
 
-    What was given stays. A smaller batch lowers the learning rate in proportion.
+    What was given stays. A batch smaller than the recipe's lowers its learning rate in proportion.
 
     Args:
         options: What the user has given.
@@ -125,12 +125,14 @@ def suit_images(options: Options, data_set: object = None) -> Options:
         and not {"accumulate", "batch_size"} & set(options)
         and fit < defaults["batch_size"]
     ):
-        chosen |= {"batch_size": fit, "lr": defaults["lr"] * fit / defaults["batch_size"]}
+        chosen["batch_size"] = fit
     if not re.fullmatch(_PLAIN_STEM, str(options.get("arch", "resnet18"))):
         chosen["small_stem"] = False
     settings = defaults | chosen | options
     known = [settings.get(name) for name in ("batch_size", "accumulate", "queue_size", "bn_splits")]
     batch, parts, queue, splits = (n if isinstance(n, int) and n > 0 else 1 for n in known)
+    if defaults and batch < defaults["batch_size"]:
+        chosen["lr"] = defaults["lr"] * batch / defaults["batch_size"]
     if "queue_size" in defaults and "queue_size" not in options and queue > count:
         chosen["queue_size"] = suit_queue(count, batch)
     if "bn_splits" in defaults and "bn_splits" not in options:  # Parts of two images at least.

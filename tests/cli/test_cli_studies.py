@@ -64,7 +64,7 @@ def test_compare_draws_and_prints_means_over_seeds(
     assert f" {both.mean():.1f} ± {both.std(ddof=1):.1f} " in line
     (line,) = (text for text in printed.splitlines() if text.startswith("no mixing "))
     assert line.split()[2:5] == ["1", "2", f"{knn['none']:.1f}"]
-    assert "they differ in lr too (mixmask: 0.06; no mixing: 0.12)" in printed
+    assert "they differ in lr too (mixmask: 0.0009375; no mixing: 0.12)" in printed
     assert "bands in the figure: smallest to largest seed" in printed
 
 

@@ -87,9 +87,11 @@ def test_only_training_images_of_each_process_count(
     assert suit_images({"data": data})["batch_size"] == 2
 
 
-def test_a_given_batch_keeps_the_learning_rate(tmp_path: Path) -> None:
+def test_a_smaller_batch_lowers_the_learning_rate(tmp_path: Path) -> None:
     data = str(write(tmp_path / "x", 40, (32, 32)))
-    assert "lr" not in suit_images({"data": data, "batch_size": 32})
+    assert suit_images({"data": data, "batch_size": 32})["lr"] == pytest.approx(0.06 * 32 / 512)
+    assert "lr" not in suit_images({"data": data, "batch_size": 1000})
+    assert suit_images({"data": data, "batch_size": 32, "lr": 0.1})["lr"] == 0.1
 
 
 @pytest.mark.parametrize(
