@@ -72,6 +72,8 @@ def read_options_file(path: Path, given: Options | None = None) -> Options:
             of run's.
     """
     try:
+        if path.exists() and not path.is_file():  # A pipe would be waited for.
+            raise ValueError("it is not a file")  # noqa: TRY301
         content = _read_yaml(path) if path.suffix in (".yaml", ".yml") else read_options(path)
         options = _check_names(content)
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -218,3 +219,11 @@ def test_a_checkpoint_beside_the_configuration_of_another_library_is_read(
     shutil.copy(run / "last.pt", tmp_path / "backbone.pt")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     assert load_backbone(tmp_path / "backbone.pt").arch == "narrow"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_of_options_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=r"--config .* cannot be used \(it is not a file\)"):
+            start(tmp_path / "run", config=file)
