@@ -157,7 +157,10 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
     content, metadata = read_checkpoint(path)
     if is_run(content):
         if difference := describe_difference(path, content):
-            raise ValueError(f"{difference}; restore what was changed, or move {CONFIG} away")
+            raise ValueError(
+                f"{path} cannot be used ({difference}); restore what was changed, or move {CONFIG} "
+                "away"
+            )
         return path, content, _read_options(path.parent)
     return path, content, metadata or exported_metadata(content)
 

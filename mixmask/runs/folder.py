@@ -224,7 +224,7 @@ def describe_difference(file: Path, content: Mapping[str, object]) -> str:
     if "format" not in written:  # Of an older version, or not a run's at all.
         return ""
     change = describe_change(content.get("options"), written)
-    return f"{file} was trained with other options than its {CONFIG} says ({change})" * bool(change)
+    return f"it was trained with other options than its {CONFIG} says ({change})" * bool(change)
 
 
 def load_checkpoint(
@@ -257,7 +257,7 @@ def load_checkpoint(
         if isinstance(content, dict):
             misfit = describe_difference(file, content) or find_misfit(content)
         if misfit:
-            problems.append(misfit if str(file) in misfit else f"{file} cannot be used ({misfit})")
+            problems.append(f"{file} cannot be used ({misfit})")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; {file} is used instead", stacklevel=2)

@@ -124,12 +124,13 @@ class Run:
         run.config = config
         if resume is not None and begun:
             run.load(resume)
+        main = run.accelerator.is_main_process
+        if main:
+            out.mkdir(parents=True, exist_ok=True)
         if begun and resume != out:  # First: with a configuration alone, it would start again.
-            out.mkdir(parents=True, exist_ok=True)
             run.save()
-        if run.accelerator.is_main_process and (resume is None or facts is not None):
+        if main and (resume is None or facts is not None):
             processes = {"processes": run.accelerator.num_processes}
-            out.mkdir(parents=True, exist_ok=True)
             write_config(out, processes | (facts or {}) | asdict(config))
         if config.tracker != "none":
             _start_tracker(run)
