@@ -235,15 +235,20 @@ def test_they_run_by_themselves(name: str, capsys: pytest.CaptureFixture[str]) -
 )
 def test_they_run_under_torchrun(name: str, steps: int) -> None:
     """accelerate deals the batches out to the processes; the DDP example draws them in each."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [sys.executable, *launcher, "-m", f"mixmask.examples.{name}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-m", *command, "-m", f"mixmask.examples.{name}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        # gloo's threads can abort a process that has done all its work (PyTorch's issue 190489).
+        if "terminate called without an active exception" not in run.stderr:
+            break
+    assert run.returncode == 0, run.stderr
     assert run.stdout.count(": loss") == steps
 
 
