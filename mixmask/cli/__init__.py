@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mixmask._devices import is_out_of_memory
+from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
 from mixmask.cli.options import set_threads
@@ -73,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     """Run the command that the words name, and say in one line why it is refused or ends."""
     try:
-        options = vars(_parser(words).parse_args(words))
-        command: Callable[..., None] = options.pop("command")
-        set_threads(options.pop("threads", None))
-        command(**options)
+        with interruptible():
+            options = vars(_parser(words).parse_args(words))
+            command: Callable[..., None] = options.pop("command")
+            set_threads(options.pop("threads", None))
+            command(**options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return refuse(str(error))
     except (RuntimeError, MemoryError) as error:

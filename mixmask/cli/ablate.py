@@ -19,7 +19,7 @@ from mixmask.runs.records import plural
 from mixmask.trainers import studies
 from mixmask.trainers.loop import Monitor
 from mixmask.trainers.methods import METHODS
-from mixmask.trainers.processes import interruptible, start_processes
+from mixmask.trainers.processes import start_processes
 from mixmask.trainers.studies import Cell, Report
 
 # Options of a run that hold in all cells of a study.
@@ -43,9 +43,8 @@ def run_study(
         raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
     try:
-        with interruptible():
-            start_processes(device)
-            _run_study(study, out, seeds, cells)
+        start_processes(device)
+        _run_study(study, out, seeds, cells)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues the study") from None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
+from mixmask._signals import at_first_signal
 from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
@@ -28,7 +29,7 @@ from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
 from mixmask.trainers.mixtures import Term
-from mixmask.trainers.processes import at_first_signal, report_lost_processes
+from mixmask.trainers.processes import report_lost_processes
 from mixmask.trainers.run import Run
 
 # Embeddings with less spread than this are one point, from which no loss recovers.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -31,10 +28,6 @@ _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "timeout",
     "NCCL", "Socket", "Broken pipe",
 )  # fmt: skip
-# What asks a process to end: Ctrl-C, `kill`, and a terminal that is closed, where there is one.
-_ENDINGS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
 
 
 def start_processes(device: torch.device | str | None = None) -> PartialState:
@@ -115,45 +108,6 @@ def agree(facts: Mapping[str, object]) -> None:
 def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:40]} ..."
-
-
-def interruptible() -> AbstractContextManager[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are handled."""
-    return at_first_signal(signal.default_int_handler, only_free=True)
-
-
-@contextmanager
-def at_first_signal(
-    call: Callable[[int, FrameType | None], None], *, only_free: bool = False
-) -> Iterator[None]:
-    """Call a function at the first SIGINT, SIGTERM or SIGHUP; a second one acts as before.
-
-    Args:
-        call: Takes the signal's number and a frame.
-        only_free: Leave alone the signals that are handled or ignored already.
-    """
-    before = {number: signal.getsignal(number) for number in _ENDINGS}
-    if threading.current_thread() is not threading.main_thread():  # No other may set handlers.
-        before.clear()
-    for number, handler in list(before.items()):
-        taken = only_free and handler is not signal.SIG_DFL
-        # nohup has a process ignore the end of its terminal. None was not set from Python, and
-        # could not be set again.
-        outlives = number.name == "SIGHUP" and handler is signal.SIG_IGN
-        if taken or outlives or handler is None:
-            del before[number]
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        call(number, frame)
-
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

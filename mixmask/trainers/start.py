@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.data.sets import ImageData
 from mixmask.figures.masks import figure_views
@@ -33,7 +34,6 @@ from mixmask.trainers.processes import (
     agree,
     call_together,
     gather_objects,
-    interruptible,
     start_processes,
 )
 from mixmask.trainers.recipes import suit_images, suit_queue

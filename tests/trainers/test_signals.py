@@ -18,7 +18,7 @@ import pytest
 from commands import TINY, write_photographs
 
 from mixmask import cli
-from mixmask.trainers.processes import at_first_signal, interruptible
+from mixmask._signals import at_first_signal, interruptible
 
 ENDINGS = ["SIGTERM", *(["SIGHUP"] if hasattr(signal, "SIGHUP") else [])]
 every_ending = pytest.mark.parametrize("name", ENDINGS)
@@ -96,6 +96,26 @@ def test_a_signal_ends_a_run_in_one_line_wherever_it_is(
             send_at(IMAGES, name, patch)
             assert cli.main(["pretrain", "--resume", str(out)]) == 130
         assert last_line(capsys) == advice
+
+
+@every_ending
+@pytest.mark.parametrize("place", [("importlib", "import_module"), ("os", "replace")])
+def test_a_signal_ends_other_commands_and_leaves_no_file(
+    name: str,
+    place: tuple[str, str],
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While a command's modules are imported, and before the file that it wrote is in place."""
+    images = [str(path) for path in sorted(photographs.rglob("*.png"))[:2]]
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        send_at(place, name, patch)
+        assert cli.main(["show", *images, "--out", str(tmp_path / "out" / "masks.png")]) == 130
+    assert last_line(capsys) == "mixmask: interrupted"
+    assert not any((tmp_path / "out").iterdir())
 
 
 @every_ending
