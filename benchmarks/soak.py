@@ -198,7 +198,7 @@ def ranks(part: Part, count: int) -> None:
             if not killed:  # The run was over before.
                 words = pretrain(data, out := part.folder / f"{out.name}-again")
         other = both[1 - rank]
-        ended = other.code == 2 and other.clean and other.text.count("another process has") == 1
+        ended = other.code == 2 and other.clean and other.text.count("another process died") == 1
         begun = (out / CONFIG).exists()
         again = run_together([["pretrain", "--resume", str(out)] if begun else words] * 2)
         right = ended and not any(one.code for one in again) and same(weights(out), expected)

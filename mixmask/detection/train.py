@@ -28,6 +28,7 @@ from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
+    adopt_checkpoint,
     is_unstarted,
     load_checkpoint,
     save_checkpoint,
@@ -200,6 +201,9 @@ class Run:
                 f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
                 "train it again with a new --out"
             ) from None
+        # What a kill while saving left out; there may be no step to save after.
+        adopt_checkpoint(file)
+        write_json(self.out / RESULTS, {**self.results()})
 
 
 def train_detector(

@@ -137,7 +137,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
     last = folder / LAST
     place = last.absolute()
     if not last.exists() and is_sealed(folder / _UNFINISHED):
-        (folder / _UNFINISHED).replace(last)  # A run was killed between the two renames below.
+        adopt_checkpoint(folder / _UNFINISHED)
     with atomic_write(last, needed=_count_bytes(content)) as (temporary,):
         with temporary.open("wb") as file:
             torch.save(content, file)
@@ -148,6 +148,12 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
         if (found and found == known) or is_sealed(last):
             last.replace(folder / PREVIOUS)
     _written[place] = _identify(last)
+
+
+def adopt_checkpoint(file: Path) -> None:
+    """Name a checkpoint `last.pt` that a kill between the two renames of saving left unnamed."""
+    if file.name == _UNFINISHED:
+        file.replace(file.with_name(LAST))
 
 
 def _identify(path: Path) -> tuple[int, int, int] | None:

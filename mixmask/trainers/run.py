@@ -22,10 +22,12 @@ from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
+from mixmask.runs.files import PREVIOUS
 from mixmask.runs.folder import (
     BEST,
     CONFIG,
     Row,
+    adopt_checkpoint,
     copy_checkpoint,
     is_run,
     is_unstarted,
@@ -122,9 +124,11 @@ class Run:
         # A checkpoint has the weights that the run was started from, which may be gone by now.
         run = cls.build(replace(config, init="") if begun else config, train.images, out)
         run.config = config
-        if resume is not None and begun:
-            run.load(resume)
         main = run.accelerator.is_main_process
+        if resume is not None and begun:
+            file = run.load(resume)
+            if main and resume == out:
+                run.settle(file)
         if main:
             out.mkdir(parents=True, exist_ok=True)
         if begun and resume != out:  # First: with a configuration alone, it would start again.
@@ -174,19 +178,34 @@ class Run:
             if self.accelerator.scaler is not None:
                 content["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(self.out, content)
-            write_rows(self.out, self.rows)
-            if epoch_ends and self.config.keep:
-                keep_checkpoint(self.out, self.step // self.steps, self.config.keep)
-                # An epoch that was not measured is never the best; of equals, the last is.
-                *before, newest = (row.get("knn", -1.0) for row in self.rows if row["epoch"])
-                if newest >= 0 and newest >= max(before, default=0.0):
-                    copy_checkpoint(self.out, BEST)
+            self._write_beside(epoch_ends=epoch_ends)
         # When one process exits, the launcher soon kills the rest, which may still write.
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
-    def load(self, folder: Path) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one."""
+    def _write_beside(self, *, epoch_ends: bool) -> None:
+        """Write what belongs to `last.pt`: the metrics, and what `--keep` keeps of epochs."""
+        write_rows(self.out, self.rows)
+        if epoch_ends and self.config.keep:
+            keep_checkpoint(self.out, self.step // self.steps, self.config.keep)
+            # An epoch that was not measured is never the best; of equals, the last is.
+            *before, newest = (row.get("knn", -1.0) for row in self.rows if row["epoch"])
+            if newest >= 0 and newest >= max(before, default=0.0):
+                copy_checkpoint(self.out, BEST)
+
+    def settle(self, file: Path) -> None:
+        """Write what a kill while saving left out, where there may be no step to save after.
+
+        Args:
+            file: The checkpoint that the run has loaded from its own folder.
+        """
+        adopt_checkpoint(file)
+        if file.name != PREVIOUS:
+            epoch = self.rows[-1]["epoch"] if self.rows else 0
+            self._write_beside(epoch_ends=epoch > 0 and epoch * self.steps == self.step)
+
+    def load(self, folder: Path) -> Path:
+        """Restore the newest whole checkpoint, and return it; a warning names a damaged one."""
 
         def find_misfit(content: Options) -> str:
             if not (is_run(content) and isinstance(content["model"], Mapping)):
@@ -207,6 +226,7 @@ class Run:
                 f"{file} does not fit the run's {CONFIG} ({type(error).__name__}: {reason}); "
                 "restore the one it was trained with, or train it again with a new --out"
             ) from None
+        return file
 
 
 def _start_accelerator(config: RunConfig, out: Path) -> Accelerator:

@@ -160,6 +160,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     )
     assert second["source"]["run"] == str(run)
 
+    # Killed between the two renames of its last save, with nothing left to train.
+    (killed / "last.pt").rename(killed / "last.pt.tmp")
+    (killed / "results.json").unlink()
+    assert cli.main(["detect", "--resume", str(killed)]) == 0
+    assert (killed / "last.pt").exists()
+    assert json.loads((killed / "results.json").read_text())["epochs"]
+
     config = json.loads((killed / "config.json").read_text())
     (killed / "last.pt").unlink()
     (killed / "config.json").write_text(
