@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from difflib import get_close_matches
@@ -54,6 +55,17 @@ def build_backbone(
         backbone.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
     return backbone
+
+
+def has_plain_stem(arch: str) -> bool:
+    """Tell whether `small_stem` suits a network; others have a stem of their own.
+
+    Example:
+        >>> has_plain_stem("wide_resnet50_2"), has_plain_stem("resnet18d")
+        (True, False)
+    """
+    plain = r"(torchvision/)?(wide_)?resnet\d+(_2)?(\.\w+)?"
+    return arch in SLIM or re.fullmatch(plain, str(arch)) is not None
 
 
 def load_timm_weights(

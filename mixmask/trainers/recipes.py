@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from mixmask._distributed import world_size
@@ -65,9 +64,6 @@ PUBLISHED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
 _BY_SIDE = {48: "cifar10", 96: "tiny-imagenet"}
 _BY_COUNT = {50_000: "imagenette", 500_000: "imagenet100"}
 
-# Networks whose first convolution `--small-stem` replaces; others have a stem of their own.
-_PLAIN_STEM = r"(torchvision/)?(wide_)?resnet\d+(_2)?(\.\w+)?"
-
 _SHOWN = ("arch", "image_size", "grid_size", "batch_size", "epochs")
 
 
@@ -126,8 +122,6 @@ def suit_images(options: Options, data_set: object = None) -> Options:
         and fit < defaults["batch_size"]
     ):
         chosen["batch_size"] = fit
-    if not re.fullmatch(_PLAIN_STEM, str(options.get("arch", "resnet18"))):
-        chosen["small_stem"] = False
     settings = defaults | chosen | options
     known = [settings.get(name) for name in ("batch_size", "accumulate", "queue_size", "bn_splits")]
     batch, parts, queue, splits = (n if isinstance(n, int) and n > 0 else 1 for n in known)

@@ -103,6 +103,8 @@ def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_p
         **suit_images({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch})
     )
     assert config.small_stem is small
+    assert make_config(data="cifar10", arch=arch).small_stem is small
+    assert make_config(data="cifar10", arch=arch, small_stem=True).small_stem is True
     if not small:
         with pytest.raises(ValueError, match="--small-stem suits ResNets only"):
             build_backbone(arch, small_stem=True)

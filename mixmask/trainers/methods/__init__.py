@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Generator, Tensor, nn
 
 from mixmask._checks import check_choice
+from mixmask.backbones import has_plain_stem
 from mixmask.runs.options import Options, flag
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
@@ -114,6 +115,8 @@ def make_config(**given: Any) -> Any:
             "folder of its images"
         )
     options = option_defaults(method, recipe) | given | {"method": method, "recipe": recipe}
+    if "small_stem" not in given and not has_plain_stem(options["arch"]):
+        options["small_stem"] = False
     return entry.config(**options)
 
 
