@@ -83,8 +83,7 @@ def kills(part: Part, count: int) -> None:
         out = part.folder / f"run-{number}"
         words, killed = pretrain(data, out), 0
         while True:
-            moment = part.random.uniform(0.02, 1.1) * alone.seconds
-            after = moment if left else None
+            after = part.random.uniform(0.02, 1.1) * alone.seconds if left else None
             ended = run(words, kill_after=after, prepare=draw_nothing)
             if ended.code != -signal.SIGKILL:
                 break
