@@ -107,13 +107,13 @@ class Files:
             raise UnreadableError(f"{text}; {fix}" if fix else text) from error
 
 
-Source = Files | DatasetImages
+ImageSource = Files | DatasetImages
 
 
 class Listed(NamedTuple):
     """The images of a split and, where they are known, labels (N,) int64."""
 
-    files: Source
+    files: ImageSource
     labels: Tensor | None
 
 

@@ -22,7 +22,7 @@ from mixmask.data.datasets import (
     describe_door,
     is_function,
 )
-from mixmask.data.folders import Files, Listed, Source, list_folder
+from mixmask.data.folders import Files, ImageSource, Listed, list_folder
 from mixmask.data.given import list_datasets
 from mixmask.data.images import UnreadableError, is_deep, read_deep
 from mixmask.data.named import NAMED, load_named
@@ -306,7 +306,7 @@ def _warn_small(title: str, side: float, image_size: int) -> None:
         )
 
 
-def _look(title: str, source: Source) -> float:
+def _look(title: str, source: ImageSource) -> float:
     """Return the median of the shorter sides of a few images, in pixels; infinity for none.
 
     Files of 16 bits that hold but 12, say, are refused: their 4,096 grey levels would become 16.

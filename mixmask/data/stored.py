@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mixmask.data.folders import Source
+from mixmask.data.folders import ImageSource
 from mixmask.data.images import Picture, UnreadableError, take_square
 from mixmask.data.resources import available_cores
 
@@ -36,7 +36,7 @@ class StoredImages:
         unreadable: Numbers of the files that could not be read so far.
     """
 
-    source: Source
+    source: ImageSource
     size: int
     unreadable: set[int] = field(default_factory=set, repr=False)
 
@@ -100,7 +100,7 @@ Images = Tensor | StoredImages
 
 
 def read_any(
-    source: Source, number: int, read: Callable[[Picture], _Content]
+    source: ImageSource, number: int, read: Callable[[Picture], _Content]
 ) -> tuple[_Content, dict[int, str]]:
     """Read an image or, if it is unreadable, the next one that is not.
 

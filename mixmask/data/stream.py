@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixmask._seeds import fold_seed
-from mixmask.data.folders import Source
+from mixmask.data.folders import ImageSource
 from mixmask.data.images import Picture, take_crops
 from mixmask.data.stored import Images, StoredImages, read_any
 
@@ -105,7 +105,7 @@ class _Answer(NamedTuple):
 class _Reader(Dataset[_Answer]):
     """What a worker does: read images and crop them."""
 
-    source: Source
+    source: ImageSource
     size: int
     min_scale: float
 

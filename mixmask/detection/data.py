@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from mixmask.data.images import to_rgb
-from mixmask.detection.layouts import Row, Source, number, read_layout
+from mixmask.detection.layouts import ListedSplit, TableRow, number, read_layout
 from mixmask.detection.segments import check_segmentation, draw_masks
 from mixmask.detection.tree import Tree
 
@@ -130,17 +130,17 @@ def load_detection(path: Path, *, train: str = "", test: str = "") -> DetectionD
     return DetectionData(training, _build_split(tree, second, classes), classes, layout)
 
 
-def _is_crowd(row: Row) -> bool:
+def _is_crowd(row: TableRow) -> bool:
     return number(row.get("iscrowd")) == 1
 
 
-def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> DetectionSplit:
+def _build_split(tree: Tree, listed: ListedSplit, classes: Sequence[str]) -> DetectionSplit:
     """Turn a split into tensors, counting what is left out."""
-    files, sizes = [row["file_name"] for row in source.images], _sizes(source)
-    names = [source.names[row["category_id"]] for row in source.annotations]
-    places = {row["id"]: i for i, row in enumerate(source.images)}
-    image = torch.tensor([places.get(row["image_id"], -1) for row in source.annotations]).long()
-    rows = [_numbers(row.get("bbox")) for row in source.annotations]
+    files, sizes = [row["file_name"] for row in listed.images], _sizes(listed)
+    names = [listed.names[row["category_id"]] for row in listed.annotations]
+    places = {row["id"]: i for i, row in enumerate(listed.images)}
+    image = torch.tensor([places.get(row["image_id"], -1) for row in listed.annotations]).long()
+    rows = [_numbers(row.get("bbox")) for row in listed.annotations]
     # Left, top, width, height -> left, top, right, bottom.
     boxes = box_convert(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
     # An object of no image, -1, has the last row's size, which is nobody's.
@@ -160,21 +160,21 @@ def _build_split(tree: Tree, source: Source, classes: Sequence[str]) -> Detectio
         found = (affected & kept).nonzero().flatten().tolist()
         if found:
             place = f"the first: {names[found[0]]} in {[*files, 'no image'][image[found[0]]]}"
-            text = f"{len(found)} objects of {source.split} {problem} ({place})"
+            text = f"{len(found)} objects of {listed.split} {problem} ({place})"
             warnings.warn(text, stacklevel=3)
         if problem.endswith("left out"):
             kept &= ~affected
     if not kept.any():
         raise ValueError(
-            f"{tree.root} has no object with a box in its split {source.split}; annotate some"
+            f"{tree.root} has no object with a box in its split {listed.split}; annotate some"
         )
     left = kept.nonzero().flatten()
     left = left[image[left].argsort(stable=True)]  # (A,), the objects image by image.
-    annotations = [source.annotations[i] for i in left.tolist()]
+    annotations = [listed.annotations[i] for i in left.tolist()]
     return DetectionSplit(
         tree=tree,
-        name=source.split,
-        files=_find_images(tree, source, files),
+        name=listed.split,
+        files=_find_images(tree, listed, files),
         sizes=sizes,
         # Objects are sorted by image: where each image's own begin, and where the last ones end.
         starts=torch.searchsorted(image[left], torch.arange(len(files) + 1)),
@@ -191,15 +191,15 @@ def _numbers(bbox: object) -> list[float]:
     return [number(side) for side in sides]
 
 
-def _sizes(source: Source) -> Tensor:
+def _sizes(listed: ListedSplit) -> Tensor:
     """Return the sizes of a split's images, (N, 2) int64, width and height."""
-    sides = [[number(row.get(side)) for side in ("width", "height")] for row in source.images]
+    sides = [[number(row.get(side)) for side in ("width", "height")] for row in listed.images]
     sizes = torch.tensor(sides, dtype=torch.float64).reshape(-1, 2)
     valid = ((sizes >= 1) & (sizes <= _LONGEST_SIDE)).all(dim=1)  # NaN is not.
-    for row, fits in zip(source.images, valid.tolist(), strict=True):
+    for row, fits in zip(listed.images, valid.tolist(), strict=True):
         if not fits:
             raise ValueError(
-                f"{source.file} gives {row['file_name']!r} the size {row.get('width')!r} x "
+                f"{listed.file} gives {row['file_name']!r} the size {row.get('width')!r} x "
                 f"{row.get('height')!r}; expected two numbers from 1 to {_LONGEST_SIDE:,}"
             )
     return sizes.long()
@@ -210,18 +210,18 @@ def _empty(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
 
 
-def _find_images(tree: Tree, source: Source, files: Sequence[str]) -> tuple[str, ...]:
+def _find_images(tree: Tree, listed: ListedSplit, files: Sequence[str]) -> tuple[str, ...]:
     """Find the folder of the images, check that each is there, and return their paths."""
-    folder = next((name for name in source.folders if tree.has(name + files[0])), None)
+    folder = next((name for name in listed.folders if tree.has(name + files[0])), None)
     if folder is None:
         raise ValueError(
-            f"the first image of {source.split}, {files[0]!r}, is in none of the folders "
-            f"{', '.join(map(repr, source.folders))}; put the images into one of them"
+            f"the first image of {listed.split}, {files[0]!r}, is in none of the folders "
+            f"{', '.join(map(repr, listed.folders))}; put the images into one of them"
         )
     missing = [file for file in files if not tree.has(folder + file)]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(files)} images of {source.split} are missing in {folder!r}, "
+            f"{len(missing)} of {len(files)} images of {listed.split} are missing in {folder!r}, "
             f"the first is {missing[0]}; add them, or remove them from the JSON file"
         )
     return tuple(folder + file for file in files)

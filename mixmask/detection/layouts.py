@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from mixmask.detection.tree import Tree, explain
 
 # A row of a JSON table, in which anything may stand.
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 # Where the lists of splits are, and the names of the usual training and test split, best first.
@@ -31,7 +31,7 @@ _COLUMNS: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
 }
 
 
-class Source(NamedTuple):
+class ListedSplit(NamedTuple):
     """A split in COCO's form: rows of images and annotations, and category names by their ids.
 
     The columns that refer to others are checked; sizes, boxes and segmentations are not yet.
@@ -41,12 +41,12 @@ class Source(NamedTuple):
     split: str
     file: str
     folders: tuple[str, ...]
-    images: list[Row]
-    annotations: list[Row]
+    images: list[TableRow]
+    annotations: list[TableRow]
     names: dict[Any, str]
 
 
-def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[Source]]:
+def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[ListedSplit]]:
     """Read the training and the test split, "" for the usual ones, and name their layout."""
     for layout, (folder, suffix, usual) in _LAYOUTS.items():
         base, files = tree.find(folder, suffix)
@@ -93,15 +93,15 @@ def _choose_split(
     return candidates[0]
 
 
-def _read_coco(tree: Tree, base: str, split: str, file: str) -> Source:
+def _read_coco(tree: Tree, base: str, split: str, file: str) -> ListedSplit:
     content = tree.read(file)
     with explain(f"{file} is not JSON in COCO's form"):
         parsed = json.loads(content)
     folders = tuple(base + name for name in (f"{split}/", f"images/{split}/", "images/", ""))
-    return _build_source(split, file, folders, parsed)
+    return _check_split(split, file, folders, parsed)
 
 
-def _build_source(split: str, file: str, folders: tuple[str, ...], content: object) -> Source:
+def _check_split(split: str, file: str, folders: tuple[str, ...], content: object) -> ListedSplit:
     """Check that the rows of all tables fit each other."""
     tables = [_check_table(file, content, table) for table in _COLUMNS]
     categories, images, annotations = tables
@@ -121,10 +121,10 @@ def _build_source(split: str, file: str, folders: tuple[str, ...], content: obje
     for problem, found in problems.items():
         if found:
             raise ValueError(f"{file} {problem}")
-    return Source(split, file, folders, images, annotations, names)
+    return ListedSplit(split, file, folders, images, annotations, names)
 
 
-def _check_table(file: str, content: object, table: str) -> list[Row]:
+def _check_table(file: str, content: object, table: str) -> list[TableRow]:
     """Return the rows of a table, after a check of its columns' types."""
     rows = content.get(table) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -142,11 +142,11 @@ def _check_table(file: str, content: object, table: str) -> list[Row]:
     return rows
 
 
-def _read_voc(tree: Tree, base: str, split: str, file: str) -> Source:
+def _read_voc(tree: Tree, base: str, split: str, file: str) -> ListedSplit:
     """Read one of VOC's lists and the XML files that it names into COCO's form."""
     lines = tree.read(file).decode(errors="replace").splitlines()
-    images: list[Row] = []
-    objects: list[Row] = []
+    images: list[TableRow] = []
+    objects: list[TableRow] = []
     for i, name in enumerate(line.split()[0] for line in lines if line.strip()):
         image, inside = _voc_image(tree, base, name)
         images.append({**image, "id": i})
@@ -154,10 +154,10 @@ def _read_voc(tree: Tree, base: str, split: str, file: str) -> Source:
     # Names serve as numbers, so that the classes are in alphabetical order.
     classes = [{"id": name, "name": name} for name in {item["category_id"] for item in objects}]
     content = {"images": images, "annotations": objects, "categories": classes}
-    return _build_source(split, file, (f"{base}JPEGImages/",), content)
+    return _check_split(split, file, (f"{base}JPEGImages/",), content)
 
 
-def _voc_image(tree: Tree, base: str, name: str) -> tuple[Row, list[Row]]:
+def _voc_image(tree: Tree, base: str, name: str) -> tuple[TableRow, list[TableRow]]:
     """Read an XML file of VOC's into a row of COCO's images and rows of its annotations."""
     folder, path = f"{base}JPEGImages/", f"{base}Annotations/{name}.xml"
     file = next((name + end for end in _SUFFIXES if tree.has(folder + name + end)), None)
@@ -181,7 +181,7 @@ def _voc_image(tree: Tree, base: str, name: str) -> tuple[Row, list[Row]]:
     return {"file_name": file, "width": size[0], "height": size[1]}, objects
 
 
-def _voc_object(item: ET.Element, path: str) -> Row:
+def _voc_object(item: ET.Element, path: str) -> TableRow:
     name = (item.findtext("name") or "").strip()
     if not name:
         raise ValueError(f"{path} has an object without a name; add its class")

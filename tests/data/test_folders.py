@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmask.data.folders import Files, Source, list_folder
+from mixmask.data.folders import Files, ImageSource, list_folder
 from mixmask.data.sets import StoredImages, load_data
 from mixmask.data.stream import Draw, Stream
 
@@ -24,7 +24,7 @@ def touch(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def names(files: Source) -> list[str]:
+def names(files: ImageSource) -> list[str]:
     return [files.name(number) for number in range(len(files))]
 
 
