@@ -173,6 +173,7 @@ def _name_classes(figure: Figure, axis: Axes, labels: Tensor, classes: Sequence[
         name = shorten(classes[label], 24)
         handles.append(axis.scatter([], [], color=colour, marker=mark, label=name))
     # Not at the top, where the title may be as wide as the figure.
-    place = "outside right center"
-    figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, labelspacing=0.4)
+    figure.legend(
+        handles=handles, loc="outside right center", frameon=False, fontsize=9, labelspacing=0.4
+    )
     return ""
