@@ -73,8 +73,10 @@ def _say_result(result: Result) -> None:
         _say_row("top-5", accuracy.top5, ends["top5"])
     shares = zip(accuracy.per_class.tolist(), result.classes, strict=True)
     # NaN: a class without test images has no accuracy.
-    share, name = min(each for each in shares if not math.isnan(each[0]))
-    worst = f"; worst: {name}, {share:.1%}"
+    measured = sorted(each for each in shares if not math.isnan(each[0]))
+    share, name = measured[0]
+    # Where all classes are alike, none is the worst.
+    worst = f"; worst: {name}, {share:.1%}" if share < measured[-1][0] else ""
     _say_row("mean over classes", accuracy.mean_class, ends["mean_class"], worst)
 
 

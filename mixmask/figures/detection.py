@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mixmask.figures.style import CLASS_COLOURS, add_caption, new_figure, show_image
+from mixmask.figures.style import CLASS_COLOURS, LINES, add_legend, new_figure, show_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,7 @@ def figure_detections(
     height = 4.2 * sum(image.shape[1] / image.shape[2] for image in images) + 1
     figure = new_figure(8.6, height)
     axes = figure.subplots(len(images), 2, squeeze=False)
+    present: set[int] = set()
     for (left, right), image, target, prediction in zip(
         axes, images, targets, predictions, strict=True
     ):
@@ -47,15 +48,18 @@ def figure_detections(
         show_image(right, image, f"detected: {count} with a score of {_SURE:g} or more")
         for axis, boxes in ((left, target), (right, shown)):
             _draw_boxes(axis, boxes)
-    for i, name in enumerate(classes):  # Marks without points, for the legend.
-        axes[0, 0].plot([], [], "s", color=_colour(i + 1), label=name)
-    figure.legend(loc="outside lower center", ncols=min(len(classes), 6), frameon=False)
-    add_caption(figure, title)
+            present.update(boxes["labels"].tolist())
+    for label in sorted(present):  # Lines without points, for the legend.
+        colour, line = _style(label)
+        axes[0, 0].plot([], [], line, color=colour, label=classes[label - 1])
+    add_legend(figure, axes[:1, 0], title)
     return figure
 
 
-def _colour(label: int) -> str:
-    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
+def _style(label: int) -> tuple[str, str]:
+    """Choose colour and line of a class; no two of up to forty classes share both."""
+    line, colour = divmod(label - 1, len(CLASS_COLOURS))
+    return CLASS_COLOURS[colour], LINES[line % len(LINES)]
 
 
 def _draw_boxes(axis: Axes, boxes: dict[str, Tensor]) -> None:
@@ -65,9 +69,10 @@ def _draw_boxes(axis: Axes, boxes: dict[str, Tensor]) -> None:
     for i, (corners, label) in enumerate(zip(boxes["boxes"], boxes["labels"], strict=True)):
         # A picture's first pixel is drawn around 0; its left edge is at -0.5.
         left, top, right, bottom = (corners - 0.5).tolist()
-        colour = _colour(int(label))
-        size = right - left, bottom - top
-        axis.add_patch(Rectangle((left, top), *size, fill=False, color=colour, linewidth=1.8))
+        colour, line = _style(int(label))
+        box = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.8)
+        box.set(edgecolor=colour, linestyle=line)
+        axis.add_patch(box)
         if "scores" in boxes:
             axis.text(
                 left, top, f"{float(boxes['scores'][i]):.2f}", fontsize=7, va="top",

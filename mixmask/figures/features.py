@@ -55,12 +55,15 @@ def figure_map(
         classes: Names of the classes, for the legend, which has up to 20.
         title: Above all panels.
     """
-    figure = new_figure(5 * len(maps) + 1.5, 5.2)
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axis, (name, points, names) in zip(axes, maps, strict=True):
+    columns, rows = min(len(maps), 2), (len(maps) + 1) // 2
+    figure = new_figure(4.3 * columns + 2, 4.4 * rows + 0.6)  # The legend takes about 2 inches.
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(maps) :]:
+        axis.remove()
+    for axis, (name, points, names) in zip(axes, maps, strict=False):
         _scatter(axis, points, labels, len(classes))
         axis.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
-        axis.set_title(shorten(name, 60), fontsize=9)
+        axis.set_title(shorten(name, 40), fontsize=9)
         axis.set_box_aspect(1)  # The axes of a map have no unit in common.
         axis.spines[["top", "right"]].set_visible(False)
     caption = "" if labels is None else _name_classes(figure, axes[0], labels, classes)
@@ -86,18 +89,16 @@ def figure_neighbours(
         title: Above the sheet.
     """
     rows, columns = neighbours.shape[:2]  # M, k
-    figure = new_figure(max(1.15 * (columns + 1), 6), 1.32 * rows + 0.7)
+    figure = new_figure(max(1.05 * (columns + 1), 6), 1.25 * rows + 0.7)
     axes = figure.subplots(rows, columns + 1, squeeze=False)
     for i, axis_row in enumerate(axes):
         query_name = names[i][0] if names else ""
-        show_image(
-            axis_row[0], queries[i], shorten(query_name, 18) or "query", size=7, frame=_QUERY
-        )
+        show_image(axis_row[0], queries[i], shorten(query_name, 15) or "query", frame=_QUERY)
         for j, axis in enumerate(axis_row[1:]):
             text, frame = f"{similarity[i, j]:.2f}", None
             if names and (name := names[i][1][j]) != query_name:
-                text, frame = f"{shorten(name, 12)} {text}", _WRONG
-            show_image(axis, neighbours[i, j], text, size=7, frame=frame)
+                text, frame = f"{shorten(name, 10)} {text}", _WRONG
+            show_image(axis, neighbours[i, j], text, frame=frame)
             axis.spines[:].set_visible(frame is not None)
     legend = "blue: query; number: cosine similarity"
     if names is not None:
@@ -128,7 +129,7 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = 
         )
     totals = confusion.sum(dim=1, keepdim=True)  # (C, 1)
     shares = (100 * confusion.double() / totals.clamp_min(1)).numpy()  # (C, C), rows sum to 100
-    side = min(max(0.5 * count + 2.5, 5.0), 13.0)
+    side = min(max(0.33 * count + 2.5, 5.0), 13.0)
     figure = new_figure(side + 0.8, side)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -136,7 +137,7 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = 
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.set_title(title, fontsize=10, wrap=True)
     if count <= _NAMED_CLASSES:
-        size = min(8, 560 / count)  # A row is 5.6 points high where there are a hundred.
+        size = min(8, 700 / count)  # A row is 7.8 points high where there are a hundred.
         names = [shorten(name, 24) for name in classes]
         axis.set_xticks(range(count), names, rotation=90, fontsize=size)
         axis.set_yticks(range(count), names, fontsize=size)
@@ -147,8 +148,6 @@ def figure_confusion(confusion: Tensor, classes: Sequence[str], *, title: str = 
                 column, row, f"{share:.0f}", ha="center", va="center", fontsize=8,
                 color="white" if share > 50 else "black",
             )  # fmt: skip
-    # The layout makes room for labels only after they were drawn once.
-    figure.canvas.draw()
     return figure
 
 
@@ -171,6 +170,10 @@ def _name_classes(figure: Figure, axis: Axes, labels: Tensor, classes: Sequence[
     handles = []
     for label in present:
         colour, mark = class_style(label, len(classes))
-        handles.append(axis.scatter([], [], color=colour, marker=mark, label=classes[label]))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+        name = shorten(classes[label], 24)
+        handles.append(axis.scatter([], [], color=colour, marker=mark, label=name))
+    # Not at the top, where the title may be as wide as the figure.
+    figure.legend(
+        handles=handles, loc="outside right center", frameon=False, fontsize=9, labelspacing=0.4
+    )
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEGEND = "white keeps\none's own pixels,\nblack takes\nthe partner's"
+_SHARED = "in a step all images share mask and λ; here each column is mixed as in a step of its own"
 
 
 def figure_masks(
@@ -58,31 +59,57 @@ def figure_masks(
     return figure
 
 
-def figure_views(images: Tensor, query: Tensor, mixed: Sequence[MixedBatch], key: Tensor) -> Figure:
+def figure_views(
+    images: Tensor, query: Tensor, mixed: Sequence[Sequence[MixedBatch]], key: Tensor
+) -> Figure:
     """Draw what a network saw: rows of images, query views, masks, mixed views and key views.
 
     Args:
         images: (n, 3, H, W) uint8, the originals.
         query: (n, 3, S, S) normalised views.
-        mixed: The mixed query views, one record per mixture; may be empty.
+        mixed: The mixed query views: per mixture one draw for all, or one draw for each image.
         key: Of the same shape.
     """
-    rows: list[tuple[str, Tensor, Tensor | None]] = [
+    rows: list[tuple[str, Iterable[Tensor], Sequence[Tensor] | None]] = [
         ("image", images, None),
         ("query view", denormalize(query), None),
     ]
-    for batch in mixed:
-        if batch.mask is not None:
-            # Of a mask per channel the first is shown.
-            mask = batch.mask[:, 0] if batch.mask.ndim == 4 else batch.mask
-            rows.append(("mask", mask.expand(len(query), *mask.shape[-2:]), None))  # (n, H, W)
-        rows.append(("mixed view", denormalize(batch.images), batch.lam.expand(len(query))))
+    for draws in mixed:
+        own = [(i, draws[i % len(draws)]) for i in range(len(query))]
+        if any(batch.mask is not None for batch in draws):
+            rows.append(("mask", [_mask_of(batch, i) for i, batch in own], None))
+        views = torch.stack([batch.images[i] for i, batch in own])  # (n, 3, s, s)
+        shares = [batch.lam.expand(len(batch))[i] for i, batch in own]
+        rows.append(("mixed view", denormalize(views), shares))
     rows.append(("key view", denormalize(key), None))
     figure = new_figure(1.15 * len(query) + 0.5, 1.25 * len(rows) + 0.3)
     axes = figure.subplots(len(rows), len(query), squeeze=False)
     for axis_row, (name, pictures, lam) in zip(axes, rows, strict=True):
-        for i, (axis, picture) in enumerate(zip(axis_row, pictures, strict=True)):
-            show_image(axis, picture, "" if lam is None else f"λ = {float(lam[i]):.2f}")
+        for i, (axis, shown) in enumerate(zip(axis_row, pictures, strict=True)):
+            show_image(axis, shown, "" if lam is None else f"λ = {float(lam[i]):.2f}")
         axis_row[0].set_ylabel(name, fontsize=9)
-    add_caption(figure, "", f"mask: {_LEGEND}".replace("\n", " ") if mixed else "")
+    add_caption(figure, *_explain(mixed))
     return figure
+
+
+def _mask_of(batch: MixedBatch, i: int) -> Tensor:
+    """Return an image's mask (H, W), or (C, H, W) of one per channel; of mixup a grey of λ."""
+    if batch.mask is None:
+        return batch.lam.expand(len(batch))[i].expand(batch.images.shape[-2:])
+    mask = batch.mask if batch.mask.ndim > 2 else batch.mask[None]  # (H, W) -> (1, H, W)
+    return mask[i % len(mask)].float()
+
+
+def _explain(mixed: Sequence[Sequence[MixedBatch]]) -> tuple[str, str]:
+    """Say what a mask's colours mean, and what a column shows that a step does not."""
+    if not mixed:
+        return "", ""
+    first = mixed[0][0]
+    dims = [{0 if batch.mask is None else batch.mask.ndim for batch in draws} for draws in mixed]
+    legend = f"mask: {_LEGEND}".replace("\n", " ") if dims != [{0}] else ""
+    if torch.equal(first.partner, torch.arange(len(first))):  # Erased, not mixed.
+        legend = legend.replace("takes the partner's", "is filled with noise")
+    legend += ", colours: one mask per channel" if any(4 in kinds for kinds in dims) else ""
+    legend += ", grey blends both by λ" if any({0} < kinds for kinds in dims) else ""
+    shared = any(len(draws) > 1 and draws[0].lam.ndim == 0 for draws in mixed)
+    return legend, _SHARED if shared else ""

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.figures.style import (
-    COLOURS,
-    MEASURES,
-    add_caption,
-    add_legend,
-    finish_curves,
-    new_figure,
-)
+from mixmask.figures.style import COLOURS, LINES, MEASURES, add_legend, finish_curves, new_figure
 from mixmask.runs.records import plural
 
 if TYPE_CHECKING:
@@ -38,8 +31,6 @@ _PANELS = {
     "loss_mixed": "mixed term of the loss",
     **MEASURES,
 }
-# A second code for more lines than colours.
-_STYLES = ("-", "--", ":", "-.")
 
 
 def band(values: Tensor, kind: str = "se") -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +60,9 @@ def band(values: Tensor, kind: str = "se") -> tuple[Tensor, Tensor, Tensor]:
     return mean, mean - half, mean + half
 
 
-def figure_curves(rows: Sequence[dict[str, float]], *, title: str = "") -> Figure:
+def figure_curves(
+    rows: Sequence[dict[str, float]], *, title: str = "", queue_steps: int = 0
+) -> Figure:
     """Draw a run's losses and, where they were measured, its accuracies over the epochs.
 
     Each term of the loss has a panel, since their scales may differ.
@@ -77,6 +70,7 @@ def figure_curves(rows: Sequence[dict[str, float]], *, title: str = "") -> Figur
     Args:
         rows: The rows of `metrics.csv`; epoch 0 is before training.
         title: The run's name.
+        queue_steps: Steps in which a queue fills, which are shaded; 0 without a queue.
     """
     columns = {
         name: {int(row["epoch"]): [row[name]] for row in rows if row.get(name) is not None}
@@ -84,11 +78,19 @@ def figure_curves(rows: Sequence[dict[str, float]], *, title: str = "") -> Figur
     }
     losses = [name for name in _PANELS if name not in MEASURES and _is_drawn(columns[name])]
     count = len(losses) + any(columns[name] for name in MEASURES)
-    figure = new_figure(max(3.8 * count, 5), 3.8)
+    figure = new_figure(max(3.6 * count, 5), 3.4)
     axes = figure.subplots(1, max(count, 1), squeeze=False)[0]
     for axis, name in zip(axes, losses, strict=False):
         _draw(axis, columns[name], 0, "", "se", 1)
-        axis.set(xlabel="epoch", ylabel="loss", title=_PANELS[name])
+        axis.set(xlabel="epoch", ylabel="loss, mean over the epoch", title=_PANELS[name])
+        low, high = axis.get_ylim()
+        # No zoom into noise: a flat curve looks flat.
+        room = max(0.025 * abs(low + high) - (high - low), 0) / 2
+        axis.set_ylim(low - room, high + room)
+        if queue_steps:
+            epochs = min(1, queue_steps / rows[-1]["step"]) * rows[-1]["epoch"]
+            label = f"steps 1 to {queue_steps:,}: random keys, left in the queue, lower the loss"
+            axis.axvspan(0, epochs, facecolor="0.85", edgecolor="0.4", linestyle=":", label=label)
     for i, (name, label) in enumerate(MEASURES.items()):
         if columns[name]:
             _draw(axes[-1], columns[name], i, label, "se", 100)
@@ -97,8 +99,7 @@ def figure_curves(rows: Sequence[dict[str, float]], *, title: str = "") -> Figur
             _draw_untrained(axes[-1], columns[name][0][0], f"{label}, untrained", i)
     for axis in axes:
         finish_curves(axis)
-    add_legend(figure, axes)
-    add_caption(figure, title)
+    add_legend(figure, axes, title)
     return figure
 
 
@@ -131,8 +132,7 @@ def figure_comparison(
                 label = _with_seeds(name, columns)
                 _draw(axis, columns[column], i, label, kind, 100 if accuracy else 1)
         finish_curves(axis)
-    add_legend(figure, axes)
-    _add_caption(figure, title, kind)
+    add_legend(figure, axes, title, _explain_band(figure, kind))
     return figure
 
 
@@ -150,7 +150,7 @@ def figure_factors(
         title: What all panels have in common.
     """
     widths = [1 + len(values) for values in panels.values()]
-    figure = new_figure(2 + 0.75 * sum(widths), 4)
+    figure = new_figure(1.2 + 0.55 * sum(widths), 3.6)
     axes = figure.subplots(
         1, len(panels), sharey=True, squeeze=False, gridspec_kw={"width_ratios": widths}
     )[0]
@@ -161,11 +161,10 @@ def figure_factors(
             if measure in untrained:
                 _draw_untrained(axis, untrained[measure], f"{label}, untrained", i)
         axis.set(title=factor, xlim=(-0.6, len(values) - 0.4))
-        axis.set_xticks(range(len(values)), list(values))
+        axis.set_xticks(range(len(values)), list(values), fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("accuracy, %")
-    add_legend(figure, axes)
-    add_caption(figure, title, "dot: one seed, bar: mean ± standard deviation")
+    add_legend(figure, axes, title, "dot: one seed, bar: mean ± standard deviation")
     return figure
 
 
@@ -197,8 +196,7 @@ def figure_budgets(
                 axis.set_ylabel(f"{label}, %")
             finish_curves(axis)
         column[-1].set_xlabel("epochs of the whole run")
-    add_legend(figure, axes.flat)
-    _add_caption(figure, title, "sd")
+    add_legend(figure, axes.flat, title, _explain_band(figure, "sd"))
     return figure
 
 
@@ -232,7 +230,7 @@ def _draw(axis: Axes, points: Points, i: int, name: str, kind: str, scale: float
     seeds = (scale * torch.tensor([points[epoch]], dtype=torch.float64).T for epoch in epochs)
     bounds = torch.stack([torch.cat(band(values, kind)) for values in seeds])  # (E, 3)
     mean, low, high = bounds.T.numpy()
-    colour, line = COLOURS[i % len(COLOURS)], _STYLES[i // len(COLOURS) % len(_STYLES)]
+    colour, line = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
     marker = "o" if len(epochs) < 16 else ""
     axis.plot(epochs, mean, label=name, marker=marker, markersize=4, color=colour, linestyle=line)
     if (low < high).any():
@@ -261,8 +259,6 @@ def _with_seeds(name: str, columns: Mapping[str, Points]) -> str:
     return f"{name} ({plural(count, 'seed')})"
 
 
-def _add_caption(figure: Figure, title: str, kind: str) -> None:
-    """Write above the panels what they share, and what the band is, where there is one."""
+def _explain_band(figure: Figure, kind: str) -> str:
     banded = any(axis.collections for axis in figure.axes)
-    caption = f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"
-    add_caption(figure, title, caption)
+    return f"line: mean, band: {BANDS[kind]}" if banded else "one seed each: no band"

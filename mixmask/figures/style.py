@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ CLASS_COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70",
     "#717581", "#92dadd",
 )  # fmt: skip
+# A second code for more lines than colours.
+LINES = ("-", "--", ":", "-.")
 MEASURES = {"knn": "nearest neighbours", "linear": "linear probe"}
 
 
@@ -47,7 +50,7 @@ def _figure_class() -> type[Figure]:
 
         def _repr_png_(self) -> bytes:
             buffer = io.BytesIO()
-            _take_literally(self)
+            _prepare(self)
             self.savefig(buffer, format="png")
             return buffer.getvalue()
 
@@ -100,19 +103,20 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def write_figure(figure: Figure, path: Path, form: str = "png") -> None:
     """Write a figure in a format, whatever the file's name."""
-    _take_literally(figure)
+    _prepare(figure)
     # Without a format, matplotlib would go by the suffix, which of a temporary file is .tmp.
     figure.savefig(path, dpi=150, format=form)
 
 
-def _take_literally(figure: Figure) -> None:
-    """Draw $ literally, not as math, and replace bytes that are not UTF-8."""
+def _prepare(figure: Figure) -> None:
+    """Draw $ literally, not as math, replace bytes that are not UTF-8, and settle the layout."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
         text.set_text(printable(text.get_text()))
+    figure.draw_without_rendering()  # The first pass may still cut labels off.
 
 
 def show_image(
@@ -157,19 +161,25 @@ def finish_curves(axis: Axes) -> None:
 def add_caption(figure: Figure, title: str, caption: str = "") -> None:
     """Write a title and a caption under it above all panels, where there are any."""
     if title or caption:
-        figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=10)
+        figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=10, wrap=True)
 
 
-def add_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Draw one legend for all panels below them, so that it covers no curve."""
+def add_legend(figure: Figure, axes: Iterable[Axes], title: str, caption: str = "") -> None:
+    """Add a caption, and a legend for all panels in room of its own below, so that none is cut."""
+    add_caption(figure, title, caption)
     handles: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
+        # Inches: a letter is about 0.07 wide, what stands before a label 0.5, and a line 0.19 high.
+        width = figure.get_figwidth()
+        labels = [shorten(label, int((width - 0.5) / 0.07)) for label in handles]
+        columns = max(1, min(len(labels), int(width / (0.5 + 0.07 * max(map(len, labels))))))
+        figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(labels) / columns))
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", frameon=False,
-            ncols=min(len(handles), 2), fontsize=9,
+            list(handles.values()), labels, loc="outside lower center", frameon=False,
+            ncols=columns, fontsize=9,
         )  # fmt: skip
 
 

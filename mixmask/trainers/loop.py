@@ -28,7 +28,7 @@ from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method
-from mixmask.trainers.mixtures import Term
+from mixmask.trainers.mixtures import Term, resize_views
 from mixmask.trainers.processes import report_lost_processes
 from mixmask.trainers.run import Run
 
@@ -55,7 +55,7 @@ class FirstViews(NamedTuple):
 
     images: Tensor  # (n, 3, H, W) uint8.
     query: Tensor
-    mixed: list[MixedBatch]
+    mixed: list[list[MixedBatch]]  # Per mixture, n draws, since a step's batch may share one mask.
     key: Tensor
 
 
@@ -305,7 +305,8 @@ def first_views(run: Run, count: int = 8) -> FirstViews:
         batch = next(reading)  # (2 * count, 3, H, W) uint8
     generator = torch.Generator().manual_seed(seed)
     x_q, x_k = run.view(batch, generator=generator).chunk(2)  # (count, 3, S, S) each
-    mixed = [mix(x_q, generator).to("cpu") for mix in run.model.mixtures]
+    x_m = resize_views(x_q, config.mixed_size)  # (count, 3, s, s)
+    mixed = [[mix(x_m, generator).to("cpu") for _ in index] for mix in run.model.mixtures]
     return FirstViews(run.images[index].cpu(), x_q.cpu(), mixed, x_k.cpu())
 
 

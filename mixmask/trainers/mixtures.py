@@ -110,7 +110,7 @@ def mixed_terms(
     """
     for mix in mixtures:
         for view in images:
-            mixed = mix(_resize(view, config.mixed_size), generator)  # images: (N, 3, s, s)
+            mixed = mix(resize_views(view, config.mixed_size), generator)  # images: (N, 3, s, s)
             z = encode(mixed.images)  # (N, C)
             loss = lambda_weighted_loss(criterion, z, target.detach(), mixed, switch=config.switch)
             # Without clean queries, the mixed ones tell whether a run collapses.
@@ -118,7 +118,7 @@ def mixed_terms(
             yield Term(loss, mixed.lam.mean(), pair)
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize_views(images: Tensor, size: int) -> Tensor:
     """Resize views (N, 3, S, S) to the size of the mixed ones, if it is another: (N, 3, s, s)."""
     if size in (0, images.shape[-1]):
         return images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,8 +90,9 @@ class Opened:
     def draw_curves(self) -> None:
         """Draw the run's metrics, in one of the processes."""
         if self.run.accelerator.is_main_process:
-            title = short_path(self.run.out.resolve())
-            save_figure(figure_curves(self.run.rows, title=title), self.run.out / "curves.png")
+            run, title = self.run, short_path(self.run.out.resolve())
+            figure = figure_curves(run.rows, title=title, queue_steps=_count_queue_steps(run))
+            save_figure(figure, run.out / "curves.png")
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,13 @@ def _describe_length(run: Run, before: int) -> str:
         f"of {rates[1]:.3g}), so the weights will not be those of a run that was as long from the "
         "start"
     )
+
+
+def _count_queue_steps(run: Run) -> int:
+    """Count the steps until keys have replaced all of a queue's random ones; 0 without a queue."""
+    views = 1 + bool(getattr(run.config, "symmetric", False))  # That are keys.
+    keys: int = run.config.batch_size * run.accelerator.num_processes * views
+    return math.ceil(int(getattr(run.config, "queue_size", 0)) / keys)
 
 
 def _warn_queue(config: RunConfig, count: int) -> None:

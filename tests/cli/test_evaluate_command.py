@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,23 @@ def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixt
     assert printed.splitlines()[2].split() == row
     assert "interval (95 %, Wilson)" in printed
     assert len(printed.splitlines()) <= 6
+
+
+def test_the_worst_class_is_named_only_where_there_is_one(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = tmp_path / "same"  # Tested on what it was trained on: each image's neighbour is itself.
+    shutil.copytree(photographs / "train", same / "train")
+    shutil.copytree(photographs / "train", same / "val")
+    assert cli.main(["evaluate", "knn", str(run), "--data", str(same), "--k", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "mean over classes      100.0%" in printed
+    assert "worst:" not in printed
+    Image.new("RGB", (20, 20), "white").save(same / "val" / "owl" / "white.png")
+    Image.new("RGB", (20, 20), "white").save(same / "train" / "cat" / "white.png")
+    options = ["--data", str(same), "--k", "1", "--force"]
+    assert cli.main(["evaluate", "knn", str(run), *options]) == 0
+    assert "; worst: owl, 92.3%\n" in capsys.readouterr().out
 
 
 def test_linear_of_a_checkpoint_file_into_another_folder(run: Path, tmp_path: Path) -> None:

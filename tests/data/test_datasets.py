@@ -360,7 +360,7 @@ def test_a_backbone_has_as_many_inputs_as_the_images_have_channels(
     assert features.shape == (16, loaded.num_features)
     assert torch.equal(features, extract_features(model.backbone, data.train.images))
     views = first_views(Run.build(config, data.train.images, tmp_path))
-    figure = figure_views(views.images, views.query, views.mixed, views.key)
+    figure = figure_views(*views)
     save_figure(figure, tmp_path / "views.png")
     assert (tmp_path / "views.png").stat().st_size > 1000
 

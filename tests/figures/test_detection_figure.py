@@ -10,6 +10,20 @@ from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import CLASS_COLOURS
 
 
+def test_more_classes_than_colours_differ_in_their_lines() -> None:
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    boxes = torch.tensor([[2.0, 4, 20, 30]]).repeat(3, 1)
+    target = {"boxes": boxes, "labels": torch.tensor([1, 11, 21])}
+    found = {"boxes": boxes[:1], "labels": torch.tensor([2]), "scores": torch.tensor([0.9])}
+    names = [f"class {i}" for i in range(1, 31)]
+    figure = figure_detections([image], [target], [found], names)
+    looks = [(p.get_edgecolor(), p.get_linestyle()) for p in figure.axes[0].patches]
+    assert len(set(looks)) == 3
+    # Those that are shown, not all thirty.
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["class 1", "class 2", "class 11", "class 21"]
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_detections_beside_what_was_annotated(masks: bool) -> None:
     images = [torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(3, 50, 50, dtype=torch.uint8)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from mixmask.figures.features import class_style, figure_confusion, figure_map, figure_neighbours
+from mixmask.figures.style import write_figure
 
 AXES = ("first", "second")
 
@@ -29,6 +32,26 @@ def test_map_has_a_panel_a_run_and_a_legend_of_the_classes_there_are() -> None:
             np.testing.assert_allclose(np.asarray(drawn.get_offsets()), expected, rtol=1e-6)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["ant", "cat", "eel"]
+
+
+@pytest.mark.parametrize("count, panels", [(2, 1), (10, 1), (20, 1), (20, 3)])
+def test_a_legend_of_long_names_leaves_panels_and_title_alone(
+    count: int, panels: int, tmp_path: Path
+) -> None:
+    names = [f"golden retriever from the northern highlands {i}" for i in range(count)]
+    labels = torch.arange(60) % count
+    maps = [("runs/" + "name-" * 30, torch.randn(60, 2), AXES)] * panels
+    figure = figure_map(maps, labels, names, title="sets/pets, 5,000 of 10,000 test images " * 2)
+    write_figure(figure, tmp_path / "map.png")
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert len(figure.axes) == panels
+    for axis in figure.axes:
+        panel = axis.get_tightbbox()
+        assert panel is not None
+        assert page.x0 <= panel.x0 < panel.x1 <= box.x0
+        assert axis.bbox.width > 3 * figure.dpi  # Inches.
+    assert box.x1 <= page.x1
+    assert page.y0 <= box.y0 < box.y1 <= figure.texts[0].get_window_extent().y0
 
 
 def test_map_of_many_classes_says_why_it_has_no_legend() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmask import BlockMaskGenerator, mix_batch, mixup_batch
+from mixmask import BlockMaskGenerator, erase_batch, mix_batch, mixup_batch
+from mixmask.data.views import denormalize
 from mixmask.figures.masks import figure_masks, figure_views
 from mixmask.figures.style import save_figure
 
@@ -46,7 +47,9 @@ def test_views_in_rows() -> None:
         mixup_batch(query, generator=generator),
         mix_batch(query, masks(4, generator=generator)),  # One λ per sample.
     ]
-    axes = np.array(figure_views(images, query, mixed, query).axes).reshape(6, 4)
+    figure = figure_views(images, query, [[batch] for batch in mixed], query)
+    assert figure.get_suptitle().endswith("black takes the partner's")
+    axes = np.array(figure.axes).reshape(6, 4)
     assert [axis.get_ylabel() for axis in axes[:, 0]] == [
         "image", "query view", "mixed view", "mask", "mixed view", "key view",
     ]  # fmt: skip
@@ -57,6 +60,36 @@ def test_views_in_rows() -> None:
     assert mixed[1].mask is not None
     for axis, mask in zip(axes[3], mixed[1].mask, strict=True):
         assert (axis.get_images()[0].get_array() == mask.numpy()).all()
+
+
+def test_views_of_several_draws_show_the_one_of_each_image() -> None:
+    images, query = torch.zeros(4, 3, 9, 9, dtype=torch.uint8), torch.randn(4, 3, 8, 8)
+    masks = torch.rand(3, 8, 8) > 0.5
+    draws = [*(mix_batch(query, mask) for mask in masks), mixup_batch(query)]
+    figure = figure_views(images, query, [draws], query)
+    axes = np.array(figure.axes).reshape(5, 4)
+    grey = np.full((8, 8), float(draws[3].lam))  # Mixup blends all pixels alike.
+    for i, mask in enumerate([*masks.numpy(), grey]):
+        assert (axes[2, i].get_images()[0].get_array() == mask).all()
+        assert axes[3, i].get_title() == f"λ = {float(draws[i].lam):.2f}"
+        expected = denormalize(draws[i].images)[i].permute(1, 2, 0).numpy()
+        assert (axes[3, i].get_images()[0].get_array() == expected).all()
+    legend, shared = figure.get_suptitle().splitlines()
+    assert legend.endswith("black takes the partner's, grey blends both by λ")
+    assert "all images share mask and λ" in shared
+
+
+def test_views_of_erased_images_name_noise_and_masks_per_channel() -> None:
+    query = torch.randn(2, 3, 8, 8)
+    mask = torch.rand(1, 3, 8, 8) > 0.5
+    figure = figure_views(query, query, [[erase_batch(query, mask)]], query)
+    assert figure.get_suptitle() == (
+        "mask: white keeps one's own pixels, black is filled with noise, colours: one mask per "
+        "channel"
+    )
+    shown = figure.axes[5].get_images()[0].get_array()
+    assert shown is not None
+    assert (shown == mask[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_views_without_mixing_have_no_mask() -> None:

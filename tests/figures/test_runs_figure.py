@@ -172,12 +172,52 @@ def test_curves_with_and_without_accuracies() -> None:
     assert len({line.get_color() for line in lines.values()}) == 2
 
 
+@pytest.mark.parametrize("steps, end", [(0, None), (3, 0.6), (20, 2.0)])
+def test_curves_shade_the_steps_in_which_a_queue_fills(steps: int, end: float | None) -> None:
+    rows = [{"epoch": e, "step": 5 * e, "loss_clean": 5.0, "knn": 0.5} for e in (1.0, 2.0)]
+    figure = figure_curves(rows, queue_steps=steps)
+    loss, accuracy = figure.axes
+    assert not accuracy.patches
+    spans = [patch.get_extents().transformed(loss.transData.inverted()) for patch in loss.patches]
+    assert [(span.x0, span.x1) for span in spans] == ([(0, pytest.approx(end))] if end else [])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any(text.startswith(f"steps 1 to {steps}: random keys") for text in texts) == bool(end)
+
+
+def test_a_loss_that_hardly_moves_is_drawn_flat() -> None:
+    for last, share in ((5.01, 0.1), (9.0, 0.95)):
+        rows = [{"epoch": e, "step": e, "loss_clean": v} for e, v in ((1.0, 5.0), (2.0, last))]
+        low, high = figure_curves(rows).axes[0].get_ylim()
+        assert low < 5 < last < high
+        assert ((last - 5) / (high - low) > 0.5) == (share > 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_legend_of_long_names_lies_whole_below_the_panels(count: int) -> None:
+    names = [f"moco-v2, mixmask, grid size 8, pattern discrete, lr 0.0{i}" for i in range(count)]
+    names[0] *= 4
+    figure = figure_comparison({name: {"knn": points(VALUES)} for name in names}, title="t " * 99)
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == count
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0
+    for axis in figure.axes:
+        panel = axis.get_tightbbox()
+        assert panel is not None
+        assert box.y1 <= panel.y0
+        assert panel.height > page.height / 5
+    heading = figure.texts[0].get_window_extent()
+    assert page.x0 <= heading.x0 < heading.x1 <= page.x1
+
+
 def test_curves_of_one_epoch_without_labels_or_mixing() -> None:
     row = {"epoch": 1.0, "step": 5.0, "loss": 2.0, "loss_clean": 2.0, "loss_mixed": 0.0}
     figure = figure_curves([row])
     [axis] = figure.axes
     [line] = axis.lines
     assert (heights(line).tolist(), line.get_marker()) == ([2.0], "o")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert {label.get_text() for label in axis.get_xticklabels()} <= {"0", "1", "2"}
     assert not figure.legends
