@@ -69,6 +69,13 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) 
         'map.png'
     """
     for name in names:
+def results_folder(run: Path) -> Path:
+    """Return where results go without --out: into the run's folder, or beside the checkpoint."""
+    if not run.exists():
+        raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
+    return run if run.is_dir() else run.parent
+
+
         parser.add_argument(name, **(_SHARED[name] | changes))
 
 

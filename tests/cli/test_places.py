@@ -30,6 +30,32 @@ from mixmask.trainers import pretrain
 WRONG_DEVICES = ("meta", "cuda:99", "abacus", "cpu:x", "-1")
 
 
+def test_results_go_beside_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for source in (run, run / "last.pt"):
+        before = {path.name for path in run.iterdir()}
+        for command in ("map", "neighbours", "embed"):
+            assert cli.main([command, str(source), "--device", "cpu"]) == 0
+            assert f" {run}/" in capsys.readouterr().out.splitlines()[-1]
+            assert "exists; name another --out" in refused([command, source], capsys)
+        made = ("map.png", "neighbours.png", "features.npy", "features.csv")
+        assert {path.name for path in run.iterdir()} == before | set(made)
+        assert not list(elsewhere.iterdir())
+        for name in made:
+            (run / name).unlink()
+    assert cli.main(["embed", str(run), "--out", "x.npy"]) == 0
+    assert cli.main(["map", str(run), str(run / "last.pt")]) == 0  # Of no single run.
+    assert {path.name for path in elsewhere.iterdir()} == {"x.npy", "x.csv", "map.png"}
+    for command in ("map", "neighbours", "embed"):
+        assert "RUN must be a run folder or a checkpoint file, got no" in refused(
+            [command, "no/run"], capsys
+        )
+
+
 def test_a_device_that_cannot_compute_is_refused() -> None:
     assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
     assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
