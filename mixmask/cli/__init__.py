@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Python's own form shows a line of code, which does not help at a command line.
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
+    if words in ([], ["evaluate"]):  # What needs another word says which ones there are.
+        words.append("--help")
     words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = _run(words)

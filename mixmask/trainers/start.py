@@ -195,7 +195,7 @@ def open_run(
             if source is None:
                 return _plan_new(options, config, target, data, choose=state.is_main_process)
             given = [flag(name) for name in options if name not in CHANGEABLE]
-            check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
+            check_resume(source, [*given, *(["--config"] if config else [])], allowed=_ALLOWED)
             return _plan_resumed(options, source, target, state.num_processes)
 
         # Every process plans for itself, so that all of them stop where one refuses.
