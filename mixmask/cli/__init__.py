@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mixmask._devices import is_out_of_memory
+from mixmask._devices import is_out_of_memory, set_threads
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
-from mixmask.cli.options import set_threads
 
 _EXTRA = ("accelerate", "matplotlib", "timm", "torchvision", "tqdm")
 
@@ -62,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Python's own form shows a line of code, which does not help at a command line.
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
+    words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if words in ([], ["evaluate"]):  # What needs another word says which ones there are.
         words.append("--help")
-    words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = _run(words)
     finally:

@@ -25,7 +25,7 @@ from mixmask.data.sets import load_data
 from mixmask.evaluation import KNN, evaluate, load_task, results_file
 from mixmask.evaluation.gallery import draw_map, draw_neighbours
 from mixmask.figures.style import check_figure
-from mixmask.trainers import pretrain
+from mixmask.trainers import pretrain, start
 
 WRONG_DEVICES = ("meta", "cuda:99", "abacus", "cpu:x", "-1")
 
@@ -87,6 +87,30 @@ def test_every_door_looks_at_the_device(
     with pytest.raises(ValueError, match=f"--device {name} is not available"):
         pretrain(out=out, device=name)
     assert not out.exists()
+
+
+def test_threads_are_those_of_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"data": "clothing64", "epochs": 1, "image_size": 16, "device": "cpu"}
+    options |= {"batch_size": 1024, "queue_size": 1024, "progress": False}
+    used: list[int] = []
+    before, train = torch.get_num_threads(), start.train
+
+    def noting(*given: Any, **named: Any) -> None:
+        used.append(torch.get_num_threads())
+        train(*given, **named)
+
+    monkeypatch.setattr(start, "train", noting)
+    for threads, expected in ((before + 1, before + 1), (None, before)):
+        pretrain(**options, threads=threads)
+        assert (used.pop(), torch.get_num_threads()) == (expected, before)
+    with pytest.raises(ValueError, match="--threads must be at least 1, got 0; leave it out"):
+        pretrain(**options, threads=0)
+    with pytest.raises(TypeError, match="--threads must be an integer, got 'two'"):
+        pretrain(**options, threads="two")
+    assert torch.get_num_threads() == before
 
 
 # In /proc not even the administrator can make a file.
