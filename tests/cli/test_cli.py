@@ -152,6 +152,7 @@ def test_bad_options_are_refused_in_one_line(
     message: str,
     photographs: Path,
     tmp_path: Path,
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
