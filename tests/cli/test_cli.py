@@ -210,6 +210,8 @@ def test_help_explains_every_option_in_groups(capsys: pytest.CaptureFixture[str]
     places = [text.index(word) for pair in groups.items() for word in ("\n" + pair[0], pair[1])]
     assert places == sorted(places)
 
+    for images in ([str(tmp_path)], [str(tmp_path), str(bad)]):
+        assert f"; name files, as {tmp_path}/*.jpg does" in refused(["show", *images], capsys)
 
 @pytest.mark.parametrize(
     "words, hint",
