@@ -139,8 +139,10 @@ def load_backbone(
     normalization = _normalization(content, noted, match, arch, small=tells_stem)
     mean, std = choose_normalization(mean, std, fit_channels(normalization, channels))
     config = {} if match.name != "mixmask" or not is_run(content) else noted
+    # Its keys alone, but for a ResNet's, could as well be timm's.
+    layout = "torchvision" if match.name == "timm" and torchvision_name(arch) else match.name
     return Loaded(
-        backbone.eval(), arch, small_stem, match.name, taken, left,
+        backbone.eval(), arch, small_stem, layout, taken, left,
         config=config, file=file, mean=mean, std=std, image_size=size,
     )  # fmt: skip
 

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mixmask._devices import is_out_of_memory
+from mixmask._devices import is_out_of_memory, set_threads
 from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
-from mixmask.cli.options import set_threads
 
 _EXTRA = ("accelerate", "matplotlib", "timm", "torchvision", "tqdm")
 
@@ -64,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: say(f"mixmask: {message}", sys.stderr)
     warnings.filterwarnings("always", category=UserWarning, module="mixmask")
     words = [_spell(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if words in ([], ["evaluate"]):  # What needs another word says which ones there are.
+        words.append("--help")
     try:
         code = _run(words)
     finally:

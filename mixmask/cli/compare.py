@@ -43,14 +43,20 @@ def compare(runs: list[Path], out: Path, band: str, force: bool = False) -> None
 
 def _check_data(read: Sequence[Record]) -> None:
     """Check that all runs used the same images."""
-    first = read[0]
+    groups: list[list[Record]] = []
     for record in read:
-        if not _same_data(first.config, record.config):
-            raise ValueError(
-                f"accuracies on different data do not compare: {first.folder} used "
-                f"{first.config['data']}, {record.folder} used {record.config['data']}; "
-                "name runs on the same data"
-            )
+        same = (group for group in groups if _same_data(group[0].config, record.config))
+        if (group := next(same, None)) is None:
+            groups.append(group := [])
+        group.append(record)
+    if len(groups) > 1:
+        each = "; ".join(
+            f"{', '.join(str(record.folder) for record in group)} used {group[0].config['data']}"
+            for group in groups
+        )
+        raise ValueError(
+            f"accuracies on different data do not compare: {each}; name the runs of one of these"
+        )
 
 
 def _same_data(one: Options, other: Options) -> bool:
@@ -59,9 +65,11 @@ def _same_data(one: Options, other: Options) -> bool:
     if known[0] and known[0] == known[1]:
         return True
     # The sum may be of images at the run's own size.
-    counts = [{**fingerprint, "sum": ""} for fingerprint in known if fingerprint]
+    counts = [{**fingerprint, "sum": "", "labels": ""} for fingerprint in known if fingerprint]
     alike = all(fingerprint == counts[0] for fingerprint in counts)
-    return alike and Path(one["data"]) == Path(other["data"])
+    # Older fingerprints have no sum of labels.
+    labels = {fingerprint["labels"] for fingerprint in known if "labels" in fingerprint}
+    return alike and len(labels) < 2 and Path(one["data"]) == Path(other["data"])
 
 
 def _table(groups: Sequence[Group]) -> list[str]:

@@ -48,7 +48,8 @@ def detect(
     chosen = choose_device(device)
     if resume is not None:
         more = {"RUN": run, "--out": out}
-        check_resume([*map(flag, given), *(name for name in more if more[name] is not None)])
+        given_too = [*map(flag, given), *(name for name in more if more[name] is not None)]
+        check_resume(resume, given_too)
         (config, source), folder = load_config(resume), resume
         # The checkpoint of a run holds the weights; one that was killed before has none.
         run, small_stem = "random", None

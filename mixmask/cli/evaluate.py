@@ -11,7 +11,7 @@ from typing import Any
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import SOURCE, add_fields, add_shared
+from mixmask.cli.options import SOURCE, add_fields, add_shared, results_folder
 from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
 from mixmask.evaluation.metrics import INTERVAL, Interval
 from mixmask.runs.files import check_files, make_folder
@@ -30,12 +30,10 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Measure a run's backbone by one protocol, and leave its results as JSON and PNG."""
-    if not run.exists():
-        raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
+    folder = out or results_folder(run)
     source = {name: given.pop(name) for name in _LOADED if name in given}
     protocol = choose(**given)
     task = evaluation.load_task(run, **source)
-    folder = out or (run if run.is_dir() else run.parent)
     # Results that may not be replaced or written are refused before hours of work, not after.
     path = evaluation.results_file(protocol, task.sources[0], folder, force=force)
     make_folder(folder)

@@ -14,7 +14,7 @@ import torch
 
 from mixmask import evaluation
 from mixmask.cli._console import say
-from mixmask.cli.options import SOURCE, add_shared
+from mixmask.cli.options import SOURCE, add_shared, results_folder
 from mixmask.data.sets import Split
 from mixmask.evaluation import gallery
 from mixmask.figures.style import check_figure, save_figure
@@ -24,14 +24,16 @@ from mixmask.runs.files import atomic_write, check_files
 # Any: the options of `SOURCE`, passed on as they are.
 def draw_map(
     runs: list[Path],
-    out: Path,
     projection: str,
     seed: int,
+    out: Path | None = None,
     force: bool = False,
     classes: list[str] | None = None,
     **source: Any,
 ) -> None:
     """Draw the features of the test split in two dimensions, one panel per run."""
+    # A figure of several runs belongs to none of their folders.
+    out = out or (results_folder(runs[0]) if len(runs) == 1 else Path()) / "map.png"
     check_figure(out, force=force)
     task = evaluation.load_task(*runs, labelled=False, **source)
     drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
@@ -41,14 +43,15 @@ def draw_map(
 
 def draw_neighbours(
     run: Path,
-    out: Path,
     queries: int,
     k: int,
     seed: int,
+    out: Path | None = None,
     force: bool = False,
     **source: Any,
 ) -> None:
     """Draw images of the test split and the training images that the backbone finds nearest."""
+    out = out or results_folder(run) / "neighbours.png"
     check_figure(out, force=force)
     task = evaluation.load_task(run, labelled=False, **source)
     drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
@@ -64,7 +67,7 @@ def embed(
     **source: Any,
 ) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
-    out = out or Path(f"features.{to}")
+    out = out or results_folder(run) / f"features.{to}"
     if out.suffix != f".{to}":
         raise ValueError(
             f"--out must name a .{to} file, got {out}; use {out.with_suffix(f'.{to}')}"
@@ -111,7 +114,8 @@ def add_map(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(command=draw_map)
     add_shared(parser, "runs")
-    add_shared(parser, "--out", default=Path("map.png"), help="PNG file to write [map.png]")
+    text = "PNG file to write [map.png beside the run; of several runs, in the current folder]"
+    add_shared(parser, "--out", help=text)
     parser.add_argument(
         "--projection", choices=("pca", "tsne"), default="pca", help="tsne needs scikit-learn [pca]"
     )
@@ -127,8 +131,7 @@ def add_neighbours(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(command=draw_neighbours)
     add_shared(parser, "run")
-    out = Path("neighbours.png")
-    add_shared(parser, "--out", default=out, help=f"PNG file to write [{out}]")
+    add_shared(parser, "--out", help="PNG file to write [neighbours.png beside the run]")
     parser.add_argument("--queries", type=int, default=8, metavar="N", help="rows [8]")
     parser.add_argument("--k", type=int, default=8, metavar="N", help="neighbours per row [8]")
     add_shared(parser, "--seed", *SOURCE, "--force")
@@ -142,6 +145,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(command=embed)
     add_shared(parser, "run")
-    parser.add_argument("--to", choices=("npy",), default="npy", help="format [npy]")
-    add_shared(parser, "--out", help="file to write, and a .csv beside it [features.npy]")
+    parser.add_argument("--to", choices=("npy",), default="npy", help="file format: NumPy's [npy]")
+    text = "file to write, and a .csv of that name [features.npy beside the run]"
+    add_shared(parser, "--out", help=text)
     add_shared(parser, *SOURCE, "--force")

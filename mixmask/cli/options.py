@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
-from mixmask.runs.options import HELP, check_range, flag
+from mixmask.runs.options import HELP, flag
 from mixmask.runs.records import describe_value
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -70,6 +67,13 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) 
     """
     for name in names:
         parser.add_argument(name, **(_SHARED[name] | changes))
+
+
+def results_folder(run: Path) -> Path:
+    """Return where results go without --out: into the run's folder, or beside the checkpoint."""
+    if not run.exists():
+        raise ValueError(f"RUN must be a run folder or a checkpoint file, got {run}: not found")
+    return run if run.is_dir() else run.parent
 
 
 def add_fields(
@@ -132,13 +136,3 @@ class RatioAction(argparse.Action):
         if self.const:
             ratio = [*getattr(namespace, self.dest, ()), ratio]
         setattr(namespace, self.dest, ratio)
-
-
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; None leaves torch's choice."""
-    if threads is None:
-        return
-    most = max(64, os.cpu_count() or 1)  # More of them than the system allows end the process.
-    check_range("threads", threads, 1)
-    check_range("threads", threads, None, most)
-    torch.set_num_threads(threads)

@@ -42,9 +42,10 @@ def train_backbone(
         held.enter_context(resumable("pretrain", opened.run.out))
         if opened.run.accelerator.is_main_process:
             _say_start(opened)
+        idle = opened.run.step == opened.run.steps * opened.run.config.epochs
         opened.train(monitor.accuracy_monitor)
         if opened.run.accelerator.is_main_process:
-            _say_end(opened, time.perf_counter() - began)
+            _say_end(opened, time.perf_counter() - began, idle=idle)
 
 
 def _say_start(opened: Opened) -> None:
@@ -69,7 +70,7 @@ def _say_start(opened: Opened) -> None:
         say(f"accuracies during training use {monitor.MEASURED:,} of the training images")
 
 
-def _say_end(opened: Opened, seconds: float) -> None:
+def _say_end(opened: Opened, seconds: float, *, idle: bool) -> None:
     out, first, last = opened.run.out, opened.run.rows[0], opened.run.rows[-1]
     if "knn" in first and "knn" in last:
         say(f"\n{'on the test split':<22}{'untrained':>10}{'trained':>10}")
@@ -80,7 +81,11 @@ def _say_end(opened: Opened, seconds: float) -> None:
             f"\nthe training waited for images {last['wait']:.0%} of the last epoch; use more "
             "--workers or a faster disk"
         )
-    say(f"\ndone in {seconds / 60:.1f} minutes; see {out / 'curves.png'}")
+    done = f"done in {seconds / 60:.1f} minutes"
+    if idle:
+        more = f"{quote(out)} --epochs N, with N above {opened.run.config.epochs}"
+        done = f"nothing was left to do; to train longer: mixmask pretrain --resume {more}"
+    say(f"\n{done}; see {out / 'curves.png'}")
     data = "" if opened.data.labelled else " --data LABELLED"
     say(f"next: mixmask evaluate knn {quote(out)}{data}")
     say(f"      mixmask export {quote(out)} --to safetensors --out backbone.safetensors")

@@ -27,7 +27,7 @@ def show(
     force: bool = False,
 ) -> None:
     """Draw block and discrete masks at several grids, and both mixes of each pair."""
-    if len(images) == 1:
+    if len(images) == 1 and not images[0].is_dir():
         raise ValueError(f"one image has no partner, got {images[0]} alone; name another image")
     check_figure(out, force=force)
     check_seed(seed)
@@ -48,7 +48,7 @@ def _read(path: Path) -> Tensor:
         with open_image(path) as image:
             return take_square(image, 224)
     except UnreadableError as error:
-        fix = "pass a JPEG or PNG file"
+        fix = f"name files, as {path}/*.jpg does" if path.is_dir() else "pass a JPEG or PNG file"
         raise ValueError(f"{path} is not a readable image ({error}); {fix}") from error
 
 

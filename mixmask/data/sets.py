@@ -97,12 +97,14 @@ class Fingerprint(NamedTuple):
         test: Number of test images.
         classes: Names of the classes.
         sum: Checksum of the files' names or, where they have none, of some images.
+        labels: Checksum of all labels.
     """
 
     train: int
     test: int
     classes: tuple[str, ...]
     sum: str
+    labels: str
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,21 @@ class ImageData:
 
     def fingerprint(self) -> Fingerprint:
         """Return what later tells whether a name still means the same data."""
-        digest = hashlib.blake2b(digest_size=8)
+        digest, labels = (hashlib.blake2b(digest_size=8) for _ in range(2))
         splits = [split for split in (self.train, self.test) if split]
         for split in splits:
-            for name, _ in split.listed:
+            for name, label in split.listed:
                 digest.update(os.fsencode(f"{name}\n"))
+                labels.update(b"%d " % label)
             if not split.files:
+                labels.update(str(None if split.labels is None else split.labels.tolist()).encode())
                 looked = split.images[_spread(len(split.images))]
                 digest.update(looked.cpu().contiguous().numpy().tobytes())
         # Files that cannot be read count, as they do where images stay on disk.
         train, test = (
             len(split.images) + len(split.lost) if split else 0 for split in (self.train, self.test)
         )
-        return Fingerprint(train, test, self.classes, digest.hexdigest())
+        return Fingerprint(train, test, self.classes, digest.hexdigest(), labels.hexdigest())
 
 
 def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:

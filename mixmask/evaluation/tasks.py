@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,11 @@ def load_task(
         data = str(Path(data).resolve())
     test = images.test or train
     if images.labelled:  # STL-10's unlabelled images can neither vote nor be named.
+        before = len(train.images) + len(test.images)
         train, test = images.labelled_splits()
+        if left := before - len(train.images) - len(test.images):
+            text = f"left out of {data}: {plural(left, 'image')} without a label"
+            warnings.warn(text, stacklevel=2)
     task = Task(
         tuple(each.backbone.to(device).to(memory_format=torch.channels_last) for each in loaded),
         tuple(

@@ -27,8 +27,8 @@ def load_images(
         where: The run's name in errors.
 
     Raises:
-        ValueError: If they are others: the number of images, the classes, or the names of the
-            files differ.
+        ValueError: If they are others: the number of images, the classes, the names of the files
+            or the labels differ.
         OSError: If nothing in it can be read.
 
     Example:
@@ -86,6 +86,8 @@ def _compare(known: Mapping[str, object], found: Fingerprint) -> list[str]:
         different.append(f"classes {_shorten(found.classes)} instead of {before}")
     if not different and known.get("sum") != found.sum:
         different.append("as many, but of other names or content")
+    if not different and known.get("labels", found.labels) != found.labels:  # Older runs have none.
+        different.append("as many, but with other labels")
     return different
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixmask._checks import check_choice, ratio_bounds
@@ -117,13 +118,19 @@ def check_options(config: DataclassInstance) -> None:
             raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
 
 
-def check_resume(given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
-    """Check that nothing was given beside `--resume` but what may change.
+def check_resume(folder: Path, given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
+    """Check that `--resume` names a folder, and nothing was given beside it but what may change.
 
     Args:
+        folder: The run's.
         given: Options that were given but are not allowed.
         allowed: Those that are allowed.
     """
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "nothing is there"
+        raise ValueError(
+            f"--resume must be a run folder, got {folder}: {found}; pass a folder that --out named"
+        )
     if given:
         others = f" (only {', '.join(allowed)} may change)" if allowed else ""
         raise ValueError(f"--resume uses the run's own options; remove {', '.join(given)}{others}")

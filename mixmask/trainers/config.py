@@ -96,7 +96,7 @@ class RunConfig:
     epochs: int = option(200, "passes over the data", low=1)
     batch_size: int = option(256, "batch size per process", low=2)
     optimizer: str = option("sgd", "optimiser", ("sgd", "lars", "adamw"))
-    lr: float = option(0.03, "initial learning rate, for this batch size", low=0)
+    lr: float = option(0.03, "initial learning rate, for this batch size", positive=True)
     warmup: float = share(0.0, "share of the run in which the learning rate rises")
     schedule: str = option("cosine", "schedule of the learning rate", ("cosine", "step"))
     weight_decay: float = option(1e-4, HELP["weight_decay"], low=0)
@@ -113,10 +113,13 @@ class RunConfig:
     checkpointing: bool = option(False, "recompute activations in backward to save memory")
     sync_bn: bool = option(False, "batch-norm statistics over all processes (GPUs only)")
     save_every: int = option(
-        0, "steps between two checkpoints within an epoch; 0 = only at its end", low=0
+        0, "checkpoints within an epoch, besides that at its end: one in every N-th step", low=0
     )
     save_minutes: float = option(
-        0.0, "minutes between two checkpoints within an epoch; 0 = only at its end", low=0
+        0.0,
+        "checkpoints within an epoch: one when so many minutes have passed since the last one, "
+        "besides those of --save-every",
+        low=0,
     )
     keep: int = option(
         0, "checkpoints of past epochs to keep; the best one by kNN is kept too", low=0

@@ -107,7 +107,11 @@ def _train(run: Run, *, monitor: Monitor | None, progress: bool) -> None:
         run.rows = [{"epoch": 0, "step": 0, **_measure(monitor, run, True)}]
         write_rows(run.out, run.rows)
     total = run.steps * config.epochs
-    bar = tqdm(total=total, initial=run.step, unit="step", disable=not (progress and main))
+    shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+    bar = tqdm(
+        total=total, initial=run.step, unit="step", bar_format=shown,
+        disable=not (progress and main),
+    )  # fmt: skip
     reading = closing(_batches(run))
     # However the loop ends, the reader is closed: its workers do not end by themselves.
     with bar, reading as batches, _finish_steps(run) as ask:

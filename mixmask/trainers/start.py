@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from mixmask._devices import set_threads
 from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.data.sets import ImageData
@@ -111,6 +112,7 @@ def pretrain(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     device: str | None = None,
+    threads: int | None = None,
     monitor: MonitorBuilder | None = None,
     progress: bool = True,
     **options: Any,
@@ -123,6 +125,7 @@ def pretrain(
         resume: A run folder to continue. Of the options, `epochs` and `data` may be given with
             it, and with `out` a copy of the run goes on.
         device: "cpu", "cuda:1", "mps". Default: a GPU where there is one.
+        threads: CPU threads of the run; the caller's number is set again after it. Default: that.
         monitor: Builds what measures the backbone on labelled images, such as
             `mixmask.evaluation.monitor.accuracy_monitor`, from the images and the size of views.
         progress: Show a progress bar.
@@ -163,7 +166,10 @@ def pretrain(
         options, config=config, out=out, resume=resume, device=device,
         data=None if isinstance(data, str) else data,
     )  # fmt: skip
-    with opening as opened:
+    with ExitStack() as held:
+        held.callback(torch.set_num_threads, torch.get_num_threads())
+        set_threads(threads)
+        opened = held.enter_context(opening)
         run = opened.run
         for note in opened.notes if run.accelerator.is_main_process else ():
             warnings.warn(note, stacklevel=2)
@@ -197,7 +203,7 @@ def open_run(
             if source is None:
                 return _plan_new(options, config, target, data, choose=state.is_main_process)
             given = [flag(name) for name in options if name not in CHANGEABLE]
-            check_resume([*given, *(["--config"] if config else [])], allowed=_ALLOWED)
+            check_resume(source, [*given, *(["--config"] if config else [])], allowed=_ALLOWED)
             return _plan_resumed(options, source, target, state.num_processes)
 
         # Every process plans for itself, so that all of them stop where one refuses.

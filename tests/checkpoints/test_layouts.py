@@ -219,6 +219,8 @@ def test_torchvisions_networks_by_their_names(name: str, tmp_path: Path) -> None
     loaded = load_backbone(tmp_path / "x.pth", arch=name)
     assert_close(loaded, model)
     assert loaded.left
+    # Of a DenseNet, timm's name and keys are the same.
+    assert loaded.layout == ("timm" if name == "densenet121" else "torchvision")
     assert (loaded.mean, loaded.std) == IMAGENET
     torch.save(model.state_dict(), tmp_path / "y.pth")
     assert_close(load_backbone(tmp_path / "y.pth", arch=loaded.arch), model)

@@ -122,6 +122,23 @@ def test_existing_run_folder_is_refused(
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_finished_run_has_nothing_left_to_do(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(options(photographs, "--out", str(out))) == 0
+    first = capsys.readouterr().out
+    assert "done in " in first
+    assert cli.main(["pretrain", "--resume", str(out)]) == 0
+    again = capsys.readouterr().out
+    advice = f"mixmask pretrain --resume {out} --epochs N, with N above 1; see"
+    assert f"nothing was left to do; to train longer: {advice}" in again
+    assert cli.main(["pretrain", "--resume", str(out), "--epochs", "2"]) == 0
+    longer = capsys.readouterr().out
+    for text, done in ((first, True), (again, False), (longer, True)):
+        assert ("done in " in text, "left to do" in text) == (done, not done)
+
+
 def test_resume_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["pretrain", "--resume", str(tmp_path)], capsys)
     assert "is not a run that can be resumed" in line
@@ -135,6 +152,7 @@ def test_resume_takes_no_other_option(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--mix", "blend"], "argument --mix: invalid choice: 'blend'"),
         (["--ratio", "1.5"], "ratio must lie strictly between 0 and 1"),
@@ -192,6 +210,8 @@ def test_show_refuses_what_it_cannot_draw(
     bad.write_bytes(b"no image")
     assert "bad.jpg is not a readable image" in refused(["show", str(bad), str(bad)], capsys)
     assert "one image has no partner" in refused(["show", str(bad)], capsys)
+    for images in ([str(tmp_path)], [str(tmp_path), str(bad)]):
+        assert f"; name files, as {tmp_path}/*.jpg does" in refused(["show", *images], capsys)
     nowhere = str(tmp_path / "no" / "x.png")
     assert "which is not a folder" in refused(["show", "--out", nowhere], capsys)
     assert "bad.jpg exists; name another --out" in refused(["show", "--out", str(bad)], capsys)

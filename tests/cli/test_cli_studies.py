@@ -126,7 +126,17 @@ def test_compare_refuses_what_is_no_comparison(
     assert "the same seed, 0, so they are one run" in line
     images = {"train": 1, "test": 1, "classes": ["cat"], "sum": ""}
     other = copy_of(b, tmp_path / "other", data="cifar10", fingerprint=images)
-    assert "do not compare" in refused(["compare", a, other, "--out", out], capsys)
+    line = refused(["compare", a, other, b, "--out", out], capsys)
+    where = json.loads((a / "config.json").read_text())["data"]
+    assert f"do not compare: {a}, {b} used {where}; {other} used cifar10; name the" in line
+    mark = json.loads((b / "config.json").read_text())["fingerprint"] | {"sum": "at another size"}
+    relabelled = copy_of(b, tmp_path / "relabelled", fingerprint=mark | {"labels": "other"})
+    line = refused(["compare", a, relabelled, "--out", out], capsys)
+    assert f"do not compare: {a} used {where}; {relabelled} used {where};" in line
+    del mark["labels"]  # As older versions wrote it.
+    older = copy_of(b, tmp_path / "older", fingerprint=mark)
+    assert cli.main(["compare", str(a), str(older), "--out", str(tmp_path / "older.png")]) == 0
+    capsys.readouterr()
     odd = copy_of(b, tmp_path / "odd")
     (odd / "metrics.csv").write_text("epoch,knn\n1,nan\n")
     line = refused(["compare", a, odd, "--out", out], capsys)

@@ -279,6 +279,28 @@ def test_embed_names_each_row(
         np.testing.assert_allclose(features[i], backbone(x)[0].detach(), atol=1e-4)
 
 
+def test_images_without_a_label_are_counted(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (
+        "import torch\ndef load():\n    images = list(torch.zeros(9, 3, 18, 18))\n"
+        "    return list(zip(images[:6], (0, -1, 1, -1, -1, 0))), list(zip(images[6:], (0, 1, -1)))"
+    )
+    (tmp_path / "partly.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [str(run), "--data", "partly:load", "--device", "cpu"]
+    told = "mixmask: left out of partly:load: 4 images without a label"
+    for command in (["embed"], ["neighbours", "--k", "2", "--queries", "1"]):
+        assert cli.main([*command, *words]) == 0
+        assert capsys.readouterr().err.splitlines().count(told) == 1
+    assert len(np.load(run / "features.npy")) == 5
+    assert cli.main(["embed", str(run), "--force"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_embed_counts_images_without_files(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     assert cli.main(["embed", str(run), "--data", "clothing64", "--out", str(out)]) == 0

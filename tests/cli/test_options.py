@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import refused
 
+from mixmask import cli
 from mixmask._checks import Ratio
 from mixmask.cli.options import (
     RatioAction,
@@ -88,10 +91,10 @@ def test_limits_are_checked_by_one_function(given: dict[str, Any], message: str)
         check_options(Config(**given))
 
 
-def test_resume_excludes_other_options() -> None:
-    check_resume([])
+def test_resume_excludes_other_options(tmp_path: Path) -> None:
+    check_resume(tmp_path, [])
     with pytest.raises(ValueError, match=r"uses the run.s own options; remove --lr, --out"):
-        check_resume(["--lr", "--out"])
+        check_resume(tmp_path, ["--lr", "--out"])
 
 
 def test_shared_options_are_declared_once_and_changed_by_a_command() -> None:
@@ -101,3 +104,31 @@ def test_shared_options_are_declared_once_and_changed_by_a_command() -> None:
     options = parser.parse_args(["folder", "--no-small-stem", "--out", "x.png"])
     assert (options.run.name, options.seed, options.threads) == ("folder", 0, None)
     assert (options.small_stem, options.out.name) == (False, "x.png")
+
+
+def test_resume_of_what_is_not_there(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, found in (
+        (tmp_path / "nowhere", "nothing is there"),
+        (next(photographs.rglob("*.png")), "it is a file"),
+    ):
+        for command in ("pretrain", "detect"):
+            line = refused([command, "--resume", str(folder)], capsys)
+            assert line == (
+                f"mixmask: --resume must be a run folder, got {folder}: {found}; pass a folder "
+                "that --out named"
+            )
+
+
+@pytest.mark.parametrize(
+    "words, names", [([], ["pretrain", "ablate"]), (["evaluate"], ["knn", "linear", "finetune"])]
+)
+def test_what_needs_another_word_prints_its_help(
+    words: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"usage: {' '.join(['mixmask', *words])} [-h]")
+    assert all(f"\n    {name}  " in printed.out for name in names)
+    assert printed.err == ""

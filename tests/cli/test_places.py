@@ -25,9 +25,35 @@ from mixmask.data.sets import load_data
 from mixmask.evaluation import KNN, evaluate, load_task, results_file
 from mixmask.evaluation.gallery import draw_map, draw_neighbours
 from mixmask.figures.style import check_figure
-from mixmask.trainers import pretrain
+from mixmask.trainers import pretrain, start
 
 WRONG_DEVICES = ("meta", "cuda:99", "abacus", "cpu:x", "-1")
+
+
+def test_results_go_beside_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for source in (run, run / "last.pt"):
+        before = {path.name for path in run.iterdir()}
+        for command in ("map", "neighbours", "embed"):
+            assert cli.main([command, str(source), "--device", "cpu"]) == 0
+            assert f" {run}/" in capsys.readouterr().out.splitlines()[-1]
+            assert "exists; name another --out" in refused([command, source], capsys)
+        made = ("map.png", "neighbours.png", "features.npy", "features.csv")
+        assert {path.name for path in run.iterdir()} == before | set(made)
+        assert not list(elsewhere.iterdir())
+        for name in made:
+            (run / name).unlink()
+    assert cli.main(["embed", str(run), "--out", "x.npy"]) == 0
+    assert cli.main(["map", str(run), str(run / "last.pt")]) == 0  # Of no single run.
+    assert {path.name for path in elsewhere.iterdir()} == {"x.npy", "x.csv", "map.png"}
+    for command in ("map", "neighbours", "embed"):
+        assert "RUN must be a run folder or a checkpoint file, got no" in refused(
+            [command, "no/run"], capsys
+        )
 
 
 def test_a_device_that_cannot_compute_is_refused() -> None:
@@ -61,6 +87,30 @@ def test_every_door_looks_at_the_device(
     with pytest.raises(ValueError, match=f"--device {name} is not available"):
         pretrain(out=out, device=name)
     assert not out.exists()
+
+
+def test_threads_are_those_of_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"data": "clothing64", "epochs": 1, "image_size": 16, "device": "cpu"}
+    options |= {"batch_size": 1024, "queue_size": 1024, "progress": False}
+    used: list[int] = []
+    before, train = torch.get_num_threads(), start.train
+
+    def noting(*given: Any, **named: Any) -> None:
+        used.append(torch.get_num_threads())
+        train(*given, **named)
+
+    monkeypatch.setattr(start, "train", noting)
+    for threads, expected in ((before + 1, before + 1), (None, before)):
+        pretrain(**options, threads=threads)
+        assert (used.pop(), torch.get_num_threads()) == (expected, before)
+    with pytest.raises(ValueError, match="--threads must be at least 1, got 0; leave it out"):
+        pretrain(**options, threads=0)
+    with pytest.raises(TypeError, match="--threads must be an integer, got 'two'"):
+        pretrain(**options, threads="two")
+    assert torch.get_num_threads() == before
 
 
 # In /proc not even the administrator can make a file.

@@ -177,6 +177,16 @@ def test_a_function_that_returns_other_images_is_noticed(others: Any) -> None:
         load_images(known, 8, data=others)
 
 
+def test_other_labels_of_the_same_images_are_noticed() -> None:
+    known = {"fingerprint": fingerprint_of(load_data(TRAIN, 8)), "image_size": 8}
+    relabelled = [(image, 1 - label) for image, label in TRAIN]
+    for size in (8, 16):  # At another size, the images themselves are not compared.
+        with pytest.raises(ValueError, match="started on: as many, but with other labels; pass"):
+            load_images(known, size, data=relabelled)
+    del known["fingerprint"]["labels"]  # type: ignore[attr-defined]  # As older versions wrote it.
+    load_images(known, 8, data=relabelled)
+
+
 @pytest.mark.parametrize("limit", ["abc", "-5", "0", "1e6"])
 def test_a_limit_of_pixels_is_a_number(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXMASK_MAX_PIXELS", limit)

@@ -12,8 +12,10 @@ from tiny_runs import run, seeded, tiny_config, tiny_images
 
 from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
+from mixmask.trainers.loop import train_method
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import METHODS
+from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.run import build_optimizer, random_view
 
 # Mixing does not know who asked for it.
@@ -108,6 +110,24 @@ def test_the_progress_bar_shows_what_has_arrived(monkeypatch: pytest.MonkeyPatch
     assert meter.summary().startswith("loss 3.000")  # Under way, and nobody waits.
     meter.clean, meter.steps, copied.done = torch.tensor(99.0), 4, True
     assert meter.summary().startswith("loss 6.000")  # As it was sent.
+
+
+def test_the_progress_bar_says_how_long_the_whole_run_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, after_step = [0.0], MoCo.after_step
+
+    def slow(self: MoCo, done: float) -> None:
+        after_step(self, done)
+        clock[0] += 3600
+
+    monkeypatch.setattr(MoCo, "after_step", slow)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    config = tiny_config("moco-v2", epochs=10)  # Of two steps each.
+    train_method(config, tiny_images(16), tmp_path)
+    shown = capsys.readouterr().err.split("\r")
+    (first, *_) = (text for text in shown if " 1/20 " in text)
+    assert "[1:00:00, 19:00:00 left, " in first
 
 
 def test_the_progress_bar_has_no_lambda_without_mixed_views() -> None:
