@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar, cast
@@ -12,8 +11,6 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as has_transforms
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-
-from mixmask._checks import check_integer
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -46,17 +43,6 @@ def choose_device(name: torch.device | str | int | None) -> torch.device:
     except (AssertionError, OverflowError, RuntimeError, ValueError):
         raise ValueError(f"--device {name} is not available; use cpu, or leave it out") from None
     return device
-
-
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; None leaves torch's choice."""
-    if threads is None:
-        return
-    check_integer("--threads", threads, 1, "leave it out for torch's choice")
-    most = max(64, os.cpu_count() or 1)  # More of them than the system allows end the process.
-    if threads > most:
-        raise ValueError(f"--threads must be at most {most}, got {threads}; use fewer")
-    torch.set_num_threads(threads)
 
 
 def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:

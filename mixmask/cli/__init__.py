@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mixmask._devices import is_out_of_memory, set_threads
+from mixmask._devices import is_out_of_memory
 from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
+from mixmask.runs.options import set_threads
 
 _EXTRA = ("accelerate", "matplotlib", "timm", "torchvision", "tqdm")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mixmask._checks import check_choice, ratio_bounds
+import torch
+
+from mixmask._checks import check_choice, check_integer, ratio_bounds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -222,3 +225,13 @@ def check_range(name: str, value: float, low: float | None, high: float | None =
     else:
         bounds = f"at most {high}" if low is None else f"within {low} ... {high}"
     raise ValueError(f"{flag(name)} must be {bounds}, got {value}")
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice."""
+    if threads is None:
+        return
+    check_integer("--threads", threads, 1, "leave it out for torch's choice")
+    most = max(64, os.cpu_count() or 1)  # More of them than the system allows end the process.
+    check_range("threads", threads, None, most)
+    torch.set_num_threads(threads)

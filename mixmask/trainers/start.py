@@ -16,7 +16,6 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from mixmask._devices import set_threads
 from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.data.sets import ImageData
@@ -26,7 +25,7 @@ from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.claim import hold_new_run, new_folder
 from mixmask.runs.folder import Row
 from mixmask.runs.images import fingerprint_of, load_images
-from mixmask.runs.options import Options, check_resume, flag
+from mixmask.runs.options import Options, check_resume, flag, set_threads
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.files import read_options_file, read_run

@@ -25,7 +25,7 @@ from mixmask.data.sets import load_data
 from mixmask.evaluation import KNN, evaluate, load_task, results_file
 from mixmask.evaluation.gallery import draw_map, draw_neighbours
 from mixmask.figures.style import check_figure
-from mixmask.trainers import pretrain, start
+from mixmask.trainers import loop, pretrain, start
 
 WRONG_DEVICES = ("meta", "cuda:99", "abacus", "cpu:x", "-1")
 
@@ -96,7 +96,7 @@ def test_threads_are_those_of_the_run_alone(
     options: dict[str, Any] = {"data": "clothing64", "epochs": 1, "image_size": 16, "device": "cpu"}
     options |= {"batch_size": 1024, "queue_size": 1024, "progress": False}
     used: list[int] = []
-    before, train = torch.get_num_threads(), start.train
+    before, train = torch.get_num_threads(), loop.train
 
     def noting(*given: Any, **named: Any) -> None:
         used.append(torch.get_num_threads())
@@ -109,7 +109,7 @@ def test_threads_are_those_of_the_run_alone(
     with pytest.raises(ValueError, match="--threads must be at least 1, got 0; leave it out"):
         pretrain(**options, threads=0)
     with pytest.raises(TypeError, match="--threads must be an integer, got 'two'"):
-        pretrain(**options, threads="two")
+        pretrain(**options, threads="two")  # type: ignore[arg-type]
     assert torch.get_num_threads() == before
 
 
