@@ -34,7 +34,11 @@ from mixmask.runs.folder import (
     save_checkpoint,
     write_config,
 )
-from mixmask.runs.reading import describe_misfit
+from mixmask.runs.misfits import (
+    describe_misfit,
+    describe_optimizer_misfit,
+    describe_progress,
+)
 from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
@@ -42,7 +46,7 @@ _SAVE_EVERY = 300
 # Batches from which the statistics of batch norm are measured again before a test.
 _STATISTICS = 50
 # What a checkpoint holds beside the weights.
-_PROGRESS = ("step", "rows", "sums", "seconds", "source")
+_PROGRESS = {"step": int, "rows": list, "sums": dict, "seconds": float, "source": dict}
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
 
 
@@ -180,7 +184,11 @@ class Run:
             parts = {"classes", "images", "model"}
             if not (parts <= set(content) and isinstance(content["model"], dict)):
                 return "it is not a checkpoint of a detection run"
-            return describe_misfit(self.detector.state_dict(), content["model"])
+            return (
+                describe_misfit(self.detector.state_dict(), content["model"])
+                or describe_progress(content, {"optimizer": dict, **_PROGRESS})
+                or describe_optimizer_misfit(self.optimizer, content["optimizer"])
+            )
 
         file, content = load_checkpoint(self.out, find_misfit)
         classes, images = list(self.data.classes), len(self.data.train)

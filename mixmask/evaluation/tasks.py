@@ -20,7 +20,7 @@ from mixmask.data.views import MEAN, STD, Normalization
 from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
-from mixmask.runs.images import load_images
+from mixmask.runs.images import check_code, load_images
 from mixmask.runs.options import check_options, check_range, flag
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
@@ -192,6 +192,8 @@ def load_task(
     if data is None and len(names) != 1:
         problem = f"used {', '.join(sorted(names))}" if names else "do not record their data"
         raise ValueError(f"the runs {problem}; name the data to look at with --data")
+    if data is None:
+        check_code(next(iter(names)), runs[0])
     data = str(data or names.pop())
     sizes = [_choose_size(each, image_size) for each in loaded]
     # A run's own images must be those that it was started on.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixmask._distributed import rank
+from mixmask.runs.files import LAST
 from mixmask.runs.folder import CONFIG, has_checkpoint
 
 try:
@@ -44,8 +45,9 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 
 def _is_free(folder: Path) -> bool:
-    """Tell whether a folder holds nothing but what a killed start left of its configuration."""
-    return folder.is_dir() and all(file.name == f"{CONFIG}.tmp" for file in folder.iterdir())
+    """Tell whether a folder holds nothing but what a killed start left under temporary names."""
+    left = {f"{CONFIG}.tmp", f"{LAST}.tmp"}
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= left
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,10 +130,18 @@ def _read_row(where: str, texts: Mapping[str, Any]) -> Row:
     return row
 
 
-def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
+def save_checkpoint(
+    folder: Path, content: Mapping[str, object], config: Mapping[str, object] | None = None
+) -> None:
     """Write `last.pt`, sealed with a checksum, and keep the one before as `previous.pt`.
 
     A crash at any moment leaves one whole checkpoint, and a damaged one replaces none.
+
+    Args:
+        folder: The run folder.
+        content: What is saved.
+        config: The configuration of a folder that has none yet. It is written once the checkpoint
+            is on disk, so that a crash leaves a run that can go on, or nothing of use.
     """
     last = folder / LAST
     place = last.absolute()
@@ -143,6 +152,8 @@ def save_checkpoint(folder: Path, content: Mapping[str, object]) -> None:
             torch.save(content, file)
         seal(temporary)
         sync(temporary)  # Before the old one is moved out of the way.
+        if config is not None:
+            write_config(folder, config)
         # What this process has written, and nobody since, need not be read again.
         known, found = _written.pop(place, None), _identify(last)
         if (found and found == known) or is_sealed(last):
@@ -178,10 +189,15 @@ def copy_checkpoint(folder: Path, name: str) -> None:
 def keep_checkpoint(folder: Path, epoch: int, keep: int) -> None:
     """Keep `last.pt` as the checkpoint of an epoch, and those of the `keep` last epochs only."""
     copy_checkpoint(folder, f"epoch-{epoch:04}.pt")
-    # By length first: epoch 10000 has a digit more.
-    kept = sorted(folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
-    for path in kept[:-keep]:
+    for path in _kept(folder)[keep:]:
         path.unlink()
+
+
+def _kept(folder: Path) -> list[Path]:
+    """List the checkpoints of epochs, the newest first; a user's files may have names like them."""
+    names = ((re.fullmatch(r"epoch-(\d+)\.pt", path.name), path) for path in folder.glob("*.pt"))
+    numbers = [(int(match[1]), path) for match, path in names if match]
+    return [path for _, path in sorted(numbers, reverse=True)]
 
 
 def _count_bytes(content: object) -> int:
@@ -199,7 +215,7 @@ def _count_bytes(content: object) -> int:
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
     whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
-    return whole or is_sealed(folder / _UNFINISHED)
+    return whole or is_sealed(folder / _UNFINISHED) or bool(_kept(folder))
 
 
 def is_unstarted(folder: Path) -> bool:
@@ -251,7 +267,7 @@ def load_checkpoint(
         ValueError: If the folder holds no checkpoint that can be used.
     """
     problems = []
-    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS):
+    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS, *_kept(folder)):
         if not file.exists() or (file.name == _UNFINISHED and not is_sealed(file)):
             continue
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mixmask.data.datasets import is_function
 from mixmask.data.sets import Fingerprint, ImageData, hold_out, load_data
 from mixmask.runs.records import plural
 
@@ -44,6 +46,22 @@ def load_images(
             raise ValueError(f"--holdout {share}: {error}") from None
     check_same(images, config, name, image_size=image_size, where=where)
     return images
+
+
+def check_code(data: str, where: Path | str) -> None:
+    """Refuse data of a run's `config.json` that are code, which the user has not named.
+
+    A run folder may come from anywhere, and a function that it names would be called.
+
+    Args:
+        data: What it says.
+        where: The run folder.
+    """
+    if is_function(data):
+        raise ValueError(
+            f"the data of {where} come from code, {data}, which is not run because a file names "
+            f"it; if you trust it, repeat the command with --data {data}"
+        )
 
 
 def check_same(

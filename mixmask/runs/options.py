@@ -209,7 +209,9 @@ def describe_change(trained: object, written: Options) -> str:
         now = tuple(now) if isinstance(now, list) else now  # JSON knows no tuples.
         if name not in _CHANGEABLE and now != value:
             return f"{name} was {value!r}, is {now!r}"
-    if "processes" in trained:  # Among which a step's images may be shared otherwise.
+    if {"processes", "batch_size"} <= set(
+        trained
+    ):  # Among which a step's images may be shared otherwise.
         before, now = (one["batch_size"] * one["processes"] for one in (trained, written))
         if before != now:
             return f"images per step were {before}, are {now}"

@@ -9,14 +9,13 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 # Objects that Lightning and others keep beside the weights. Reading one builds an empty stand-in
 # of that name, so that neither their code nor their library is needed. Whatever is not listed
@@ -132,22 +131,6 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
     if not start.startswith(b"PK"):
         _warn_of_no_sums(path.absolute())
     return content, {}
-
-
-def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, object]) -> str:
-    """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
-
-    Example:
-        >>> describe_misfit({"w": torch.zeros(2, 3)}, {"w": torch.zeros(4, 3)})
-        'w must be of shape (2, 3), got (4, 3)'
-    """
-    for name, tensor in own.items():
-        if name not in found:
-            return f"{name} is missing"
-        shapes = tuple(tensor.shape), tuple(getattr(found[name], "shape", ()))
-        if shapes[0] != shapes[1]:
-            return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
-    return next((f"{name} is unknown" for name in found if name not in own), "")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -120,6 +121,12 @@ class Meter:
             copied = torch.cuda.Event()
             copied.record()
         return Sent(sums, max(self.steps, 1), self.views, copied)
+
+    @classmethod
+    def takes(cls, state: Mapping[str, object]) -> bool:
+        """Tell whether a checkpoint's state is one; older ones have fewer means."""
+        numbers = all(isinstance(value, int | float) for value in state.values())
+        return numbers and set(state) <= set(cls().state())
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""

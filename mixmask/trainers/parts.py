@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixmask.backbones import build_backbone, load_timm_weights
 from mixmask.checkpoints.load import load_backbone
-from mixmask.runs.reading import describe_misfit
+from mixmask.runs.misfits import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import TIMM, RunConfig
 

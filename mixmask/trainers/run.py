@@ -37,12 +37,17 @@ from mixmask.runs.folder import (
     write_config,
     write_rows,
 )
+from mixmask.runs.misfits import (
+    describe_misfit,
+    describe_optimizer_misfit,
+    describe_progress,
+)
 from mixmask.runs.options import Options
-from mixmask.runs.reading import describe_misfit
 from mixmask.runs.records import plural
 from mixmask.trainers.config import TIMM, RunConfig
 from mixmask.trainers.meter import Meter
 from mixmask.trainers.methods import Method, build_method
+from mixmask.trainers.processes import agree, call_together
 
 
 def random_view(config: RunConfig, images: Images) -> RandomView:
@@ -78,6 +83,10 @@ def complete_config(config: RunConfig, train: Split) -> RunConfig:
         # A resumed run must find its images where they were, whatever memory is free by then.
         stream="never" if isinstance(train.images, Tensor) else "always",
     )
+
+
+# What a checkpoint says of where a run stood.
+_PROGRESS = {"model": Mapping, "optimizer": Mapping, "step": int, "rows": list, "meter": Mapping}
 
 
 @dataclass
@@ -126,16 +135,17 @@ class Run:
         run.config = config
         main = run.accelerator.is_main_process
         if resume is not None and begun:
-            file = run.load(resume)
-            if main and resume == out:
+            file = call_together(lambda: run.load(resume))
+            agree({"checkpoint": file.name, "step of the checkpoint": run.step})
+            if main and resume == out:  # Once nobody reads it any more.
                 run.settle(file)
         if main:
             out.mkdir(parents=True, exist_ok=True)
-        if begun and resume != out:  # First: with a configuration alone, it would start again.
-            run.save()
-        if main and (resume is None or facts is not None):
-            processes = {"processes": run.accelerator.num_processes}
-            write_config(out, processes | (facts or {}) | asdict(config))
+        content = {"processes": run.accelerator.num_processes} | (facts or {}) | asdict(config)
+        if begun and resume != out:
+            run.save(config=content)
+        elif main and (resume is None or facts is not None):
+            write_config(out, content)
         if config.tracker != "none":
             _start_tracker(run)
         return run
@@ -160,11 +170,12 @@ class Run:
         view = random_view(config, images).to(accelerator.device)
         return cls(config, accelerator, model, optimizer, view, images, workers, steps, out)
 
-    def save(self, *, epoch_ends: bool = False) -> None:
+    def save(self, *, epoch_ends: bool = False, config: Options | None = None) -> None:
         """Write the checkpoint and the metrics, in one of the processes; the others wait.
 
         Args:
             epoch_ends: Whether an epoch is over, of which `--keep` keeps the checkpoint.
+            config: See `save_checkpoint`.
         """
         if self.accelerator.is_main_process:
             content = {
@@ -177,7 +188,7 @@ class Run:
             }
             if self.accelerator.scaler is not None:
                 content["scaler"] = self.accelerator.scaler.state_dict()
-            save_checkpoint(self.out, content)
+            save_checkpoint(self.out, content, config)
             self._write_beside(epoch_ends=epoch_ends)
         # When one process exits, the launcher soon kills the rest, which may still write.
         self.accelerator.wait_for_everyone()
@@ -210,7 +221,14 @@ class Run:
         def find_misfit(content: Options) -> str:
             if not (is_run(content) and isinstance(content["model"], Mapping)):
                 return "it is not a checkpoint of a pretraining run"
-            return describe_misfit(self.model.state_dict(), content["model"])
+            total = self.steps * self.config.epochs
+            return (
+                describe_misfit(self.model.state_dict(), content["model"])
+                or describe_progress(content, _PROGRESS)
+                or describe_optimizer_misfit(self.optimizer.optimizer, content["optimizer"])
+                or ("its means are no numbers" * (not Meter.takes(content["meter"])))
+                or f"step {content['step']} lies beyond its {total}" * (content["step"] > total)
+            )
 
         file, content = load_checkpoint(folder, find_misfit)
         try:

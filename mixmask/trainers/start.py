@@ -24,7 +24,7 @@ from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.claim import hold_new_run, new_folder
 from mixmask.runs.folder import Row
-from mixmask.runs.images import fingerprint_of, load_images
+from mixmask.runs.images import check_code, fingerprint_of, load_images
 from mixmask.runs.options import Options, check_resume, flag, set_threads
 from mixmask.runs.records import plural
 from mixmask.trainers.config import RunConfig
@@ -237,17 +237,26 @@ def _plan_new(
     folder = (
         new_folder(out, f"{data.name.strip('<>')}-{config.method}-{config.mix}") if choose else None
     )
-    if folder and data.is_dir() and folder.resolve().is_relative_to(data):
-        raise ValueError(
-            f"the run folder {folder} lies inside of the data, {config.data}, so that its pictures "
-            "would become images; choose an --out elsewhere"
-        )
+    if folder:
+        _check_outside(folder, config.data)
     return _Plan(config, folder)
+
+
+def _check_outside(folder: Path, data: str) -> None:
+    """Check that a run folder does not lie inside of its data."""
+    root = Path(data).resolve()
+    if root.is_dir() and folder.resolve().is_relative_to(root):
+        raise ValueError(
+            f"the run folder {folder} lies inside of the data, {data}, so that its pictures would "
+            "become images; choose an --out elsewhere"
+        )
 
 
 def _plan_resumed(options: Options, source: Path, out: Path | None, processes: int) -> _Plan:
     """Take the options of a run that goes on, with what may change."""
     recorded, content = read_run(source)
+    if "data" not in options:
+        check_code(recorded.data, source)
     config, notes = replace(recorded, **options), []
     if config.epochs < recorded.epochs:
         raise ValueError(
@@ -260,6 +269,7 @@ def _plan_resumed(options: Options, source: Path, out: Path | None, processes: i
         notes.append(f"{same}, now in {config.data}: all else stays exact")
     if out is not None and out != source:
         out = new_folder(out, out.name)
+        _check_outside(out, config.data)
         notes.append(f"{source} stays as it is; {out} goes on from its last checkpoint, exactly")
     before = content.get("processes", processes)
     if before != processes:

@@ -204,7 +204,7 @@ def test_checkpoints_follow_the_clock(data: Path, whole: Path, tmp_path: Path) -
     steps: list[int] = []
     save = Run.save
 
-    def noting(self: Run, **options: bool) -> None:
+    def noting(self: Run, **options: Any) -> None:
         save(self, **options)
         steps.append(self.step)
 

@@ -1,0 +1,96 @@
+"""What of a checkpoint's content a run cannot go on from, told before any of it is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_NUMBER = int | float
+
+
+def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, object]) -> str:
+    """Name the first tensor of a checkpoint that a network cannot take; "" if it takes all.
+
+    Example:
+        >>> describe_misfit({"w": torch.zeros(2, 3)}, {"w": torch.zeros(4, 3)})
+        'w must be of shape (2, 3), got (4, 3)'
+    """
+    for name, tensor in own.items():
+        if name not in found:
+            return f"{name} is missing"
+        shapes = tuple(tensor.shape), tuple(getattr(found[name], "shape", ()))
+        if shapes[0] != shapes[1]:
+            return f"{name} must be of shape {shapes[0]}, got {shapes[1]}"
+    return next((f"{name} is unknown" for name in found if name not in own), "")
+
+
+def describe_progress(content: Mapping[str, object], parts: Mapping[str, type]) -> str:
+    """Name the first part of a checkpoint that is missing or of another type; "" if all are right.
+
+    Args:
+        content: The checkpoint.
+        parts: Names and types. "step" is counted from 0, and "rows" are measurements of epochs.
+
+    Example:
+        >>> describe_progress({"step": -1}, {"step": int}), describe_progress({}, {"rows": list})
+        ('step is -1', 'rows is missing')
+    """
+    for name, kind in parts.items():
+        if name not in content:
+            return f"{name} is missing"
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            return f"{name} is {type(content[name]).__name__}"
+    if isinstance(step := content.get("step"), int) and step < 0:
+        return f"step is {step}"
+    rows = content.get("rows", [])
+    if not (isinstance(rows, Sequence) and all(map(_is_row, rows))):
+        return "rows are no measurements of epochs"
+    return ""
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, Mapping) and isinstance(row.get("epoch"), _NUMBER)
+
+
+def describe_optimizer_misfit(optimizer: torch.optim.Optimizer, found: Mapping[str, object]) -> str:
+    """Name what of an optimiser's saved state does not fit it; "" if all does.
+
+    torch takes any tensors, and a fused step writes over memory where they are too small.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> group = {"lr": 0.1, "params": [0]}
+        >>> wrong = {"state": {0: {"momentum_buffer": torch.zeros(1)}}, "param_groups": [group]}
+        >>> describe_optimizer_misfit(torch.optim.SGD([weight]), wrong)
+        "the optimiser's momentum_buffer 0 is of another shape or type"
+    """
+    groups, state = found.get("param_groups"), found.get("state")
+    own = optimizer.param_groups
+    if not (isinstance(groups, list) and isinstance(state, Mapping) and len(groups) == len(own)):
+        return f"the optimiser must have {len(own)} groups and their state"
+    for group, before in zip(own, groups, strict=True):
+        for name, value in group.items():
+            if name != "params" and isinstance(before, Mapping) and name in before:
+                alike = isinstance(value, _NUMBER) == isinstance(before[name], _NUMBER)
+                if not alike or (
+                    isinstance(before[name], float) and not math.isfinite(before[name])
+                ):
+                    return f"the optimiser's {name} is {before[name]!r}"
+    parameters = [parameter for group in own for parameter in group["params"]]
+    for index, values in state.items():
+        if not (isinstance(index, int) and index < len(parameters) and isinstance(values, Mapping)):
+            return f"the optimiser has no parameter {index}"
+        for name, value in values.items():
+            if isinstance(value, Tensor) and name != "step" and not _fits(value, parameters[index]):
+                return f"the optimiser's {name} {index} is of another shape or type"
+    return ""
+
+
+def _fits(value: Tensor, parameter: nn.Parameter) -> bool:
+    """Tell whether a tensor has a parameter's form, and memory of its own for each element."""
+    room = value.untyped_storage().nbytes() // max(1, value.element_size())
+    alike = (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+    return alike and room >= value.storage_offset() + value.numel()
