@@ -21,6 +21,7 @@ CRITERIA: dict[str, Callable[[], nn.Module]] = {
     "NTXentLoss": theirs.NTXentLoss,
     "NTXentLoss, bank": lambda: theirs.NTXentLoss(memory_bank_size=(Q, C)),
     "NegativeCosineSimilarity": theirs.NegativeCosineSimilarity,
+    "MMCRLoss": theirs.MMCRLoss,
     "BarlowTwinsLoss": theirs.BarlowTwinsLoss,
     "VICRegLoss": theirs.VICRegLoss,
     "TiCoLoss": theirs.TiCoLoss,
@@ -31,11 +32,13 @@ CRITERIA: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", CRITERIA)
 def test_a_criterion_of_lightly_waits_only_where_lightly_does(name: str) -> None:
     torch.manual_seed(1)
-    rows, images = torch.randn(3, N, C), torch.rand(N, 3, 8, 8)
+    # MMCR takes several views of an image at once.
+    rows = torch.randn(3, N, *([2] if name == "MMCRLoss" else []), C)
+    images = torch.rand(N, 3, 8, 8)
     masks = BlockMaskGenerator(4)()
 
     def step(criterion: Any, rows: Tensor, images: Tensor) -> Tensor:
-        rows = rows.detach().requires_grad_()  # (3, N, C)
+        rows = rows.detach().requires_grad_()  # (3, N, ..., C)
         z, target, z_mixed = rows.unbind()
         loss = criterion(z, target.detach(), z_mixed, mix_batch(images, masks))
         loss.backward()
