@@ -6,7 +6,8 @@ The loss of every training step then includes the mixed term. The methods `SimCL
 `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg` are supported, called directly or from your own
 `forward`; so is `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`,
 `barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Forward hooks
-record the clean outputs of public parts, and MoCo v2's queue what it returns. Probes and kNN callbacks see clean images only.
+record the clean outputs of public parts, and a function around `queue.append` what MoCo v2 reads.
+Probes and kNN callbacks see clean images only.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """
