@@ -13,9 +13,11 @@ from torch.autograd import forward_ad
 from mixmask import (
     BlockMaskGenerator,
     DiscreteMaskGenerator,
+    LambdaWeightedLoss,
     MixMask,
     cutmix_batch,
     erase_batch,
+    losses,
     mix_batch,
     mixup_batch,
 )
@@ -105,6 +107,48 @@ def test_masks_can_be_mapped_over() -> None:
     found = torch.func.vmap(torch.func.vmap(lambda mask: mix_batch(images, mask).images))(masks)
     expected = [mix_batch(images, mask).images for mask in masks.flatten(0, 1)]
     assert torch.equal(found.flatten(0, 1), torch.stack(expected))
+
+
+PAIRED: dict[str, Mix] = {
+    "blocks": lambda x, p: mix_batch(x, GIVEN, partner=p),
+    "mixup": lambda x, p: mixup_batch(x, partner=p, generator=_seeded()),
+    "cutmix": lambda x, p: cutmix_batch(x, partner=p, generator=_seeded()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", PAIRED)
+def test_partners_can_be_mapped_over(name: str, dtype: torch.dtype) -> None:
+    batches, mix = _images(3), PAIRED[name]
+    partners = torch.stack([torch.randperm(N) for _ in range(6)]).view(2, 3, N).to(dtype)
+
+    def weigh(images: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = mix(images, partner)
+        loss = LambdaWeightedLoss(losses.NegativeCosine(reduction="none"))
+        rows = images.flatten(1), mixed.images.flatten(1)
+        return loss(rows[0], rows[0].cos(), rows[1], mixed), mixed.images
+
+    slope = torch.func.grad(weigh, has_aux=True)
+    over = torch.func.vmap(slope, (None, 0), randomness="same")
+    found = torch.func.vmap(over, (0, 1), out_dims=1, randomness="same")(batches, partners)
+    for i, part in enumerate(partners):
+        for j, partner in enumerate(part):
+            expected = slope(batches[j], partner)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours[i, j], theirs)
+
+
+@pytest.mark.parametrize("bad", [-1, N])
+@pytest.mark.parametrize("name", PAIRED)
+def test_partners_that_are_mapped_over_are_checked(name: str, bad: int) -> None:
+    partners = torch.arange(N).roll(1).repeat(3, 1)
+    partners[1, 2] = bad
+    low, high = min(bad, 0), max(bad, N - 1)
+    images = _images()
+    with pytest.raises(
+        ValueError, match=rf"partner must lie within 0 \.\.\. 4, got {low} .* {high}"
+    ):
+        torch.func.vmap(lambda p: PAIRED[name](images, p).images, randomness="same")(partners)
 
 
 @pytest.mark.parametrize("grid_size", [2, 3, 8, 16, 40])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from pretended import DEVICE, Accelerator, BreachError, Known, PretendedTensor, pretend
+from mutations import mutate
+from pretended import DEVICE, Accelerator, BreachError, PretendedTensor, pretend
+from pretended_known import Known
 from torch import Tensor
 
 from mixmask import (
@@ -248,26 +247,6 @@ def _everything(images: Tensor) -> None:
     erase_batch(images, BLOCKS, generator=_seeded())
 
 
-def _mutate(patch: pytest.MonkeyPatch, function: str, old: str, new: str) -> None:
-    """Change a function's text, wherever the package has it by name; its lines stay its own."""
-    modules = [part for name, part in sys.modules.items() if name.startswith("mixmask")]
-    home = next(
-        part
-        for part in modules
-        if getattr(vars(part).get(function), "__module__", "") == part.__name__
-    )
-    original = vars(home)[function]
-    lines, first = inspect.getsourcelines(original)
-    text = textwrap.dedent("".join(lines))
-    assert text.count(old) == 1, f"{function} has no single {old!r} any more"
-    made: dict[str, Any] = {}
-    code = compile("\n" * (first - 1) + text.replace(old, new), str(home.__file__), "exec")
-    exec(code, vars(home), made)  # noqa: S102
-    for part in modules:
-        if vars(part).get(function) is original:
-            patch.setattr(part, function, made[function])
-
-
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_of_the_package_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator
@@ -276,7 +255,7 @@ def test_a_mutation_of_the_package_is_noticed(
     images = torch.rand(8, 3, 24, 24).to(DEVICE)
     with accelerator.watched():
         _everything(images)
-    _mutate(monkeypatch, function, old, new)
+    mutate(monkeypatch, function, old, new)
     message = message.replace(".py", r"\.py").format(r"\d+")
     with pytest.raises(BreachError, match=f"^{message}$"), accelerator.watched():
         _everything(images)
@@ -303,7 +282,7 @@ def test_a_listed_wait_passes_and_has_to_occur(
     gone = re.escape("listed, but no longer there: _local_scalar_dense in mixing.py:mix_batch; ")
     with pytest.raises(BreachError, match=gone), accelerator.watched(known):
         _everything(images)
-    _mutate(monkeypatch, *MUTATIONS["item"][:3])
+    mutate(monkeypatch, *MUTATIONS["item"][:3])
     with accelerator.watched(known):
         _everything(images)
 

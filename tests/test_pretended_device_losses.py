@@ -10,8 +10,9 @@ import kornia.augmentation as K
 import pytest
 import torch
 import torch.nn.functional as F
-from pretended import DEVICE, Accelerator, pretend, pretend_two_processes
+from pretended import DEVICE, Accelerator, pretend
 from pretended_known import NEW_CRITERIA
+from pretended_processes import pretend_two_processes
 from torch import Tensor, nn
 
 from mixmask import BlockMaskGenerator, LambdaWeightedLoss, losses, mix_batch

@@ -9,8 +9,9 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from pretended import DEVICE, Accelerator, PretendedTensor, pretend, pretend_two_processes
+from pretended import DEVICE, Accelerator, PretendedTensor, pretend
 from pretended_known import ASKING, METER
+from pretended_processes import pretend_two_processes
 from tiny_runs import run, seeded, tiny_config, tiny_images
 from torch import Tensor
 

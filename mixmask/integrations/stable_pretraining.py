@@ -6,7 +6,8 @@ The loss of every training step then includes the mixed term. The methods `SimCL
 `SimSiam`, `MoCov2`, `BarlowTwins` and `VICReg` are supported, called directly or from your own
 `forward`; so is `Module(forward=...)` with `stable_pretraining.forward.simclr`, `byol`,
 `barlow_twins`, `vicreg` or a function that calls the same parts by the same names. Forward hooks
-record the clean outputs of public parts. Probes and kNN callbacks see clean images only.
+record the clean outputs of public parts, and a function around `queue.append` what MoCo v2 reads.
+Probes and kNN callbacks see clean images only.
 
 Needs stable-pretraining 0.1.8 or newer, the extra `stable-pretraining`.
 """
@@ -120,12 +121,16 @@ class _Step:
         _student(module.backbone).register_forward_hook(self.record_images)
         part.register_forward_hook(self.record_pair)
         module.register_forward_hook(self.finish)
+        if self.method == "MoCov2":
+            # The device alone knows how full the queue is, so that reading it again would wait.
+            module.queue.append = partial(self.record_queue, module.queue.append)
 
     def start(self, module: nn.Module | None, _arguments: object) -> None:
         """Forget the last step, and record this one if it trains."""
         self.recording = module is not None and module.training and torch.is_grad_enabled()
         self.images: list[Tensor] = []
         self.pairs: list[Pair] = []
+        self.queue = torch.empty(0)
 
     def record_images(self, _part: nn.Module, arguments: tuple[Tensor, ...], _out: object) -> None:
         """Record the online backbone's images; a teacher that is the student has no gradient."""
@@ -146,20 +151,27 @@ class _Step:
             keys = F.normalize(out, dim=-1)
             self.pairs.append((keys, keys))
 
+    def record_queue(self, append: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
+        """Record the queue that their logits meet, with this batch's keys in it already."""
+        queue = append(keys)  # (K, C)
+        if self.recording:
+            self.queue = queue
+        return queue
+
     def finish(self, module: object, _arguments: object, output: Any) -> object:
         """Add the mixed term to the loss of the output."""
-        images, pairs, recorded = self.images, self.pairs, self.recording
+        images, pairs, queue, recorded = self.images, self.pairs, self.queue, self.recording
         # Under DistributedDataParallel the module is called around its own call.
         self.start(None, None)
         # In evaluation there is no loss, and without a backbone's call nothing to mix.
         if not recorded or not images or "loss" not in output:
             return output
         targets = self.targets(pairs)
-        embed = partial(self.embed, module)
+        embed, criterion = partial(self.embed, module), self.criterion(module, queue)
         # (2N, C, H, W), whether the backbone saw the views one by one or at once.
         both = self.views(torch.cat(images), len(targets[0]))
         views: list[View] = [
-            (view, embed, [(self.criterion(module, target), target)])
+            (view, embed, [(criterion, target)])
             for view, target in zip(both, targets, strict=False)
         ]
         term, share = mix_views(self.mixing, views, switch=self.switch)
@@ -197,14 +209,12 @@ class _Step:
             z = module.predictor(z)
         return F.normalize(z, dim=-1) if self.method == "MoCov2" else z
 
-    def criterion(self, module: Any, target: Tensor) -> losses.Criterion:
+    def criterion(self, module: Any, queue: Tensor) -> losses.Criterion:
         """Return one direction of their loss, per image where it has a loss per image."""
         if self.method == "SimSiam":
             return losses.NegativeCosine()
         if self.method == "MoCov2":
-            # Their logits meet the queue with this batch's keys in it already.
-            negatives = module.queue.get() if module.queue.max_length else target
-            return losses.InfoNCE(negatives, module.temperature)
+            return losses.InfoNCE(queue, module.temperature)
         own = getattr(module, self.method)
         build = _CRITERIA.get(type(own))
         return own if build is None else build(own)

@@ -5,31 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from train_methods import (
+    DINO,
+    N,
+    SimCLR,
+    Tiny,
+    build,
+    draw_batch,
+    lightly_train,
+    method_helpers,
+)
 
 import mixmask
 from mixmask.checkpoints import load_backbone
 from mixmask.integrations import lightly_train as integration
 
-lightly_train = pytest.importorskip(
-    "lightly_train",
-    reason="lightly-train is not installed; pip install lightly-train==0.18.0 for these tests",
-)
-method_helpers = pytest.importorskip("lightly_train._methods.method_helpers")
-EmbeddingModel = pytest.importorskip("lightly_train._models.embedding_model").EmbeddingModel
-dino = pytest.importorskip("lightly_train._methods.dino.dino")
-simclr = pytest.importorskip("lightly_train._methods.simclr.simclr")
-DINO, SimCLR = dino.DINO, simclr.SimCLR
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-N, STEPS, MIX = 6, 3, mixmask.MixMask(grid_size=4, ratio=(0.3, 0.7))
+STEPS, MIX = 3, mixmask.MixMask(grid_size=4, ratio=(0.3, 0.7))
 EACH = mixmask.MixMask(grid_size=4, ratio=(0.3, 0.7), per_sample=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "one view": {"mixing": MIX},
@@ -39,27 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Tiny(nn.Module):
-    """A model as they take any of one's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 5, stride=4)
-        self.norm = nn.BatchNorm2d(8)
-
-    def get_model(self) -> nn.Module:
-        return self
-
-    def feature_dim(self) -> int:
-        return 8
-
-    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
-        return {"features": self.norm(self.conv(x)).relu()}
-
-    def forward_pool(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"pooled_features": x["features"].mean(dim=(2, 3), keepdim=True)}
-
-
 @pytest.fixture
 def patch() -> Iterator[Callable[..., None]]:
     """Patch, and take it back afterwards."""
@@ -67,36 +46,6 @@ def patch() -> Iterator[Callable[..., None]]:
     yield lambda mixing, **more: undo.append(integration.patch(mixing, **more))
     for each in undo:
         each()
-
-
-def _build(cls: Any) -> Any:
-    torch.manual_seed(0)
-    width: dict[str, Any] = {"hidden_dim": 16, "output_dim": 12}
-    if issubclass(cls, SimCLR):
-        given, optimizer = simclr.SimCLRArgs(**width), simclr.SimCLRSGDArgs()
-    else:
-        given, optimizer = dino.DINOArgs(**width, bottleneck_dim=8), dino.DINOAdamWArgs()
-        given.teacher_temp, given.warmup_teacher_temp = 0.07, 0.04
-        given.momentum_start, given.warmup_teacher_temp_steps = 0.9, 4
-        given.norm_last_layer = False
-    method = cls(
-        method_args=given,
-        optimizer_args=optimizer,
-        embedding_model=EmbeddingModel(Tiny()),
-        global_batch_size=N,
-        num_input_channels=3,
-    ).double()
-    method._trainer = SimpleNamespace(
-        global_step=2, estimated_stepping_batches=8, max_epochs=2, current_epoch=0
-    )
-    return method
-
-
-def _batch(step: int, views: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    sizes = [32, 32, *[24] * (views - 2)]
-    make: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    return {"views": [torch.rand(N, 3, size, size, **make) for size in sizes]}
 
 
 def _nt_xent(z: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -152,14 +101,14 @@ def test_three_steps_are_theirs_plus_the_mixed_term(
     patch: Callable[..., None], name: str, views: int, option: str
 ) -> None:
     options = OPTIONS[option]
-    plain = _build(method_helpers.get_method_cls(name))
+    plain = build(method_helpers.get_method_cls(name))
     patch(**options)
-    ours = _build(method_helpers.get_method_cls(name))
+    ours = build(method_helpers.get_method_cls(name))
     assert type(ours) is not type(plain)
     assert isinstance(ours, type(plain))
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (ours, plain)]
     for step in range(STEPS):
-        batch = _batch(step, views)
+        batch = draw_batch(step, views)
         center = getattr(plain.criterion, "center", torch.zeros(())).flatten().clone()
         torch.manual_seed(step)
         result = ours.training_step_impl(batch, step)

@@ -6,12 +6,14 @@ two devices, a generator of another one), and in the steady state whatever makes
 
 The rules for copies are CUDA's: one without `non_blocking` waits, and so may one from pageable
 memory beyond what is staged at once. Stricter than torch is that tensors of the host are refused
-also where they hold one number, and indexing by a mask also where it sets one.
+also where they hold one number, but for other libraries, and indexing by a mask also where it sets
+one.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,54 +22,37 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
-import torch.distributed as dist
+from pretended_known import Known
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixmask
-from mixmask import _distributed
 
 DEVICE = torch.device("cuda:0")
 
 _HOST, _META = torch.device("cpu"), torch.device("meta")
 _PACKAGE = Path(mixmask.__file__).parent
 _LIBRARY = Path(torch.__file__).parent
+_TESTS = Path(__file__).parents[1]
 # What only passes copies on: the place is where they are asked for.
 _PASSING = ("_devices.py",)
 # Bytes of pageable memory that a copy to the device takes along without a wait.
 _STAGED = 2**16
-# Operators whose result, or its shape, has to be known on the host.
+# Operators whose result, its shape, or whether they converged, has to be known on the host.
 _WAITING = frozenset({
-    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "item", "masked_select",
-    "nonzero", "unique_consecutive", "unique_dim",
+    "_linalg_eigh", "_linalg_svd", "_local_scalar_dense", "_unique2", "bincount", "equal",
+    "is_nonzero", "item", "masked_select", "nonzero", "unique_consecutive", "unique_dim",
 })  # fmt: skip
 _INDEXING = frozenset({"_index_put_impl_", "_unsafe_index", "index", "index_put", "index_put_"})
+_DATA: Any = Tensor.data
 _BUILDERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
 _HostGenerator = torch.Generator
 
 
 class BreachError(AssertionError):
     """What a device would refuse or, in the steady state, what would wait for it."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """A breach that is listed: it passes, but one that no longer occurs fails the test.
-
-    Attributes:
-        operator: Its name, as in "_to_copy".
-        place: File and function of the package, as in "masks.py:fit_masks".
-        reason: Why it is there.
-        to_be_mended: Whether the entry is to go, or is right as it is.
-    """
-
-    operator: str
-    place: str
-    reason: str
-    to_be_mended: bool = True
 
 
 class PretendedTensor(Tensor):
@@ -91,7 +76,12 @@ class PretendedTensor(Tensor):
     device = property(lambda _: DEVICE)
     is_cuda = property(lambda _: True)
     is_meta = property(lambda _: False)
+    data = property(lambda self: _DATA.__get__(self), lambda self, new: self._replace(new))
     __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    def _replace(self, new: PretendedTensor) -> None:
+        _DATA.__set__(self, new)
+        self.held = new.held
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PretendedTensor({tuple(self.shape)}, {self.dtype})"
@@ -171,6 +161,7 @@ class Accelerator(TorchDispatchMode):
         self.known: tuple[Known, ...] = ()
         self.met: set[Known] = set()
         self.refused: list[BreachError] = []
+        self.counts: Counter[tuple[str, str]] | None = None
         self.pinned: dict[int, Tensor] = {}
         # Python's generators do not reach the dispatcher; the call's own is kept here.
         self.generator: torch.Generator | None = None
@@ -195,6 +186,15 @@ class Accelerator(TorchDispatchMode):
                 f"listed, but no longer there: {', '.join(gone)}; take it off the list"
             )
 
+    @contextmanager
+    def counted(self) -> Iterator[Counter[tuple[str, str]]]:
+        """Count waits by operator and innermost function, whoever's it is, and refuse none."""
+        self.steady, self.counts = True, Counter()
+        try:
+            yield self.counts
+        finally:
+            self.steady, self.counts = False, None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator on the CPU, if a real device would."""
         del types
@@ -216,8 +216,9 @@ class Accelerator(TorchDispatchMode):
             self._check_copy(name, args[1], isinstance(args[0], PretendedTensor), waits_not)
             func(*lowered, **options)
             return args[0]
-        if operands.plain:
-            shape = tuple(operands.plain[0].shape)
+        plain = [one for one in operands.plain if one.ndim or _is_own(_find_innermost())]
+        if plain:
+            shape = tuple(plain[0].shape)
             raise BreachError(f"{name} got tensors of {DEVICE} and a host's {shape} {_describe()}")
         if operands.generators and type(self.generator) is not _PretendedGenerator:
             raise BreachError(f"{name} on {DEVICE} got a generator of the host {_describe()}")
@@ -251,6 +252,10 @@ class Accelerator(TorchDispatchMode):
     def note(self, name: str, what: str) -> None:
         """Refuse what makes the host wait in the steady state, unless it is known."""
         if not self.steady:
+            return
+        if self.counts is not None:
+            frame = _find_innermost()
+            self.counts[name, f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
             return
         place = _find_place()[1]
         for one in self.known:
@@ -325,17 +330,29 @@ def _needs_values(name: str, args: Any, options: dict[str, Any]) -> bool:
 
 def _find_place() -> tuple[str, str]:
     """Return the innermost line of the package, or of a test, and the function it stands in."""
-    outside: FrameType | None = None
     for frame in _frames():
         file = Path(frame.f_code.co_filename)
         if file.name not in _PASSING and file.is_relative_to(_PACKAGE):
             short = file.relative_to(_PACKAGE).as_posix()
             return f"mixmask/{short}:{frame.f_lineno}", f"{short}:{frame.f_code.co_name}"
-        if outside is None and file != Path(__file__) and not file.is_relative_to(_LIBRARY):
-            outside = frame
-    assert outside is not None
+    outside = _find_innermost()
     file, line = Path(outside.f_code.co_filename), outside.f_lineno
     return f"{file.name}:{line}", f"{file.name}:{outside.f_code.co_name}"
+
+
+def _find_innermost() -> FrameType:
+    """Return the innermost frame outside of torch."""
+    files = ((frame, Path(frame.f_code.co_filename)) for frame in _frames())
+    return next(
+        frame
+        for frame, file in files
+        if file != Path(__file__) and not file.is_relative_to(_LIBRARY)
+    )
+
+
+def _is_own(frame: FrameType) -> bool:
+    file = Path(frame.f_code.co_filename)
+    return file.is_relative_to(_PACKAGE) or file.is_relative_to(_TESTS)
 
 
 def _describe() -> str:
@@ -361,24 +378,3 @@ def pretend() -> Iterator[Accelerator]:
         stack.enter_context(accelerator)
         stack.enter_context(_PythonSide(accelerator))
         yield accelerator
-
-
-def pretend_two_processes(patch: pytest.MonkeyPatch) -> None:
-    """Let torch see a second process, which holds the same as this one."""
-
-    def all_gather(out: Tensor, rows: Tensor) -> None:
-        out.copy_(torch.cat([rows, rows]))
-
-    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
-        if op == dist.ReduceOp.SUM:
-            tensor.mul_(2)
-
-    def all_gather_object(out: list[Any], value: Any) -> None:
-        out[:] = [value, value]
-
-    patch.setattr(_distributed, "_all_gather", all_gather)
-    patch.setattr(dist, "all_gather_object", all_gather_object)
-    patch.setattr(dist, "all_reduce", all_reduce)
-    patch.setattr(dist, "all_to_all_single", lambda out, rows, *_: out.copy_(rows))
-    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
-        patch.setattr(dist, name, lambda value=value: value)
