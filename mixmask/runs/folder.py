@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from mixmask._version import __version__
-from mixmask.runs.files import LAST, PREVIOUS, atomic_write, sync, write_json
+from mixmask.runs.files import LAST, PREVIOUS, atomic_write, check_readable, sync, write_json
 from mixmask.runs.options import Options, describe_change
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
@@ -58,6 +58,7 @@ def read_config(folder: Path) -> Options:
 
 def read_options(path: Path) -> Options:
     """Read options by their names from a JSON file; see `read_config`."""
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -104,9 +105,10 @@ def read_rows(folder: Path) -> list[Row]:
 
     Raises:
         OSError: If there are none.
-        ValueError: If a row has no epoch, or a value is not a finite number.
+        ValueError: If they are no file, a row has no epoch, or a value is not a finite number.
     """
     path = folder / METRICS
+    check_readable(path)
     with path.open(newline="", encoding="utf-8") as file:
         read = csv.DictReader(file, restkey="")  # Under which the values without a column come.
         return [_read_row(f"{path}, line {read.line_num}", row) for row in read]
