@@ -147,9 +147,10 @@ def start_worker(number: int) -> None:
 @contextmanager
 def explain_dead_workers(*others: type[Exception]) -> Iterator[None]:
     """Say in one line that a worker has died, of which torch's error or one of `others` tells."""
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *others)
     try:
         yield
-    except (RuntimeError, *others) as error:
+    except kinds as error:
         text = " ".join(str(error).split())
         if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
             raise
