@@ -15,7 +15,7 @@ import torch
 
 from mixmask._version import __version__
 from mixmask.runs.files import LAST, PREVIOUS, atomic_write, check_readable, sync, write_json
-from mixmask.runs.options import Options, describe_change
+from mixmask.runs.options import LARGEST, Options, describe_change
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
 # The columns of `metrics.csv` that an epoch has measured.
@@ -71,7 +71,7 @@ def read_options(path: Path) -> Options:
         value = content[name]
         if type(value) is not kind:  # Not `isinstance`, by which true is an int.
             raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
-        least, most = _LEAST.get(name, 0), 2**31 - 1  # The most that a tensor's side can be.
+        least, most = _LEAST.get(name, 0), LARGEST
         if isinstance(value, int) and not least <= value <= most:
             raise ValueError(f"{name!r} must be within {least} ... {most}, got {value}")
     if content.get("data") == "":  # Otherwise it would be the folder where one happens to be.

@@ -41,6 +41,8 @@ HELP = {
     "weight_decay": "weight decay",
     "seed": "seed of all random draws",
 }
+# The most that a tensor's side, and thus any whole number of an option, can be.
+LARGEST = 2**31 - 1
 # The numbers that a field of this type takes.
 _KINDS: dict[type, type] = {int: Integral, float: Real}
 
