@@ -234,6 +234,6 @@ def test_a_pipe_of_options_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MIXMASK_TIMEOUT", text)
-    message = rf"MIXMASK_TIMEOUT must be a number of seconds .*, got '{text}'; leave it out for 1800"
+    message = rf"MIXMASK_TIMEOUT must be a number of seconds .*, got '{text}'; leave it out for"
     with pytest.raises(ValueError, match=message):
         start_processes("cpu")
