@@ -113,9 +113,11 @@ def check_options(config: DataclassInstance) -> None:
             check_choice(flag(field.name), value, limits["choices"])
         if limits["low"] is not None or limits["high"] is not None:
             check_range(field.name, value, limits["low"], limits["high"])
+        if type(field.default) is int:
+            check_range(field.name, value, None, LARGEST)
         if limits["positive"] and not value > 0:
             raise ValueError(f"{flag(field.name)} must be positive, got {value}")
-        # Neither NaN nor infinite, nor a whole number that no float can hold.
+        # Neither NaN nor infinite, nor, for a float, a whole number that none can hold.
         if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
 
