@@ -25,19 +25,20 @@ def at_first_signal(
 ) -> Iterator[None]:
     """Call a function at the first SIGINT, SIGTERM or SIGHUP; a second one acts as before.
 
+    Those that the process ignores stay ignored.
+
     Args:
         call: Takes the signal's number and a frame.
-        only_free: Leave alone the signals that are handled or ignored already.
+        only_free: Leave alone the signals that are handled already.
     """
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     if threading.current_thread() is not threading.main_thread():  # No other may set handlers.
         before.clear()
     for number, handler in list(before.items()):
         taken = only_free and handler is not signal.SIG_DFL
-        # nohup has a process ignore the end of its terminal. None was not set from Python, and
-        # could not be set again.
-        outlives = number.name == "SIGHUP" and handler is signal.SIG_IGN
-        if taken or outlives or handler is None:
+        # nohup has a process ignore the end of its terminal, and a shell has one in the background
+        # ignore Ctrl-C. None was not set from Python, and could not be set again.
+        if taken or handler in (signal.SIG_IGN, None):
             del before[number]
 
     def handle(number: int, frame: FrameType | None) -> None:

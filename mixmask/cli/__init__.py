@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 import warnings
@@ -33,6 +34,9 @@ _COMMANDS = {
     "embed": ("features", "write features of images, with the images' names"),
     "ablate": ("ablate", "run a study: many small runs, their table and figure"),
 }
+
+# Commands that several processes may run together; those of others would write the same files.
+_TOGETHER = ("pretrain", "recipes")
 
 # What helps a command whose memory ran out.
 _SMALLER = {
@@ -79,6 +83,7 @@ def _run(words: Sequence[str]) -> int:
         with interruptible():
             options = vars(_parser(words).parse_args(words))
             command: Callable[..., None] = options.pop("command")
+            _check_alone(words[0])
             set_threads(options.pop("threads", None))
             command(**options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -93,6 +98,11 @@ def _run(words: Sequence[str]) -> int:
     except SystemExit as stop:  # argparse, which has said why
         return int(stop.code or 0)
     return 0
+
+
+def _check_alone(name: str) -> None:
+    if name not in _TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{name} runs in one process; start it without a launcher")
 
 
 def _spell(word: str) -> str:

@@ -68,7 +68,7 @@ def quote(path: Path) -> str:
 
 @contextmanager
 def resumable(command: str, folder: Path) -> Iterator[None]:
-    """Let an interruption or a full disk say how to continue a run, where that is possible."""
+    """Let an interruption, a full disk or a dead worker say how to continue a run, if possible."""
     advice = f"continue with mixmask {command} --resume {quote(folder)}"
     try:
         yield
@@ -77,9 +77,9 @@ def resumable(command: str, folder: Path) -> Iterator[None]:
         if (folder / CONFIG).exists() or has_checkpoint(folder):
             raise KeyboardInterrupt(advice) from None
         raise
-    except NoRoomError as error:
+    except (NoRoomError, ChildProcessError) as error:
         if has_checkpoint(folder):
-            raise NoRoomError(f"{error}; {advice}") from None
+            raise type(error)(f"{error}; {advice}") from None
         raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
@@ -39,8 +38,6 @@ def run_study(
     study: str, out: Path | None, seeds: int, device: str | None = None, **given: Any
 ) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("ablate trains in one process; start it without a launcher")
     cells = _cells(study, given)
     try:
         start_processes(device)

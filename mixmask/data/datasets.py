@@ -104,7 +104,7 @@ def _explain_errors(problem: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # A script's own end is not that of the command.
         if is_out_of_memory(error):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -7,6 +7,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -24,6 +25,9 @@ from mixmask.data.stored import Images, StoredImages, read_any
 # Images that a worker hands over at once: few enough for shared memory and a quick start, enough
 # that the transfer is cheap beside decoding.
 _PART = 32
+
+# What reading from a worker raises that dies in the middle of an answer.
+CUT_OFF = (EOFError, OSError)
 
 _Anything = TypeVar("_Anything")
 
@@ -140,6 +144,21 @@ def start_worker(number: int) -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
+@contextmanager
+def explain_dead_workers(*others: type[Exception]) -> Iterator[None]:
+    """Say in one line that a worker has died, of which torch's error or one of `others` tells."""
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *others)
+    try:
+        yield
+    except kinds as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"a process that decodes images died ({text}); if memory was short, use fewer --workers"
+        ) from None
+
+
 class Stream(Iterator[Tensor]):
     """Crops of stored images, as `read_batches` returns them, one batch ahead.
 
@@ -251,17 +270,8 @@ class Stream(Iterator[Tensor]):
 
     def _answers(self) -> Iterator[_Answer]:
         """Return what the workers hand over, in order."""
-        try:
+        with explain_dead_workers(*CUT_OFF if self.workers else ()):
             yield from self.loader
-        except (EOFError, OSError, RuntimeError) as error:
-            dead = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
-            if not (self.workers and dead):
-                raise
-            text = " ".join(str(error).split())
-            raise ChildProcessError(
-                f"a process that decodes images died ({text}); if memory was short, use fewer "
-                "--workers"
-            ) from None
 
 
 @dataclass(frozen=True)

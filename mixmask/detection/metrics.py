@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from mixmask.data.stream import CUT_OFF, explain_dead_workers, start_worker
 from mixmask.detection.data import DetectionSplit, Target
 from mixmask.figures.style import import_matplotlib
 
@@ -139,8 +140,12 @@ def read_batches(
     split: DetectionSplit, index: Sequence[int], batch_size: int, workers: int
 ) -> Iterator[list[tuple[Tensor, Target]]]:
     """Read images and targets of a split, in the order of the index, in lists."""
-    loader = DataLoader(Subset(split, index), batch_size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        Subset(split, index), batch_size,
+        num_workers=workers, collate_fn=list, worker_init_fn=start_worker,
+    )  # fmt: skip
     try:
-        yield from loader
+        with explain_dead_workers(*CUT_OFF if workers else ()):
+            yield from loader
     except ValueError as error:  # From a worker comes its traceback, which ends in the message.
         raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from None

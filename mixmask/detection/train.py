@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator
+from mixmask.data.stream import explain_dead_workers
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
 from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
@@ -250,9 +251,11 @@ def train_detector(
     Raises:
         ValueError: If the backbone is not supported, or there is nothing to resume.
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
+        ChildProcessError: If a worker has died; the last checkpoint is kept.
     """
     run = Run(config, data, backbone, out, source or {}, device)
-    with hold_new_run(out):
+    # Of a worker's death torch tells wherever the process is, not in reading alone.
+    with hold_new_run(out), explain_dead_workers():
         if resume:
             run.load()
         else:

@@ -138,6 +138,12 @@ def check_files(*paths: Path, force: bool) -> None:
             ) from None
 
 
+def check_readable(path: Path) -> None:
+    """Refuse a pipe or a device: to read one may take forever, and all memory."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device; a file was expected there")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder of results if it is not there yet, with those above it.
 

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from mixmask._version import __version__
-from mixmask.runs.files import LAST, PREVIOUS, atomic_write, sync, write_json
-from mixmask.runs.options import Options, describe_change
+from mixmask.runs.files import LAST, PREVIOUS, atomic_write, check_readable, sync, write_json
+from mixmask.runs.options import LARGEST, Options, describe_change
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
 # The columns of `metrics.csv` that an epoch has measured.
@@ -59,6 +59,7 @@ def read_config(folder: Path) -> Options:
 
 def read_options(path: Path) -> Options:
     """Read options by their names from a JSON file; see `read_config`."""
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -71,7 +72,7 @@ def read_options(path: Path) -> Options:
         value = content[name]
         if type(value) is not kind:  # Not `isinstance`, by which true is an int.
             raise ValueError(f"{name!r} must be of type {kind.__name__}, got {value!r}")
-        least, most = _LEAST.get(name, 0), 2**31 - 1  # The most that a tensor's side can be.
+        least, most = _LEAST.get(name, 0), LARGEST
         if isinstance(value, int) and not least <= value <= most:
             raise ValueError(f"{name!r} must be within {least} ... {most}, got {value}")
     if content.get("data") == "":  # Otherwise it would be the folder where one happens to be.
@@ -105,9 +106,10 @@ def read_rows(folder: Path) -> list[Row]:
 
     Raises:
         OSError: If there are none.
-        ValueError: If a row has no epoch, or a value is not a finite number.
+        ValueError: If they are no file, a row has no epoch, or a value is not a finite number.
     """
     path = folder / METRICS
+    check_readable(path)
     with path.open(newline="", encoding="utf-8") as file:
         read = csv.DictReader(file, restkey="")  # Under which the values without a column come.
         return [_read_row(f"{path}, line {read.line_num}", row) for row in read]

@@ -44,6 +44,8 @@ HELP = {
     "weight_decay": "weight decay",
     "seed": "seed of all random draws",
 }
+# The most that a tensor's side, and thus any whole number of an option, can be.
+LARGEST = 2**31 - 1
 # The numbers that a field of this type takes.
 _KINDS: dict[type, type] = {int: Integral, float: Real}
 
@@ -114,9 +116,11 @@ def check_options(config: DataclassInstance) -> None:
             check_choice(flag(field.name), value, limits["choices"])
         if limits["low"] is not None or limits["high"] is not None:
             check_range(field.name, value, limits["low"], limits["high"])
+        if type(field.default) is int:
+            check_range(field.name, value, None, LARGEST)
         if limits["positive"] and not value > 0:
             raise ValueError(f"{flag(field.name)} must be positive, got {value}")
-        # Neither NaN nor infinite, nor a whole number that no float can hold.
+        # Neither NaN nor infinite, nor, for a float, a whole number that none can hold.
         if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mixmask.runs.files import check_readable
+
 # Objects that Lightning and others keep beside the weights. Reading one builds an empty stand-in
 # of that name, so that neither their code nor their library is needed. Whatever is not listed
 # here is refused: a pickle can name any function for the reader to call.
@@ -101,6 +103,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, str]]:
         DamagedError: If the file is cut short or changed.
         ValueError: If it is not a checkpoint, or restoring its objects would run code.
     """
+    check_readable(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     with path.open("rb") as file:

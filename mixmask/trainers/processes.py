@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from mixmask._devices import choose_device
 from mixmask._distributed import world_size
 from mixmask.runs.files import LAST, PREVIOUS
+from mixmask.runs.options import LARGEST
 
 Result = TypeVar("Result")
 
@@ -38,25 +40,38 @@ def start_processes(device: torch.device | str | None = None) -> PartialState:
 
     Raises:
         ValueError: If there is no such device, or there are several processes, which have a device
-            each, and one is named.
+            each, and one is named, or MIXMASK_TIMEOUT, for which they wait, is no such number.
     """
     joined = dist.is_available() and dist.is_initialized()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     named = None if device is None else choose_device(device)
     if several and named is not None and named.type != "cpu":
         raise ValueError(f"--device {device} is for one process; of several, each has its own")
+    options = {"timeout": _read_timeout()} if several and not joined else {}
     if not joined:  # An earlier run in this process may have had another.
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = named is not None and named.type == "cpu"
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-    seconds = float(os.environ.get("MIXMASK_TIMEOUT", _TIMEOUT))
-    options = {"timeout": timedelta(seconds=seconds)} if several and not joined else {}
     state = PartialState(cpu=cpu, **options)
     if named is not None and not several:
         state.device = named
         if named.type == "cuda" and named.index is not None:
             torch.cuda.set_device(named)  # Events and streams are those of the current one.
     return state
+
+
+def _read_timeout() -> timedelta:
+    text = os.environ.get("MIXMASK_TIMEOUT") or str(_TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= LARGEST:
+        raise ValueError(
+            f"MIXMASK_TIMEOUT must be a number of seconds within 1 ... {LARGEST}, got {text!r}; "
+            f"leave it out for {_TIMEOUT}"
+        )
+    return timedelta(seconds=seconds)
 
 
 def gather_objects(value: object) -> list[Any]:

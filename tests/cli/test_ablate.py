@@ -156,15 +156,10 @@ def test_ablate_refuses_bad_options_before_it_writes(
     assert not out.exists()
 
 
-def test_ablate_needs_labels_and_one_process(
-    photographs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_ablate_needs_labels(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
     line = refused(study(photographs / "train" / "cat", out), capsys)
     assert "has no labels on both splits" in line
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "ablate trains in one process" in refused(study(photographs, out), capsys)
     assert not out.exists()

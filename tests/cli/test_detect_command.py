@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from mixmask import cli
 from mixmask.checkpoints.export import export_backbone
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.views import MEAN, STD
+from mixmask.detection import train
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.model import build_detector
 
@@ -189,6 +194,39 @@ def test_a_start_that_fails_leaves_no_folder(
     assert cli.main(words) == 2
     assert capsys.readouterr().err.endswith("the loss became nan in epoch 1; lower --lr\n")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_workers_outlive_a_signal_to_all_and_their_death_is_told(
+    name: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A terminal or a batch system sends a signal to the workers, too, which may get it first."""
+    data, out, step = write_voc(tmp_path / "data"), tmp_path / "out", train._train_step
+
+    def sending(*arguments: Any) -> dict[str, float]:
+        if (out / "last.pt").exists():  # In the second epoch.
+            for worker in active_children():
+                assert worker.pid is not None
+                os.kill(worker.pid, getattr(signal, name))
+            time.sleep(1)  # Python may run torch's handler here.
+            if name == "SIGTERM":
+                signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "_train_step", sending)
+    words = ["detect", str(run), "--data", str(data), *TINY, "--epochs", "2", "--workers", "1"]
+    code = cli.main([*words, "--batch-size", "2", "--measure-every", "0", "--out", str(out)])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    told = {
+        "SIGKILL": (2, "mixmask: a process that decodes images died (DataLoader worker (pid"),
+        "SIGTERM": (130, "mixmask: interrupted; continue"),
+    }
+    assert (code, line[: len(told[name][1])]) == told[name]
+    assert line.endswith(f"continue with mixmask detect --resume {out}")
 
 
 @pytest.mark.parametrize(

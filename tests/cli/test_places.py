@@ -221,6 +221,31 @@ def test_pipes_and_devices_are_not_waited_for(
         load_task(data="clothing64")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "knn", "RUN"], ["export", "RUN", "--to", "safetensors", "--out", "OUT"],
+        ["detect", "RUN", "--data", "x"], ["show", "--out", "OUT"], ["ablate", "--out", "OUT"],
+        ["compare", "RUN", "RUN", "--out", "OUT"], ["map", "RUN", "--out", "OUT"],
+        ["neighbours", "RUN", "--out", "OUT"], ["embed", "RUN", "--to", "npy", "--out", "OUT"],
+    ],
+)  # fmt: skip
+def test_several_processes_of_one_command_are_refused(
+    words: list[str],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, before = tmp_path / "x.safetensors", set(run.iterdir())
+    places = {"RUN": str(run), "OUT": str(out)}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused([places.get(word, word) for word in words], capsys)
+    assert line == f"mixmask: {words[0]} runs in one process; start it without a launcher"
+    assert not out.exists()
+    assert set(run.iterdir()) == before
+
+
 def test_a_full_disk_is_named_by_embed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,13 +142,18 @@ def test_tensors_that_require_gradients_are_read_without() -> None:
         ("number", r"must name a function without arguments, got 5 \(.* not a callable.*\); write"),
         ("needs", r"must name a function without arguments, .*missing a required argument: 'root'"),
         ("fails", r"failed: KeyError: 'boo' in .*owndata\.py, line 4$"),
+        ("ends", r"failed: SystemExit: 0 in .*owndata\.py, line 7$"),
+        ("ends_saying", r"failed: SystemExit: no images in .*owndata\.py, line 9$"),
         ("missing", "cannot be imported: AttributeError: .* no attribute 'missing'"),
     ],
 )
 def test_functions_that_cannot_be_called(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "number = 5\ndef needs(root): pass\ndef fails():\n    raise KeyError('boo')\n"
+    text = (
+        "number = 5\ndef needs(root): pass\ndef fails():\n    raise KeyError('boo')\n"
+        "import sys\ndef ends():\n    sys.exit(0)\ndef ends_saying():\n    sys.exit('no images')\n"
+    )
     (tmp_path / "owndata.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=f"^--data owndata:{name} {message}"):
@@ -160,6 +165,7 @@ def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     for name, text, message in (
         ("broken1", "x = (", r"SyntaxError: .*broken1\.py, line 1\)$"),
         ("broken2", "1 / 0", r"ZeroDivisionError: .* in .*broken2\.py, line 1$"),
+        ("broken3", "raise SystemExit([1])", r"SystemExit: \[1\] in .*broken3\.py, line 1$"),
     ):
         (tmp_path / f"{name}.py").write_text(text)
         with pytest.raises(ValueError, match=f"--data {name}:load cannot be imported: {message}"):

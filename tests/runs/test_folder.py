@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,24 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(damage: bytes, tmp_path: Pat
     (tmp_path / "previous.pt").unlink()
     with pytest.raises(ValueError, match=r"no whole checkpoint .*last\.pt is .*; train it again"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_in_a_run_are_not_waited_for(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"step": 1})
+    save_checkpoint(tmp_path, {"step": 2})
+    (tmp_path / "last.pt").unlink()
+    os.mkfifo(tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match=r"last\.pt is a pipe or a device.*previous\.pt is used"):
+        assert load_checkpoint(tmp_path)[1] == {"step": 1}
+    (tmp_path / "previous.pt").unlink()
+    for name in ("previous.pt", "config.json", "metrics.csv"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    for read, name in (
+        (load_checkpoint, "previous.pt"), (read_config, "config.json"), (read_rows, "metrics.csv"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name} is a pipe or a device"):
+            read(tmp_path)
 
 
 def test_a_folder_without_checkpoints_is_no_run(tmp_path: Path) -> None:

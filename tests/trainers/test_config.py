@@ -148,6 +148,8 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         ({"lr": -1.0}, "--lr must be positive, got -1.0"),
         ({"hue": 0.9}, "--hue must be within 0 ... 0.5, got 0.9"),
         ({"seed": 2**31}, "--seed must be within 0 ... 2147483647, got 2147483648"),
+        ({"queue_size": 2**63}, "--queue-size must be at most 2147483647, got 9223372036854775808"),
+        ({"epochs": 10**400}, "--epochs must be at most 2147483647, got 1000"),
         ({"queue_size": 0}, "--queue-size must be at least 1, got 0"),
         ({"alpha": 0.0}, "--alpha must be positive, got 0.0"),
         ({"optimizer": "adam"}, "--optimizer must be one of 'sgd', 'lars', 'adamw'"),

@@ -16,6 +16,7 @@ from commands import write_photographs
 
 from mixmask.checkpoints import load_backbone
 from mixmask.trainers import Pretrained, pretrain
+from mixmask.trainers.processes import start_processes
 from mixmask.trainers.run import Run
 
 TINY: dict[str, Any] = {
@@ -227,3 +228,12 @@ def test_a_pipe_of_options_is_not_waited_for(tmp_path: Path) -> None:
     for file in (tmp_path / "pipe", tmp_path):
         with pytest.raises(ValueError, match=r"--config .* cannot be used \(it is not a file\)"):
             start(tmp_path / "run", config=file)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-1", "0", "1e300", "soon"])
+def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MIXMASK_TIMEOUT", text)
+    message = rf"MIXMASK_TIMEOUT must be a number of seconds .*, got '{text}'; leave it out for"
+    with pytest.raises(ValueError, match=message):
+        start_processes("cpu")

@@ -157,18 +157,20 @@ def test_a_study_ends_alike(
     assert content["fingerprint"]["train"] == 20
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
-def test_a_process_under_nohup_outlives_its_terminal(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", *ENDINGS])
+def test_a_signal_that_the_process_ignores_ends_nothing(
+    name: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """As SIGHUP under nohup, and SIGINT in a job that a script's shell has put in background."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         for place in (IMAGES, STEP):
-            send_at(place, "SIGHUP", monkeypatch)
+            send_at(place, name, monkeypatch)
         assert cli.main(train(photographs, tmp_path / "run", "--epochs", "1")) == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_handlers_of_a_surrounding_program_prevail() -> None:
