@@ -251,8 +251,9 @@ def _random_command(
         if action.nargs != 0:
             odd = chance.random() < 0.2
             words.append(chance.choice(_ODD if odd else _sensible(action, subjects)))
-    # Without it, these write into RUN, which is guarded.
-    return words + ["--out", "new"] * (name in ("embed", "map", "neighbours"))
+    if name in ("embed", "map", "neighbours") and "--out" not in words:
+        words += ["--out", "new"]  # In place of RUN, which is guarded.
+    return words
 
 
 def _sensible(action: argparse.Action, subjects: Sequence[str]) -> list[str]:
