@@ -61,15 +61,15 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
-def quote(path: Path) -> str:
-    """Write a path as one would type it in a shell."""
-    return shlex.quote(str(path))
+def quote(value: object) -> str:
+    """Write a path or a value as one would type it in a shell."""
+    return shlex.quote(str(value))
 
 
 @contextmanager
-def resumable(command: str, folder: Path) -> Iterator[None]:
+def resumable(command: str, folder: Path, options: str = "") -> Iterator[None]:
     """Let an interruption, a full disk or a dead worker say how to continue a run, if possible."""
-    advice = f"continue with mixmask {command} --resume {quote(folder)}"
+    advice = f"continue with mixmask {command} --resume {quote(folder)}{options}"
     try:
         yield
     except KeyboardInterrupt:

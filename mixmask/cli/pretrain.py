@@ -13,6 +13,7 @@ from typing import Any
 from mixmask.cli._console import describe_device, quote, resumable, say
 from mixmask.cli.options import add_fields, add_shared
 from mixmask.evaluation import monitor
+from mixmask.runs.options import flag
 from mixmask.runs.records import plural
 from mixmask.trainers.config import GROUPS, RunConfig
 from mixmask.trainers.methods import METHODS, option_defaults
@@ -36,8 +37,10 @@ def train_backbone(
     opening = open_run(given, config=config, out=out, resume=resume, device=device)
     # A failure before the first checkpoint takes the folder back, and an interruption says how to
     # continue: the run that goes on while it is opened, then the one that is open.
+    asked = {"out": out, **given}  # What has to be repeated while nothing of it is stored.
+    words = "".join(f" {flag(n)} {quote(v)}" for n, v in asked.items() if v is not None)
     with ExitStack() as held:
-        with resumable("pretrain", resume) if resume else nullcontext():
+        with resumable("pretrain", resume, words) if resume else nullcontext():
             opened = held.enter_context(opening)
         held.enter_context(resumable("pretrain", opened.run.out))
         if opened.run.accelerator.is_main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_a_copy_that_was_killed_is_repeated_or_goes_on(
     assert cli.main(again) == 0
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(copy)[name], tensor, rtol=0, atol=0)
+
+
+def test_an_interrupted_copy_says_how_to_repeat_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "--resume", str(run), "--out", str(tmp_path / "a copy"), "--epochs", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mixmask.runs.folder.seal", interrupt)
+        assert cli.main(words) == 130
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line == f"mixmask: interrupted; continue with mixmask {shlex.join(words)}"
+    assert cli.main(words) == 0
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _kill_for(name: str, replace: Callable[..., Path]) -> Callable[..., Path]:
