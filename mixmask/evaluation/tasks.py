@@ -21,7 +21,7 @@ from mixmask.evaluation.features import extract_features, only_size
 from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
 from mixmask.runs.images import check_code, load_images
-from mixmask.runs.options import check_options, check_range, flag
+from mixmask.runs.options import LARGEST, check_options, check_range, flag
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
@@ -236,6 +236,7 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
     if given is None:
         return int(loaded.config.get("image_size", 0)) or only or 224
     check_range("image_size", given, 1)
+    check_range("image_size", given, None, LARGEST)
     if only not in (None, given):
         raise ValueError(f"{loaded.arch} takes images of {only} px only, got --image-size {given}")
     return given

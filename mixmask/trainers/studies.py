@@ -37,6 +37,7 @@ BUDGET_METHODS = ("moco-v2", "simclr", "simsiam")
 MEASURES = ("knn", "linear")
 # A cell of the mask is at least this many pixels wide, as in the paper: 8 at 32 px, 16 at 64 px.
 _CELL_PIXELS = 4
+_MOST_SEEDS = 10_000
 # Options that change no weights, and the channels, which are those of the data.
 _FREE = ("stream", "workers", "save_every", "save_minutes", "keep", "channels")
 # The columns of a table's CSV file that say what a cell is.
@@ -198,6 +199,8 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     """
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}; the paper takes 3")
+    if seeds > _MOST_SEEDS:
+        raise ValueError(f"--seeds must be at most {_MOST_SEEDS:,}, got {seeds}; the paper takes 3")
     configs = {cell.name: cell.config for cell in cells}
     runs = [
         StudyRun(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))

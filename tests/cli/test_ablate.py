@@ -131,6 +131,7 @@ def test_ablate_reports_a_failed_run_and_goes_on(
     "more, message",
     [
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--seeds", str(2**63)], "--seeds must be at most 10,000, got 9223372036854775808"),
         (["--grid-sizes", "2", "32"], "--grid-sizes must lie within 2 ... 16"),
         (["--grid-size", "32"], "--grid-size must be within 2 ... 16"),
         (["--ratio", "half"], "argument --ratio: invalid float value: 'half'"),

@@ -109,6 +109,7 @@ def test_finetune_on_a_list(run: Path, tmp_path: Path) -> None:
         (["knn", "--device", "cuda:99"], "--device cuda:99 is not available"),
         (["knn", "--device", "gpu"], "--device gpu is not available"),
         (["knn", "--image-size", "-1"], "--image-size must be at least 1, got -1"),
+        (["knn", "--image-size", str(2**63)], "--image-size must be at most 2147483647, got"),
         (["knn", "--data", "nowhere"], "--data must be a folder or one of"),
         (["linear", "--epochs", "3"], "--epochs belongs to --protocol sgd"),
         (["linear", "--seed", "-1"], "--seed must be within 0"),
