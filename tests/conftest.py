@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from torch import Tensor
 settings.register_profile("quick", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None)
 settings.load_profile("quick")
+
+# Who starts the tests in the background may have them ignore signals, which runs then do, too.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _handler)
 
 # A plugin of a few files must not be imported before they name it.
 collect_ignore = ["integrations/solo_fixtures.py"]
