@@ -163,10 +163,15 @@ def save_checkpoint(
     _written[place] = _identify(last)
 
 
-def adopt_checkpoint(file: Path) -> None:
-    """Name a checkpoint `last.pt` that a kill between the two renames of saving left unnamed."""
+def adopt_checkpoint(file: Path) -> bool:
+    """Name a checkpoint `last.pt` that a kill between the two renames of saving left unnamed.
+
+    Returns:
+        Whether the checkpoint is `last.pt` now, and not an older one.
+    """
     if file.name == _UNFINISHED:
-        file.replace(file.with_name(LAST))
+        file = file.replace(file.with_name(LAST))
+    return file.name == LAST
 
 
 def _identify(path: Path) -> tuple[int, int, int] | None:

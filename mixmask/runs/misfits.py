@@ -71,14 +71,13 @@ def describe_optimizer_misfit(optimizer: torch.optim.Optimizer, found: Mapping[s
     own = optimizer.param_groups
     if not (isinstance(groups, list) and isinstance(state, Mapping) and len(groups) == len(own)):
         return f"the optimiser must have {len(own)} groups and their state"
-    for group, before in zip(own, groups, strict=True):
-        for name, value in group.items():
-            if name != "params" and isinstance(before, Mapping) and name in before:
-                alike = isinstance(value, _NUMBER) == isinstance(before[name], _NUMBER)
-                if not alike or (
-                    isinstance(before[name], float) and not math.isfinite(before[name])
-                ):
-                    return f"the optimiser's {name} is {before[name]!r}"
+    for group, saved in zip(own, groups, strict=True):
+        if not isinstance(saved, Mapping):
+            return "the optimiser's groups are no groups of parameters"
+        for name, value in saved.items():
+            number = isinstance(value, _NUMBER) and math.isfinite(value)
+            if type(group.get(name)) in (int, float) and not number:
+                return f"the optimiser's {name} is {value!r}"
     parameters = [parameter for group in own for parameter in group["params"]]
     for index, values in state.items():
         if not (isinstance(index, int) and index < len(parameters) and isinstance(values, Mapping)):

@@ -22,7 +22,6 @@ from mixmask.data.resources import choose_workers
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
-from mixmask.runs.files import PREVIOUS
 from mixmask.runs.folder import (
     BEST,
     CONFIG,
@@ -210,8 +209,7 @@ class Run:
         Args:
             file: The checkpoint that the run has loaded from its own folder.
         """
-        adopt_checkpoint(file)
-        if file.name != PREVIOUS:
+        if adopt_checkpoint(file):  # Of an older one, what lies beside it is not to be replaced.
             epoch = self.rows[-1]["epoch"] if self.rows else 0
             self._write_beside(epoch_ends=epoch > 0 and epoch * self.steps == self.step)
 

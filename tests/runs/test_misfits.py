@@ -74,8 +74,12 @@ def test_the_one_before_is_used_and_both_are_named(
     assert load(out / "last.pt")["step"] == load(run / "last.pt")["step"]
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_kept_epochs_are_used_where_the_others_are_damaged(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
@@ -86,6 +90,11 @@ def test_kept_epochs_are_used_where_the_others_are_damaged(
     for name in ("last.pt", "previous.pt"):
         (out / name).write_bytes(b"damaged")
     (out / "metrics.csv").unlink()
+    with monkeypatch.context() as patch:  # The damaged one never takes its place.
+        patch.setattr("mixmask.trainers.start.train", interrupt)
+        assert cli.main(["pretrain", "--resume", str(out)]) == 130
+    assert (out / "epoch-0001.pt").read_bytes() == (run / "epoch-0001.pt").read_bytes()
+    capsys.readouterr()
     assert cli.main(["pretrain", "--resume", str(out)]) == 0
     assert f"{out / 'epoch-0001.pt'} is used instead" in capsys.readouterr().err
     names = sorted(path.name for path in out.glob("epoch-*.pt"))
