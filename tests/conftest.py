@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Start every test from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _processes_end() -> Iterator[None]:
+    """Fail where a test leaves a process behind, not where a later one finds it."""
+    yield
+    if active_children():
+        gc.collect()  # A caught error may have held the workers of a loader.
+        assert active_children() == []
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

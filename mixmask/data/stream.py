@@ -146,13 +146,18 @@ def start_worker(number: int) -> None:
 
 @contextmanager
 def explain_dead_workers(*others: type[Exception]) -> Iterator[None]:
-    """Say in one line that a worker has died, of which torch's error or one of `others` tells."""
-    kinds: tuple[type[Exception], ...] = (RuntimeError, *others)
+    """Say in one line that a worker has died, of which torch's error or one of `others` tells.
+
+    Whatever the error, workers end now, not when whoever caught it lets go of it.
+    """
     try:
         yield
-    except kinds as error:
+    except Exception as error:
+        # Their variables hold the loader, and with it the workers.
+        traceback.clear_frames(error.__traceback__)
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
+        torchs = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
+        if not torchs and not isinstance(error, others):
             raise
         raise ChildProcessError(
             f"a process that decodes images died ({text}); if memory was short, use fewer --workers"

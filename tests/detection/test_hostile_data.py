@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def test_a_worker_says_it_in_one_line_too(tmp_path: Path) -> None:
             ValueError, match=r"^JPEGImages/i2.jpg is not a readable image \([^\n]*$"
         ):
             list(read_batches(split, range(5), 2, workers))
+        assert active_children() == []  # Although the error still lives.
 
 
 @pytest.mark.parametrize(
