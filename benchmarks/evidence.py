@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -240,6 +241,9 @@ def rerun(whole: Plan, options: argparse.Namespace) -> None:
     """Train one cell in this process."""
     torch.set_num_threads(1)
     os.nice(19)
+    # Linux shares the CPUs between sessions first, and only within each by `nice`.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19", encoding="utf-8")
     cell = resolve(whole, read_results(options.results)).find(options.cell)
     if not cell.resolved:
         raise ValueError(f"{cell.name} waits for the cells that choose its learning rate")

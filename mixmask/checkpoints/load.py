@@ -16,7 +16,7 @@ from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_nam
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
-from mixmask.runs.folder import CONFIG, describe_difference, is_run, load_checkpoint, read_config
+from mixmask.runs.folder import CONFIG, describe_difference, is_run, load_checkpoint, read_options
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
@@ -270,7 +270,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():  # A checkpoint that was copied out of its folder.
         return {}
     try:
-        return read_config(folder)
+        return read_options(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / CONFIG} cannot be read ({error}); move it away, and the backbone is "

@@ -13,7 +13,6 @@ from mixmask.figures.style import check_figure, save_figure, short_path
 from mixmask.runs import records
 from mixmask.runs.options import Options
 from mixmask.runs.records import Group, Record, describe_option, describe_value, percent
-from mixmask.trainers.methods import option_defaults
 
 _COLUMNS = ("loss_clean", "loss_mixed", "knn", "linear")
 _TITLE = ("method", "mix", "data", "arch", "image_size", "epochs")
@@ -24,7 +23,7 @@ def compare(runs: list[Path], out: Path, band: str, force: bool = False) -> None
     if len(runs) == 1:
         raise ValueError(f"compare needs two runs or more, got {runs[0]} alone; name another")
     check_figure(out, force=force)
-    read = [records.read_record(run, defaults=option_defaults) for run in runs]
+    read = [records.read_record(run) for run in runs]
     _check_data(read)
     groups = records.group_seeds(read)
     common = records.common_options(groups)
@@ -60,16 +59,13 @@ def _check_data(read: Sequence[Record]) -> None:
 
 
 def _same_data(one: Options, other: Options) -> bool:
-    """Tell whether two runs used the same images; older ones say no more than where they were."""
-    known = [config.get("fingerprint") or {} for config in (one, other)]
+    """Tell whether two runs used the same images."""
+    known = [config.get("fingerprint") for config in (one, other)]
     if known[0] and known[0] == known[1]:
         return True
     # The sum may be of images at the run's own size.
-    counts = [{**fingerprint, "sum": "", "labels": ""} for fingerprint in known if fingerprint]
-    alike = all(fingerprint == counts[0] for fingerprint in counts)
-    # Older fingerprints have no sum of labels.
-    labels = {fingerprint["labels"] for fingerprint in known if "labels" in fingerprint}
-    return alike and len(labels) < 2 and Path(one["data"]) == Path(other["data"])
+    alike = [fingerprint and {**fingerprint, "sum": ""} for fingerprint in known]
+    return alike[0] == alike[1] and Path(one["data"]) == Path(other["data"])
 
 
 def _table(groups: Sequence[Group]) -> list[str]:

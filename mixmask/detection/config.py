@@ -51,17 +51,14 @@ class DetectionConfig:
 def load_config(folder: Path) -> tuple[DetectionConfig, str]:
     """Read the options of a detection run's folder, and where its backbone came from.
 
-    That is a path, "random", or "" if an older version or another caller did not record it.
+    That is a path, "random", or "" if the caller did not record it.
     """
     try:
         content = read_config(folder)
-        if "monitor" in content:  # The name in older runs.
-            content["measure_every"] = content.pop("monitor")
-        later = {2: ("proposals",), 4: ("mean", "std")}  # Before, images were normalised by MEAN.
         source = content.get("source", "")
         if not isinstance(source, str):
             raise TypeError(f"'source' must be of type str, got {source!r}")  # noqa: TRY301
-        return restore_config(DetectionConfig, content, later=later), source
+        return restore_config(DetectionConfig, content), source
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

@@ -19,7 +19,7 @@ from mixmask.evaluation.features import extract_features
 from mixmask.evaluation.linear import linear_scores
 from mixmask.evaluation.metrics import count_classes, top1_accuracy, wilson_interval
 from mixmask.evaluation.subsets import balanced_subset, listed_subset
-from mixmask.evaluation.tasks import Details, Options, Task
+from mixmask.evaluation.tasks import Details, ProtocolOptions, Task
 from mixmask.runs.options import HELP, check_range, option
 from mixmask.runs.schedules import cosine_decay, step_decay
 
@@ -35,7 +35,7 @@ def moco_decay(done: float) -> float:
 
 
 @dataclass(frozen=True)
-class LinearSGD(Options):
+class LinearSGD(ProtocolOptions):
     """A linear head on a frozen backbone, trained as in MoCo's paper, see `classifier_scores`.
 
     The learning rate falls to a tenth after 60 % and 80 % of the epochs.
@@ -55,7 +55,7 @@ class LinearSGD(Options):
 
 
 @dataclass(frozen=True)
-class FineTuning(Options):
+class FineTuning(ProtocolOptions):
     """Backbone and head trained on all labels or on some, see `classifier_scores`.
 
     The protocol is SimCLR's semi-supervised one: a class-balanced share of the labels, all weights

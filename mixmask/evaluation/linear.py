@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixmask._seeds import check_seed
 from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
-from mixmask.evaluation.tasks import Details, Options, Task
+from mixmask.evaluation.tasks import Details, ProtocolOptions, Task
 from mixmask.runs.options import HELP, option
 
 # From strong to weak; at 1e-6 features of usual widths are fitted almost freely.
@@ -28,7 +28,7 @@ _ROWS = 2**16
 
 
 @dataclass(frozen=True)
-class Linear(Options):
+class Linear(ProtocolOptions):
     """Logistic regression on frozen features of whole images, see `linear_scores`."""
 
     seed: int = option(0, HELP["seed"], low=0, high=2**31 - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixmask._checks import check_positive
 from mixmask.evaluation.metrics import check_features, count_classes, top1_accuracy
-from mixmask.evaluation.tasks import Details, Options, Task
+from mixmask.evaluation.tasks import Details, ProtocolOptions, Task
 from mixmask.runs.options import option
 
 # Normalised features of the bank at a time, in numbers: 64 MiB; not fewer than so many columns.
@@ -23,7 +23,7 @@ _GROUP = 4
 
 
 @dataclass(frozen=True)
-class KNN(Options):
+class KNN(ProtocolOptions):
     """Weighted nearest neighbours on frozen features, see `knn_scores`."""
 
     k: int = option(20, "number of neighbours", low=1)

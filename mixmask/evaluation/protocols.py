@@ -18,7 +18,7 @@ from mixmask.evaluation.classifier import FineTuning, LinearSGD
 from mixmask.evaluation.linear import Linear
 from mixmask.evaluation.metrics import Accuracy, measure_accuracy
 from mixmask.evaluation.neighbours import KNN
-from mixmask.evaluation.tasks import Details, Source, Task
+from mixmask.evaluation.tasks import BackboneSource, Details, Task
 from mixmask.figures.features import figure_confusion
 from mixmask.figures.style import short_path, write_figure
 from mixmask.runs.files import atomic_write, make_folder
@@ -32,7 +32,7 @@ class Result:
     """How well a backbone did on the test images, and under which circumstances."""
 
     protocol: Protocol
-    source: Source
+    source: BackboneSource
     details: Details
     accuracy: Accuracy
     classes: tuple[str, ...]
@@ -79,7 +79,7 @@ class Result:
 
 
 def results_file(
-    protocol: Protocol, source: Source, folder: Path | str, *, force: bool = False
+    protocol: Protocol, source: BackboneSource, folder: Path | str, *, force: bool = False
 ) -> Path:
     """Name the JSON file of an evaluation, in which no other one's results must lie.
 
@@ -118,7 +118,7 @@ def results_file(
     return path
 
 
-def _circumstances(protocol: Protocol, source: Source) -> dict[str, object]:
+def _circumstances(protocol: Protocol, source: BackboneSource) -> dict[str, object]:
     """Return what is known of an evaluation before it: two that agree in it measure the same."""
     import timm
 

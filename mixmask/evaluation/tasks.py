@@ -27,7 +27,7 @@ from mixmask.runs.records import plural
 
 
 @dataclass(frozen=True)
-class Source:
+class BackboneSource:
     """Where a backbone and its images come from, see `mixmask.checkpoints.load.Loaded`."""
 
     checkpoint: str  # The run folder or the file, as it was named.
@@ -64,7 +64,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Options:
+class ProtocolOptions:
     """What all protocols share: options as fields, checked when they are set."""
 
     name: ClassVar[str]
@@ -113,7 +113,7 @@ class Task:
     """
 
     backbones: tuple[nn.Module, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[BackboneSource, ...]
     train: Split
     test: Split
     classes: tuple[str, ...]
@@ -242,10 +242,10 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
     return given
 
 
-def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> Source:
+def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> BackboneSource:
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
-    source = Source(
+    source = BackboneSource(
         checkpoint=str(run),
         layout=loaded.layout,
         arch=loaded.arch,

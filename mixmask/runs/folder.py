@@ -47,14 +47,17 @@ def write_config(folder: Path, config: Mapping[str, object]) -> None:
 
 
 def read_config(folder: Path) -> Options:
-    """Read a run's configuration; one that older versions wrote has no "format".
+    """Read a run's configuration.
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is not a JSON object, of a newer format, or what all commands use has
+        ValueError: If it is not a JSON object, of another format, or what all commands use has
             another type. `restore_config` checks the rest.
     """
-    return read_options(folder / CONFIG)
+    content = read_options(folder / CONFIG)
+    if "format" not in content:
+        raise ValueError(f"{CONFIG} names no 'format', so it is not that of a run")
+    return content
 
 
 def read_options(path: Path) -> Options:
@@ -77,10 +80,10 @@ def read_options(path: Path) -> Options:
             raise ValueError(f"{name!r} must be within {least} ... {most}, got {value}")
     if content.get("data") == "":  # Otherwise it would be the folder where one happens to be.
         raise ValueError("'data' must name the images, got ''")
-    if content.get("format", 0) > FORMAT:
+    if content.get("format", FORMAT) != FORMAT:
         raise ValueError(
-            f"a newer version of mixmask ({content.get('version')}) wrote it, in format "
-            f"{content['format']}; update this one, {__version__}, which reads up to {FORMAT}"
+            f"it is in format {content['format']}, but this version, {__version__}, reads format "
+            f"{FORMAT}; use the version that wrote it, {content.get('version')}"
         )
     return content
 
@@ -249,8 +252,6 @@ def describe_difference(file: Path, content: Mapping[str, object]) -> str:
     try:
         written = read_config(file.parent)
     except (OSError, ValueError):  # Who needs it says so.
-        return ""
-    if "format" not in written:  # Of an older version, or not a run's at all.
         return ""
     change = describe_change(content.get("options"), written)
     return f"it was trained with other options than its {CONFIG} says ({change})" * bool(change)

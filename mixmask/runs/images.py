@@ -71,8 +71,8 @@ def check_same(
 
     Args:
         images: What was loaded.
-        config: The content of the run's `config.json`. Older versions' has no fingerprint, so that
-            nothing can be compared.
+        config: The content of the run's `config.json`. One that was started without `pretrain`
+            may have no fingerprint, so that nothing can be compared.
         name: Where the images came from.
         image_size: As for `load_images`.
         where: The run's name in errors.
@@ -80,7 +80,7 @@ def check_same(
     Raises:
         ValueError: If they are others; see `load_images`.
     """
-    if not (known := config.get("fingerprint")):
+    if (known := config.get("fingerprint")) is None:
         return
     found = images.fingerprint()
     if not images.train.files and image_size != config.get("image_size"):
@@ -104,7 +104,7 @@ def _compare(known: Mapping[str, object], found: Fingerprint) -> list[str]:
         different.append(f"classes {_shorten(found.classes)} instead of {before}")
     if not different and known.get("sum") != found.sum:
         different.append("as many, but of other names or content")
-    if not different and known.get("labels", found.labels) != found.labels:  # Older runs have none.
+    if not different and known.get("labels") != found.labels:
         different.append("as many, but with other labels")
     return different
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -163,32 +163,25 @@ def _describe(kind: type) -> str:
     return names.get(kind, kind.__name__)
 
 
-def restore_config(
-    kind: type[Config], content: Options, *, later: Mapping[int, Collection[str]]
-) -> Config:
+def restore_config(kind: type[Config], content: Options) -> Config:
     """Build a configuration from the content of a `config.json`.
 
     Args:
         kind: Its dataclass.
         content: What `read_config` returned.
-        later: The options that came with a format, by its number. Files of earlier formats, and
-            those without a number, may lack them; their defaults leave things as they were.
 
     Raises:
         TypeError: If an option has another type.
         ValueError: If options are unknown, missing, or out of their range; the message names them.
     """
     names = [field.name for field in dataclasses.fields(kind)]
-    # A file has every option of its format's time.
-    written = content.get("format", 0)
-    optional = {name for number, new in later.items() if number > written for name in new}
     unknown = [name for name in content if name not in (*names, *FACTS)]
-    missing = [name for name in names if name not in content and name not in optional]
+    missing = [name for name in names if name not in content]
     for what, found in (("unknown", unknown), ("missing", missing)):
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
-    return kind(**{name: content[name] for name in names if name in content})
+    return kind(**{name: content[name] for name in names})
 
 
 def describe_change(trained: object, written: Options) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixmask.runs.folder import Row, read_config, read_rows
 from mixmask.runs.options import Options
 
-# Options, those of older versions too, that change speed, memory or logging but no weights.
+# Options that change speed, memory or logging but no weights.
 _SETTING = (
-    "stream", "workers", "decode", "monitor", "measure_every", "tracker", "compile",
-    "compile_mode", "checkpointing", "save_every", "save_minutes", "keep", "format", "version",
-    "fingerprint",
+    "stream", "workers", "measure_every", "tracker", "compile", "compile_mode", "checkpointing",
+    "save_every", "save_minutes", "keep", "format", "version", "fingerprint",
 )  # fmt: skip
 
 
@@ -50,12 +49,11 @@ class Group:
         return max(trained.items()) if trained else None
 
 
-def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}) -> Record:
+def read_record(path: Path) -> Record:
     """Read a run's options and metrics.
 
     Args:
         path: A run folder, or a checkpoint file in it.
-        defaults: Returns a method's options for what an older run does not say.
 
     Raises:
         ValueError: If it is not a run, or has measured nothing yet.
@@ -63,9 +61,8 @@ def read_record(path: Path, *, defaults: Callable[[str], Options] = lambda _: {}
     folder = path.parent if path.is_file() else path
     try:
         config = read_config(folder)
-        config["mix"], config["data"], config["seed"]  # A KeyError names what is missing.
-        # A run of an older version has what newer options leave as it was.
-        config = defaults(config["method"]) | config
+        # A KeyError names what is missing.
+        config["method"], config["mix"], config["data"], config["seed"]
         rows = read_rows(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -107,8 +104,7 @@ def group_seeds(records: Sequence[Record]) -> list[Group]:
 
 def _without_seed(config: Options) -> Options:
     """Return the options that distinguish runs; where and how they ran does not."""
-    known = {"processes": 1} | config  # Older versions do not say how many.
-    return {name: value for name, value in known.items() if name not in ("seed", *_SETTING)}
+    return {name: value for name, value in config.items() if name not in ("seed", *_SETTING)}
 
 
 def _distinguish(configs: Sequence[Options]) -> list[str]:

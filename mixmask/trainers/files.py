@@ -13,23 +13,12 @@ from mixmask.runs.options import FACTS, Options, flag, restore_config
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import METHODS, option_defaults
 
-# Options of older versions: another name, or none any more.
-_RENAMED, _REMOVED = {"monitor": "measure_every"}, ("decode",)
-# Options that came with a format of `config.json`, which runs of earlier ones may lack.
-_FIRST = (
-    "stream", "workers", "channels", "recipe", "alpha", "global_share", "channel_share",
-    "extra_crops", "mixed_size", "mix_every", "replace_clean", "optimizer", "accumulate",
-    "compile", "compile_mode", "checkpointing", "sync_bn", "tracker", "symmetric",
-    "one_directional", "redundancy_weight", "scale", "epsilon", "frozen", "holdout", "init",
-    "save_every", "keep",
-)  # fmt: skip
-_LATER = {2: _FIRST, 3: ("save_minutes",)}
 # Options of the command that are no part of a configuration: they say where a run is, not what.
 _COMMAND = ("config", "out", "resume", "device", "threads")
 
 
 def read_run(folder: Path) -> tuple[RunConfig, Options]:
-    """Read the configuration of a run folder, of older versions too.
+    """Read the configuration of a run folder.
 
     Returns:
         The configuration, and all that `config.json` says: these options, and facts beside them.
@@ -40,10 +29,8 @@ def read_run(folder: Path) -> tuple[RunConfig, Options]:
     """
     try:
         content = read_config(folder)
-        given = {_RENAMED.get(name, name): value for name, value in content.items()}
-        check_choice("--method", given.get("method"), tuple(METHODS))
-        fields = {name: value for name, value in given.items() if name not in _REMOVED}
-        return restore_config(METHODS[fields["method"]].config, fields, later=_LATER), content
+        check_choice("--method", content.get("method"), tuple(METHODS))
+        return restore_config(METHODS[content["method"]].config, content), content
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{folder} is not a run that can be resumed: its {CONFIG} cannot be used ({error}); "
@@ -97,15 +84,14 @@ def _read_yaml(path: Path) -> Options:
 
 
 def _check_names(content: Options) -> Options:
-    """Return a file's options by their names of today, and refuse whatever is none."""
+    """Return a file's options by their names, and refuse whatever is none."""
     known = {name: value for method in METHODS for name, value in option_defaults(method).items()}
     options: Options = {}
     for key, value in content.items():
         if not isinstance(key, str):
             raise ValueError(f"it holds {key!r}, which names no option")  # noqa: TRY004
         name = key.replace("-", "_")
-        name = _RENAMED.get(name, name)
-        if name in (*FACTS, *_REMOVED):
+        if name in FACTS:
             continue
         if name in _COMMAND:
             raise ValueError(

@@ -124,9 +124,9 @@ class Meter:
 
     @classmethod
     def takes(cls, state: Mapping[str, object]) -> bool:
-        """Tell whether a checkpoint's state is one; older ones have fewer means."""
+        """Tell whether a checkpoint's state is one."""
         numbers = all(isinstance(value, int | float) for value in state.values())
-        return numbers and set(state) <= set(cls().state())
+        return numbers and set(state) == set(cls().state())
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, so that a resumed epoch has whole means."""

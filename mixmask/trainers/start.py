@@ -264,9 +264,7 @@ def _plan_resumed(options: Options, source: Path, out: Path | None, processes: i
             "leave it out"
         )
     if config.data != recorded.data:
-        known = "fingerprint" in content
-        same = "the same images" if known else "unchecked images (an older run does not say which)"
-        notes.append(f"{same}, now in {config.data}: all else stays exact")
+        notes.append(f"the images are read from {config.data} now: all else stays exact")
     if out is not None and out != source:
         out = new_folder(out, out.name)
         _check_outside(out, config.data)

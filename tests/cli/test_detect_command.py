@@ -136,14 +136,6 @@ def test_images_are_normalised_as_the_checkpoint_says_or_as_given(
     (out / "config.json").write_text(json.dumps({**config, "epochs": 2}))
     assert cli.main(["detect", "--resume", str(out)]) == 0
     assert seen.pop() == (mean, std)
-    # Runs of formats before these options were normalised by the package's own numbers.
-    old = {n: v for n, v in config.items() if n not in ("mean", "std")} | {"format": 3, "epochs": 3}
-    (out / "config.json").write_text(json.dumps(old))
-    content = torch.load(out / "last.pt", weights_only=True)
-    del content["options"]  # Which their checkpoints did not note.
-    torch.save(content, out / "last.pt")
-    assert cli.main(["detect", "--resume", str(out)]) == 0
-    assert seen.pop() == (list(MEAN), list(STD))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(

@@ -152,13 +152,6 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
         train_detector(TINY, data, backbone, out, resume=True, progress=False)
 
 
-def test_options_of_an_older_run_are_read(tmp_path: Path) -> None:
-    options = dataclasses.asdict(TINY)
-    options["monitor"] = options.pop("measure_every")
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    assert load_config(tmp_path) == (TINY, "")
-
-
 def test_other_data_or_no_run_is_not_resumed(backbone: nn.Module, tmp_path: Path) -> None:
     data = load_detection(write_voc(tmp_path / "data"))
     config = dataclasses.replace(TINY, epochs=1)

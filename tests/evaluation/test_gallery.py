@@ -8,12 +8,12 @@ from mixmask.backbones import build_backbone
 from mixmask.data.sets import Split, load_data
 from mixmask.evaluation import Task
 from mixmask.evaluation.gallery import draw_map, draw_neighbours
-from mixmask.evaluation.tasks import Source
+from mixmask.evaluation.tasks import BackboneSource
 
 
 def task() -> Task:
     images = Split(load_data("clothing64", 32).train.images[:24], torch.arange(24) % 2)
-    source = Source("run/a", "mixmask", "narrow", False, "photographs", 32)
+    source = BackboneSource("run/a", "mixmask", "narrow", False, "photographs", 32)
     backbones = (build_backbone("narrow"), build_backbone("narrow"))
     return Task(backbones, (source, source), images, images, ("a", "b"))
 

@@ -13,7 +13,7 @@ from mixmask.evaluation import protocols
 from mixmask.evaluation.gallery import draw_map
 from mixmask.evaluation.metrics import Accuracy
 from mixmask.evaluation.neighbours import KNN
-from mixmask.evaluation.tasks import Details, Source, Task
+from mixmask.evaluation.tasks import BackboneSource, Details, Task
 from mixmask.figures.style import write_figure
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.studies import Cell, Report
@@ -29,7 +29,9 @@ def test_confusion_names_run_protocol_accuracy_and_images(
         write_figure(figure, path)
 
     monkeypatch.setattr(protocols, "write_figure", keep)
-    source = Source(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, "/data/pets", 32)
+    source = BackboneSource(
+        str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, "/data/pets", 32
+    )
     confusion = torch.tensor([[400, 200], [250, 350]])
     accuracy = Accuracy(0.625, None, 0.6, torch.ones(2), confusion)
     details = Details(n_train=4000, dim=64)
@@ -47,7 +49,7 @@ def test_maps_and_studies_name_the_end_of_a_path(tmp_path: Path) -> None:
     backbone = torch.nn.Sequential(
         torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(48, 4)
     )
-    source = Source(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, data, 8)
+    source = BackboneSource(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, data, 8)
     task = Task((backbone,), (source,), Split(images), Split(images), ())
     assert draw_map(task).figure.get_suptitle() == "sets/pets, 6 of 6 test images"
     cell = Cell("a", "grid size", "2", make_config(data=data))

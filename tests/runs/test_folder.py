@@ -270,7 +270,7 @@ def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> 
         ('{"seed": true}', "'seed' must be of type int, got True"),
         ('{"data": ""}', "'data' must name the images, got ''"),
         ('{"small_stem": 1}', "'small_stem' must be of type bool, got 1"),
-        ('{"format": 99, "version": "9.0"}', r"newer version of mixmask \(9\.0\) wrote it, in for"),
+        ('{"format": 99, "version": "9.0"}', r"in format 99, but .* wrote it, 9\.0"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_told(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmask.runs.folder import FORMAT
 from mixmask.runs.records import (
     Record,
     common_options,
@@ -19,11 +20,10 @@ from mixmask.runs.records import (
     read_record,
     unlabelled_differences,
 )
-from mixmask.trainers.methods import option_defaults
 
 CONFIG: dict[str, Any] = {
-    "method": "moco-v2", "mix": "mixmask", "data": "clothing64", "lr": 0.03, "ratio": 0.5,
-    "switch": True, "seed": 0,
+    "format": FORMAT, "method": "moco-v2", "mix": "mixmask", "data": "clothing64", "lr": 0.03,
+    "ratio": 0.5, "switch": True, "seed": 0,
 }  # fmt: skip
 
 
@@ -111,24 +111,13 @@ def test_a_run_is_read_from_its_folder_or_a_checkpoint_in_it(tmp_path: Path) -> 
     assert read == read_record(folder / "last.pt")
 
 
-def test_a_run_of_an_older_version_is_a_seed_of_a_newer_ones_group(tmp_path: Path) -> None:
-    rows = [{"epoch": 0, "knn": 0.5}]
-    old = write_run(tmp_path / "old", json.dumps(CONFIG), rows)
-    new = json.dumps(CONFIG | {"seed": 1, "roll": False, "temperature": 0.2})
-    runs = [old, write_run(tmp_path / "b", new, rows)]
-    (group,) = group_seeds([read_record(run, defaults=option_defaults) for run in runs])
-    assert len(group.records) == 2
-    odd = json.dumps(CONFIG | {"method": "another"})  # Of a version that is newer than this one.
-    other = read_record(write_run(tmp_path / "c", odd, rows), defaults=option_defaults)
-    assert other.config == json.loads(odd)
-
-
 @pytest.mark.parametrize(
     "config, message",
     [
         ("{", "is not a run .JSONDecodeError"),
         ("[]", "is not a run .ValueError: expected a JSON object, got list"),
-        ('{"lr": 1}', "is not a run .KeyError: 'mix'"),
+        ('{"lr": 1}', "is not a run .ValueError: config.json names no 'format'"),
+        (json.dumps({"format": FORMAT}), "is not a run .KeyError: 'method'"),
         (json.dumps(CONFIG), "has no epoch yet"),
     ],
 )

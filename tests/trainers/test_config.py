@@ -102,7 +102,7 @@ def test_an_option_of_other_methods_is_refused_by_their_names(
     message = rf"^{flag(name)} is not supported by {method} \(only by {owners}\);"
     with pytest.raises(ValueError, match=message):
         make_config(method=method, **{name: 1})
-    fields = dataclasses.asdict(make_config(method=method)) | {name: 1}
+    fields = {"format": FORMAT} | dataclasses.asdict(make_config(method=method)) | {name: 1}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"is not a run that can be resumed.*'{name}'"):
         load_config(tmp_path)
@@ -119,7 +119,7 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
     names = ", ".join(repr(name) for name in METHODS)
     with pytest.raises(ValueError, match=f"--method must be one of {names}, got 'dino'"):
         make_config(method="dino")
-    fields = dataclasses.asdict(make_config()) | {"method": "dino"}
+    fields = {"format": FORMAT} | dataclasses.asdict(make_config()) | {"method": "dino"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"is not a run that can be resumed.*'dino'"):
         load_config(tmp_path)
@@ -190,14 +190,6 @@ def test_launchers_hand_every_option_on() -> None:
         assert parser.parse_args(["-m", "mixmask", *words]).training_script_args == words
 
 
-def test_options_of_older_runs_are_known(tmp_path: Path) -> None:
-    config = make_config(measure_every=3)
-    fields = dataclasses.asdict(config) | {"decode": "workers", "monitor": 3}
-    del fields["measure_every"]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert load_config(tmp_path) == config
-
-
 def test_help_shows_the_defaults_of_a_plain_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,9 +226,8 @@ def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> N
         ({n: v for n, v in numbered.items() if n != "epochs"}, "missing: 'epochs'"),
         ({n: v for n, v in numbered.items() if n != "keep"}, "missing: 'keep'"),
         ({n: v for n, v in numbered.items() if n != "save_minutes"}, "missing: 'save_minutes'"),
-        ({"format": 2} | {n: v for n, v in whole.items() if n != "keep"}, "missing: 'keep'"),
-        # Runs of before there was a number may lack what came later, and nothing else.
-        ({n: v for n, v in whole.items() if n != "epochs"}, "missing: 'epochs'"),
+        (whole, "names no 'format', so it is not that of a run"),
+        (numbered | {"format": FORMAT - 1}, f"in format {FORMAT - 1}, but this version, "),
         (numbered | {"epochs": "many"}, "--epochs must be a whole number, got 'many'"),
         (numbered | {"epochs": True}, "--epochs must be a whole number, got True"),
         (numbered | {"epochs": 2.5}, "--epochs must be a whole number, got 2.5"),
@@ -251,8 +242,5 @@ def test_a_configuration_is_complete_and_of_the_right_types(tmp_path: Path) -> N
         (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"is not a run that can be resumed: .*{message}"):
             load_config(tmp_path)
-    older = {name: value for name, value in whole.items() if name not in ("keep", "stream", "init")}
-    second = {"format": 2} | {n: v for n, v in whole.items() if n != "save_minutes"}
-    for content in (older, second):
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        assert load_config(tmp_path) == make_config()
+    (tmp_path / "config.json").write_text(json.dumps(numbered))
+    assert load_config(tmp_path) == make_config()

@@ -231,7 +231,7 @@ def test_the_same_images_may_lie_elsewhere(whole: Path, data: Path, tmp_path: Pa
     moved, out = tmp_path / "moved", tmp_path / "run"
     shutil.copytree(data, moved)
     shutil.copytree(whole, out)
-    with pytest.warns(UserWarning, match="the same images, now in .*moved: all else stays exact"):
+    with pytest.warns(UserWarning, match=r"images are read from .*moved now: all else stays exact"):
         start(None, resume=out, data=str(moved))
     assert load_config(out).data == str(moved)
     other = photographs(tmp_path / "other", seed=1)
@@ -307,15 +307,14 @@ def test_options_come_from_a_file_and_the_caller_overrules_them(
     }  # fmt: skip
     again = start(tmp_path / "again", config=whole / "config.json", seed=0)
     assert equal(again.folder, whole)
-    # A run's own, of an older format, for other images and another method.
-    old = read_config(whole) | {"monitor": 0, "format": 2, "decode": "cpu", "recipe": "cifar100"}
-    del old["measure_every"]
+    # A run's own, for other images and another method.
+    old = read_config(whole) | {"measure_every": 0, "recipe": "cifar100"}
     (tmp_path / "old.json").write_text(json.dumps(old))
     beside = {"data": "clothing64", "method": "simclr"}
     taken = read_options_file(tmp_path / "old.json", beside)
     config = make_config(**taken | beside)
     assert (config.recipe, config.measure_every, config.lr) == ("clothing64", 0, old["lr"])
-    assert not {"stream", "channels", "mlp", "monitor", "decode"} & taken.keys()
+    assert not {"stream", "channels", "mlp"} & taken.keys()
     file.write_text('data: "2e5"\nlr: "1e-3"\n')  # Text stays text where an option takes it.
     assert read_options_file(file) == {"data": "2e5", "lr": 0.001}
     file.write_text(f"data: {data}\nlr: 1e-3\n")
