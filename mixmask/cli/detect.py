@@ -77,16 +77,25 @@ def detect(
         f"{plural(config.epochs, 'epoch')}, {describe_device(chosen)}\nrun folder: {folder}"
     )
     start = time.perf_counter()
+    rows: list[Row] = []
+
+    def note_row(row: Row) -> None:
+        rows.append(row)
+        _say_row(row)
+
     with resumable("detect", folder):
         _, results = train_detector(
             config, data, backbone, folder,
-            source=origin, device=chosen, resume=resume is not None, on_row=_say_row,
+            source=origin, device=chosen, resume=resume is not None, on_row=note_row,
         )  # fmt: skip
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in results:
             _say_table({**results}, prefix, what)
-    minutes = (time.perf_counter() - start) / 60
-    say(f"\ndone in {minutes:.1f} minutes; see {folder / 'detections.png'}")
+    done = f"done in {(time.perf_counter() - start) / 60:.1f} minutes"
+    if not rows:
+        again = f"start another run with --epochs above {config.epochs}"
+        done = f"nothing was left to do; to train longer, {again}"
+    say(f"\n{done}; see {folder / 'detections.png'}")
 
 
 def _say_row(row: Row) -> None:

@@ -95,6 +95,10 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
     results = json.loads((second / "results.json").read_text())
     assert [row["epoch"] for row in results["epochs"]] == [1, 2]
     assert results["backbone"]["run"] == "random"
+    assert "done in 0." in capsys.readouterr().out
+    assert cli.main(["detect", "--resume", str(second)]) == 0
+    done = "nothing was left to do; to train longer, start another run with --epochs above 2; see"
+    assert done in capsys.readouterr().out
     line = refused(["detect", "--resume", str(second), "--lr", "1"], capsys)
     assert "--resume uses the run's own options; remove --lr" in line
     assert "uses the run's own options; remove RUN" in refused(
