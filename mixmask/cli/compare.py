@@ -49,9 +49,11 @@ def _check_data(read: Sequence[Record]) -> None:
             groups.append(group := [])
         group.append(record)
     if len(groups) > 1:
+        places = [group[0].config["data"] for group in groups]
         each = "; ".join(
-            f"{', '.join(str(record.folder) for record in group)} used {group[0].config['data']}"
-            for group in groups
+            f"{', '.join(str(record.folder) for record in group)} used "
+            f"{'other images of ' if place in places[:number] else ''}{place}"
+            for number, (group, place) in enumerate(zip(groups, places, strict=True))
         )
         raise ValueError(
             f"accuracies on different data do not compare: {each}; name the runs of one of these"

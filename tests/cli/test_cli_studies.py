@@ -132,7 +132,7 @@ def test_compare_refuses_what_is_no_comparison(
     mark = json.loads((b / "config.json").read_text())["fingerprint"] | {"sum": "at another size"}
     relabelled = copy_of(b, tmp_path / "relabelled", fingerprint=mark | {"labels": "other"})
     line = refused(["compare", a, relabelled, "--out", out], capsys)
-    assert f"do not compare: {a} used {where}; {relabelled} used {where};" in line
+    assert f"do not compare: {a} used {where}; {relabelled} used other images of {where};" in line
     smaller = copy_of(b, tmp_path / "smaller", fingerprint=mark)
     assert cli.main(["compare", str(a), str(smaller), "--out", str(tmp_path / "y.png")]) == 0
     capsys.readouterr()
