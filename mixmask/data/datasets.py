@@ -32,20 +32,28 @@ _LABEL_KEYS = ("label", "labels", "target", "fine_label", "cls")
 _TRAIN, _TESTS = "train(ing)?", ("test(ing)?", "val(id|idation)?", "dev", "eval(uation)?")
 _PIECE = r"(\.x\d*|[-_. ]?\d{1,2})?"
 
-# How files that are not images become a data set, in the body of a function.
+_FILES = 'files = sorted(glob.glob("{folder}/**/{name}", recursive=True))'
+# How files that are not images become a data set, in the body of a function: of one file by its
+# ending, of a folder of them by a pattern.
 _READERS = {
     ".npz": 'import numpy; return numpy.load("{file}")["images"]',
+    "*.npz": f"import glob, numpy; {_FILES};"
+    ' return numpy.concatenate([numpy.load(file)["images"] for file in files])',
     ".npy": 'import numpy; return numpy.load("{file}", mmap_mode="r")',
+    "*.npy": f"import glob, numpy; {_FILES}; return [*map(numpy.load, files)]",
     ".h5": 'import h5py; return h5py.File("{file}")["images"][:]',
+    "*.h5": f"import glob, h5py, numpy; {_FILES};"
+    ' return numpy.concatenate([h5py.File(file)["images"] for file in files])',
     ".parquet": 'import datasets; return datasets.load_dataset("parquet", data_files="{file}",'
     ' split="train")',
     ".tar": 'import datasets; return datasets.load_dataset("webdataset", data_files="{file}",'
     ' split="train")',
-    ".tif": 'import glob, tifffile; files = glob.glob("{folder}/**/{name}", recursive=True);'
-    " images = [*map(tifffile.imread, sorted(files))]; top = max(x.max() for x in images);"
+    ".tif": f"import glob, tifffile; {_FILES};"
+    " images = [*map(tifffile.imread, files)]; top = max(x.max() for x in images);"
     " return [x / top for x in images]",
 }
-_READERS |= {".hdf5": _READERS[".h5"], ".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
+_READERS |= {".hdf5": _READERS[".h5"], "*.hdf5": _READERS["*.h5"]}
+_READERS |= {".tgz": _READERS[".tar"], ".tiff": _READERS[".tif"]}
 
 
 class MapDataset(Protocol):
@@ -63,7 +71,7 @@ def describe_door(file: Path) -> str:
         'in mydata.py, write `def load(): import numpy; return numpy.load("x.npz")["images"]` and
         pass --data mydata:load'
     """
-    code = _READERS.get(file.suffix.lower())
+    code = _READERS.get(file.name.lower()) or _READERS.get(file.suffix.lower())
     if code is None:
         return ""
     body = code.format(file=file.as_posix(), folder=file.parent.as_posix(), name=file.name)

@@ -322,6 +322,25 @@ def test_the_advice_for_tiffs_reads_them_from_class_folders(
     assert [float(image.max()) for image in space["load"]()] == [0.25, 1.0]
 
 
+@pytest.mark.parametrize("pattern, images", [("*.npz", 6), ("*.npy", 2), ("*.h5", 6)])
+def test_the_advice_for_a_folder_of_arrays_reads_them_all(
+    pattern: str, images: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=lambda path: np.load(path)))
+    (tmp_path / "a").mkdir()
+    for i in (1, 2):
+        array = np.full((3, 4, 4), i, np.uint8)
+        with (tmp_path / "a" / f"{i}{pattern[1:]}").open("wb") as file:
+            np.save(file, array) if pattern == "*.npy" else np.savez(file, images=array)
+    made = re.search("`(def load.*)`", describe_door(tmp_path / pattern))
+    assert made
+    space: dict[str, Any] = {}
+    exec(made[1], space)  # noqa: S102  # What a user would paste.
+    found = np.stack([*space["load"]()])
+    assert len(found) == images
+    assert set(found.flat) == {1, 2}
+
+
 @pytest.mark.parametrize("mode, count", [("RGBA", 4), ("RGBX", 4), ("LA", 2)])
 def test_a_further_band_of_a_tiff_is_no_transparency(mode: str, count: int, tmp_path: Path) -> None:
     image = Image.new(mode, (9, 9), (100, 150, 200, 30)[-count:])
