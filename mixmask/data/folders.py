@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +36,6 @@ _UNREADABLE = (
 )  # fmt: skip
 # What archives of macOS and some file servers add; names with a dot are hidden anyhow.
 _RUBBISH = ("__MACOSX", "@eaDir")
-# Images that tell how large those of a folder are.
-_SURVEYED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,23 +207,6 @@ def list_folder(path: Path) -> ListedData:
         raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
     test = _choose_test(tree, tests, classes) if trains else None
     return ListedData(Listed(files, _to_labels(labels, classes)), test, classes)
-
-
-def survey(path: Path) -> tuple[int, float]:
-    """Return the number of training images of a folder, and the shorter side of a usual one.
-
-    Raises:
-        ValueError, OSError: See `list_folder`, whose warnings are left to it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        files = list_folder(path).train.files
-    assert isinstance(files, Files)
-    sides: list[int] = []
-    for number in range(0, len(files), max(1, len(files) // _SURVEYED)):
-        with suppress(UnreadableError), files.open(number) as image:
-            sides.append(min(image.size))
-    return len(files), statistics.median(sides) if sides else 0
 
 
 def _list_split(

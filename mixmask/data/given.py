@@ -6,25 +6,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from mixmask.data.datasets import DatasetImages, MapDataset, take_splits
 from mixmask.data.folders import Listed, ListedData
 
 # Larger labels than this, and than there are images, are identifiers, not classes.
 _MOST_CLASSES = 100_000
-
-
-def survey_datasets(made: object) -> tuple[int, float]:
-    """Return the number of training images, and the shorter side of the first in pixels.
-
-    Raises:
-        ValueError, TypeError: See `take_splits` and `DatasetImages.open`.
-    """
-    train, _ = take_splits(made)
-    with DatasetImages.of(train).open(0) as image:
-        size = image.shape[1:] if isinstance(image, Tensor) else image.size
-    return len(train), min(size)
 
 
 def list_datasets(title: str, made: Any) -> ListedData:

@@ -22,7 +22,7 @@ from mixmask.data.datasets import (
     describe_door,
     is_function,
 )
-from mixmask.data.folders import Files, ImageSource, Listed, list_folder
+from mixmask.data.folders import Files, ImageSource, Listed, ListedData, list_folder
 from mixmask.data.given import list_datasets
 from mixmask.data.images import UnreadableError, is_deep, read_deep
 from mixmask.data.named import NAMED, load_named
@@ -207,8 +207,46 @@ def _take(split: Split, chosen: Tensor) -> Split:
     return replace(split.subset(chosen[read].nonzero()[:, 0]), lost=tuple(lost))
 
 
+class DataListing(NamedTuple):
+    """What is known of data before they are read: their name in messages and all splits.
+
+    Attributes:
+        side: The median of the shorter sides of a few images, in pixels; infinity for none.
+    """
+
+    title: str
+    splits: ListedData
+    side: float
+
+
+GivenData = str | Path | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset]
+
+
+def list_data(data: GivenData) -> DataListing:
+    """List a folder or archive of images, or a data set of one's own, and look at a few images.
+
+    Args:
+        data: See `load_data`, which also takes what this returns; none of the named data sets.
+
+    Raises:
+        ValueError, OSError: As from `load_data`.
+
+    Example:
+        >>> list_data([torch.zeros(3, 40, 50)] * 2).side
+        40.0
+    """
+    if not isinstance(data, (str, Path)):
+        title, splits = "the data set", list_datasets("the data set", data)
+    elif is_function(title := str(data)):
+        title = f"--data {title}"
+        splits = list_datasets(title, call_function(str(data)))
+    else:
+        splits = list_folder(_check_path(title))
+    return DataListing(title, splits, _look(title, splits.train.files))
+
+
 def load_data(
-    name: str | Path | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset],
+    name: GivenData | DataListing,
     image_size: int,
     root: Path | None = None,
     *,
@@ -226,7 +264,8 @@ def load_data(
 
     Args:
         name: "clothing64", "cifar10", "cifar100", "stl10"; a path; "package.module:function",
-            which returns a data set or a training and a test one; or these themselves.
+            which returns a data set or a training and a test one; these themselves; or what
+            `list_data` returned for them.
         image_size: Size of the views, in pixels.
         root: Where torchvision keeps its downloads. Default: ~/.cache/mixmask.
         stream: "always" leaves images where they are, "never" keeps them in memory.
@@ -237,10 +276,7 @@ def load_data(
         OSError: If nothing in it can be read.
     """
     check_choice("--stream", stream, STREAM)
-    name = str(name) if isinstance(name, Path) else name
-    if not isinstance(name, str):
-        title, listed = "the data set", list_datasets("the data set", name)
-    elif name in NAMED:
+    if isinstance(name, str) and name in NAMED:
         if stream == "always":
             raise ValueError(
                 f"--stream always needs a folder of images, got --data {name}; leave it out"
@@ -249,13 +285,9 @@ def load_data(
         named = ImageData(Split(*train_pair), Split(*test_pair), classes)
         _warn_small(name, named.train.images.shape[-1], image_size)
         return named
-    elif is_function(name):
-        title = f"--data {name}"
-        listed = list_datasets(title, call_function(name))
-    else:
-        title, listed = name, list_folder(_check_path(name))
-    train, test, classes = listed
-    _warn_small(title, _look(title, train.files), image_size)
+    listing = name if isinstance(name, DataListing) else list_data(name)
+    title, (train, test, classes), side = listing
+    _warn_small(title, side, image_size)
     size = round(image_size * 8 / 7)  # As 256 to 224: crops of it lose little of the image.
     count = len(train.files) + (len(test.files) if test else 0)
     needed = count * train.files.channels * size * size * train.files.dtype.itemsize

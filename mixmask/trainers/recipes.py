@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mixmask._distributed import world_size
-from mixmask.data.datasets import is_function
-from mixmask.data.folders import survey
-from mixmask.data.given import survey_datasets
+from mixmask.data.sets import DataListing
 from mixmask.runs.options import Options
 from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.methods import option_defaults
@@ -59,8 +55,8 @@ PUBLISHED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
     },
 }  # fmt: skip
 
-# The recipe of a folder: by the shorter side of its images, at most so many pixels, and for larger
-# images by their number.
+# The recipe of one's own images: by their shorter side, at most so many pixels, and for larger
+# ones by their number.
 _BY_SIDE = {48: "cifar10", 96: "tiny-imagenet"}
 _BY_COUNT = {50_000: "imagenette", 500_000: "imagenet100"}
 
@@ -88,28 +84,23 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def suit_images(options: Options, data_set: object = None) -> Options:
-    """Choose a recipe for a folder that comes without one, and batch and queue that it fills.
+def suit_images(options: Options, listing: DataListing) -> Options:
+    """Choose a recipe for images that come without one, and batch and queue that they fill.
 
     What was given stays. A batch smaller than the recipe's lowers its learning rate in proportion.
 
     Args:
-        options: What the user has given.
-        data_set: The data themselves, if they have no name.
+        options: What the user has given. What is wrong in it is left to `make_config`.
+        listing: The images.
 
     Returns:
-        The same, with what was chosen. Other data, and a method that is not known, stay as given.
+        The same, with what was chosen.
     """
-    data, method = options.get("data"), options.get("method", RunConfig.method)
-    texts = isinstance(data, str) and isinstance(method, str)
-    if "recipe" in options or not (data and texts) or data in PRESETS or is_function(data):
+    method, holdout = options.get("method", RunConfig.method), options.get("holdout", 0)
+    if not (isinstance(method, str) and isinstance(holdout, (int, float)) and 0 <= holdout < 1):
         return options
-    try:
-        count, side = survey(Path(data)) if data_set is None else survey_datasets(data_set)
-        count = int(count * (1 - options.get("holdout", 0)))
-    except (OSError, TypeError, ValueError):  # Whoever loads the images says so.
-        return options
-    by_side = (name for most, name in _BY_SIDE.items() if 0 < side <= most)
+    count = int(len(listing.splits.train.files) * (1 - holdout))
+    by_side = (name for most, name in _BY_SIDE.items() if listing.side <= most)
     by_count = (name for most, name in _BY_COUNT.items() if count < most)
     recipe = next(by_side, next(by_count, "imagenet"))
     chosen: Options = {"recipe": recipe}

@@ -18,7 +18,7 @@ from torch import nn
 
 from mixmask._signals import interruptible
 from mixmask._version import __version__
-from mixmask.data.sets import ImageData
+from mixmask.data.sets import DataListing, ImageData, list_data
 from mixmask.figures.masks import figure_views
 from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
@@ -27,7 +27,7 @@ from mixmask.runs.folder import Row
 from mixmask.runs.images import check_code, fingerprint_of, load_images
 from mixmask.runs.options import Options, check_resume, flag, set_threads
 from mixmask.runs.records import plural
-from mixmask.trainers.config import RunConfig
+from mixmask.trainers.config import PRESETS, RunConfig
 from mixmask.trainers.files import read_options_file, read_run
 from mixmask.trainers.loop import Monitor, first_views, learning_rate, train
 from mixmask.trainers.methods import make_config
@@ -103,6 +103,7 @@ class _Plan:
     folder: Path | None  # Of the process that chooses it.
     content: Options = field(default_factory=dict)  # Of the `config.json` of the run that goes on.
     notes: tuple[str, ...] = ()
+    listing: DataListing | None = None  # Of the images of a new run, where they chose its options.
 
 
 def pretrain(
@@ -212,7 +213,8 @@ def open_run(
             | {n: v for n, v in dataclasses.asdict(planned.config).items() if n not in _OWN}
         )
         folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
-        images = call_together(lambda: _load_images(planned, data, str(source or folder)))
+        given = planned.listing or data
+        images = call_together(lambda: _load_images(planned, given, str(source or folder)))
         facts = {"fingerprint": fingerprint_of(images)}
         agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
         if state.is_main_process:
@@ -227,19 +229,24 @@ def open_run(
     AcceleratorState._reset_state(reset_partial_state=True)  # The next run may have another device.
 
 
+# Any: `list_data` checks what users give.
 def _plan_new(
-    options: Options, file: str | Path | None, out: Path | None, data_set: object, *, choose: bool
+    options: Options, file: str | Path | None, out: Path | None, data_set: Any, *, choose: bool
 ) -> _Plan:
     """Take options from a file and from the caller, who has the last word."""
     given = (read_options_file(Path(file), options) if file else {}) | options
-    config = make_config(**suit_images(given, data_set))
+    name, listing = given.get("data"), None
+    if name and isinstance(name, str) and "recipe" not in given and name not in PRESETS:
+        listing = list_data(name if data_set is None else data_set)
+        given = suit_images(given, listing)
+    config = make_config(**given)
     data = Path(config.data).resolve()
     folder = (
         new_folder(out, f"{data.name.strip('<>')}-{config.method}-{config.mix}") if choose else None
     )
     if folder:
         _check_outside(folder, config.data)
-    return _Plan(config, folder)
+    return _Plan(config, folder, listing=listing)
 
 
 def _check_outside(folder: Path, data: str) -> None:

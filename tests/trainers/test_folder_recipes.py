@@ -6,12 +6,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mixmask.backbones import build_backbone
+from mixmask.data import sets
+from mixmask.data.folders import ListedData, list_folder
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.recipes import suit_images
+from mixmask.trainers.start import pretrain
 
 
 def write(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -21,13 +25,17 @@ def write(folder: Path, count: int, size: tuple[int, int]) -> Path:
     return folder
 
 
+def suit(options: dict[str, Any]) -> dict[str, Any]:
+    return suit_images(options, sets.list_data(options["data"]))
+
+
 @pytest.mark.parametrize(
     "size, recipe", [((32, 48), "cifar10"), ((64, 80), "tiny-imagenet"), ((300, 200), "imagenette")]
 )
 def test_a_folder_follows_the_size_of_its_images(
     size: tuple[int, int], recipe: str, tmp_path: Path
 ) -> None:
-    chosen = suit_images({"data": str(write(tmp_path / "x", 40, size))})
+    chosen = suit({"data": str(write(tmp_path / "x", 40, size))})
     assert chosen["recipe"] == recipe
     config: Any = make_config(**chosen)
     default: Any = make_config(data="elsewhere", recipe=recipe)
@@ -43,35 +51,28 @@ def test_an_archive_is_looked_at_as_its_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in folder.rglob("*.png"):
             archive.write(path, str(path.relative_to(tmp_path)))
-    assert suit_images({"data": str(tmp_path / "x.zip")})["recipe"] == "cifar10"
+    assert suit({"data": str(tmp_path / "x.zip")})["recipe"] == "cifar10"
 
 
-def test_many_large_images_follow_imagenets_recipes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = str(write(tmp_path / "x", 1, (300, 300)))
+def test_many_large_images_follow_imagenets_recipes() -> None:
+    def choose(count: int) -> dict[str, Any]:
+        # A data set of so many images, of which a few are looked at.
+        images = np.broadcast_to(np.uint8(0), (count, 300, 300, 3))
+        return suit_images({"data": "photographs"}, sets.list_data(images))
+
     for count, recipe in ((70_000, "imagenet100"), (499_999, "imagenet100"), (500_000, "imagenet")):
-        monkeypatch.setattr("mixmask.trainers.recipes.survey", lambda *_, n=count: (n, 300.0))
-        chosen = suit_images({"data": data})
-        assert chosen["recipe"] == recipe
-        assert make_config(**chosen) == make_config(data=data, recipe=recipe)
-    monkeypatch.setattr("mixmask.trainers.recipes.survey", lambda *_: (50_000, 300.0))
-    assert suit_images({"data": data})["queue_size"] == 16_384  # Imagenet's 65,536 is too much.
+        assert choose(count)["recipe"] == recipe
+        assert make_config(**choose(count)) == make_config(data="photographs", recipe=recipe)
+    assert choose(50_000)["queue_size"] == 16_384  # Imagenet's 65,536 is too much.
 
 
 def test_what_is_given_stays(tmp_path: Path) -> None:
     data = str(write(tmp_path / "x", 9, (32, 32)))
     given = {"data": data, "batch_size": 6, "lr": 1.0, "queue_size": 600, "bn_splits": 3}
-    assert suit_images(given) == given | {"recipe": "cifar10"}
-    assert suit_images({"data": data, "batch_size": 6})["bn_splits"] == 3
-    assert (
-        make_config(**suit_images({"data": data, "arch": "vit_tiny_patch16_224"})).small_stem
-        is False
-    )
-    assert make_config(**suit_images({"data": data, "arch": "resnet50"})).small_stem is True
-    for other in ({"data": data, "recipe": "imagenet"}, {"data": "clothing64"}, {"data": "a.b:c"}):
-        assert suit_images(other) == other
-    assert suit_images({"data": str(tmp_path / "missing")}) == {"data": str(tmp_path / "missing")}
+    assert suit(given) == given | {"recipe": "cifar10"}
+    assert suit({"data": data, "batch_size": 6})["bn_splits"] == 3
+    assert make_config(**suit({"data": data, "arch": "vit_tiny_patch16_224"})).small_stem is False
+    assert make_config(**suit({"data": data, "arch": "resnet50"})).small_stem is True
 
 
 def test_only_training_images_of_each_process_count(
@@ -80,18 +81,18 @@ def test_only_training_images_of_each_process_count(
     write(tmp_path / "x" / "train", 16, (32, 32))
     write(tmp_path / "x" / "test", 90, (300, 300))
     data = str(tmp_path / "x")
-    assert suit_images({"data": data})["recipe"] == "cifar10"
-    assert suit_images({"data": data})["batch_size"] == 4
-    assert suit_images({"data": data, "holdout": 0.5})["batch_size"] == 2
+    assert suit({"data": data})["recipe"] == "cifar10"
+    assert suit({"data": data})["batch_size"] == 4
+    assert suit({"data": data, "holdout": 0.5})["batch_size"] == 2
     monkeypatch.setattr("mixmask.trainers.recipes.world_size", lambda: 2)
-    assert suit_images({"data": data})["batch_size"] == 2
+    assert suit({"data": data})["batch_size"] == 2
 
 
 def test_a_smaller_batch_lowers_the_learning_rate(tmp_path: Path) -> None:
     data = str(write(tmp_path / "x", 40, (32, 32)))
-    assert suit_images({"data": data, "batch_size": 32})["lr"] == pytest.approx(0.06 * 32 / 512)
-    assert "lr" not in suit_images({"data": data, "batch_size": 1000})
-    assert suit_images({"data": data, "batch_size": 32, "lr": 0.1})["lr"] == 0.1
+    assert suit({"data": data, "batch_size": 32})["lr"] == pytest.approx(0.06 * 32 / 512)
+    assert "lr" not in suit({"data": data, "batch_size": 1000})
+    assert suit({"data": data, "batch_size": 32, "lr": 0.1})["lr"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -99,9 +100,7 @@ def test_a_smaller_batch_lowers_the_learning_rate(tmp_path: Path) -> None:
                     ("torchvision/resnet18", True), ("wide_resnet50_2", True)],
 )  # fmt: skip
 def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_path: Path) -> None:
-    config = make_config(
-        **suit_images({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch})
-    )
+    config = make_config(**suit({"data": str(write(tmp_path / "x", 9, (32, 32))), "arch": arch}))
     assert config.small_stem is small
     assert make_config(data="cifar10", arch=arch).small_stem is small
     assert make_config(data="cifar10", arch=arch, small_stem=True).small_stem is True
@@ -121,7 +120,7 @@ def test_networks_with_a_stem_of_their_own_keep_it(arch: str, small: bool, tmp_p
     ],
 )
 def test_bad_options_are_left_to_the_configuration(bad: dict[str, Any], tmp_path: Path) -> None:
-    chosen = suit_images({"data": str(write(tmp_path / "x", 9, (32, 32)))} | bad)
+    chosen = suit({"data": str(write(tmp_path / "x", 9, (32, 32)))} | bad)
     assert bad.items() <= chosen.items()
     with pytest.raises((TypeError, ValueError), match="--"):
         make_config(**chosen)
@@ -130,6 +129,45 @@ def test_bad_options_are_left_to_the_configuration(bad: dict[str, Any], tmp_path
 def test_a_data_set_is_looked_at_as_a_folder() -> None:
     data = [(Image.new("RGB", (70, 90)), i % 2) for i in range(40)]
     for given in (data, (data, data[:2]), {"train": data}):
-        chosen = suit_images({"data": "<list>"}, given)
+        chosen = suit_images({"data": "<list>"}, sets.list_data(given))
         assert (chosen["recipe"], chosen["batch_size"]) == ("tiny-imagenet", 8)
-    assert suit_images({"data": "<list>"}, 3) == {"data": "<list>"}
+
+
+@pytest.mark.parametrize(
+    "recipe", [{}, {"recipe": "cifar10", "batch_size": 4, "bn_splits": 1, "queue_size": 4}]
+)
+def test_images_are_listed_once(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("noise.npy", np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3), np.uint8))
+    Path("ownlist.py").write_text(
+        "import numpy\n\ndef load():\n"
+        "    with open('calls', 'a') as calls:\n        calls.write('x')\n"
+        "    return numpy.load('noise.npy')\n"
+    )
+    Path("folder").mkdir()
+    for i, image in enumerate(np.load("noise.npy")):
+        Image.fromarray(image).save(f"folder/{i}.png")
+    seen: list[Path] = []
+
+    def list_and_count(path: Path) -> ListedData:
+        seen.append(path)
+        return list_folder(path)
+
+    monkeypatch.setattr(sets, "list_folder", list_and_count)
+    small: dict[str, Any] = {"arch": "narrow", "epochs": 1, "image_size": 16, "progress": False}
+    runs = [
+        pretrain(data=data, device="cpu", **small, **recipe) for data in ("folder", "ownlist:load")
+    ]
+    assert seen == [Path("folder")]
+    assert Path("calls").read_text() == "x"
+    assert {(run.config.recipe, run.config.batch_size) for run in runs} == {
+        ("cifar10", recipe.get("batch_size", 2))
+    }
+
+
+@pytest.mark.parametrize("data", ["missing", ""])
+def test_data_that_are_missing_are_refused_without_a_recipe(data: str) -> None:
+    with pytest.raises(ValueError, match="--data"):
+        pretrain(data=data)
