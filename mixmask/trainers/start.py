@@ -333,7 +333,7 @@ def _count_queue_steps(run: Run) -> int:
 def _warn_queue(config: RunConfig, count: int) -> None:
     """Warn of a queue in which each image has several keys, which would be its own negatives."""
     size = getattr(config, "queue_size", 0)
-    if size > count:
+    if size > count >= config.batch_size:  # A batch above them all is refused.
         better = suit_queue(count, config.batch_size)
         warnings.warn(
             f"--queue-size {size} is more than the {plural(count, 'training image')}, so that an "

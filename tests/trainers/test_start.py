@@ -379,6 +379,10 @@ def test_a_queue_beyond_the_data_is_warned_about_with_a_better_size(
     message = "--queue-size 64 is more than the 24 training images.*--queue-size 8 suits them"
     with pytest.warns(UserWarning, match=message):
         start(tmp_path / "run", data=str(data), **TINY | {"queue_size": 64, "epochs": 1})
+    # No queue suits a batch of more than all images, which is refused by itself.
+    more: dict[str, Any] = {"queue_size": 32, "batch_size": 32}
+    with pytest.raises(ValueError, match="--batch-size 32 is more than the 24 images"):
+        start(tmp_path / "other", data=str(data), **TINY | more)
 
 
 def test_a_notebook_gets_a_typed_result_that_shows_itself_in_a_line(whole: Path) -> None:
