@@ -329,8 +329,7 @@ def _advice(
     if not any(names for what, names in misfits.items() if what != "not finite"):
         return "the file is damaged, or the run had diverged; use an earlier checkpoint"
     if inferred not in (None, arch):
-        fix = "without --arch" if given else f"with --arch {inferred}"
-        return f"its keys are those of {inferred}, as which it is read {fix}"
+        return f"its keys are those of {inferred}, as which it is read with --arch {inferred}"
     if any(name.startswith("conv1.weight") for name in misfits["of another shape"]):
         return "name its stem with --small-stem or --no-small-stem"
     if given:

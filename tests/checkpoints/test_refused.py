@@ -119,6 +119,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         load_backbone(tmp_path / "x.pth")
 
 
+def test_weights_of_another_arch_name_the_one_to_pass(tmp_path: Path) -> None:
+    # Also for pretrain --init, which does not take the architecture from the file.
+    torch.save(torchvision_resnet().state_dict(), tmp_path / "x.pth")
+    fix = "its keys are those of resnet18, as which it is read with --arch resnet18"
+    with pytest.raises(ValueError, match=fix):
+        load_backbone(tmp_path / "x.pth", arch="resnet34")
+
+
 def test_an_arch_that_was_given_is_not_asked_for_again(tmp_path: Path) -> None:
     torch.save(build_backbone("convnext_atto").state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="pass the --arch that it was trained as"):
