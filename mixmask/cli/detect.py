@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from mixmask._devices import choose_device
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared
@@ -102,7 +104,8 @@ def _say_row(row: Row) -> None:
     text = f"epoch {row['epoch']}: loss {row['loss']:.3f}"
     if "ap" in row:
         text += f", AP {row['ap']:.1%}, AP50 {row['ap50']:.1%}, AP75 {row['ap75']:.1%}"
-    say(text)
+    with tqdm.external_write_mode():  # Otherwise the text would end the progress bar's line.
+        say(text)
 
 
 def _say_table(results: dict[str, Any], prefix: str, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -106,6 +107,16 @@ def test_random_mask_rcnn_with_a_default_folder_that_resumes(
     )
     line = refused([*words, "--out", str(second)], capsys)
     assert "exists and is not empty; continue it with --resume" in line
+
+
+def test_an_epoch_has_a_line_of_its_own_beside_the_progress_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # As in a terminal.
+    data = write_voc(tmp_path / "data")
+    words = ["detect", "random", "--arch", "narrow", "--data", str(data), *TINY]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert re.search(r"[\r\n]epoch 1: loss", capsys.readouterr().out)
 
 
 def test_images_are_normalised_as_the_checkpoint_says_or_as_given(
