@@ -41,7 +41,7 @@ class RunConfig:
         "or package.module:function",
     )
     recipe: str = option(
-        "", "named settings [those of --data; for a folder by number and size of its images]"
+        "", "named settings [those of --data; for your own images by number and size]"
     )
     stream: str = option(
         "auto",
