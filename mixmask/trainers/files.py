@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mixmask._checks import check_choice
 from mixmask.runs.folder import CONFIG, read_config, read_options
+from mixmask.runs.images import check_code
 from mixmask.runs.options import FACTS, Options, flag, restore_config
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.methods import METHODS, option_defaults
@@ -55,14 +56,16 @@ def read_options_file(path: Path, given: Options | None = None) -> Options:
         given: Options that take precedence over those of the file.
 
     Raises:
-        ValueError: If the file is missing, holds no options or unknown ones, or is another kind
-            of run's.
+        ValueError: If the file is missing, holds no options or unknown ones, or is a run's whose
+            data come from code that the user has not named.
     """
     try:
         if path.exists() and not path.is_file():  # A pipe would be waited for.
             raise ValueError("it is not a file")  # noqa: TRY301
         content = _read_yaml(path) if path.suffix in (".yaml", ".yml") else read_options(path)
         options = _check_names(content)
+        if "format" in content and "data" not in (given or {}):
+            check_code(str(content.get("data")), path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {path} cannot be used ({reason})") from None

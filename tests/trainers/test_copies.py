@@ -111,12 +111,15 @@ def test_all_processes_have_read_a_checkpoint_before_it_is_renamed(
     assert not unfinished.exists()
 
 
-@pytest.mark.parametrize("words", [["evaluate", "knn"], ["pretrain", "--resume"], ["map"]])
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate", "knn"], ["pretrain", "--resume"], ["pretrain", "--config"], ["map"]],
+)
 def test_code_that_a_run_folder_names_is_not_run(
     words: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder of somebody else's may hold a module beside its weights."""
-    foreign = tmp_path / f"foreign_{words[0]}"  # A module is imported once.
+    foreign = tmp_path / f"foreign_{words[-1].strip('-')}"  # A module is imported once.
     code = f"{foreign.name}.evil:load"
     shutil.copytree(run, foreign)
     (foreign / "evil.py").write_text("open('ran', 'w').close()\ndef load(): return []\n")
@@ -125,10 +128,11 @@ def test_code_that_a_run_folder_names_is_not_run(
     content = torch.load(foreign / "last.pt", weights_only=True)
     content["options"]["data"] = code
     torch.save(content, foreign / "last.pt")
-    line = refused([*words, foreign], capsys)
+    given = foreign / "config.json" if "--config" in words else foreign
+    line = refused([*words, given], capsys)
     assert f"{code}, which is not run because a file names it" in line
     assert f"--data {code}" in line
     assert not (tmp_path / "ran").exists()
     # Whoever names it means it.
-    cli.main([*words, str(foreign), "--data", code])
+    cli.main([*words, str(given), "--data", code])
     assert (tmp_path / "ran").exists()
