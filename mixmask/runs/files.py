@@ -44,6 +44,8 @@ def atomic_write(*paths: Path, needed: int = 0) -> Iterator[list[Path]]:
     """
     temporary = [_temporary(path) for path in paths]
     try:
+        for left in temporary:  # A link would lead elsewhere, a pipe would be waited for.
+            left.unlink(missing_ok=True)
         yield temporary
         for written in temporary:  # All of them, before the first one replaces anything.
             sync(written)
@@ -130,7 +132,8 @@ def check_files(*paths: Path, force: bool) -> None:
             raise ValueError(f"{path} exists; name another --out, or overwrite it with --force")
         temporary = _temporary(path)
         try:
-            temporary.open("ab").close()
+            temporary.unlink(missing_ok=True)
+            temporary.open("xb").close()
             temporary.unlink()
         except OSError as error:
             raise ValueError(

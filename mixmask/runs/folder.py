@@ -189,7 +189,6 @@ def _identify(path: Path) -> tuple[int, int, int] | None:
 def copy_checkpoint(folder: Path, name: str) -> None:
     """Keep `last.pt` under a further name, which takes no more room where the disk has links."""
     with atomic_write(folder / name) as (temporary,):
-        temporary.unlink(missing_ok=True)
         try:
             temporary.hardlink_to(folder / LAST)
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,49 @@ def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> No
             file.write_text("new")
         assert [path.read_text() for path in paths] == ["old", "old"]
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new", "new"]
+
+
+def _link(path: Path) -> Path:
+    target = path.with_name("elsewhere")
+    target.write_text("precious")
+    path.symlink_to(target)
+    return target
+
+
+def _link_hard(path: Path) -> Path:
+    target = path.with_name("elsewhere")
+    target.write_text("precious")
+    path.hardlink_to(target)
+    return target
+
+
+@pytest.mark.parametrize("place", [_link, _link_hard])
+def test_what_lies_under_a_temporary_name_is_not_written_through(
+    place: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    target = place(tmp_path / "last.pt.tmp")
+    save_checkpoint(tmp_path, {"step": 1})
+    assert target.read_text() == "precious"
+    assert not (tmp_path / "last.pt").is_symlink()
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+
+
+def test_a_check_makes_no_file_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "x.png.tmp").symlink_to(tmp_path / "elsewhere")
+    check_files(tmp_path / "x.png", force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_under_a_temporary_name_is_not_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom mixmask.runs.files import *\n"
+        "path = Path(sys.argv[1]) / 'x'\n"
+        "for call in (lambda: check_files(path, force=True), lambda: write_text(path, 'new')):\n"
+        "    os.mkfifo(path.with_name('x.tmp'))\n    call()\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "new")]
 
 
 def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
