@@ -33,7 +33,8 @@ RESULTS = "results.json"
 FORMAT = 4
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
-    "small_stem": bool, "image_size": int, "channels": int, "seed": int, "fingerprint": dict,
+    "small_stem": bool, "image_size": int, "channels": int, "seed": int, "epochs": int,
+    "fingerprint": dict,
 }  # fmt: skip
 _LEAST = {"processes": 1, "image_size": 1, "channels": 1}
 
@@ -78,8 +79,11 @@ def read_options(path: Path) -> Options:
         least, most = _LEAST.get(name, 0), LARGEST
         if isinstance(value, int) and not least <= value <= most:
             raise ValueError(f"{name!r} must be within {least} ... {most}, got {value}")
-    if content.get("data") == "":  # Otherwise it would be the folder where one happens to be.
-        raise ValueError("'data' must name the images, got ''")
+    # Without a name they would be those of the folder where one happens to be; without a
+    # fingerprint any others would pass for them.
+    for name, value in (("data", ""), ("fingerprint", {})):
+        if content.get(name) == value:
+            raise ValueError(f"{name!r} must say which images are meant, got {value!r}")
     if content.get("format", FORMAT) != FORMAT:
         raise ValueError(
             f"it is in format {content['format']}, but this version, {__version__}, reads format "
@@ -115,7 +119,10 @@ def read_rows(folder: Path) -> list[Row]:
     check_readable(path)
     with path.open(newline="", encoding="utf-8") as file:
         read = csv.DictReader(file, restkey="")  # Under which the values without a column come.
-        return [_read_row(f"{path}, line {read.line_num}", row) for row in read]
+        try:
+            return [_read_row(f"{path}, line {read.line_num}", row) for row in read]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it") from None
 
 
 def _read_row(where: str, texts: Mapping[str, Any]) -> Row:

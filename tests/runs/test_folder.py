@@ -123,11 +123,14 @@ def test_rows_and_configuration_come_back(tmp_path: Path) -> None:
         ("1,0.5,0.5", r"line 3 must hold one finite number per column, got =\['0.5'\]"),
         (",0.5", "line 3 must hold the number of an epoch, got None"),
         ("1.5,0.5", "line 3 must hold the number of an epoch, got 1.5"),
+        ("1" * 200_000, r"is damaged \(field larger than"),
+        ("\udcff", r"is damaged \('utf-8' codec can't decode"),
     ],
 )
 def test_metrics_that_are_no_numbers_are_told(line: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(f"epoch,knn\n0,0.25\n{line}\n")
-    with pytest.raises(ValueError, match=rf"metrics.csv, {message}"):
+    content = f"epoch,knn\n0,0.25\n{line}\n"
+    (tmp_path / "metrics.csv").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"metrics.csv,? {message}"):
         read_rows(tmp_path)
 
 
@@ -312,7 +315,9 @@ def test_every_writer_says_in_one_line_that_there_is_no_room(tmp_path: Path) -> 
         ('{"arch": []}', r"'arch' must be of type str, got \[\]"),
         ('{"image_size": -1}', r"'image_size' must be within 1 \.\.\. 2147483647, got -1"),
         ('{"seed": true}', "'seed' must be of type int, got True"),
-        ('{"data": ""}', "'data' must name the images, got ''"),
+        ('{"data": ""}', "'data' must say which images are meant, got ''"),
+        ('{"fingerprint": {}}', "'fingerprint' must say which images are meant, got {}"),
+        ('{"epochs": "9"}', "'epochs' must be of type int, got '9'"),
         ('{"small_stem": 1}', "'small_stem' must be of type bool, got 1"),
         ('{"format": 99, "version": "9.0"}', r"in format 99, but .* wrote it, 9\.0"),
     ],

@@ -122,7 +122,7 @@ def test_epochs_of_another_type_are_refused_when_a_run_goes_on(
     "changes, message",
     [
         ({"processes": 0}, r"'processes' must be within 1 \.\.\. 2147483647, got 0"),
-        ({"data": ""}, "'data' must name the images, got ''"),
+        ({"data": ""}, "'data' must say which images are meant, got ''"),
         ({"arch": ""}, "--arch must not be empty"),
         ({"queue_size": 12}, r"trained with other options than .*\(queue_size was 16, is 12\)"),
         ({"arch": "medium"}, r"\(arch was 'narrow', is 'medium'\)"),
