@@ -21,7 +21,7 @@ from mixmask.evaluation.neighbours import KNN
 from mixmask.evaluation.tasks import BackboneSource, Details, Task
 from mixmask.figures.features import figure_confusion
 from mixmask.figures.style import short_path, write_figure
-from mixmask.runs.files import atomic_write, make_folder
+from mixmask.runs.files import atomic_write, check_readable, make_folder
 
 # Each holds its options, a `name`, and `measure(task, progress)`.
 Protocol = KNN | Linear | LinearSGD | FineTuning
@@ -103,9 +103,10 @@ def results_file(
     path = folder / f"evaluate-{name}.json"
     if force or not path.exists():
         return path
+    check_readable(path)
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        held = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
         held = {}
     known = _circumstances(protocol, source)
     # A path can be spelt in two ways; details say what was used of an option in the file's name.

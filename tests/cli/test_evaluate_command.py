@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +234,24 @@ def test_results_do_not_replace_others(
     assert results(run, "knn")["sha256"] != digest
     (run / "evaluate-knn_photographs_16px.json").write_text("[1")
     assert "--force" in refused(words[1:], capsys)
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 200_000, "\xff"])
+def test_what_is_no_result_is_not_replaced(
+    text: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "evaluate-knn_photographs_16px.json"
+    path.write_text(text, encoding="latin-1")
+    assert "holds another evaluation" in refused(["knn", str(run), "--device", "cpu"], capsys)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_the_place_of_results_is_not_waited_for(run: Path) -> None:
+    path = run / "evaluate-knn_photographs_16px.json"
+    os.mkfifo(path)
+    words = [sys.executable, "-m", "mixmask", "evaluate", "knn", str(run), "--device", "cpu"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, f"{path} is a pipe" in done.stderr) == (2, True)
 
 
 def test_an_unfinished_run_is_called_so(
