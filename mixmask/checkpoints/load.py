@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
 from mixmask.runs.folder import CONFIG, describe_difference, is_run, load_checkpoint, read_options
+from mixmask.runs.misfits import describe_progress
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
@@ -44,6 +46,9 @@ class Loaded:
         left: Keys of the checkpoint that did not: heads, queues, momentum encoders.
         config: The run's `config.json`; empty for checkpoints of others.
         file: The file that was read.
+        sha256: Of that file, as `sha256sum` prints it.
+        step: Done by one of our runs; unknown of others, as are its epochs.
+        epoch: The last whole one of such a run; 0 before its first one ends.
         mean: Of each channel, by which its images were normalised, for pixels from 0 to 1.
         std: Deviation of each channel, in the same form.
         image_size: Height and width in pixels for which it was built; None where any will do.
@@ -57,6 +62,9 @@ class Loaded:
     left: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    sha256: str = ""
+    step: int | None = None
+    epoch: int | None = None
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     image_size: int | None = None
@@ -106,6 +114,8 @@ def load_backbone(
             (the message lists what does not fit), or could run code when it is read.
     """
     file, content, noted = _read(Path(path))
+    # At once: a run that trains replaces its checkpoint, and later ones are of other weights.
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     # The caller has the last word, then what the file notes, then what its keys tell.
     given, arch = arch, arch or noted.get("arch")
     arch, match = _find(file, content, noted, arch)
@@ -141,9 +151,14 @@ def load_backbone(
     config = {} if match.name != "mixmask" or not is_run(content) else noted
     # Its keys alone, but for a ResNet's, could as well be timm's.
     layout = "torchvision" if match.name == "timm" and torchvision_name(arch) else match.name
+    step = epoch = None
+    if is_run(content):
+        # Row 0 is the untrained network; an epoch that was interrupted has no row yet.
+        step = content["step"]
+        epoch = max((int(row["epoch"]) for row in content["rows"]), default=0)
     return Loaded(
-        backbone.eval(), arch, small_stem, layout, taken, left,
-        config=config, file=file, mean=mean, std=std, image_size=size,
+        backbone.eval(), arch, small_stem, layout, taken, left, config=config, file=file,
+        sha256=digest, step=step, epoch=epoch, mean=mean, std=std, image_size=size,
     )  # fmt: skip
 
 
@@ -158,7 +173,7 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
         raise ValueError(f"{path} is a pipe or a device; pass a run folder or a checkpoint file")
     content, metadata = read_checkpoint(path)
     if is_run(content):
-        if difference := describe_difference(path, content):
+        if difference := describe_difference(path, content) or _find_misfit(content):
             raise ValueError(
                 f"{path} cannot be used ({difference}); restore what was changed, or move {CONFIG} "
                 "away"
@@ -168,7 +183,9 @@ def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
 
 
 def _find_misfit(content: Mapping[str, object]) -> str:
-    return "" if is_run(content) or "classes" in content else "it is not a checkpoint of a run"
+    if is_run(content):
+        return describe_progress(content, {"step": int, "rows": list})
+    return "" if "classes" in content else "it is not a checkpoint of a run"
 
 
 def _find(

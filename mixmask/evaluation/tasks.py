@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from mixmask.evaluation.metrics import Interval
 from mixmask.figures.style import short_path
 from mixmask.runs.images import check_code, load_images
 from mixmask.runs.options import LARGEST, check_options, check_range, flag
-from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
 
@@ -245,7 +243,7 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
 def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> BackboneSource:
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
-    source = BackboneSource(
+    return BackboneSource(
         checkpoint=str(run),
         layout=loaded.layout,
         arch=loaded.arch,
@@ -255,12 +253,8 @@ def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> Ba
         mean=loaded.mean,
         std=loaded.std,
         file=loaded.file.name,
-        sha256=hashlib.sha256(loaded.file.read_bytes()).hexdigest(),
+        sha256=loaded.sha256,
+        step=loaded.step,
+        epoch=loaded.epoch,
+        planned_epochs=None if loaded.step is None else loaded.config.get("epochs"),
     )
-    if loaded.layout != "mixmask":
-        return source
-    content, _ = read_checkpoint(loaded.file)
-    # Row 0 is the untrained network; an epoch that was interrupted has no row yet.
-    epoch = max((int(row["epoch"]) for row in content["rows"]), default=0)
-    planned = loaded.config.get("epochs")
-    return dataclasses.replace(source, step=content["step"], epoch=epoch, planned_epochs=planned)

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mixmask import cli
 from mixmask.checkpoints.load import load_backbone
+from mixmask.data.sets import ImageData
 from mixmask.data.views import normalize
 from mixmask.evaluation import (
     KNN,
@@ -31,6 +32,7 @@ from mixmask.evaluation import (
     evaluate,
     load_task,
 )
+from mixmask.runs.images import load_images
 
 
 def test_knn_leaves_results_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +254,30 @@ def test_a_pipe_in_the_place_of_results_is_not_waited_for(run: Path) -> None:
     words = [sys.executable, "-m", "mixmask", "evaluate", "knn", str(run), "--device", "cpu"]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, f"{path} is a pipe" in done.stderr) == (2, True)
+
+
+def test_results_name_the_checkpoint_that_was_measured(
+    run: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
+
+    def train_on(*given: Any, **more: Any) -> ImageData:
+        write_run(run, photographs, "narrow", 16, epoch=1)
+        return load_images(*given, **more)
+
+    monkeypatch.setattr("mixmask.evaluation.tasks.load_images", train_on)
+    source = load_task(run, device="cpu").sources[0]
+    assert (source.sha256, source.step, source.epoch) == (digest, 6, 3)
+
+
+@pytest.mark.parametrize("rows", [[1], [{}], [{"epoch": None}]])
+def test_a_checkpoint_with_rows_of_no_epoch_is_refused(
+    rows: list[Any], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(run / "last.pt") | {"rows": rows}
+    torch.save(content, run / "last.pt")
+    for path in (run, run / "last.pt"):
+        assert "rows are no measurements of epochs" in refused(["knn", str(path)], capsys)
 
 
 def test_an_unfinished_run_is_called_so(
