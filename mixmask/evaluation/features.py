@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmask._checks import check_integer
 from mixmask.data.sets import Images
 from mixmask.data.views import IMAGENET, Normalization, check_pixels, normalize
 from mixmask.runs.records import plural
@@ -41,15 +42,24 @@ def extract_features(
         (N, D) float32 on the backbone's device.
 
     Raises:
-        TypeError: If the images are no tensor, or neither uint8 nor floating.
-        ValueError: If floats lie beyond 0 ... 1, or the backbone does not take images of that size.
+        TypeError: If the images are no tensor, or neither uint8 nor floating, or a size is no
+            integer.
+        ValueError: If there are no images, a size is less than 1, floats lie beyond 0 ... 1, or the
+            backbone does not take images of that size.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         >>> extract_features(nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), images).shape
         torch.Size([2, 5])
     """
-    device, was_training = next(backbone.parameters()).device, backbone.training
+    check_integer("batch_size", batch_size, 1, "leave it out for 256")
+    if size is not None:
+        check_integer("size", size, 1, "leave it out for that of the images")
+    if len(images) == 0:
+        raise ValueError("images must not be empty; pass at least one")
+    # Raw pixels are features too, by a module without weights.
+    device = next((weight.device for weight in backbone.parameters()), torch.device("cpu"))
+    was_training = backbone.training
     size = size or only_size(backbone)
     backbone.eval()
     parts = []

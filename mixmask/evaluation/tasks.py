@@ -12,6 +12,7 @@ from typing import ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
+from mixmask._checks import check_integer
 from mixmask._devices import choose_device
 from mixmask.checkpoints.load import Loaded, load_backbone
 from mixmask.data.sets import Images, Split
@@ -233,7 +234,7 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
     only = only_size(loaded.backbone)
     if given is None:
         return int(loaded.config.get("image_size", 0)) or only or 224
-    check_range("image_size", given, 1)
+    check_integer("--image-size", given, 1, "leave it out for that of the run")
     check_range("image_size", given, None, LARGEST)
     if only not in (None, given):
         raise ValueError(f"{loaded.arch} takes images of {only} px only, got --image-size {given}")

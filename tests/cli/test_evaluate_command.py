@@ -280,6 +280,12 @@ def test_a_checkpoint_with_rows_of_no_epoch_is_refused(
         assert "rows are no measurements of epochs" in refused(["knn", str(path)], capsys)
 
 
+@pytest.mark.parametrize("size", [16.0, "16", True])
+def test_an_image_size_of_another_type_is_refused(size: Any, run: Path) -> None:
+    with pytest.raises(TypeError, match="--image-size must be an integer, got"):
+        load_task(run, image_size=size, device="cpu")
+
+
 def test_an_unfinished_run_is_called_so(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,27 @@ def test_features_pass_by_compilation_and_keep_hooks() -> None:
         backbone(torch.zeros(2, 3, 32, 32))
 
 
+def test_raw_pixels_are_features_of_a_module_without_weights() -> None:
+    images = torch.rand(5, 3, 4, 4)
+    features = extract_features(nn.Flatten(), images, normalization=((0.0,), (1.0,)))
+    torch.testing.assert_close(features, images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
+        ({"size": -1}, ValueError, "size must be at least 1, got -1"),
+        ({"size": "8"}, TypeError, "size must be an integer, got '8'"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, ValueError, "images must not be empty"),
+    ],
+)
+def test_features_refuse(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        extract_features(nn.Flatten(), **({"images": torch.zeros(2, 3, 8, 8)} | changes))
+
+
 def test_images_of_other_channels_are_told() -> None:
     with pytest.raises(ValueError, match="it takes images of 3 channels, got 1"):
         extract_features(build_backbone("narrow"), torch.zeros(4, 1, 16, 16, dtype=torch.uint8))
