@@ -59,6 +59,7 @@ def hold_new_run(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process is using the folder, or did until now; or a folder lies
             where a run's file belongs.
+        FileNotFoundError: If it was moved or deleted meanwhile, and could not be written.
     """
     # A launcher tells the rank before the processes have joined.
     if rank() != 0 or os.environ.get("RANK", "0") != "0":
@@ -73,6 +74,13 @@ def hold_new_run(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
+            if not folder.is_dir():
+                if not isinstance(error, OSError):
+                    raise
+                raise FileNotFoundError(
+                    f"{folder} was moved or deleted during the run; if it was moved, continue the "
+                    "run in its new place with --resume"
+                ) from error
             # Whose reader has gone was not refused, and can go on.
             failed = isinstance(error, Exception) and not isinstance(error, BrokenPipeError)
             if failed and not has_checkpoint(folder):

@@ -58,6 +58,16 @@ def start(folder: Path, *names: str, error: type[BaseException] | None = None) -
             raise error
 
 
+@pytest.mark.parametrize("error", [FloatingPointError, KeyboardInterrupt, FileNotFoundError])
+def test_a_folder_that_was_moved_is_told_and_hides_no_other_error(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    told = "was moved or deleted during the run" if error is FileNotFoundError else "as it was"
+    with pytest.raises(error, match=told), hold_new_run(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        raise error("as it was")
+
+
 def test_a_folder_that_another_process_holds_is_refused_and_left(
     other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
