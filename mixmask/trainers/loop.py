@@ -138,6 +138,12 @@ def _measure(monitor: Monitor, run: Run, thorough: bool) -> Row:
         row = {name: float(value) for name, value in measured.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"monitor must return numbers by their names, got {measured!r}") from error
+    own = {"epoch", "step", "lr", "memory_gib", *Meter(looks=1, seconds=1.0).row()}
+    if taken := sorted(own & set(row)):
+        raise ValueError(
+            f"monitor must not return {', '.join(taken)}, which the run measures itself; use "
+            "another name"
+        )
     if odd := [name for name, value in row.items() if not math.isfinite(value)]:
         # Not an error: the epoch that has been trained would be lost.
         warnings.warn(f"monitor returned {row}; {', '.join(odd)} is left out", stacklevel=2)

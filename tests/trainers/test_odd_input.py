@@ -195,6 +195,14 @@ def test_accuracies_that_are_no_numbers_are_left_out_with_a_warning(
     assert not any("knn" in row for row in result.rows)
 
 
+@pytest.mark.parametrize("name", ["loss", "epoch", "spread"])
+def test_a_monitor_does_not_replace_what_the_run_measures(
+    name: str, photographs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"monitor must not return {name}, which the run"):
+        start(tmp_path / "run", data=photographs, monitor=lambda *_: lambda *_: {name: 1.0}, **TINY)
+
+
 def test_a_class_in_place_of_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data must be a data set with __len__"):
         start(tmp_path / "run", data=Pictures, **TINY)
