@@ -122,7 +122,10 @@ def read_rows(folder: Path) -> list[Row]:
         try:
             return [_read_row(f"{path}, line {read.line_num}", row) for row in read]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); restore it") from None
+            raise ValueError(
+                f"{path} is damaged ({error}); pretrain --resume writes it again from a "
+                "checkpoint, where there is one"
+            ) from None
 
 
 def _read_row(where: str, texts: Mapping[str, Any]) -> Row:
