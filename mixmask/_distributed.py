@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ def world_size() -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size()
+
+
+def launched(name: str = "WORLD_SIZE") -> int:
+    """Return how many processes a launcher says it has started, 1 without one."""
+    text = os.environ.get(name) or "1"
+    if not text.isdecimal():
+        raise ValueError(
+            f"{name}, which launchers set, must be a number of processes, got {text!r}; unset it"
+        )
+    return int(text)
 
 
 def rank() -> int:

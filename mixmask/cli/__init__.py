@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import sys
 import warnings
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mixmask._devices import is_out_of_memory
+from mixmask._distributed import launched
 from mixmask._signals import interruptible
 from mixmask._version import __version__
 from mixmask.cli._console import OneLineParser, open_streams, refuse, say
@@ -101,7 +101,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _check_alone(name: str) -> None:
-    if name not in _TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name not in _TOGETHER and launched() > 1:
         raise ValueError(f"{name} runs in one process; start it without a launcher")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from mixmask._distributed import launched
+
 # By default, images are kept in memory if they take at most this, and this share of what is free.
 MAX_BYTES = 24 * 2**30
 SHARE_OF_FREE = 0.25
@@ -21,7 +23,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # Nothing is written there but 
 
 def local_processes() -> int:
     """Return how many training processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return launched("LOCAL_WORLD_SIZE")
 
 
 def available_cores() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixmask._distributed import rank
+from mixmask._distributed import launched, rank
 from mixmask.runs.files import LAST
 from mixmask.runs.folder import CONFIG, has_checkpoint
 
@@ -62,7 +62,7 @@ def hold_new_run(folder: Path) -> Iterator[None]:
         FileNotFoundError: If it was moved or deleted meanwhile, and could not be written.
     """
     # A launcher tells the rank before the processes have joined.
-    if rank() != 0 or os.environ.get("RANK", "0") != "0":
+    if rank() != 0 or (launched() > 1 and os.environ.get("RANK", "0") != "0"):
         yield
         return
     before = set(folder.iterdir()) if folder.exists() else None

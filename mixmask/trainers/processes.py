@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from mixmask._devices import choose_device
-from mixmask._distributed import world_size
+from mixmask._distributed import launched, world_size
 from mixmask.runs.files import LAST, PREVIOUS
 from mixmask.runs.options import LARGEST
 
@@ -43,7 +43,7 @@ def start_processes(device: torch.device | str | None = None) -> PartialState:
             each, and one is named, or MIXMASK_TIMEOUT, for which they wait, is no such number.
     """
     joined = dist.is_available() and dist.is_initialized()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched() > 1
     named = None if device is None else choose_device(device)
     if several and named is not None and named.type != "cpu":
         raise ValueError(f"--device {device} is for one process; of several, each has its own")

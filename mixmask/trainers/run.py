@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from mixmask._distributed import launched
 from mixmask._seeds import fold_seed
 from mixmask.backbones import check_sizes
 from mixmask.data.resources import choose_workers
@@ -259,7 +260,7 @@ def _start_accelerator(config: RunConfig, out: Path) -> Accelerator:
         project_dir=out,
     )
     # Processes that do not know of each other would write the same files.
-    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    started = launched() if "LOCAL_RANK" in os.environ else 1
     if started > accelerator.num_processes:
         raise ValueError(
             f"{started} processes were started, but accelerate has joined "

@@ -246,6 +246,19 @@ def test_several_processes_of_one_command_are_refused(
     assert set(run.iterdir()) == before
 
 
+@pytest.mark.parametrize("text", ["abc", "-1"])
+def test_a_number_of_processes_that_is_none_is_named(
+    text: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    for words in (["evaluate", "knn", run], ["pretrain", "--resume", run]):
+        assert f"WORLD_SIZE, which launchers set, must be a number of processes, got {text!r}" in (
+            refused(words, capsys)
+        )
+    monkeypatch.setenv("WORLD_SIZE", "")  # As a script leaves it that found no number.
+    assert cli.main(["evaluate", "knn", str(run), "--device", "cpu"]) == 0
+
+
 def test_a_full_disk_is_named_by_embed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,9 +63,23 @@ def test_a_folder_that_was_moved_is_told_and_hides_no_other_error(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     told = "was moved or deleted during the run" if error is FileNotFoundError else "as it was"
-    with pytest.raises(error, match=told), hold_new_run(tmp_path / "run"):
-        (tmp_path / "run").rename(tmp_path / "elsewhere")
-        raise error("as it was")
+
+    def move() -> None:
+        with hold_new_run(tmp_path / "run"):
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            raise error("as it was")
+
+    with pytest.raises(error, match=told):
+        move()
+
+
+def test_a_rank_that_no_launcher_set_takes_its_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FloatingPointError):
+        start(tmp_path / "run", "config.json", error=FloatingPointError)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_another_process_holds_is_refused_and_left(
