@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import re
 import sys
@@ -89,6 +90,8 @@ def _run(words: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return refuse(str(error))
     except (RuntimeError, MemoryError) as error:
+        if getattr(error.__context__, "errno", None) == errno.ELOOP:  # `Path.resolve` says so.
+            return refuse(f"{error}; name another path")
         if not is_out_of_memory(error):
             raise
         return refuse(f"out of memory: {_SMALLER.get(words[0], 'use a smaller --image-size')}")

@@ -259,6 +259,15 @@ def test_a_number_of_processes_that_is_none_is_named(
     assert cli.main(["evaluate", "knn", str(run), "--device", "cpu"]) == 0
 
 
+def test_links_that_lead_to_themselves_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for words in (["evaluate", "knn", run, "--out", loop], ["pretrain", "--out", loop]):
+        assert "links" in refused(words, capsys).lower().replace("symlink loop", "links")
+
+
 def test_a_full_disk_is_named_by_embed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
