@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,6 +46,9 @@ CHANGEABLE = ("epochs", "data")
 _ALLOWED = ("--epochs", "--data", "--out", "--device", "--threads")
 # What may differ between processes on several machines.
 _OWN = ("data", "workers")
+
+# Runs in threads of one process would draw from the same generator.
+_ONE_RUN = threading.Lock()
 
 # Builds what measures a backbone on labelled images, from the images and the size of views.
 MonitorBuilder = Callable[[ImageData, int], Monitor | None]
@@ -137,6 +141,7 @@ def pretrain(
         TypeError: If an option has another type.
         ValueError: If an option is unknown or out of its range, images are missing or others than
             those of the run, or `out` holds something.
+        RuntimeError: If another run is open in this process.
         FloatingPointError: If the loss is no longer finite or the run has collapsed.
         OSError: If images cannot be read, a worker or another process has died, or there is no
             room for the checkpoint; the one before is kept.
@@ -197,6 +202,12 @@ def open_run(
     source = None if resume is None else Path(resume)
     target = None if out is None else Path(out)
     with interruptible(), ExitStack() as held:
+        if not _ONE_RUN.acquire(blocking=False):
+            raise RuntimeError(
+                "another run is open in this process, whose random numbers they would share; "
+                "wait for its end, or start a process for each"
+            )
+        held.callback(_ONE_RUN.release)
         state = start_processes(device)
 
         def plan() -> _Plan:
