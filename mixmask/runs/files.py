@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # The newest checkpoint, and the one before in case the newest is damaged.
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
 
 
 class NoRoomError(OSError):
@@ -84,8 +84,13 @@ def _describe_room(path: Path, begun: int, needed: int) -> str:
         f"No space left for {path}: it takes {amount}, {_megabytes(free)} are free (a quota or "
         "a limit on the size of files counts too); "
         + (f"{path.parent / kept[0]} is kept: " if kept else "")
-        + "free some space, then resume"
+        + ("free some space, then resume" if _is_runs(path) else "free some space, then try again")
     )
+
+
+def _is_runs(path: Path) -> bool:
+    """Tell what a run writes while it trains from what other commands write."""
+    return path.suffix == ".pt" or path.name == METRICS
 
 
 def _megabytes(count: int) -> str:

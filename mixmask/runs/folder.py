@@ -15,7 +15,15 @@ from typing import Any, NoReturn
 import torch
 
 from mixmask._version import __version__
-from mixmask.runs.files import LAST, PREVIOUS, atomic_write, check_readable, sync, write_json
+from mixmask.runs.files import (
+    LAST,
+    METRICS,
+    PREVIOUS,
+    atomic_write,
+    check_readable,
+    sync,
+    write_json,
+)
 from mixmask.runs.options import LARGEST, Options, describe_change
 from mixmask.runs.reading import is_sealed, read_checkpoint, seal
 
@@ -26,7 +34,6 @@ _UNFINISHED = f"{LAST}.tmp"  # As `atomic_write` names it.
 # With --keep: the one of the best kNN accuracy; those of epochs are epoch-0012.pt and so on.
 BEST = "best.pt"
 CONFIG = "config.json"
-METRICS = "metrics.csv"
 RESULTS = "results.json"
 
 # Of `config.json`, and what every command uses of it: the types, and the least of counts.
@@ -219,6 +226,12 @@ def _kept(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbers, reverse=True)]
 
 
+def _older(folder: Path) -> list[Path]:
+    """List what there is to go on from where last and previous are damaged, the newest first."""
+    best = folder / BEST  # Of any epoch, so it comes last.
+    return [*_kept(folder), *([best] if best.exists() else [])]
+
+
 def _count_bytes(content: object) -> int:
     """Count the bytes of all tensors in nested dictionaries, lists and tuples."""
     if isinstance(content, torch.Tensor):
@@ -234,7 +247,7 @@ def _count_bytes(content: object) -> int:
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
     whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
-    return whole or is_sealed(folder / _UNFINISHED) or bool(_kept(folder))
+    return whole or is_sealed(folder / _UNFINISHED) or bool(_older(folder))
 
 
 def is_unstarted(folder: Path) -> bool:
@@ -284,7 +297,7 @@ def load_checkpoint(
         ValueError: If the folder holds no checkpoint that can be used.
     """
     problems = []
-    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS, *_kept(folder)):
+    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS, *_older(folder)):
         if not file.exists() or (file.name == _UNFINISHED and not is_sealed(file)):
             continue
         try:

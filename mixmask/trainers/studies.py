@@ -17,8 +17,8 @@ from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.claim import hold_new_run
-from mixmask.runs.files import write_text
-from mixmask.runs.folder import CONFIG, METRICS, Row, has_checkpoint, read_config, read_rows
+from mixmask.runs.files import METRICS, write_text
+from mixmask.runs.folder import CONFIG, Row, has_checkpoint, read_config, read_rows
 from mixmask.runs.images import check_same, fingerprint_of
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
 from mixmask.trainers.config import PATTERNS, RunConfig

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tiny_runs import assert_same, read_rows, tiny_config
 
-from mixmask.runs.folder import FORMAT, read_config
+from mixmask.runs.folder import FORMAT, load_checkpoint, read_config
 from mixmask.trainers import Pretrained, pretrain
 from mixmask.trainers.files import load_config, read_options_file
 from mixmask.trainers.methods import METHODS, make_config
@@ -279,6 +279,30 @@ def test_checkpoints_of_epochs_are_kept_and_the_best(data: Path, tmp_path: Path)
         for name in ("best", "epoch-0003", "epoch-0004", "last")
     }
     assert steps == {"best": 6, "epoch-0003": 9, "epoch-0004": 12, "last": 12}
+    for name in kept - {"best.pt"}:
+        (result.folder / name).unlink()
+    (result.folder / "last.pt").write_bytes(b"no checkpoint")
+    with pytest.warns(UserWarning, match=r"last\.pt .*best\.pt is used instead"):
+        assert load_checkpoint(result.folder)[1]["step"] == 6
+
+
+def test_one_run_at_a_time_in_a_process(data: Path, tmp_path: Path) -> None:
+    errors: list[str] = []
+
+    def measure(*_: object) -> dict[str, float]:
+        with pytest.raises(RuntimeError, match="another run is open in this process") as error:
+            start(tmp_path / "second", data=data, **TINY)
+        errors.append(str(error.value))
+        return {"knn": 0.5}
+
+    once = {"epochs": 1, "measure_every": 0}
+    pretrain(
+        data=data, out=tmp_path / "first", progress=False, monitor=lambda *_: measure,
+        **TINY | once,
+    )  # fmt: skip
+    assert len(errors) == 2  # Before the first epoch and after the last.
+    assert not (tmp_path / "second").exists()
+    start(tmp_path / "second", data=data, **TINY | once)
 
 
 def test_another_number_of_processes_takes_the_same_images_per_step(
