@@ -27,7 +27,8 @@ from mixmask.evaluation import extract_features, knn_accuracy, linear_accuracy
 from mixmask.runs.folder import Row
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.loop import train_method
-from mixmask.trainers.methods import Method, build_method, make_config
+from mixmask.trainers.methods import build_method, make_config
+from mixmask.trainers.mixtures import Method
 
 # Neighbours that vote, and the temperature of their votes.
 _K, _TEMPERATURE = 20, 0.1
@@ -164,8 +165,6 @@ def passes(config: RunConfig) -> tuple[float, float]:
 
 
 def _step_passes(model: Method, config: RunConfig, mix: bool) -> list[float]:
-    assert isinstance(model, nn.Module)
-    module: nn.Module = model
     counts = [0.0, 0.0]
     n, size = 8, config.image_size
 
@@ -174,7 +173,7 @@ def _step_passes(model: Method, config: RunConfig, mix: bool) -> list[float]:
         area = given[0].shape[-1] * given[0].shape[-2] / size**2
         counts[not torch.is_grad_enabled()] += len(given[0]) / n * area
 
-    backbones = [part for name, part in module.named_children() if name.endswith("backbone")]
+    backbones = [part for name, part in model.named_children() if name.endswith("backbone")]
     hooks = [backbone.register_forward_pre_hook(count) for backbone in backbones]
     x1, x2, *extra = torch.randn(2 + config.extra_crops, n, 3, size, size)
     for _ in model.terms(x1, x2, torch.Generator(), extra=extra if mix else [], mix=mix):

@@ -69,9 +69,7 @@ class TrainerStep:
     def __init__(self, config: RunConfig, setting: Setting) -> None:
         """Build method and optimiser."""
         self.setting = setting
-        model = build_method(config)
-        assert isinstance(model, nn.Module)
-        self.model = model
+        self.model = build_method(config)
         setting.placed(self.model).train()
         if setting.compile:
             compile_backbones(self.model)

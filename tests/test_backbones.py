@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmask.backbones import build_backbone, check_sizes, load_timm_weights
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.folder import save_checkpoint, write_config
-from mixmask.trainers.parts import build_encoder
+from mixmask.trainers.methods import build_encoder
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,6 @@ def test_timms_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"weights of resnet34 .*fetch them once"):
         load_timm_weights(build_backbone("resnet34"), "resnet34")
     config = tiny_config("moco-v2", arch="resnet18", init="timm", image_size=32)
-    encoder, _ = build_encoder(config)
-    again, _ = build_encoder(config)
+    encoder = build_encoder(config)
+    again = build_encoder(config)
     assert torch.equal(encoder.state_dict()["conv1.weight"], again.state_dict()["conv1.weight"])

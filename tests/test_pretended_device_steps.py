@@ -19,7 +19,7 @@ from mixmask.data.views import RandomView
 from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import METHODS
+from mixmask.trainers.methods import METHODS, build_method
 from mixmask.trainers.run import Run, build_optimizer, random_view
 
 # Options that take another way through a step, and a method that has them.
@@ -87,7 +87,7 @@ class Steps:
     def __init__(self, method: str, device: torch.device, **options: Any) -> None:
         self.config = tiny_config(method, blur=0.5, warmup=0.0, **options)
         torch.manual_seed(0)
-        self.model: Any = METHODS[method].build(self.config).to(memory_format=torch.channels_last)
+        self.model: Any = build_method(self.config).to(memory_format=torch.channels_last)
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, self.config)
         self.images = tiny_images(8).to(device)

@@ -27,8 +27,7 @@ from mixmask.runs.folder import Row, has_checkpoint, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
 from mixmask.trainers.config import RunConfig
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import Method
-from mixmask.trainers.mixtures import Term, resize_views
+from mixmask.trainers.mixtures import Method, Term, resize_views
 from mixmask.trainers.processes import report_lost_processes
 from mixmask.trainers.run import Run
 

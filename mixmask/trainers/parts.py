@@ -1,45 +1,12 @@
-"""Parts that methods share: encoder, heads, momentum, the queue, split batch norm."""
+"""Parts that methods share: heads, momentum, the queue, split batch norm."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mixmask.backbones import build_backbone, load_timm_weights
-from mixmask.checkpoints.load import load_backbone
-from mixmask.runs.misfits import describe_misfit
-from mixmask.runs.records import plural
-from mixmask.trainers.config import TIMM, RunConfig
-
-
-def build_encoder(config: RunConfig) -> tuple[nn.Module, int]:
-    """Build a run's backbone, and return it with the number of its features.
-
-    With `--init` its weights are timm's, or those of a checkpoint in any layout that can be read.
-    """
-    backbone = build_backbone(
-        config.arch,
-        small_stem=config.small_stem,
-        image_size=config.image_size,
-        in_chans=config.channels,
-    )
-    if config.init == TIMM:
-        size, channels = config.image_size, config.channels
-        load_timm_weights(backbone, config.arch, image_size=size, in_chans=channels)
-    elif config.init:
-        loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
-        state = loaded.backbone.state_dict()
-        if misfit := describe_misfit(backbone.state_dict(), state):
-            raise ValueError(
-                f"--init {config.init} does not fit {config.arch} for images of "
-                f"{plural(config.channels, 'channel')} ({misfit}); name another checkpoint"
-            )
-        backbone.load_state_dict(state)
-    return backbone, int(backbone.num_features)  # type: ignore[arg-type]
 
 
 def build_head(features: int, dim: int, *, mlp: bool) -> nn.Module:

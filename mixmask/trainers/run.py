@@ -46,7 +46,8 @@ from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 from mixmask.trainers.config import TIMM, RunConfig
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import Method, build_method
+from mixmask.trainers.methods import build_method
+from mixmask.trainers.mixtures import Method
 from mixmask.trainers.processes import agree, call_together
 
 
@@ -165,7 +166,6 @@ class Run:
             crops = part_bytes(images, config.image_size, 2 + config.extra_crops)
             workers = choose_workers(config.workers, crops)
         model = _build_model(config, accelerator)
-        assert isinstance(model, nn.Module)
         optimizer = accelerator.prepare(build_optimizer(model, config))
         view = random_view(config, images).to(accelerator.device)
         return cls(config, accelerator, model, optimizer, view, images, workers, steps, out)
@@ -300,7 +300,6 @@ def _build_model(config: RunConfig, accelerator: Accelerator) -> Method:
     # In all processes alike: nothing copies the weights from one to the others.
     torch.manual_seed(fold_seed(config.seed, "weights"))
     model = build_method(config)
-    assert isinstance(model, nn.Module)
     if config.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise ValueError(

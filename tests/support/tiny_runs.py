@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mixmask import MixedBatch
 from mixmask.data.sets import Images, StoredImages, load_data
 from mixmask.trainers.loop import train_method
-from mixmask.trainers.methods import METHODS, make_config
+from mixmask.trainers.methods import METHODS, build_method, make_config
 from mixmask.trainers.mixtures import Mixture
 
 # Each method takes those that it has.
@@ -54,7 +54,7 @@ def build_tiny(method: str, **options: Any) -> tuple[Any, Tensor, Tensor]:
     Its running statistics are those of the views, so that in eval mode, too, embeddings differ.
     """
     torch.manual_seed(0)
-    model = METHODS[method].build(tiny_config(method, **options))
+    model = build_method(tiny_config(method, **options))
     x1, x2 = F.interpolate(torch.randn(16, 3, 4, 4), 32, mode="bicubic").chunk(2)
     twin = copy.deepcopy(model)
     for module in twin.modules():

@@ -11,7 +11,7 @@ import torch
 from tiny_runs import assert_same, interrupt_at, read_rows, run, tiny_config, tiny_images
 from torch import Tensor
 
-from mixmask.trainers.methods import make_config
+from mixmask.trainers.methods import build_method, make_config
 from mixmask.trainers.methods.moco import MoCo
 
 TINY: dict[str, Any] = {"epochs": 3, "batch_size": 8, "queue_size": 29, "dim": 16, "image_size": 16}
@@ -145,7 +145,8 @@ def test_loss_that_is_not_finite_stops_the_run(
 @pytest.mark.parametrize("method", ["moco-v1", "moco-v2"])
 def test_every_mixture_trains(mix: str, method: str, images: Tensor, tmp_path: Path) -> None:
     config = make_config(**(TINY | {"epochs": 1}), mix=mix, method=method)
-    before = MoCo(config).head.state_dict()
+    model: Any = build_method(config)
+    before = model.head.state_dict()
     model = run(config, images, tmp_path)
     (row,) = read_rows(tmp_path)
     assert (float(row["loss_mixed"]) > 0) == (mix != "none")

@@ -25,12 +25,11 @@ from tiny_runs import (
 from torch import Tensor, nn
 
 from mixmask import cli, mix_batch
-from mixmask.backbones import build_backbone
 from mixmask.runs.options import option
 from mixmask.trainers.config import MIXTURES, RunConfig
 from mixmask.trainers.files import load_config
 from mixmask.trainers.methods import METHODS, Entry, make_config
-from mixmask.trainers.mixtures import Term, build_mixtures, mixed_terms
+from mixmask.trainers.mixtures import Method, Term, build_mixtures
 
 # How many views each mixture makes of one.
 VIEWS = {"none": 0, "both": 2}
@@ -309,15 +308,12 @@ class ToyConfig(RunConfig):
     width: int = option(4, "size of the toy's embedding", low=1)
 
 
-class Toy(nn.Module):
+class Toy(Method):
     """Everything that a method needs to be."""
 
-    def __init__(self, config: ToyConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = build_backbone(config.arch)
-        self.head = nn.Linear(int(self.backbone.num_features), config.width)  # type: ignore[arg-type]
-        self.mixtures = build_mixtures(config)
+    def __init__(self, config: ToyConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        self.head = nn.Linear(self.features, config.width)
         self.told: list[float] = []
 
     def encode(self, images: Tensor) -> Tensor:
@@ -335,15 +331,8 @@ class Toy(nn.Module):
     ) -> Iterator[Term]:
         target = self.encode(x2)
         yield Term(nn.functional.mse_loss(self.encode(x1), target))
-        yield from mixed_terms(
-            self.config,
-            self.mixtures if mix else [],
-            [x1, *extra],
-            self.encode,
-            nn.functional.mse_loss,
-            target,
-            generator,
-        )
+        if mix:
+            yield from self.mixed_terms([x1, *extra], nn.functional.mse_loss, target, generator)
 
     def after_step(self, done: float) -> None:
         self.told.append(done)

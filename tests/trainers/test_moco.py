@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny_runs import build_tiny, note_mixes, seeded
 from torch import Tensor
 
-from mixmask.trainers.methods import make_config
+from mixmask.trainers.methods import build_method, make_config
 from mixmask.trainers.methods.moco import MoCo, MoCoConfig
 
 TINY: dict[str, Any] = {"batch_size": 8, "queue_size": 13, "dim": 16, "epochs": 2}
@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {"batch_size": 8, "queue_size": 13, "dim": 16, "epochs": 
 
 def build(**options: Any) -> tuple[MoCo, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = MoCo(make_config(**(TINY | options)))
+    model: MoCo = build_method(make_config(**(TINY | options)))  # type: ignore[assignment]
     return model, torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
 
 
@@ -155,7 +155,7 @@ def test_no_switch_drops_the_partner() -> None:
 
 def test_version_one_has_a_linear_head() -> None:
     config: MoCoConfig = make_config(method="moco-v1", **TINY)
-    assert isinstance(MoCo(config).head, torch.nn.Linear)
+    assert isinstance(build_method(config).head, torch.nn.Linear)
     assert (config.temperature, config.schedule) == (0.07, "step")
 
 

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mixmask import MixedBatch, _distributed, mix_batch
 from mixmask._distributed import average, exchange_rows
 from mixmask.trainers import loop
-from mixmask.trainers.methods import METHODS
+from mixmask.trainers.methods import METHODS, build_method
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.methods.simsiam import SimSiam
 from mixmask.trainers.run import Run
@@ -184,7 +184,7 @@ def _compare(rank: int) -> dict[str, Any]:
 def _shuffle_keys(rank: int) -> dict[str, Any]:
     """Embed keys with statistics of the shuffled batch, of the process's own, and of neither."""
     torch.manual_seed(0)
-    model = MoCo(tiny_config("moco-v2"))
+    model: Any = build_method(tiny_config("moco-v2"))
     images = _views()[1][rank]
     model.eval()  # First, while running statistics are still alike.
     fixed = model.key_head(model.key_backbone(images)).detach()
@@ -289,7 +289,7 @@ def test_both_processes_end_in_the_same_weights(found: Results, method: str) -> 
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     torch.manual_seed(0)
-    untrained = METHODS[method].build(tiny_config(method, batch_size=N))
+    untrained = build_method(tiny_config(method, batch_size=N))
     assert all(
         not torch.equal(first[f"backbone.{name}"], p)
         for name, p in untrained.backbone.named_parameters()

@@ -17,7 +17,7 @@ from tiny_runs import assert_same, read_rows, tiny_config
 from mixmask.runs.folder import FORMAT, load_checkpoint, read_config
 from mixmask.trainers import Pretrained, pretrain
 from mixmask.trainers.files import load_config, read_options_file
-from mixmask.trainers.methods import METHODS, make_config
+from mixmask.trainers.methods import build_method, make_config
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.run import Run
 
@@ -374,14 +374,14 @@ def test_images_are_held_out_for_accuracies(data: Path, tmp_path: Path) -> None:
 def test_a_backbone_starts_from_a_checkpoint_and_so_does_its_follower(
     method: str, whole: Path
 ) -> None:
-    model = METHODS[method].build(tiny_config(method, init=str(whole)))
+    model = build_method(tiny_config(method, init=str(whole)))
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, weights(whole)[f"backbone.{name}"]), name
     for name, follower in model.named_children():
         if name in ("key_backbone", "target_backbone"):
             assert_same(follower, model.backbone)
     with pytest.raises(ValueError, match="does not fit resnet18"):
-        METHODS[method].build(tiny_config(method, init=str(whole), arch="resnet18"))
+        build_method(tiny_config(method, init=str(whole), arch="resnet18"))
 
 
 def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(

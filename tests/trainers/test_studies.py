@@ -17,6 +17,7 @@ from torch import Tensor
 from mixmask.data.sets import ImageData, Split
 from mixmask.runs.folder import read_config
 from mixmask.trainers.loop import train_method
+from mixmask.trainers.methods import build_method
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import (
     BUDGET_METHODS,
@@ -143,9 +144,8 @@ def test_a_study_goes_on_where_it_was_interrupted(
     )
     assert resumed.last("knn") == pytest.approx(rows[-1]["knn"], abs=0)
     model = torch.load(run.folder / "last.pt", weights_only=True)["model"]
-    twin = MoCo(run.config)  # type: ignore[arg-type]
+    twin = build_method(run.config)
     twin.load_state_dict(model)
-    assert isinstance(whole, torch.nn.Module)
     assert_same(twin, whole)
 
     finished = plan_runs(tiny_cells(), 1, tmp_path)[1]

@@ -14,7 +14,7 @@ from mixmask.trainers import loop
 from mixmask.trainers.config import MIXTURES, RunConfig
 from mixmask.trainers.loop import train_method
 from mixmask.trainers.meter import Meter
-from mixmask.trainers.methods import METHODS
+from mixmask.trainers.methods import METHODS, build_method
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.run import build_optimizer, random_view
 
@@ -40,7 +40,7 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method, mix", CASES)
 def test_a_step_needs_no_value_on_the_host(method: str, mix: str) -> None:
     config = tiny_config(method, mix=mix, blur=0.5, warmup=0.0)
-    model = METHODS[method].build(config).to("meta")
+    model = build_method(config).to("meta")
     optimizer, meter = build_optimizer(model, config), Meter()
     images = torch.empty(8, 3, 64, 64, dtype=torch.uint8, device="meta")
     view = random_view(config, images)

@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from mixmask._checks import check_choice
-from mixmask.backbones import has_plain_stem
+from mixmask.backbones import build_backbone, has_plain_stem, load_timm_weights
+from mixmask.checkpoints.load import load_backbone
+from mixmask.runs.misfits import describe_misfit
 from mixmask.runs.options import Options, flag
-from mixmask.trainers.config import PRESETS, RunConfig
+from mixmask.runs.records import plural
+from mixmask.trainers.config import PRESETS, TIMM, RunConfig
 from mixmask.trainers.methods import barlow, byol, moco, simclr, simsiam, swav
-from mixmask.trainers.mixtures import Mixture, Term, Views
-
-
-class Method(Protocol):
-    """What the loop asks of a method: an `nn.Module` with a backbone, mixtures and two calls.
-
-    A step iterates over `terms`, calls backward on each, steps the optimiser, and calls
-    `after_step`.
-    """
-
-    backbone: nn.Module
-    mixtures: list[Mixture]
-
-    def terms(
-        self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
-    ) -> Iterator[Term]:
-        """Yield the terms of a step's loss: the clean ones, then one per mixed view.
-
-        Each is computed when it is asked for: call backward on one before asking for the next,
-        and only one forward pass is alive at a time. With `--replace-clean`, a step with mixed
-        views has no clean terms.
-
-        Args:
-            x1: (N, 3, S, S) views; these are mixed.
-            x2: (N, 3, S, S) other views of the same images: keys, or targets.
-            generator: A CPU generator for masks, partners and the shuffling of keys.
-            extra: Further views of the same images, (N, 3, S, S) each, which are mixed too.
-            mix: Whether this step has mixed views.
-        """
-
-    def after_step(self, done: float) -> None:
-        """Do what follows an optimiser step, when a share `done` of the run, 0 ... 1, is over."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """See `nn.Module`, also for what follows."""
-
-    def train(self, mode: bool = True) -> object:
-        """Set the training mode."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
-        """Restore all parameters and buffers."""
+from mixmask.trainers.mixtures import Method
 
 
 class Entry(NamedTuple):
     """A method, its options, what it sets otherwise on any data, and its presets by data."""
 
-    build: type[Any]  # Of an nn.Module that is a `Method`, which no type can say.
+    build: type[Any]  # Of a `Method`, from its own configuration and a backbone.
     config: type[RunConfig]
     defaults: Options
     presets: dict[str, Options]
@@ -136,5 +96,31 @@ def option_defaults(method: str, recipe: str = "imagenet") -> Options:
 
 def build_method(config: RunConfig) -> Method:
     """Build the method that a configuration names; weights come from torch's global generator."""
-    method: Method = METHODS[config.method].build(config)
+    method: Method = METHODS[config.method].build(config, build_encoder(config))
     return method
+
+
+def build_encoder(config: RunConfig) -> nn.Module:
+    """Build a run's backbone.
+
+    With `--init` its weights are timm's, or those of a checkpoint in any layout that can be read.
+    """
+    backbone = build_backbone(
+        config.arch,
+        small_stem=config.small_stem,
+        image_size=config.image_size,
+        in_chans=config.channels,
+    )
+    if config.init == TIMM:
+        size, channels = config.image_size, config.channels
+        load_timm_weights(backbone, config.arch, image_size=size, in_chans=channels)
+    elif config.init:
+        loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
+        state = loaded.backbone.state_dict()
+        if misfit := describe_misfit(backbone.state_dict(), state):
+            raise ValueError(
+                f"--init {config.init} does not fit {config.arch} for images of "
+                f"{plural(config.channels, 'channel')} ({misfit}); name another checkpoint"
+            )
+        backbone.load_state_dict(state)
+    return backbone

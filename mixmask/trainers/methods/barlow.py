@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from mixmask import losses
 from mixmask.runs.options import Options, option
 from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
-from mixmask.trainers.parts import build_encoder, build_mlp
+from mixmask.trainers.mixtures import Method, Term, Views
+from mixmask.trainers.parts import build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.03, "dim": 128, "scale": 0.1},
@@ -44,15 +44,14 @@ class BarlowTwinsConfig(LargeBatchConfig):
             )
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Method):
     """One encoder whose features correlate across views, and not with each other."""
 
-    def __init__(self, config: BarlowTwinsConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
-        self.projector = build_mlp(features, config.dim, config.dim, config.dim)
-        self.mixtures = build_mixtures(config)
+    config: BarlowTwinsConfig
+
+    def __init__(self, config: BarlowTwinsConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        self.projector = build_mlp(self.features, config.dim, config.dim, config.dim)
         self.barlow_twins = losses.BarlowTwins(
             config.redundancy_weight, gather_distributed=True, sync_statistics=True
         )
@@ -70,16 +69,11 @@ class BarlowTwins(nn.Module):
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
         """Yield the clean term, then one per mixed view; see `Method.terms`."""
-        mixtures = self.mixtures if mix else []
-        if mixtures and self.config.replace_clean:
-            with torch.no_grad():
-                z2 = self.encode(x2)  # (N, dim)
-        else:
+        if self.has_clean_terms(mix):
             z1, z2 = self.encode(x1), self.encode(x2)  # (N, dim) each
             yield Term(self.loss(z1, z2), pair=(z1, z2))
-        yield from mixed_terms(
-            self.config, mixtures, [x1, *extra], self.encode, self.loss, z2, generator
-        )
-
-    def after_step(self, done: float) -> None:
-        """Do nothing: there is neither a teacher nor a queue."""
+        else:
+            with torch.no_grad():
+                z2 = self.encode(x2)  # (N, dim)
+        if mix:
+            yield from self.mixed_terms([x1, *extra], self.loss, z2, generator)

@@ -13,8 +13,8 @@ from mixmask.losses import negative_cosine
 from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
 from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
-from mixmask.trainers.parts import build_encoder, build_mlp, update_momentum
+from mixmask.trainers.mixtures import Method, Term, Views
+from mixmask.trainers.parts import build_mlp, update_momentum
 
 PRESETS: dict[str, Options] = {
     "clothing64": {
@@ -53,19 +53,18 @@ def squared_distance(p: Tensor, target: Tensor) -> Tensor:
     return 2 + 2 * negative_cosine(p, target, reduction="none")
 
 
-class BYOL(nn.Module):
+class BYOL(Method):
     """An online branch with a predictor, and a target that follows it ever more slowly."""
 
-    def __init__(self, config: BYOLConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
-        self.projector = build_mlp(features, config.hidden, config.dim)
+    config: BYOLConfig
+
+    def __init__(self, config: BYOLConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        self.projector = build_mlp(self.features, config.hidden, config.dim)
         self.predictor = build_mlp(config.dim, config.hidden, config.dim)
         # The target starts at the online branch's weights and gets no gradient.
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.mixtures = build_mixtures(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """Predict the target's projection of views (N, 3, S, S): (N, dim)."""
@@ -82,17 +81,15 @@ class BYOL(nn.Module):
         self, x1: Tensor, x2: Tensor, generator: Generator, *, extra: Views = (), mix: bool = True
     ) -> Iterator[Term]:
         """Yield one clean term per direction, then one per mixed view; see `Method.terms`."""
-        mixtures = self.mixtures if mix else []
         t2 = self.encode_targets(x2)  # (N, dim)
-        if not (mixtures and self.config.replace_clean):
+        if self.has_clean_terms(mix):
             # Both directions (section 3.1), one forward pass of the online branch after the other.
             t1 = self.encode_targets(x1)  # (N, dim)
             p1 = self.encode(x1)  # (N, dim)
             yield Term(squared_distance(p1, t2).mean(), pair=(p1, t2))
             yield Term(squared_distance(self.encode(x2), t1).mean())
-        yield from mixed_terms(
-            self.config, mixtures, [x1, *extra], self.encode, squared_distance, t2, generator
-        )
+        if mix:
+            yield from self.mixed_terms([x1, *extra], squared_distance, t2, generator)
 
     def after_step(self, done: float) -> None:
         """Let the target follow, with a momentum that rises to 1 along a cosine."""

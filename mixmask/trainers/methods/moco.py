@@ -14,10 +14,9 @@ from mixmask._distributed import exchange_rows, gather_rows, world_size
 from mixmask.losses import InfoNCE
 from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import SMALL_IMAGES, RunConfig, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
+from mixmask.trainers.mixtures import Method, Term, Views
 from mixmask.trainers.parts import (
     Queue,
-    build_encoder,
     build_head,
     split_batch_norm,
     update_momentum,
@@ -63,20 +62,19 @@ class MoCoConfig(RunConfig):
             )
 
 
-class MoCo(nn.Module):
+class MoCo(Method):
     """A query encoder, a key encoder that follows it slowly, and a queue of past keys."""
 
-    def __init__(self, config: MoCoConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
+    config: MoCoConfig
+
+    def __init__(self, config: MoCoConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
         if config.bn_splits > 1:
             split_batch_norm(self.backbone, config.bn_splits)
-        self.head = build_head(features, config.dim, mlp=config.mlp)
+        self.head = build_head(self.features, config.dim, mlp=config.mlp)
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.queue = Queue(config.queue_size, config.dim)
-        self.mixtures = build_mixtures(config)
         self.new_keys: list[Tensor] = []
 
     def encode(self, images: Tensor) -> Tensor:
@@ -131,14 +129,13 @@ class MoCo(nn.Module):
         if config.symmetric:
             k1 = self.encode_keys(x1, generator)
             pairs, keys = [(x1, k2), (x2, k1)], torch.cat([k1, k2])  # keys: (2N, dim)
-        mixtures = self.mixtures if mix else []
-        for x, k in [] if mixtures and config.replace_clean else pairs:
+        for x, k in pairs if self.has_clean_terms(mix) else []:
             q = self.encode(x)  # (N, dim)
             yield Term(info_nce(q, k), pair=(q, k))
-        for number, (x, k) in enumerate(pairs):
+        for number, (x, k) in enumerate(pairs if mix else []):
             # Further crops are mixed once, against the keys of x2.
             views = [x] if number else [x, *extra]
-            yield from mixed_terms(config, mixtures, views, self.encode, info_nce, k, generator)
+            yield from self.mixed_terms(views, info_nce, k, generator)
         self.new_keys.append(keys)
 
     def after_step(self, done: float) -> None:

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from mixmask.losses import NTXent
 from mixmask.runs.options import Options, option
 from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
-from mixmask.trainers.parts import build_encoder, build_head
+from mixmask.trainers.mixtures import Method, Term, Views
+from mixmask.trainers.parts import build_head
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.06},
@@ -37,15 +37,14 @@ class SimCLRConfig(LargeBatchConfig):
     )
 
 
-class SimCLR(nn.Module):
+class SimCLR(Method):
     """One encoder and a head, both views of all other images as negatives."""
 
-    def __init__(self, config: SimCLRConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
-        self.head = build_head(features, config.dim, mlp=True)
-        self.mixtures = build_mixtures(config)
+    config: SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        self.head = build_head(self.features, config.dim, mlp=True)
 
     def encode(self, images: Tensor) -> Tensor:
         """Embed views (N, 3, S, S): (N, dim), of any length."""
@@ -58,17 +57,14 @@ class SimCLR(nn.Module):
         """Yield the clean term, then one per mixed view; see `Method.terms`."""
         config = self.config
         nt_xent = NTXent(config.temperature, gather_distributed=True)
-        mixtures = self.mixtures if mix else []
-        if mixtures and config.replace_clean:
-            with torch.no_grad():
-                z2 = self.encode(x2)  # (N, dim)
-        else:
+        if self.has_clean_terms(mix):
             # One pass of both views, so that batch norm sees all 2N images.
             z1, z2 = self.encode(torch.cat([x1, x2])).chunk(2)  # (2N, dim) -> (N, dim) each
             yield Term(nt_xent(z1, z2), pair=(z1, z2))
+        else:
+            with torch.no_grad():
+                z2 = self.encode(x2)  # (N, dim)
         if config.one_directional:  # For the mixed views alone.
             nt_xent = NTXent(config.temperature, one_directional=True, gather_distributed=True)
-        yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, nt_xent, z2, generator)
-
-    def after_step(self, done: float) -> None:
-        """Do nothing: there is neither a teacher nor a queue."""
+        if mix:
+            yield from self.mixed_terms([x1, *extra], nt_xent, z2, generator)

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from mixmask.losses import NegativeCosine
 from mixmask.runs.options import Options, option
 from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, RunConfig, default, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
-from mixmask.trainers.parts import build_encoder, build_mlp
+from mixmask.trainers.mixtures import Method, Term, Views
+from mixmask.trainers.parts import build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"lr": 0.1, "dim": 256, "hidden": 64},
@@ -33,21 +33,17 @@ class SimSiamConfig(RunConfig):
     hidden: int = option(512, "width of the predictor's hidden layer", low=1)
 
 
-class SimSiam(nn.Module):
+class SimSiam(Method):
     """One encoder and a predictor; the other view's projection is taken as a constant."""
 
-    def __init__(self, config: SimSiamConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
-        self.projector = build_mlp(features, config.dim, config.dim, config.dim, last_norm=True)
-        self.predictor = build_mlp(config.dim, config.hidden, config.dim)
-        self.mixtures = build_mixtures(config)
+    config: SimSiamConfig
 
-    @property
-    def constant_lr(self) -> tuple[nn.Module, ...]:
-        """The predictor keeps its learning rate (section 4.2)."""
-        return (self.predictor,)
+    def __init__(self, config: SimSiamConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        dim = config.dim
+        self.projector = build_mlp(self.features, dim, dim, dim, last_norm=True)
+        self.predictor = build_mlp(dim, config.hidden, dim)
+        self.constant_lr = (self.predictor,)  # Section 4.2.
 
     def project(self, images: Tensor) -> Tensor:
         """Project views (N, 3, S, S): (N, dim)."""
@@ -64,18 +60,13 @@ class SimSiam(nn.Module):
     ) -> Iterator[Term]:
         """Yield the clean term, then one per mixed view; see `Method.terms`."""
         distance = NegativeCosine()
-        mixtures = self.mixtures if mix else []
-        if mixtures and self.config.replace_clean:
-            with torch.no_grad():
-                z2 = self.project(x2)  # (N, dim)
-        else:
+        if self.has_clean_terms(mix):
             z1, z2 = self.project(x1), self.project(x2)  # (N, dim) each
             p1, p2 = self.predictor(z1), self.predictor(z2)  # (N, dim) each
             # Eq. 4: the distance takes its target as a constant.
             yield Term((distance(p1, z2) + distance(p2, z1)) / 2, pair=(z1, z2))
-        yield from mixed_terms(
-            self.config, mixtures, [x1, *extra], self.encode, distance, z2, generator
-        )
-
-    def after_step(self, done: float) -> None:
-        """Do nothing: there is neither a teacher nor a queue."""
+        else:
+            with torch.no_grad():
+                z2 = self.project(x2)  # (N, dim)
+        if mix:
+            yield from self.mixed_terms([x1, *extra], distance, z2, generator)

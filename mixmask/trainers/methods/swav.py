@@ -13,8 +13,8 @@ from mixmask import losses
 from mixmask.losses import sinkhorn
 from mixmask.runs.options import Options, option, share
 from mixmask.trainers.config import SMALL_IMAGES, LargeBatchConfig, presets
-from mixmask.trainers.mixtures import Term, Views, build_mixtures, mixed_terms
-from mixmask.trainers.parts import build_encoder, build_mlp
+from mixmask.trainers.mixtures import Method, Term, Views
+from mixmask.trainers.parts import build_mlp
 
 PRESETS: dict[str, Options] = {
     "clothing64": {"optimizer": "sgd", "lr": 0.15, "hidden": 128, "prototypes": 32},
@@ -36,19 +36,17 @@ class SwAVConfig(LargeBatchConfig):
     frozen: float = share(0.01, "share of the run in which the prototypes are frozen")
 
 
-class SwAV(nn.Module):
+class SwAV(Method):
     """One encoder and prototypes; each view predicts the other's code."""
 
+    config: SwAVConfig
     awake: Tensor
 
-    def __init__(self, config: SwAVConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone, features = build_encoder(config)
-        self.projector = build_mlp(features, config.hidden, config.dim)
+    def __init__(self, config: SwAVConfig, backbone: nn.Module) -> None:
+        super().__init__(config, backbone)
+        self.projector = build_mlp(self.features, config.hidden, config.dim)
         directions = F.normalize(torch.randn(config.prototypes, config.dim), dim=1)
         self.prototypes = nn.Parameter(directions)
-        self.mixtures = build_mixtures(config)
         self.register_buffer("awake", torch.tensor(float(config.frozen == 0)))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -65,18 +63,18 @@ class SwAV(nn.Module):
         """Yield the clean term, then one per mixed view; see `Method.terms`."""
         config = self.config
         swav = losses.SwAV(config.temperature)
-        mixtures = self.mixtures if mix else []
-        if mixtures and config.replace_clean:
-            with torch.no_grad():
-                codes2 = sinkhorn(self.encode(x2), config.epsilon, gather_distributed=True)
-        else:
+        if self.has_clean_terms(mix):
             s1, s2 = self.encode(x1), self.encode(x2)  # (N, prototypes) each
             # Swapped: each view predicts the other's code (eq. 1).
             codes1, codes2 = (
                 sinkhorn(s, config.epsilon, gather_distributed=True) for s in (s1, s2)
             )
             yield Term((swav(s1, codes2) + swav(s2, codes1)) / 2, pair=(s1, s2))
-        yield from mixed_terms(config, mixtures, [x1, *extra], self.encode, swav, codes2, generator)
+        else:
+            with torch.no_grad():
+                codes2 = sinkhorn(self.encode(x2), config.epsilon, gather_distributed=True)
+        if mix:
+            yield from self.mixed_terms([x1, *extra], swav, codes2, generator)
 
     def after_step(self, done: float) -> None:
         """Train the prototypes once the first part of the run is over."""
