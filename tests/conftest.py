@@ -30,7 +30,8 @@ _SLOW_FILES = (
     "test_benchmarks", "test_evidence", "test_examples", "test_own_loops", "test_processes",
     "test_distributed", "test_lightly", "test_solo", "test_foreign", "test_finetune", "test_cli",
     "test_detect", "test_evaluate_command", "test_readme", "test_studies", "test_stream",
-    "test_methods", "test_layouts", "test_start", "test_ranks", "test_notebook", "test_compiled",
+    "test_methods", "test_layouts", "test_start", "test_going_on", "test_ranks", "test_notebook",
+    "test_compiled", "test_embed",
 )  # fmt: skip
 _SLOW_NAMES = (
     "compile", "process", "torchrun", "one_graph", "need_no_backend", "a_loader_returns",
@@ -83,6 +84,30 @@ def run(tmp_path: Path, photographs: Path) -> Path:
     from evaluated import write_run
 
     return write_run(tmp_path / "run", photographs, "narrow", 16)
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write images of two classes to train and to test on, which no test may change."""
+    from commands import write_photographs
+
+    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write images of two classes without a test split, which no test may change."""
+    from started import write_noise
+
+    return write_noise(tmp_path_factory.mktemp("data") / "noise")
+
+
+@pytest.fixture(scope="module")
+def whole(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run of two epochs that nobody disturbs."""
+    from started import TINY, start
+
+    return start(tmp_path_factory.mktemp("runs") / "whole", data=str(noise), **TINY).folder
 
 
 @pytest.fixture(scope="session")

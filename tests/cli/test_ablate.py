@@ -9,33 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TINY, is_png, refused, write_photographs
+from commands import TINY, is_png, refused
 
 from mixmask import cli
 from mixmask.trainers.methods.moco import MoCo
 from mixmask.trainers.studies import StudyRun
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
-
-
-def study(photographs: Path, out: Path, *more: str) -> list[str]:
+def study(two_classes: Path, out: Path, *more: str) -> list[str]:
     return [
-        "ablate", "--data", str(photographs), *TINY, "--grid-size", "2", "--grid-sizes", "2", "4",
+        "ablate", "--data", str(two_classes), *TINY, "--grid-size", "2", "--grid-sizes", "2", "4",
         "--ratio", "0.5", "--epochs", "1", "--out", str(out), *more,
     ]  # fmt: skip
 
 
 def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "study"
-    words = study(photographs, out, "--epochs", "2", "--measure-every", "0")
+    words = study(two_classes, out, "--epochs", "2", "--measure-every", "0")
     after_step, steps = MoCo.after_step, [0]
 
     def interrupted(self: Any, done: float) -> None:
@@ -78,11 +73,11 @@ def test_ablate_is_interrupted_with_130_goes_on_and_adds_seeds(
 
 
 def test_ablate_budgets_compares_without_and_with_mixmask(
-    photographs: Path, tmp_path: Path
+    two_classes: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
     words = [
-        "ablate", "--study", "budgets", "--data", str(photographs), *TINY, "--grid-size", "2",
+        "ablate", "--study", "budgets", "--data", str(two_classes), *TINY, "--grid-size", "2",
         "--methods", "moco-v2", "--budgets", "1", "2", "--baseline-lr", "0.06", "--seeds", "1",
         "--out", str(out),
     ]  # fmt: skip
@@ -102,7 +97,7 @@ def test_ablate_budgets_compares_without_and_with_mixmask(
 
 
 def test_ablate_reports_a_failed_run_and_goes_on(
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -119,7 +114,7 @@ def test_ablate_reports_a_failed_run_and_goes_on(
     monkeypatch.setattr(StudyRun, "train", train)
     out = tmp_path / "study"
     capsys.readouterr()
-    assert cli.main(study(photographs, out, "--seeds", "1")) == 2
+    assert cli.main(study(two_classes, out, "--seeds", "1")) == 2
     captured = capsys.readouterr()
     assert len(tried) == 4
     assert "seed 0 … failed: the loss became nan" in captured.out
@@ -148,19 +143,19 @@ def test_ablate_reports_a_failed_run_and_goes_on(
 def test_ablate_refuses_bad_options_before_it_writes(
     more: list[str],
     message: str,
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "study"
-    assert message in refused(study(photographs, out, *more), capsys)
+    assert message in refused(study(two_classes, out, *more), capsys)
     assert not out.exists()
 
 
 def test_ablate_needs_labels(
-    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
-    line = refused(study(photographs / "train" / "cat", out), capsys)
+    line = refused(study(two_classes / "train" / "cat", out), capsys)
     assert "has no labels on both splits" in line
     assert not out.exists()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import TINY, is_png, refused, write_photographs
+from commands import TINY, is_png, refused
 
 from mixmask import cli
 from mixmask.checkpoints.load import load_backbone
@@ -21,16 +21,11 @@ from mixmask.figures.features import figure_neighbours
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
-
-
-@pytest.fixture(scope="module")
-def runs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(two_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Train two seeds with MixMask and one without."""
     root = tmp_path_factory.mktemp("runs")
     made = {"a": ["--seed", "0"], "b": ["--seed", "1"], "none": ["--mix", "none", "--lr", "0.12"]}
-    common = ["pretrain", "--data", str(photographs), *TINY, "--epochs", "2"]
+    common = ["pretrain", "--data", str(two_classes), *TINY, "--epochs", "2"]
     common += ["--measure-every", "1"]
     for name, more in made.items():
         assert cli.main([*common, *more, "--out", str(root / name)]) == 0
@@ -179,14 +174,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_neighbours_are_the_nearest_by_brute_force(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
+    runs: dict[str, Path], two_classes: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
 ) -> None:
     out = tmp_path / "sheet.png"
     words = ["neighbours", str(runs["a"]), "--out", str(out), "--queries", "3", "--k", "4"]
     assert cli.main(words) == 0
     assert is_png(out)
     queries, neighbours, similarity, names = drawn[0]
-    data = load_data(str(photographs), 16)
+    data = load_data(str(two_classes), 16)
     assert data.test is not None
     assert data.train.labels is not None
     assert data.test.labels is not None
@@ -208,9 +203,9 @@ def test_neighbours_are_the_nearest_by_brute_force(
 
 
 def test_unlabelled_images_have_neighbours_too_but_not_themselves(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
+    runs: dict[str, Path], two_classes: Path, tmp_path: Path, drawn: list[tuple[Any, ...]]
 ) -> None:
-    flat = str(photographs / "train" / "cat")
+    flat = str(two_classes / "train" / "cat")
     words = ["neighbours", str(runs["a"]), "--data", flat, "--out", str(tmp_path / "x.png")]
     assert cli.main(words) == 0
     queries, neighbours, *_ = drawn[0]
@@ -220,9 +215,9 @@ def test_unlabelled_images_have_neighbours_too_but_not_themselves(
 
 
 def test_map_of_unlabelled_images_is_drawn_without_classes(
-    runs: dict[str, Path], photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flat, out = photographs / "train" / "cat", tmp_path / "map.png"
+    flat, out = two_classes / "train" / "cat", tmp_path / "map.png"
     words = ["map", str(runs["a"]), "--data", str(flat), "--out", str(out)]
     assert cli.main(words) == 0
     assert is_png(out)

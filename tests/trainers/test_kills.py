@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import TINY, write_photographs
+from commands import TINY
 
 from mixmask import cli
 from mixmask.runs.folder import read_rows
@@ -20,14 +20,9 @@ class KilledError(BaseException):
     """Ends a command where SIGKILL would: what comes after it changes no file."""
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
-
-
-def train(photographs: Path, out: Path) -> list[str]:
+def train(two_classes: Path, out: Path) -> list[str]:
     options = ["--grid-size", "2", "--epochs", "1", "--save-every", "1", "--keep", "1"]
-    return ["pretrain", "--data", str(photographs), *TINY, *options, "--out", str(out)]
+    return ["pretrain", "--data", str(two_classes), *TINY, *options, "--out", str(out)]
 
 
 def kill_at(call: int, patch: pytest.MonkeyPatch) -> list[str]:
@@ -63,12 +58,12 @@ def content(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_run_is_whole_after_a_kill_at_any_moment_of_its_last_save(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
         calls = kill_at(10**9, patch)
-        assert cli.main(train(photographs, whole)) == 0
+        assert cli.main(train(two_classes, whole)) == 0
     expected, total = content(whole), len(calls)
     last_save = max(i for i, call in enumerate(calls) if call == "replace last.pt")
     for call in range(last_save, total):
@@ -76,7 +71,7 @@ def test_a_run_is_whole_after_a_kill_at_any_moment_of_its_last_save(
         with monkeypatch.context() as patch:
             kill_at(call, patch)
             with pytest.raises(KilledError):
-                cli.main(train(photographs, out))
+                cli.main(train(two_classes, out))
         assert cli.main(["pretrain", "--resume", str(out)]) == 0
         left = content(out)
         assert left["names"] == expected["names"], calls[call]

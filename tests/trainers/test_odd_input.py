@@ -12,37 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from commands import write_photographs
+from started import TINY, start
 
 from mixmask.checkpoints import load_backbone
-from mixmask.trainers import Pretrained, pretrain
 from mixmask.trainers.processes import start_processes
 from mixmask.trainers.run import Run
 
-TINY: dict[str, Any] = {
-    "arch": "narrow", "image_size": 16, "epochs": 1, "batch_size": 8, "queue_size": 16, "dim": 8,
-    "grid_size": 2, "measure_every": 0, "recipe": "imagenet",
-}  # fmt: skip
+SHORT = TINY | {"epochs": 1}
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
-
-
-@pytest.fixture(scope="module")
-def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(tmp_path_factory.mktemp("runs") / "run", data=photographs, **TINY).folder
+def finished(two_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(tmp_path_factory.mktemp("runs") / "run", data=two_classes, **SHORT).folder
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run, which a test may spoil."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def start(out: Path | None, **options: Any) -> Pretrained:
-    return pretrain(out=out, progress=False, device="cpu", **options)
 
 
 def state(folder: Path) -> dict[str, bytes]:
@@ -97,7 +84,7 @@ class Pictures:
     ids=["data set", "splits", "mapping", "list"],
 )  # fmt: skip
 def test_a_data_set_itself_is_trained_on_and_given_again(data: Any, tmp_path: Path) -> None:
-    run = start(tmp_path / "run", data=data, **TINY).folder
+    run = start(tmp_path / "run", data=data, **SHORT).folder
     config = json.loads((run / "config.json").read_text())
     assert config["data"] == f"<{type(data).__name__}>"
     with pytest.raises(ValueError, match="was given from Python; give it again as data=, or pass"):
@@ -145,10 +132,10 @@ def test_a_configuration_that_does_not_fit_its_run_is_refused(
 
 @pytest.mark.parametrize("options", [True, False])
 def test_a_checkpoint_of_another_run_is_passed_over(
-    options: bool, run: Path, photographs: Path, tmp_path: Path
+    options: bool, run: Path, two_classes: Path, tmp_path: Path
 ) -> None:
     shutil.copy(run / "last.pt", run / "previous.pt")
-    other = start(tmp_path / "other", data=photographs, **{**TINY, "queue_size": 12}).folder
+    other = start(tmp_path / "other", data=two_classes, **{**SHORT, "queue_size": 12}).folder
     content = torch.load(other / "last.pt", weights_only=True)
     if not options:  # As older versions wrote it.
         del content["options"]
@@ -182,14 +169,14 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name: str, run: Path) -> Non
 
 
 def test_accuracies_that_are_no_numbers_are_left_out_with_a_warning(
-    photographs: Path, tmp_path: Path
+    two_classes: Path, tmp_path: Path
 ) -> None:
     with pytest.warns(UserWarning, match=r"monitor returned .*nan.*; knn is left out"):
         result = start(
             tmp_path / "run",
-            data=photographs,
+            data=two_classes,
             monitor=lambda *_: lambda *_: {"knn": float("nan"), "mine": 1},
-            **TINY,
+            **SHORT,
         )
     assert [row["mine"] for row in result.rows] == [1.0, 1.0]
     assert not any("knn" in row for row in result.rows)
@@ -197,15 +184,17 @@ def test_accuracies_that_are_no_numbers_are_left_out_with_a_warning(
 
 @pytest.mark.parametrize("name", ["loss", "epoch", "spread"])
 def test_a_monitor_does_not_replace_what_the_run_measures(
-    name: str, photographs: Path, tmp_path: Path
+    name: str, two_classes: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=f"monitor must not return {name}, which the run"):
-        start(tmp_path / "run", data=photographs, monitor=lambda *_: lambda *_: {name: 1.0}, **TINY)
+        start(
+            tmp_path / "run", data=two_classes, monitor=lambda *_: lambda *_: {name: 1.0}, **SHORT
+        )
 
 
 def test_a_class_in_place_of_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data must be a data set with __len__"):
-        start(tmp_path / "run", data=Pictures, **TINY)
+        start(tmp_path / "run", data=Pictures, **SHORT)
 
 
 def test_a_copy_that_was_interrupted_does_not_start_again(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import launch_processes
-from test_start import photographs
+from started import write_noise
 
 from mixmask import cli
 from mixmask.trainers.methods.moco import MoCo
@@ -69,8 +69,8 @@ def _work(rank: int, folder: Path) -> Said:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
-    photographs(made / "data")
-    photographs(made / "others", seed=1)
+    write_noise(made / "data")
+    write_noise(made / "others", seed=1)
     return made
 
 

@@ -7,33 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from commands import write_photographs
+from started import TINY, start
 
 from mixmask.data.sets import load_data
 from mixmask.figures.runs import figure_curves
-from mixmask.trainers import pretrain
 from mixmask.trainers import start as starting
 from mixmask.trainers.loop import first_views
 from mixmask.trainers.methods import make_config
 from mixmask.trainers.parts import Queue
 from mixmask.trainers.run import Run
 
-TINY: dict[str, Any] = {
-    "arch": "narrow", "image_size": 16, "epochs": 2, "batch_size": 8, "queue_size": 16, "dim": 8,
-    "grid_size": 2, "measure_every": 0, "recipe": "imagenet",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
-
 
 @pytest.mark.parametrize(
     "options, steps", [({}, 2), ({"symmetric": True}, 1), ({"queue_size": 17}, 3)]
 )
 def test_curves_shade_the_steps_until_all_keys_of_the_queue_were_enqueued(
-    options: dict[str, Any], steps: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    steps: int,
+    two_classes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: dict[str, Any] = {}
     random: list[torch.Tensor] = []
@@ -51,15 +44,17 @@ def test_curves_shade_the_steps_until_all_keys_of_the_queue_were_enqueued(
 
     monkeypatch.setattr(starting, "figure_curves", draw)
     monkeypatch.setattr(Queue, "enqueue", watch)
-    pretrain(out=tmp_path / "run", progress=False, device="cpu", data=str(data), **TINY | options)
+    start(tmp_path / "run", data=str(two_classes), **TINY | options)
     assert drawn["queue_steps"] == full.index(True) + 1 == steps
 
 
 def test_views_of_a_run_show_several_draws_of_a_mask_that_a_batch_shares(
-    data: Path, tmp_path: Path
+    two_classes: Path, tmp_path: Path
 ) -> None:
-    images = load_data(str(data), 24).train.images
-    config = make_config(data=str(data), mix="mixmask", mixed_size=8, **TINY | {"grid_size": 4})
+    images = load_data(str(two_classes), 24).train.images
+    config = make_config(
+        data=str(two_classes), mix="mixmask", mixed_size=8, **TINY | {"grid_size": 4}
+    )
     views = first_views(Run.build(config, images, tmp_path))
     [draws] = views.mixed
     assert len(draws) == len(views.query)

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from commands import TINY, write_photographs
+from commands import TINY
 
 from mixmask import cli
 from mixmask._signals import at_first_signal, interruptible
@@ -29,11 +29,6 @@ VIEWS = ("mixmask.trainers.start:Opened", "draw_views")
 KNN = ("mixmask.evaluation.monitor", "knn_accuracy")
 STEP = ("mixmask.trainers.methods.moco:MoCo", "after_step")
 CURVES = ("mixmask.trainers.start:Opened", "draw_curves")
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("data") / "photographs")
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +54,8 @@ def send_at(place: tuple[str, str], name: str, patch: pytest.MonkeyPatch, count:
     patch.setattr(owner, place[1], sending)
 
 
-def train(photographs: Path, out: Path, *more: str) -> list[str]:
-    data = ["--data", str(photographs), "--grid-size", "2", "--epochs", "2"]
+def train(two_classes: Path, out: Path, *more: str) -> list[str]:
+    data = ["--data", str(two_classes), "--grid-size", "2", "--epochs", "2"]
     return ["pretrain", *data, *TINY, "--measure-every", "0", "--out", str(out), *more]
 
 
@@ -75,7 +70,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_signal_ends_a_run_in_one_line_wherever_it_is(
     name: str,
     place: tuple[str, str],
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -83,7 +78,7 @@ def test_a_signal_ends_a_run_in_one_line_wherever_it_is(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         send_at(place, name, patch)
-        assert cli.main(train(photographs, out)) == 130
+        assert cli.main(train(two_classes, out)) == 130
     if place == IMAGES:  # There is nothing to continue yet.
         assert last_line(capsys) == "mixmask: interrupted"
         assert not out.exists()
@@ -103,13 +98,13 @@ def test_a_signal_ends_a_run_in_one_line_wherever_it_is(
 def test_a_signal_ends_other_commands_and_leaves_no_file(
     name: str,
     place: tuple[str, str],
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """While a command's modules are imported, and before the file that it wrote is in place."""
-    images = [str(path) for path in sorted(photographs.rglob("*.png"))[:2]]
+    images = [str(path) for path in sorted(two_classes.rglob("*.png"))[:2]]
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
         send_at(place, name, patch)
@@ -121,7 +116,7 @@ def test_a_signal_ends_other_commands_and_leaves_no_file(
 @every_ending
 def test_a_second_signal_in_a_step_ends_it_at_once(
     name: str,
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -129,7 +124,7 @@ def test_a_second_signal_in_a_step_ends_it_at_once(
     out = tmp_path / "run"
     for place in (STEP, ("mixmask.trainers.loop", "_measure_epoch")):  # The first, then the second.
         send_at(place, name, monkeypatch)
-    assert cli.main(train(photographs, out)) == 130
+    assert cli.main(train(two_classes, out)) == 130
     assert last_line(capsys).endswith(f"continue with mixmask pretrain --resume {out}")
     assert not (out / "last.pt").exists()
 
@@ -137,13 +132,13 @@ def test_a_second_signal_in_a_step_ends_it_at_once(
 @every_ending
 def test_a_study_ends_alike(
     name: str,
-    photographs: Path,
+    two_classes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [
-        "ablate", "--data", str(photographs), *TINY, "--epochs", "1", "--seeds", "1",
+        "ablate", "--data", str(two_classes), *TINY, "--epochs", "1", "--seeds", "1",
         "--grid-size", "2", "--grid-sizes", "2", "--ratio", "0.5", "--out", str(tmp_path / "study"),
     ]  # fmt: skip
     for place in (("mixmask.cli.ablate", "load_data"), STEP):
@@ -153,13 +148,13 @@ def test_a_study_ends_alike(
         assert last_line(capsys) == "mixmask: interrupted; the same command continues the study"
     config = next((tmp_path / "study").glob("*/seed-0/config.json"))
     content = json.loads(config.read_text())
-    assert content["data"] == str(photographs.resolve())
+    assert content["data"] == str(two_classes.resolve())
     assert content["fingerprint"]["train"] == 20
 
 
 @pytest.mark.parametrize("name", ["SIGINT", *ENDINGS])
 def test_a_signal_that_the_process_ignores_ends_nothing(
-    name: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SIGHUP under nohup, and SIGINT in a job that a script's shell has put in background."""
     number = getattr(signal, name)
@@ -167,7 +162,7 @@ def test_a_signal_that_the_process_ignores_ends_nothing(
     try:
         for place in (IMAGES, STEP):
             send_at(place, name, monkeypatch)
-        assert cli.main(train(photographs, tmp_path / "run", "--epochs", "1")) == 0
+        assert cli.main(train(two_classes, tmp_path / "run", "--epochs", "1")) == 0
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -202,11 +197,11 @@ def test_outside_of_the_main_thread_no_handler_is_set() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals")
-def test_a_run_whose_terminal_is_closed_saves_its_step(photographs: Path, tmp_path: Path) -> None:
+def test_a_run_whose_terminal_is_closed_saves_its_step(two_classes: Path, tmp_path: Path) -> None:
     import pty
 
     out = tmp_path / "run"
-    command = train(photographs, out, "--stream", "always", "--workers", "1", "--epochs", "4000")
+    command = train(two_classes, out, "--stream", "always", "--workers", "1", "--epochs", "4000")
     terminal, inner = pty.openpty()
     # The process leads a session on this terminal: it and its workers get the signal.
     script = (
