@@ -12,6 +12,11 @@ from evidence_cells import Cell, Part, Plan, Record, is_done
 MEASURES = ("knn", "linear")
 # Quantile 0.975 of Student's t by degrees of freedom, from 1; the last one serves for more.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Options of the mixed views, which a baseline has none of.
+_MIXING = {
+    "mix", "pattern", "grid_size", "per_sample", "switch", "mix_every", "mixed_size",
+    "replace_clean",
+}  # fmt: skip
 # Budgets of passes that differ by less are equal.
 _EQUAL = 0.02
 
@@ -141,7 +146,10 @@ def at_equal_compute(row: Row, known: Sequence[Row]) -> Row | None:
 
 
 def _alike(row: Row, known: Sequence[Row]) -> list[Row]:
+    """Return the baselines that differ from a row in nothing but mixing, length and rate."""
+
     def kind(cell: Cell) -> tuple[object, ...]:
-        return cell.data, cell.arch, cell.method, cell.split, cell.options.get("image_size")
+        options = {name: cell.options[name] for name in cell.options if name not in _MIXING}
+        return cell.data, cell.images, cell.arch, cell.method, cell.split, options
 
     return [r for r in known if kind(r.cell) == kind(row.cell) and r.cells != row.cells]

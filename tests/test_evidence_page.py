@@ -159,3 +159,29 @@ def test_jpegs_that_share_a_header_are_read_and_resized(cells: Any, tmp_path: Pa
     with Image.open(io.BytesIO(whole[1])) as image:
         middle = torch.from_numpy(np.asarray(image)[40, 40].astype(np.float32))
     assert torch.allclose(splits.images[1, :, 36, 36].float(), middle, atol=1)
+
+
+def test_a_baseline_differs_in_mixing_alone(cells: Any, tmp_path: Path) -> None:
+    stats = importlib.import_module("evidence_stats")
+    one = {"epochs": [1], "seeds": [0], "lr": [0.01]}
+    path = write_plan(
+        tmp_path / "p.json",
+        {"name": "all", "arms": ["none", "mixmask"], **one},
+        {"name": "warm", "arms": ["none warm", "mixmask warm"], **one},
+        {"name": "few", "images": 32, "arms": ["none few", "mask"], **one},
+        **{
+            "none warm": {"mix": "none", "temperature": 0.3}, "none few": {"mix": "none"},
+            "mixmask warm": {"mix": "mixmask", "temperature": 0.3, "grid_size": 4},
+            "mask": {"mix": "mixmask", "per_sample": True},
+        },
+    )  # fmt: skip
+    plan = cells.load_plan(str(path))
+    results = {name: record_of(cells, cell, 0.2) for name, cell in plan.cells.items()}
+    known = stats.baselines(plan, results)
+    found = {
+        row.cell.arm: other.cell.arm
+        for part in plan.parts
+        for row in stats.rows_of(part, results)
+        if (other := stats.at_equal_epochs(row, known))
+    }
+    assert found == {"mixmask": "none", "mixmask warm": "none warm", "mask": "none few"}
