@@ -167,6 +167,7 @@ def test_what_is_a_criterion_is_not_refused(criterion: Any, z: Tensor, target: T
         (ROWS, None, TypeError, r"^target must be a tensor .* got NoneType"),
         (torch.rand(8, C), ROWS, ValueError, r"^z_mixed must .* \(8, 5\); both .*z_mixed\.chunk"),
         (ROWS, torch.rand(8, C), ValueError, r"^target must .* \(8, 5\); both .*target\.chunk"),
+        (ROWS, ROWS[:2], ValueError, r"^target must .*; both .* mixed one at .* images\.chunk"),
     ],
 )
 def test_what_is_no_embedding_is_refused(
