@@ -104,7 +104,9 @@ class Symmetric(Builder):
                 self.encoder_q(im_mixed)
             loss = loss + F.cross_entropy(*self.compare(q, k, self.queue))
             keys.insert(0, k)
-        self._dequeue_and_enqueue(torch.cat(keys))
+        # As some builders have it; the mixed term needs gradients all the same.
+        with torch.no_grad():
+            self._dequeue_and_enqueue(torch.cat(keys))
         return loss
 
 
