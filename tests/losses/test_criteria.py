@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from weighed import ROWS, SHARED, C, squares
 
 from mixmask import (
+    BlockMaskGenerator,
     LambdaWeightedLoss,
     lambda_weighted_loss,
+    mix_batch,
 )
 
 # What is passed as criterion, and what to it.
@@ -81,7 +83,7 @@ WRONG: dict[str, tuple[Any, Tensor, Tensor, type[Exception], str]] = {
         LOGITS,
         torch.zeros(4, dtype=torch.long),
         ValueError,
-        "all class 0.* MoCo's logits and labels; pass losses.InfoNCE",
+        "all class 0.* MoCo's or SimCLR's logits and labels; pass losses.InfoNCE",
     ),
     "the same after log_softmax": (
         nn.NLLLoss(),
@@ -147,6 +149,15 @@ def test_what_is_no_criterion_is_refused(
             LambdaWeightedLoss(criterion)(*arguments)
     if isinstance(criterion, Model):
         assert all(p.grad is None for p in criterion.parameters())
+
+
+def test_simclrs_logits_and_labels_are_refused() -> None:
+    """The positive of each of the 2N views comes first, then the 2N - 2 negatives."""
+    both = mix_batch(torch.rand(8, 3, 8, 8), BlockMaskGenerator(2))
+    labels = torch.zeros(8, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"SimCLR's logits and labels; pass .* losses\.NTXent"):
+        lambda_weighted_loss(F.cross_entropy, torch.randn(8, 7), labels, both)
+    lambda_weighted_loss(F.cross_entropy, torch.randn(8, 7), labels + 1, both)
 
 
 @pytest.mark.parametrize("criterion, z, target", RIGHT.values(), ids=RIGHT)
