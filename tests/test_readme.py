@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import recipes_page
 
 from mixmask import cli
 
@@ -52,6 +53,12 @@ def test_python_blocks_run() -> None:
     names: dict[str, object] = {}
     for block in blocks:  # Each goes on where the last one ended.
         exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own text
+
+
+def test_every_recipe_is_linked() -> None:
+    linked = set(re.findall(r"mixmask/integrations/README\.md#([\w-]+)", read("README.md")))
+    for row in recipes_page.table("codebase", "lines"):
+        assert row["codebase"].rpartition("#")[2].rstrip(")") in linked, row["codebase"]
 
 
 @pytest.fixture(scope="module")

@@ -128,8 +128,8 @@ def _check_views(views: Sequence[Tensor], directions: int, seen: Sequence[Tensor
     if not all(_among(view, seen) for view in views[:directions]):
         raise ValueError(
             "encoder_q must get the images that forward takes as im_q or first, got others, of "
-            f"shapes {[tuple(got.shape) for got in seen]}; where views are made or reordered "
-            f"inside forward, {IN_FORWARD}"
+            f"shapes {[tuple(got.shape) for got in seen]}; where views are made, split or "
+            f"reordered inside forward, {IN_FORWARD}"
         )
     # Further images are the builder's own mixtures, as Un-Mix has them.
     if directions == 1 and any(_among(view, seen) for view in views[1:2]):
@@ -220,10 +220,15 @@ def check_builder(model: object, enqueue: str, queue: str, layout: str | None) -
 def check_keys(keys: Tensor, n: int, directions: int, queue: Tensor, layout: str) -> None:
     """Require keys (N, C), or (2N, C) in two directions, as long as the queue's."""
     if keys.ndim != 2 or len(keys) != directions * n:
+        fix = (
+            "pass symmetric=True for a builder that enqueues the keys of both its views, "
+            "cat([k_1, k_2]), and gather keys inside _dequeue_and_enqueue"
+        )
+        if keys.ndim == 2 and 2 * len(keys) == n:
+            fix = f"for both views in one tensor, as images.chunk(2), {IN_FORWARD}"
         raise ValueError(
             f"keys must be ({'2N' if directions == 2 else 'N'}, C) with N = {n} images, got "
-            f"{tuple(keys.shape)}; pass symmetric=True for a builder that enqueues the keys of "
-            "both its views, cat([k_1, k_2]), and gather keys inside _dequeue_and_enqueue"
+            f"{tuple(keys.shape)}; {fix}"
         )
     c = keys.shape[1]
     if queue.shape[layout.index("C")] != c:

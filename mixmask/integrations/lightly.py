@@ -70,6 +70,7 @@ _LEFT_OUT = {
         ("EMPSSLLoss", "FroSSLLoss", "VISRegLoss", "WMSELoss"),
         "all views of an image or a batch enter one statistic, without a target",
     ),
+    "LeWMLoss": "it predicts the frames of a clip, and a mixture has those of two",
     "SymNegCosineSimilarityLoss": "it takes pairs; wrap NegativeCosineSimilarity",
 }  # fmt: skip
 
@@ -80,9 +81,10 @@ def wrap(
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
     The result behaves like the criterion: it takes the same arguments, its attributes can be read
-    and set, and isinstance sees the same class. `z_mixed` and `mixed` come after the criterion's
-    own arguments, or by name; without them the call is lightly's. Banks, queues, centers and
-    covariances are updated once per step, by the clean call.
+    and set, and isinstance sees the same class. `z_mixed` and `mixed` come by name, or after the
+    criterion's own arguments (not for `SwaVLoss`, `DINOLoss` and `LeJEPALoss`); without them the
+    call is lightly's. Banks, queues, centers and covariances are updated once per step, by the
+    clean call.
 
     Args:
         criterion: A module of `lightly.loss`. Any other module (z, target), and a subclass with

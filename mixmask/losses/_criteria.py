@@ -171,12 +171,13 @@ def _check_classes(z: Tensor, target: Tensor, _criterion: object) -> None:
     if target.is_floating_point():
         _check_distributions("cross-entropy", target)
         return
-    n = len(target)
-    if z.ndim == 2 and z.shape[1] > n >= 4 and not target.any():
+    n, classes = len(target), z.shape[1] if z.ndim == 2 else 0
+    # MoCo's logits are (N, 1 + K), SimCLR's (2N, 2N - 1). Few true labels may all be 0 by chance.
+    if (classes > n >= 4 or classes == n - 1 >= 7) and not target.any():
         raise ValueError(
             "the targets of a cross-entropy are all class 0, so both terms of a mixture are the "
-            "same: these look like MoCo's logits and labels; pass losses.InfoNCE(queue) with the "
-            "queries as z and the keys as target"
+            "same: these look like MoCo's or SimCLR's logits and labels; pass "
+            "losses.InfoNCE(queue) or losses.NTXent(), with the queries as z and the keys as target"
         )
 
 

@@ -106,6 +106,8 @@ def check_sizes(n: int, **tensors: Tensor) -> None:
             fix = "pass the embeddings of this batch, before any gathering"
             if tensor.ndim and tensor.shape[0] == 2 * n:  # (2N, ...), as SimCLR stacks its views.
                 fix = f"both views in one tensor are split first, as in {name}.chunk(2)"
+            elif tensor.ndim and 2 * tensor.shape[0] == n:  # They were mixed as one batch.
+                fix += "; both views in one tensor are mixed one at a time, as images.chunk(2)[0]"
             raise ValueError(
                 f"{name} must hold one row for each of the {n} mixed images, got "
                 f"{tuple(tensor.shape)}; {fix}"

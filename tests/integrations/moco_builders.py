@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +104,9 @@ class Symmetric(Builder):
                 self.encoder_q(im_mixed)
             loss = loss + F.cross_entropy(*self.compare(q, k, self.queue))
             keys.insert(0, k)
-        self._dequeue_and_enqueue(torch.cat(keys))
+        # As some builders have it; the mixed term needs gradients all the same.
+        with torch.no_grad():
+            self._dequeue_and_enqueue(torch.cat(keys))
         return loss
 
 
@@ -186,8 +190,24 @@ class Augmenting(Builder):
 
 
 class Stacked(Builder):
+    join: Callable[[list[Tensor]], Tensor] = staticmethod(torch.stack)
+
     def forward(self, pair: Tensor) -> Any:  # type: ignore[override]
         return super().forward(pair[0], pair[1])
+
+
+class Doubled(Stacked):
+    join = staticmethod(torch.cat)
+
+    def forward(self, pair: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(torch.stack(pair.chunk(2)))
+
+
+class Channels(Stacked):
+    join = staticmethod(partial(torch.cat, dim=1))
+
+    def forward(self, pair: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(torch.stack(pair.chunk(2, dim=1)))
 
 
 class Twice(Builder):

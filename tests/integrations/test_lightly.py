@@ -9,13 +9,16 @@ pytest.importorskip(
 )
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightly import loss as theirs
 from lightly.loss import (
     KoLeoLoss,
     MMCRLoss,
@@ -287,6 +290,33 @@ def test_mixed_views_are_refused_where_eq_4_has_no_meaning(
 ) -> None:
     with pytest.raises(TypeError, match=text):
         wrap(criterion)(*arguments, z_mixed=ROWS, mixed=SHARED)
+
+
+# These take lists of crops, or several views of an image along an axis of their own.
+OF_CROPS = {"DINOLoss", "LeJEPALoss", "MMCRLoss", "SwaVLoss"}
+# These need arguments, warn, or, in lightly 1.5, refuse new versions of torch.
+NOT_BUILT = {"PMSNCustomLoss", "SymNegCosineSimilarityLoss", "WMSELoss", "Whitening2d"}
+OF_PAIRS = {
+    "BarlowTwinsLoss", "DCLLoss", "DCLWLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss",
+    "NegativeCosineSimilarity", "TiCoLoss", "VICRegLoss",
+}  # fmt: skip
+NAMES = [
+    name
+    for name, kind in vars(theirs).items()
+    if isinstance(kind, type) and issubclass(kind, nn.Module)
+    if name not in OF_CROPS | NOT_BUILT
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_criterion_of_lightly_takes_mixed_views_or_says_why_not(name: str) -> None:
+    criterion = getattr(theirs, name)()
+    options = inspect.signature(criterion.forward).parameters
+    arguments = {key: ROWS for key, option in options.items() if option.default is option.empty}
+    reason = r"^mixed views (are not supported for|need a criterion) "
+    refused = pytest.raises(TypeError, match=reason)
+    with nullcontext() if name in OF_PAIRS else refused:
+        assert wrap(criterion)(**arguments, z_mixed=ROWS, mixed=SHARED).shape == ()
 
 
 @pytest.mark.parametrize("name", ["ntxent", "bank", "cosine", "vicreg"])

@@ -15,6 +15,8 @@ from moco_builders import (
     Builder,
     C,
     Centring,
+    Channels,
+    Doubled,
     Early,
     Half,
     K,
@@ -66,6 +68,8 @@ REFUSED: dict[str, tuple[type[Builder], dict[str, Any], str]] = {
     "queries second": (Swapped, {}, "encoder_q must get the images"),
     "augmentation inside": (Augmenting, {}, "encoder_q must get the images"),
     "one tensor of both": (Stacked, {}, r"forward must take the queries \(N, C, H, W\)"),
+    "a batch of both": (Doubled, {}, r"N = 8 .* for both views in one tensor, .* take mixmask"),
+    "both in the channels": (Channels, {}, "views are made, split or reordered inside forward"),
     "both views' keys": (Symmetric, {}, r"keys must be \(N, C\) with N = 4"),
     "one view's keys": (Builder, {"symmetric": True}, r"keys must be \(2N, C\) with N = 4"),
     "both views, half of the keys": (Half, {}, "the builder is symmetric"),
@@ -89,7 +93,7 @@ def test_other_builders_are_refused_before_anything_is_enqueued(
     before = model.queue.clone()
     for _ in range(2):
         with pytest.raises(ValueError, match=text):
-            model(torch.stack([x_q, x_k])) if kind is Stacked else model(x_q, x_k)
+            model(kind.join([x_q, x_k])) if issubclass(kind, Stacked) else model(x_q, x_k)
         assert torch.equal(model.queue, before)
         assert int(model.queue_ptr) == 0
         with pytest.raises(ValueError, match="got none yet"):

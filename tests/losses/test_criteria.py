@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from weighed import ROWS, SHARED, C, squares
 
 from mixmask import (
+    BlockMaskGenerator,
     LambdaWeightedLoss,
     lambda_weighted_loss,
+    mix_batch,
 )
 
 # What is passed as criterion, and what to it.
@@ -81,7 +83,7 @@ WRONG: dict[str, tuple[Any, Tensor, Tensor, type[Exception], str]] = {
         LOGITS,
         torch.zeros(4, dtype=torch.long),
         ValueError,
-        "all class 0.* MoCo's logits and labels; pass losses.InfoNCE",
+        "all class 0.* MoCo's or SimCLR's logits and labels; pass losses.InfoNCE",
     ),
     "the same after log_softmax": (
         nn.NLLLoss(),
@@ -149,6 +151,15 @@ def test_what_is_no_criterion_is_refused(
         assert all(p.grad is None for p in criterion.parameters())
 
 
+def test_simclrs_logits_and_labels_are_refused() -> None:
+    """The positive of each of the 2N views comes first, then the 2N - 2 negatives."""
+    both = mix_batch(torch.rand(8, 3, 8, 8), BlockMaskGenerator(2))
+    labels = torch.zeros(8, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"SimCLR's logits and labels; pass .* losses\.NTXent"):
+        lambda_weighted_loss(F.cross_entropy, torch.randn(8, 7), labels, both)
+    lambda_weighted_loss(F.cross_entropy, torch.randn(8, 7), labels + 1, both)
+
+
 @pytest.mark.parametrize("criterion, z, target", RIGHT.values(), ids=RIGHT)
 def test_what_is_a_criterion_is_not_refused(criterion: Any, z: Tensor, target: Tensor) -> None:
     plain = 0.5 * criterion(z, target) + 0.5 * criterion(z, target[SHARED.partner])
@@ -167,6 +178,7 @@ def test_what_is_a_criterion_is_not_refused(criterion: Any, z: Tensor, target: T
         (ROWS, None, TypeError, r"^target must be a tensor .* got NoneType"),
         (torch.rand(8, C), ROWS, ValueError, r"^z_mixed must .* \(8, 5\); both .*z_mixed\.chunk"),
         (ROWS, torch.rand(8, C), ValueError, r"^target must .* \(8, 5\); both .*target\.chunk"),
+        (ROWS, ROWS[:2], ValueError, r"^target must .*; both .* mixed one at .* images\.chunk"),
     ],
 )
 def test_what_is_no_embedding_is_refused(
