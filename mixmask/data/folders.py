@@ -92,7 +92,7 @@ class Files:
             FileNotFoundError: If the whole folder is gone.
         """
         try:
-            with open_image(_read(self[number], self.archive)) as image:
+            with open_image(read_file(self[number], self.archive)) as image:
                 yield image
         except _UNREADABLE as error:
             if not (self.archive or self.root).exists():
@@ -227,7 +227,7 @@ def _list_tree(path: Path) -> _Tree:
     """List what lies in a folder or an archive, and name what is not an image."""
     archive = path if path.is_file() else None
     tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
-    for name, kind in _walk_archive(path) if archive else _walk(path):
+    for name, kind in _walk_archive(path) if archive else walk_folder(path):
         end = os.path.splitext(name)[1].lower()  # noqa: PTH122  # A million Paths take time.
         if kind == "folder":
             tree.folders.add(name)
@@ -246,7 +246,7 @@ def _list_tree(path: Path) -> _Tree:
     return tree
 
 
-def _walk(path: Path) -> Iterator[tuple[str, str]]:
+def walk_folder(path: Path) -> Iterator[tuple[str, str]]:
     """Yield names below a folder, and what they are; a link to a folder above ends there."""
     seen, waiting = set(), [""]
     while waiting:
@@ -303,7 +303,7 @@ def _open_archive(path: Path, *identity: int) -> ZipFile:
     return ZipFile(path)
 
 
-def _read(path: Path, archive: Path | None) -> bytes:
+def read_file(path: Path, archive: Path | None) -> bytes:
     """Read a file from a folder, or from an archive."""
     if archive is None:
         return path.read_bytes()
@@ -349,7 +349,7 @@ def _read_annotations(part: _Tree) -> list[str] | None:
     """Read Tiny ImageNet's table, if there is one: a file's name, its class, and numbers."""
     table = part.path / _ANNOTATIONS
     try:
-        rows = os.fsdecode(_read(table, part.archive)).splitlines()
+        rows = os.fsdecode(read_file(table, part.archive)).splitlines()
     except (FileNotFoundError, KeyError):
         return None
     labels = dict(row.split("\t")[:2] for row in rows if "\t" in row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,25 +18,9 @@ from mixmask.figures.style import import_matplotlib
 Precision = dict[str, float]
 
 
-class Precisions(TypedDict, total=False):
-    """Average precision of boxes and, where there are masks, of masks.
-
-    `per_class` has None for a class without any object.
-    """
-
-    ap: float
-    ap50: float
-    ap75: float
-    per_class: dict[str, Precision | None]
-    mask_ap: float
-    mask_ap50: float
-    mask_ap75: float
-    mask_per_class: dict[str, Precision | None]
-
-
 def average_precision(
     pairs: Iterable[tuple[Target, Target]], classes: Sequence[str], *, masks: bool = False
-) -> Precisions:
+) -> dict[str, Any]:
     """Compute COCO's average precision of boxes and, if asked for, of masks.
 
     AP is the mean over overlaps of 0.50, 0.55, ... 0.95 and over the classes that occur in the
@@ -49,6 +33,10 @@ def average_precision(
             `masks` (n, H, W).
         classes: Names; label 1 is the first.
         masks: Whether to measure masks too.
+
+    Returns:
+        `ap`, `ap50`, `ap75`, each 0 ... 1, and `per_class`: the same three per class, None for a
+        class without any object; with masks, theirs under the same names behind `mask_`.
 
     Example:
         >>> box, one = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([1])
@@ -70,12 +58,12 @@ def average_precision(
         backend="pycocotools",
     )
     for prediction, target in pairs:
-        # Predicted masks are bool, annotated ones uint8.
-        bools = {"masks": target["masks"].bool()} if masks else {}
-        metric.update([prediction], [{**target, **bools}])
+        if masks:  # Predicted ones are bool, annotated ones uint8.
+            target = {**target, "masks": target["masks"].bool()}
+        metric.update([prediction], [target])
     result = metric.compute()
     labels = result["classes"].reshape(-1).tolist()
-    summary: dict[str, object] = {}
+    summary: dict[str, Any] = {}
     for kind in kinds:
         theirs, ours = f"{kind}_" if masks else "", "mask_" if kind == "segm" else ""
         # (overlaps, recalls, classes, areas, most detections) -> (10, 101, classes): objects of
@@ -87,7 +75,7 @@ def average_precision(
             name: _summarise(curves[:, :, [labels.index(label)]]) if label in labels else None
             for label, name in enumerate(classes, start=1)
         }
-    return cast("Precisions", summary)
+    return summary
 
 
 def _summarise(curves: Tensor) -> Precision | None:
@@ -125,7 +113,7 @@ def evaluate_detector(
     *,
     batch_size: int = 8,
     workers: int = 0,
-) -> Precisions:
+) -> dict[str, Any]:
     """Test a detector on a split; see `average_precision`."""
 
     def pairs() -> Iterator[tuple[Target, Target]]:

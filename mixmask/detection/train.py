@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mixmask._checks import few
 from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.stream import explain_dead_workers
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
-from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
+from mixmask.detection.metrics import evaluate_detector, predict, read_batches
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
@@ -31,51 +32,22 @@ from mixmask.runs.folder import (
     RESULTS,
     adopt_checkpoint,
     is_unstarted,
-    load_checkpoint,
     save_checkpoint,
     write_config,
 )
-from mixmask.runs.misfits import (
-    describe_misfit,
-    describe_optimizer_misfit,
-    describe_progress,
-)
+from mixmask.runs.misfits import restore
 from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
 # Batches from which the statistics of batch norm are measured again before a test.
 _STATISTICS = 50
-# What a checkpoint holds beside the weights.
+# What a checkpoint holds of where a run stood.
 _PROGRESS = {"step": int, "rows": list, "sums": dict, "seconds": float, "source": dict}
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
-
-
-class Row(Precisions, total=False):
-    """Measurements of an epoch: the mean loss and, in some epochs, the average precision.
-
-    The parts of the loss stand beside it under torchvision's names.
-    """
-
-    epoch: int
-    loss: float
-    lr: float
-    seconds: float
-    test_seconds: float
-
-
-class Results(Precisions):
-    """The content of `results.json`: the last test's figures with their circumstances."""
-
-    finished: bool
-    classes: list[str]
-    backbone: Source
-    config: dict[str, object]
-    data: dict[str, object]
-    hardware: dict[str, object]
-    versions: dict[str, str]
-    date: str
-    epochs: list[Row]
+# Measurements of an epoch: epoch, loss, its parts under torchvision's names, lr and seconds; where
+# there was a test, test_seconds and what `average_precision` returns.
+Row = dict[str, Any]
 
 
 class Run:
@@ -133,16 +105,15 @@ class Run:
         rise = min(1.0, (self.step + 1) / (warmup + 1))
         return peak * rise * step_decay(self.step / total, (3 / 4, 11 / 12))
 
-    def results(self) -> Results:
-        """Return the content of `results.json`."""
+    def results(self) -> dict[str, Any]:
+        """Return the content of `results.json`: the last test with its circumstances."""
         tested = next((row for row in reversed(self.rows) if "ap" in row), Row())
-        names = Precisions.__annotations__
-        precisions = {name: value for name, value in tested.items() if name in names}
+        names = ("ap", "ap50", "ap75", "per_class")
         splits = {"train": self.data.train, "test": self.data.test}
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "finished": self.step == self.steps * self.config.epochs,
-            **cast("Precisions", precisions),
+            **{name: tested[name] for name in tested if name.removeprefix("mask_") in names},
             "classes": list(self.data.classes),
             "backbone": self.source,
             "config": dataclasses.asdict(self.config),
@@ -171,7 +142,7 @@ class Run:
             **{name: getattr(self, name) for name in _PROGRESS},
         }
         save_checkpoint(self.out, content)
-        write_json(self.out / RESULTS, {**self.results()})
+        write_json(self.out / RESULTS, self.results())
 
     def load(self) -> None:
         """Restore the newest whole checkpoint; a warning names a damaged one.
@@ -180,39 +151,20 @@ class Run:
         """
         if is_unstarted(self.out):
             return
-
-        def find_misfit(content: dict[str, Any]) -> str:
-            parts = {"classes", "images", "model"}
-            if not (parts <= set(content) and isinstance(content["model"], dict)):
-                return "it is not a checkpoint of a detection run"
-            return (
-                describe_misfit(self.detector.state_dict(), content["model"])
-                or describe_progress(content, {"optimizer": dict, **_PROGRESS})
-                or describe_optimizer_misfit(self.optimizer, content["optimizer"])
-            )
-
-        file, content = load_checkpoint(self.out, find_misfit)
+        parts = {"model": self.detector, "optimizer": self.optimizer}
+        file, content = restore(self.out, parts, {"classes": list, "images": int, **_PROGRESS})
         classes, images = list(self.data.classes), len(self.data.train)
-        try:
-            if (content["classes"], content["images"]) != (classes, images):
-                raise ValueError(
-                    f"{self.out} was started on {content['images']} images of "
-                    f"{', '.join(content['classes'])}, but {self.config.data} has {images} of "
-                    f"{', '.join(classes)}; continue with the original data"
-                )
-            self.detector.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            for name in _PROGRESS:
-                setattr(self, name, content[name])
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
+        if (content["classes"], content["images"]) != (classes, images):
             raise ValueError(
-                f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
-                "train it again with a new --out"
-            ) from None
+                f"{self.out} was started on {content['images']} images of "
+                f"{few(content['classes'], 9)}, but {self.config.data} has {images} of "
+                f"{few(classes, 9)}; continue with the original data"
+            )
+        for name in _PROGRESS:
+            setattr(self, name, content[name])
         # What a kill while saving left out; there may be no step to save after.
         adopt_checkpoint(file)
-        write_json(self.out / RESULTS, {**self.results()})
+        write_json(self.out / RESULTS, self.results())
 
 
 def train_detector(
@@ -226,7 +178,7 @@ def train_detector(
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
-) -> tuple[nn.Module, Results]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train a detector, leaving its configuration, results, checkpoints and a figure in a folder.
 
     SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
@@ -300,8 +252,8 @@ def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:
             saved = run.seconds
             run.save()
     means = {name: total / run.steps for name, total in run.sums.items()}
-    row: Row = {
-        **cast("Row", means),
+    row = {
+        **means,
         "epoch": epoch,
         "loss": sum(means.values()),
         "lr": run.optimizer.param_groups[0]["lr"],
@@ -355,7 +307,7 @@ def _test(run: Run, row: Row) -> None:
         run.detector, run.data.test, run.data.classes,
         batch_size=config.batch_size, workers=config.workers,
     )  # fmt: skip
-    row.update(cast("Row", precisions))
+    row.update(precisions)
     row["test_seconds"] = time.perf_counter() - start
 
 
