@@ -55,10 +55,7 @@ def load_config(folder: Path) -> tuple[DetectionConfig, str]:
     """
     try:
         content = read_config(folder)
-        source = content.get("source", "")
-        if not isinstance(source, str):
-            raise TypeError(f"'source' must be of type str, got {source!r}")  # noqa: TRY301
-        return restore_config(DetectionConfig, content), source
+        return restore_config(DetectionConfig, content), content.get("source", "")
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

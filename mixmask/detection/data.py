@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,8 +86,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         return slice(*self.starts[index : index + 2].tolist())
 
 
-@dataclass(frozen=True)
-class DetectionData:
+class DetectionData(NamedTuple):
     """A training and a test split with the same classes, whose labels start at 1."""
 
     train: DetectionSplit

@@ -14,9 +14,6 @@ from mixmask.data.stream import CUT_OFF, explain_dead_workers, start_worker
 from mixmask.detection.data import DetectionSplit, Target
 from mixmask.figures.style import import_matplotlib
 
-# Average precision, 0 ... 1: "ap" over ten overlaps, "ap50" and "ap75" at one of 0.50 and of 0.75.
-Precision = dict[str, float]
-
 
 def average_precision(
     pairs: Iterable[tuple[Target, Target]], classes: Sequence[str], *, masks: bool = False
@@ -66,25 +63,24 @@ def average_precision(
     summary: dict[str, Any] = {}
     for kind in kinds:
         theirs, ours = f"{kind}_" if masks else "", "mask_" if kind == "segm" else ""
-        # (overlaps, recalls, classes, areas, most detections) -> (10, 101, classes): objects of
+        for name, their_name in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
+            summary[ours + name] = float(result[theirs + their_name])
+        # (overlaps, recalls, classes, areas, most detections) -> (classes, 10, 101): objects of
         # all areas, 100 detections.
-        curves = result[f"{theirs}precision"][:, :, :, 0, -1]
-        overall = _summarise(curves) or dict.fromkeys(("ap", "ap50", "ap75"), -1.0)
-        summary |= {ours + name: value for name, value in overall.items()}
+        curves = result[f"{theirs}precision"][:, :, :, 0, -1].permute(2, 0, 1).float()
+        of_labels = dict(zip(labels, curves, strict=True))
         summary[f"{ours}per_class"] = {
-            name: _summarise(curves[:, :, [labels.index(label)]]) if label in labels else None
-            for label, name in enumerate(classes, start=1)
+            name: _summarise(of_labels.get(label)) for label, name in enumerate(classes, start=1)
         }
     return summary
 
 
-def _summarise(curves: Tensor) -> Precision | None:
-    """Average the precision (10, 101, classes) over those classes that have objects (not -1)."""
-    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]  # (10, 101, C) -> (10, 101, c)
-    if curves.numel() == 0:
+def _summarise(curves: Tensor | None) -> dict[str, float] | None:
+    """Average a class's precision (10, 101), which is -1 where it has no objects."""
+    if curves is None or curves.max() < 0:
         return None
     parts = {"ap": curves, "ap50": curves[0], "ap75": curves[5]}
-    return {name: float(part.float().mean()) for name, part in parts.items()}
+    return {name: float(part.mean()) for name, part in parts.items()}
 
 
 @torch.no_grad()

@@ -64,8 +64,7 @@ class Run:
     ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
-            train, test = data.train.with_masks(), data.test.with_masks()
-            data = dataclasses.replace(data, train=train, test=test)
+            data = data._replace(train=data.train.with_masks(), test=data.test.with_masks())
         self.config, self.data, self.out, self.source = config, data, out, source
         self.device = choose_device(device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
@@ -181,11 +180,9 @@ def train_detector(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a detector, leaving its configuration, results, checkpoints and a figure in a folder.
 
-    SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
-    3/4 and again after 11/12 of the run. Images are flipped at random and resized to a random
-    one of eleven sizes. Before each test the statistics of tuned batch norms are measured again.
-    Every step's randomness follows from (seed, step), so a run that was stopped and resumed ends
-    in the same weights as one that was not.
+    SGD with momentum 0.9; images are flipped at random and resized to a random one of eleven
+    sizes. Every step's randomness follows from (seed, step), so a run that was stopped and resumed
+    ends in the same weights as one that was not.
 
     Args:
         config: The run's options.
@@ -195,8 +192,7 @@ def train_detector(
             `previous.pt` and, at the end, `detections.png` with the first test images.
         source: What `results.json` says of the backbone.
         device: Where to compute. Default: a GPU where there is one.
-        resume: Continue from the newest whole checkpoint in `out`, or from the first step if the
-            run was killed before there was one.
+        resume: Continue from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
         on_row: Called with what was measured after each epoch.
 
@@ -225,7 +221,13 @@ def _train(run: Run, progress: bool, on_row: Callable[[Row], None] | None) -> No
             row = _train_epoch(run, epoch, bar)
             due = config.measure_every > 0 and epoch % config.measure_every == 0
             if due or epoch == config.epochs:
-                _test(run, row)
+                _measure_statistics(run)
+                start = time.perf_counter()
+                row |= evaluate_detector(
+                    run.detector, run.data.test, run.data.classes,
+                    batch_size=config.batch_size, workers=config.workers,
+                )  # fmt: skip
+                row["test_seconds"] = time.perf_counter() - start
             run.rows.append(row)
             run.save()
             if on_row:
@@ -252,15 +254,9 @@ def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:
             saved = run.seconds
             run.save()
     means = {name: total / run.steps for name, total in run.sums.items()}
-    row = {
-        **means,
-        "epoch": epoch,
-        "loss": sum(means.values()),
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "seconds": run.seconds,
-    }
+    rate, seconds = run.optimizer.param_groups[0]["lr"], run.seconds
     run.sums, run.seconds = {}, 0.0
-    return row
+    return {**means, "epoch": epoch, "loss": sum(means.values()), "lr": rate, "seconds": seconds}
 
 
 def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float]:
@@ -299,26 +295,11 @@ def _flip_half(
     return images, targets
 
 
-def _test(run: Run, row: Row) -> None:
-    """Add the average precision on the test split to a row."""
-    _measure_statistics(run)
-    start, config = time.perf_counter(), run.config
-    precisions = evaluate_detector(
-        run.detector, run.data.test, run.data.classes,
-        batch_size=config.batch_size, workers=config.workers,
-    )  # fmt: skip
-    row.update(precisions)
-    row["test_seconds"] = time.perf_counter() - start
-
-
 @torch.no_grad()
 def _measure_statistics(run: Run) -> None:
-    """Replace running means by means over training batches with the weights as they are now.
-
-    Running means lag behind the weights, which harms a detector more than a classifier (MoCo's
-    configuration asks for it as `PRECISE_BN`).
-    """
-    # Frozen ones keep those of pretraining.
+    """Replace running means by means over training batches with the weights as they are now."""
+    # Running means lag behind the weights, which harms a detector more than a classifier (MoCo's
+    # configuration has it as `PRECISE_BN`). Frozen ones keep those of pretraining.
     tuned = [norm for norm in batch_norms(run.detector) if norm.weight.requires_grad]
     if not tuned:
         return
@@ -339,10 +320,10 @@ def _draw(run: Run) -> None:
     """Draw the first four test images with their annotations and detections."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
-    predictions = predict(run.detector, images)
     title = (
         f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
         f"{len(test):,} images of {test.name}, the first {len(images)} shown"
     )
+    predictions = predict(run.detector, images)
     figure = figure_detections(images, targets, predictions, run.data.classes, title=title)
     save_figure(figure, run.out / "detections.png")

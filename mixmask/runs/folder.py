@@ -41,7 +41,7 @@ FORMAT = 4
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "epochs": int,
-    "fingerprint": dict,
+    "fingerprint": dict, "source": str,
 }  # fmt: skip
 _LEAST = {"processes": 1, "image_size": 1, "channels": 1}
 
