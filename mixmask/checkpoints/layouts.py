@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixmask._checks import few
 from mixmask.checkpoints.resnets import infer_arch
 from mixmask.data.views import IMAGENET, Normalization
 from mixmask.runs.folder import is_run
@@ -181,7 +182,7 @@ def find_nests(path: Path, content: object) -> list[Mapping[str, Tensor]]:
     kind = type(content).__name__
     held, fix = f"a {kind}", "pass a state dict, or a checkpoint that holds one"
     if isinstance(content, Mapping):
-        held = f"the keys {', '.join(map(repr, list(content)[:5]))}"
+        held = f"the keys {few(map(repr, content), 5)}"
     elif not isinstance(content, (Tensor, Sequence)):  # A stand-in for what was pickled.
         held += " as a whole"
         fix = 'torch.save(torch.load(PATH, weights_only=False).state_dict(), "weights.pth")'

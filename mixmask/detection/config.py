@@ -44,7 +44,6 @@ class DetectionConfig:
     std: tuple[float, ...] = option((), f"{HELP['std']} [that of the checkpoint]")
 
     def __post_init__(self) -> None:
-        """Check all options."""
         check_options(self)
 
 

@@ -163,10 +163,8 @@ def train_mode(detector: nn.Module) -> None:
 
 @torch.no_grad()
 def _measure_stages(backbone: Any) -> tuple[list[int], list[int]]:
-    """Measure the channels and strides of the last four stages on a blank image.
-
-    timm's own figures do not apply: a stem without pooling halves the strides.
-    """
+    """Measure the channels and strides of the last four stages on a blank image."""
+    # timm's own figures do not apply: a stem without pooling halves the strides.
     side = 64
     try:
         blank = torch.zeros(1, 3, side, side)
@@ -193,14 +191,12 @@ def _anchors(size: int, *, levels: int) -> AnchorGenerator:
 
 
 def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign:
-    """Build region pooling for levels of known strides.
-
-    torchvision would guess them from the sizes of the first batch, wrongly where padding is a
-    large part of a small image.
-    """
+    """Build region pooling for levels of known strides."""
     names = [str(i) for i in range(len(strides))]
     pool = MultiScaleRoIAlign(names, output_size, sampling_ratio=2)
-    pool.scales = [1 / stride for stride in strides]  # Where they are set, nothing is guessed.
+    # Where they are set, torchvision does not guess them from the first batch's sizes, wrongly
+    # where padding is a large part of a small image.
+    pool.scales = [1 / stride for stride in strides]
     levels = [int(math.log2(stride)) for stride in strides]
     # Regions of 224 pixels at a size of 800 belong to the third of four levels.
     canonical_size = max(1, round(224 * size / _PUBLISHED_SIZE))

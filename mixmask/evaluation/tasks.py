@@ -69,7 +69,6 @@ class ProtocolOptions:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Check the limits of the options."""
         check_options(self)
 
     @property

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmask._checks import few
 from mixmask.data.datasets import is_function
-from mixmask.data.sets import Fingerprint, ImageData, hold_out, load_data
+from mixmask.data.sets import ImageData, hold_out, load_data
 from mixmask.runs.records import plural
 
 
@@ -84,7 +85,7 @@ def check_same(
         return
     found = images.fingerprint()
     if not images.train.files and image_size != config.get("image_size"):
-        known = known | {"sum": found.sum}  # Of images at another size.
+        known = known | {"sum": found["sum"]}  # Of images at another size.
     if differences := _compare(known, found):
         shown = name if isinstance(name, str) else "the data set"
         raise ValueError(
@@ -93,28 +94,22 @@ def check_same(
         )
 
 
-def _compare(known: Mapping[str, object], found: Fingerprint) -> list[str]:
+def _compare(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Say what two fingerprints differ in."""
+    names = [name for name in found if found[name] != known.get(name)]
     different = []
     for split, noun in (("train", "training image"), ("test", "test image")):
-        if known.get(split) != (count := getattr(found, split)):
-            different.append(f"{plural(count, noun)} instead of {known.get(split)}")
-    if known.get("classes") != list(found.classes):
-        before = _shorten(known.get("classes"))
-        different.append(f"classes {_shorten(found.classes)} instead of {before}")
-    if not different and known.get("sum") != found.sum:
-        different.append("as many, but of other names or content")
-    if not different and known.get("labels") != found.labels:
-        different.append("as many, but with other labels")
-    return different
-
-
-def _shorten(names: object) -> str:
-    if not isinstance(names, list | tuple) or not names:
-        return "none"
-    return ", ".join(map(str, names[:3])) + (f", ... ({len(names)})" if len(names) > 3 else "")
-
-
-def fingerprint_of(data: ImageData) -> dict[str, object]:
-    """Return what `config.json` says of a run's images."""
-    return {**data.fingerprint()._asdict(), "classes": list(data.classes)}
+        if split in names:
+            different.append(f"{plural(found[split], noun)} instead of {known.get(split)}")
+    if "classes" in names:
+        before = known.get("classes")
+        shown = [
+            few(each) if isinstance(each, list) and each else "none"
+            for each in (found["classes"], before)
+        ]
+        different.append(f"classes {shown[0]} instead of {shown[1]}")
+    if different or not names:
+        return different
+    return [
+        "as many, but " + ("of other names or content" if "sum" in names else "with other labels")
+    ]

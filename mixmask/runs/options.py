@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mixmask._checks import check_choice, check_integer, ratio_bounds
+from mixmask._checks import check_choice, check_integer, few, ratio_bounds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,11 +27,13 @@ Value = TypeVar("Value")
 # What `config.json` says beside the options: its format, who wrote it, how many processes trained,
 # which data they saw, and where a detector's backbone came from.
 FACTS = ("format", "version", "processes", "fingerprint", "source")
+# Options that say how images are read, and when a run saves: no weights depend on them.
+STORAGE = ("stream", "workers", "save_every", "save_minutes", "keep")
 # What may differ between a checkpoint and `config.json`: where and how far a run goes on, and how
 # its images are shared between processes.
 _CHANGEABLE = (
-    "epochs", "data", "init", "stream", "workers", "batch_size", "accumulate", "save_every",
-    "save_minutes", "keep", "measure_every", "tracker", "processes",
+    *STORAGE, "epochs", "data", "init", "batch_size", "accumulate", "measure_every", "tracker",
+    "processes",
 )  # fmt: skip
 # What `--help` says of options that several configurations or commands have; texts that depend on
 # the command follow in brackets.
@@ -179,8 +181,7 @@ def restore_config(kind: type[Config], content: Options) -> Config:
     missing = [name for name in names if name not in content]
     for what, found in (("unknown", unknown), ("missing", missing)):
         if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
+            raise ValueError(f"{what}: {few(map(repr, found), 5)}")
     return kind(**{name: content[name] for name in names})
 
 
@@ -206,9 +207,8 @@ def describe_change(trained: object, written: Options) -> str:
         now = tuple(now) if isinstance(now, list) else now  # JSON knows no tuples.
         if name not in _CHANGEABLE and now != value:
             return f"{name} was {value!r}, is {now!r}"
-    if {"processes", "batch_size"} <= set(
-        trained
-    ):  # Among which a step's images may be shared otherwise.
+    # Among processes a step's images may be shared otherwise.
+    if {"processes", "batch_size"} <= set(trained):
         before, now = (one["batch_size"] * one["processes"] for one in (trained, written))
         if before != now:
             return f"images per step were {before}, are {now}"

@@ -330,7 +330,7 @@ def learning_rate(config: RunConfig, done: float) -> float:
     if done < config.warmup:
         return config.lr * done / config.warmup
     if config.schedule == "step":
-        return config.lr * step_decay(done, (0.6, 0.8))
+        return config.lr * step_decay(done)
     done = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else done
     return config.lr * cosine_decay(done)
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmask._checks import Ratio
+from mixmask._checks import Ratio, one_line
 from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
 from mixmask.runs.claim import hold_new_run
 from mixmask.runs.files import METRICS, write_text
 from mixmask.runs.folder import CONFIG, Row, has_checkpoint, read_config, read_rows
-from mixmask.runs.images import check_same, fingerprint_of
+from mixmask.runs.images import check_same
+from mixmask.runs.options import STORAGE
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
 from mixmask.trainers.config import PATTERNS, RunConfig
 from mixmask.trainers.files import load_config
@@ -39,7 +40,7 @@ MEASURES = ("knn", "linear")
 _CELL_PIXELS = 4
 _MOST_SEEDS = 10_000
 # Options that change no weights, and the channels, which are those of the data.
-_FREE = ("stream", "workers", "save_every", "save_minutes", "keep", "channels")
+_FREE = (*STORAGE, "channels")
 # The columns of a table's CSV file that say what a cell is.
 _COLUMNS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
 # What a run that cannot go on raises; the other runs of a study can.
@@ -86,14 +87,14 @@ class StudyRun:
         """
         self.error = ""
         resume = self.folder if has_checkpoint(self.folder) else None
-        facts = {"fingerprint": fingerprint_of(data)}
+        facts = {"fingerprint": data.fingerprint()}
         try:
             with hold_new_run(self.folder):
                 run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
                 train(run, monitor=monitor, progress=False)
             self.rows = run.rows
         except _FAILURES as error:
-            self.error = " ".join(str(error).split()) or type(error).__name__
+            self.error = one_line(error) or type(error).__name__
 
 
 def mask_cells(
