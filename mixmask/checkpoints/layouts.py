@@ -56,6 +56,7 @@ class Layout(NamedTuple):
     small_stem_padding: int = 1  # Of the stem for small images, which no key tells.
     norm_eps: float | None = None  # Of its layer norms, where it is not timm's.
     followers: frozenset[str] = frozenset(_FOLLOWERS)  # The encoders that are not taken.
+    generic: bool = False  # Whether these are the names of a backbone alone, not of a format.
 
 
 def _is_solo_learn(file: Content) -> bool:
@@ -150,8 +151,10 @@ LAYOUTS = (
     Layout("vissl", lambda file: file.has("_feature_blocks.")),
     Layout("swav", lambda file: file.has("projection_head.") and file.has("prototypes.")),
     Layout("mae", lambda file: file.has("decoder_embed.", "decoder_pred.")),
-    Layout("torchvision", lambda file: any("layer1.0." in name for name in file.names)),
-    Layout("timm", lambda _: True, normalization=None),
+    Layout(
+        "torchvision", lambda file: any("layer1.0." in name for name in file.names), generic=True
+    ),
+    Layout("timm", lambda _: True, normalization=None, generic=True),
 )
 
 
@@ -278,7 +281,7 @@ def _match(
     }
     return Match(
         layout,
-        "state dict" if layout in LAYOUTS[-2:] and _unwrap(prefix) else layout.name,
+        "state dict" if layout.generic and _unwrap(prefix) else layout.name,
         state,
         keys,
         tuple(weights),

@@ -26,7 +26,7 @@ from mixmask.detection.metrics import evaluate_detector, predict, read_batches
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import hold_new_run
+from mixmask.runs.claim import claim_folder
 from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
@@ -203,7 +203,7 @@ def train_detector(
     """
     run = Run(config, data, backbone, out, source or {}, device)
     # Of a worker's death torch tells wherever the process is, not in reading alone.
-    with hold_new_run(out), explain_dead_workers():
+    with claim_folder(out), explain_dead_workers():
         if resume:
             run.load()
         else:

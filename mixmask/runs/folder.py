@@ -226,10 +226,13 @@ def _kept(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbers, reverse=True)]
 
 
-def _older(folder: Path) -> list[Path]:
-    """List what there is to go on from where last and previous are damaged, the newest first."""
-    best = folder / BEST  # Of any epoch, so it comes last.
-    return [*_kept(folder), *([best] if best.exists() else [])]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List what there is to go on from, whole or damaged, the newest first."""
+    last, unfinished, previous = (folder / name for name in (LAST, _UNFINISHED, PREVIOUS))
+    left = [unfinished] if is_sealed(unfinished) else []  # By a kill between two renames.
+    # The best is of any epoch, so it comes last.
+    files = [last, *left, previous, *_kept(folder), folder / BEST]
+    return [file for file in files if file.exists()]
 
 
 def _count_bytes(content: object) -> int:
@@ -246,8 +249,7 @@ def _count_bytes(content: object) -> int:
 
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
-    whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
-    return whole or is_sealed(folder / _UNFINISHED) or bool(_older(folder))
+    return bool(list_checkpoints(folder))
 
 
 def is_unstarted(folder: Path) -> bool:
@@ -297,9 +299,7 @@ def load_checkpoint(
         ValueError: If the folder holds no checkpoint that can be used.
     """
     problems = []
-    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS, *_older(folder)):
-        if not file.exists() or (file.name == _UNFINISHED and not is_sealed(file)):
-            continue
+    for file in list_checkpoints(folder):
         try:
             content, _ = read_checkpoint(file)
         except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from mixmask._checks import Ratio, one_line
 from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import hold_new_run
+from mixmask.runs.claim import claim_folder
 from mixmask.runs.files import METRICS, write_text
 from mixmask.runs.folder import CONFIG, Row, has_checkpoint, read_config, read_rows
 from mixmask.runs.images import check_same
@@ -89,7 +89,7 @@ class StudyRun:
         resume = self.folder if has_checkpoint(self.folder) else None
         facts = {"fingerprint": data.fingerprint()}
         try:
-            with hold_new_run(self.folder):
+            with claim_folder(self.folder):
                 run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
                 train(run, monitor=monitor, progress=False)
             self.rows = run.rows
