@@ -135,12 +135,7 @@ LAYOUTS = (
         norm_eps=1e-12,
     ),
     Layout("moco", lambda file: file.has("encoder_q.", "base_encoder.")),
-    Layout(
-        "solo-learn",
-        _is_solo_learn,
-        small_stem_normalization=_CIFAR,
-        small_stem_padding=2,
-    ),
+    Layout("solo-learn", _is_solo_learn, small_stem_normalization=_CIFAR, small_stem_padding=2),
     Layout(  # It exports the teacher of DINO, and of the methods built on it.
         "lightly-train",
         lambda file: "lightly_train" in file.entries,
@@ -217,11 +212,7 @@ def exported_metadata(content: object) -> dict[str, str]:
 
 
 def find_backbone(
-    path: Path,
-    content: object,
-    expected: Sequence[str],
-    *,
-    exported: bool = False,
+    path: Path, content: object, expected: Sequence[str], *, exported: bool = False
 ) -> Match:
     """Find the backbone in what a checkpoint held, a run's, an export's or another library's.
 

@@ -15,6 +15,9 @@ from mixmask._devices import choose_device
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
+from mixmask.detection.data import load_detection
+from mixmask.detection.model import load_source
+from mixmask.detection.train import train_detector
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder
 from mixmask.runs.folder import CONFIG, has_checkpoint
@@ -26,11 +29,7 @@ _LIBRARIES = ("pycocotools", "torchmetrics")
 
 
 def detect(
-    run: str | None,
-    out: Path | None,
-    resume: Path | None,
-    device: str | None = None,
-    **given: Any,
+    run: str | None, out: Path | None, resume: Path | None, device: str | None = None, **given: Any
 ) -> None:
     """Train a detector on a run's backbone, test it, and leave a folder of results."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
@@ -39,11 +38,6 @@ def detect(
             f"detection needs {', '.join(missing)}; run pip install '.[detection]' in the checkout "
             "of mixmask"
         )
-    # These need the libraries.
-    from mixmask.detection.data import load_detection
-    from mixmask.detection.model import load_source
-    from mixmask.detection.train import train_detector
-
     chosen = choose_device(device)
     if resume is not None:
         more = {"RUN": run, "--out": out}

@@ -59,13 +59,7 @@ def draw_neighbours(
     say(f"{title}\ndrew {out}")
 
 
-def embed(
-    run: Path,
-    to: str,
-    out: Path | None = None,
-    force: bool = False,
-    **source: Any,
-) -> None:
+def embed(run: Path, to: str, out: Path | None = None, force: bool = False, **source: Any) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
     out = out or results_folder(run) / f"features.{to}"
     if out.suffix != f".{to}":

@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.data.datasets import (
-    MapDataset,
-    call_function,
-    describe_door,
-    is_function,
-)
+from mixmask.data.datasets import MapDataset, call_function, describe_door, is_function
 from mixmask.data.folders import Files, ImageSource, Listed, list_folder
 from mixmask.data.given import list_datasets
 from mixmask.data.images import UnreadableError, is_deep, read_deep

@@ -68,12 +68,11 @@ def load_source(
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
     """Build a detector around a backbone, whose modules it takes over.
 
-    C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage (stride
-    16 behind the usual stem, less behind those for small images), and the last stage is the head
-    of each region, followed by one more batch norm; masks share that head. FPN makes a pyramid of
-    the last four stages, as wide as the last one and at most 256, with a batch norm after each
-    of its convolutions. Anchors and the assignment of regions to levels are those published for
-    800 pixels, in proportion.
+    C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage, and the
+    last stage is the head of each region, followed by one more batch norm; masks share that head.
+    FPN makes a pyramid of the last four stages, as wide as the last one and at most 256, with a
+    batch norm after each of its convolutions. Anchors and the assignment of regions to levels are
+    those published for 800 pixels, in proportion.
 
     Batch norm "train" tunes scales, shifts and statistics of all layers, as MoCo does, because
     features of self-supervised backbones have another scale than detectors are made for. A batch

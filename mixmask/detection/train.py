@@ -144,11 +144,8 @@ class Run:
         write_json(self.out / RESULTS, self.results())
 
     def load(self) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one.
-
-        A run that was killed before its first checkpoint stays at its first step.
-        """
-        if is_unstarted(self.out):
+        """Restore the newest whole checkpoint; a warning names a damaged one."""
+        if is_unstarted(self.out):  # Killed before its first checkpoint: it starts again.
             return
         parts = {"model": self.detector, "optimizer": self.optimizer}
         file, content = restore(self.out, parts, {"classes": list, "images": int, **_PROGRESS})

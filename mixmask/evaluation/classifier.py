@@ -173,12 +173,7 @@ def classifier_scores(
     nn.init.zeros_(head.bias)
     head.to(next(backbone.parameters()).device)
     view = RandomView(
-        image_size,
-        min_scale=_MIN_SCALE,
-        jitter=0,
-        hue=0,
-        grey=0,
-        normalization=normalization,
+        image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, normalization=normalization
     )
     _train(backbone, head, images, labels, protocol, view, progress)
     x_test = extract_features(backbone, test, size=image_size, normalization=normalization)

@@ -31,11 +31,7 @@ _NAMED_CLASSES = 20
 
 
 def draw_map(
-    task: Task,
-    *,
-    projection: str = "pca",
-    classes: Sequence[str] | None = None,
-    seed: int = 0,
+    task: Task, *, projection: str = "pca", classes: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[Figure, str]:
     """Draw the features of the test images in two dimensions, one panel per backbone.
 

@@ -184,11 +184,7 @@ def save_checkpoint(
 
 
 def adopt_checkpoint(file: Path) -> bool:
-    """Name a checkpoint `last.pt` that a kill between the two renames of saving left unnamed.
-
-    Returns:
-        Whether the checkpoint is `last.pt` now, and not an older one.
-    """
+    """Name a checkpoint `last.pt` that a kill between two renames left unnamed; tell if it is."""
     if file.name == _UNFINISHED:
         file = file.replace(file.with_name(LAST))
     return file.name == LAST
@@ -253,11 +249,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def is_unstarted(folder: Path) -> bool:
-    """Tell whether a run was stopped before its first checkpoint, so that it can start again.
-
-    A run that has results had a checkpoint, too: where that is gone, starting again would replace
-    them.
-    """
+    """Tell whether a run was stopped before its first checkpoint, so that it can start again."""
+    # A run that has results had a checkpoint, too: to start again would replace them.
     if not (folder / CONFIG).exists() or has_checkpoint(folder) or (folder / RESULTS).exists():
         return False
     # Before the first epoch there is at most the row of the untrained backbone.

@@ -50,14 +50,8 @@ def load_images(
 
 
 def check_code(data: str, where: Path | str) -> None:
-    """Refuse data of a run's `config.json` that are code, which the user has not named.
-
-    A run folder may come from anywhere, and a function that it names would be called.
-
-    Args:
-        data: What it says.
-        where: The run folder.
-    """
+    """Refuse data of a run's `config.json` that are code, which the user has not named."""
+    # A run folder may come from anywhere, and a function that it names would be called.
     if is_function(data):
         raise ValueError(
             f"the data of {where} come from code, {data}, which is not run because a file names "
@@ -68,19 +62,12 @@ def check_code(data: str, where: Path | str) -> None:
 def check_same(
     images: ImageData, config: Mapping[str, Any], name: object, *, image_size: int, where: str
 ) -> None:
-    """Check that images are those that a run was started on.
-
-    Args:
-        images: What was loaded.
-        config: The content of the run's `config.json`. One that was started without `pretrain`
-            may have no fingerprint, so that nothing can be compared.
-        name: Where the images came from.
-        image_size: As for `load_images`.
-        where: The run's name in errors.
+    """Check that images, which came from `name`, are those of a run; see `load_images`.
 
     Raises:
-        ValueError: If they are others; see `load_images`.
+        ValueError: If they are others.
     """
+    # A run that was started without `pretrain` may have no fingerprint to compare.
     if (known := config.get("fingerprint")) is None:
         return
     found = images.fingerprint()

@@ -48,8 +48,11 @@ HELP = {
 }
 # The most that a tensor's side, and thus any whole number of an option, can be.
 LARGEST = 2**31 - 1
-# The numbers that a field of this type takes.
-_KINDS: dict[type, type] = {int: Integral, float: Real}
+# What a field of each type takes, and how messages call it.
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
+    str: (str, "text"), tuple: (tuple, "numbers"),
+}  # fmt: skip
 
 
 def option(
@@ -128,13 +131,7 @@ def check_options(config: DataclassInstance) -> None:
 
 
 def check_resume(folder: Path, given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
-    """Check that `--resume` names a folder, and nothing was given beside it but what may change.
-
-    Args:
-        folder: The run's.
-        given: Options that were given but are not allowed.
-        allowed: Those that are allowed.
-    """
+    """Check that `--resume` names a folder, and that nothing forbidden was given beside it."""
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "nothing is there"
         raise ValueError(
@@ -147,30 +144,15 @@ def check_resume(folder: Path, given: Sequence[str], *, allowed: Sequence[str] =
 
 def _check_type(name: str, value: object, kind: type) -> None:
     """Check that a value is of a kind, or a number that can stand for it."""
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, _KINDS.get(kind, kind)) or is_bool != (kind is bool):
-        raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}")
+    accepted, words = _KINDS[kind]
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{name} must be {words}, got {value!r}")
     for number in value if isinstance(value, tuple) else ():
         _check_type(name, number, float)
 
 
-def _describe(kind: type) -> str:
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "numbers",
-    }
-    return names.get(kind, kind.__name__)
-
-
 def restore_config(kind: type[Config], content: Options) -> Config:
-    """Build a configuration from the content of a `config.json`.
-
-    Args:
-        kind: Its dataclass.
-        content: What `read_config` returned.
+    """Build a configuration of some class from what `read_config` returned.
 
     Raises:
         TypeError: If an option has another type.
@@ -187,10 +169,6 @@ def restore_config(kind: type[Config], content: Options) -> Config:
 
 def describe_change(trained: object, written: Options) -> str:
     """Name the first option that `config.json` lacks or has changed since a checkpoint; or "".
-
-    Args:
-        trained: The options that the checkpoint noted.
-        written: What `read_config` returned.
 
     Example:
         >>> describe_change({"lr": 0.1, "epochs": 9}, {"lr": 0.5, "epochs": 5})

@@ -78,12 +78,8 @@ class StudyRun:
     def train(self, data: ImageData, monitor: Monitor) -> None:
         """Train to the end, from the checkpoint if there is one, and keep the rows or the error.
 
-        Args:
-            data: The study's images.
-            monitor: As for `train_method`; it measures "knn" and, at the end, "linear".
-
-        Raises:
-            KeyboardInterrupt: If the run was interrupted, once it is saved.
+        The monitor measures "knn" and, at the end, "linear". An interruption is raised once the
+        run is saved.
         """
         self.error = ""
         resume = self.folder if has_checkpoint(self.folder) else None
@@ -198,10 +194,9 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     Raises:
         ValueError: If a folder holds something else than the run planned for it.
     """
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}; the paper takes 3")
-    if seeds > _MOST_SEEDS:
-        raise ValueError(f"--seeds must be at most {_MOST_SEEDS:,}, got {seeds}; the paper takes 3")
+    if not 1 <= seeds <= _MOST_SEEDS:
+        bound = "at least 1" if seeds < 1 else f"at most {_MOST_SEEDS:,}"
+        raise ValueError(f"--seeds must be {bound}, got {seeds}; the paper takes 3")
     configs = {cell.name: cell.config for cell in cells}
     runs = [
         StudyRun(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
@@ -307,10 +302,7 @@ def collect(cells: Sequence[Cell], runs: Sequence[StudyRun]) -> list[Line]:
 def table_markdown(lines: Sequence[Line], *, title: str, test_images: int) -> str:
     """Write a study's table: means in percent, ± the standard deviation over seeds.
 
-    Args:
-        lines: The table's lines.
-        title: A line above it.
-        test_images: On which accuracies were measured; their error is stated below.
+    Below stands the error of an accuracy on so many test images.
     """
     text = [title, "", "| factor | value | seeds | kNN, % | linear, % |", "|---|---|---|---|---|"]
     previous = ""
