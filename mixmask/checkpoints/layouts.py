@@ -253,10 +253,10 @@ def _match(
     """Find the backbone in a mapping; None if there is none."""
     keys: dict[str, tuple[str, ...]] = {key: (key,) for key in weights}
     children: tuple[str, ...] = ()
-    own = places or _exact_places(keys, expected)  # By their own names: nothing is renamed.
-    if not own:
+    exact = places or _exact_places(keys, expected)
+    if not exact:  # Not under their own names, so perhaps under those that the layout gives.
         keys = _rename(layout, weights)
-    exact = own or _exact_places(keys, expected)
+        exact = _exact_places(keys, expected)
     places = exact or _similar_places(keys, expected)
     if not places:
         return None

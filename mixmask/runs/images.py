@@ -84,19 +84,16 @@ def check_same(
 def _compare(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Say what two fingerprints differ in."""
     names = [name for name in found if found[name] != known.get(name)]
-    different = []
-    for split, noun in (("train", "training image"), ("test", "test image")):
-        if split in names:
-            different.append(f"{plural(found[split], noun)} instead of {known.get(split)}")
-    if "classes" in names:
-        before = known.get("classes")
-        shown = [
-            few(each) if isinstance(each, list) and each else "none"
-            for each in (found["classes"], before)
-        ]
-        different.append(f"classes {shown[0]} instead of {shown[1]}")
-    if different or not names:
-        return different
-    return [
-        "as many, but " + ("of other names or content" if "sum" in names else "with other labels")
+    different = [
+        f"{plural(found[split], noun)} instead of {known.get(split)}"
+        for split, noun in (("train", "training image"), ("test", "test image"))
+        if split in names
     ]
+    if "classes" in names:
+        before = known.get("classes")  # In a file that may have been edited.
+        shown = few(before) if isinstance(before, list) and before else "none"
+        different.append(f"classes {few(found['classes']) or 'none'} instead of {shown}")
+    if names and not different:
+        more = "of other names or content" if "sum" in names else "with other labels"
+        different.append(f"as many, but {more}")
+    return different
