@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Ratio = float | tuple[float, float]
+
+
+def few(names: Iterable[object], most: int = 3) -> str:
+    """Join the first names of a message, and count the others."""
+    listed = [*map(str, names)]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def one_line(error: object) -> str:
+    """Write what a library says in several lines as one."""
+    return " ".join(str(error).split())
 
 
 def check_tensor(name: str, value: object, shape: str = "(N, ...)") -> None:

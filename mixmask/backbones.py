@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixmask._checks import one_line
 from mixmask._devices import is_out_of_memory
 
 # Our own: channels of the first of four blocks. A ResNet-18, of eight blocks, starts with 64.
@@ -22,26 +23,35 @@ _HEADS = ("fc", "classifier", "heads", "head")  # torchvision's names of a class
 
 
 def build_backbone(
-    arch: str, *, small_stem: bool = False, image_size: int | None = None, in_chans: int = 3
+    arch: str,
+    *,
+    small_stem: bool = False,
+    image_size: int | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
 ) -> nn.Module:
-    """Build an untrained backbone that returns pooled features (N, `num_features`).
+    """Build a backbone that returns pooled features (N, `num_features`).
 
     Args:
-        arch: A name that timm knows, with or without a tag of pretrained weights (which are not
-            loaded); torchvision's name of a network, after "torchvision/" where timm has one of
-            that name; "narrow": four blocks of 16 to 128 channels; or "medium": the same with
-            twice the channels, four times the weights.
+        arch: A name that timm knows, with or without a tag of pretrained weights; torchvision's
+            name of a network, after "torchvision/" where timm has one of that name; "narrow": four
+            blocks of 16 to 128 channels; or "medium": the same with twice the channels, four times
+            the weights.
         small_stem: Replace a ResNet's stem by a 3x3 convolution of stride 1, for small images.
         image_size: Height and width of the images, in pixels. Networks of a fixed size are built
             for it; those that can take other sizes later, as timm's ViTs, still do.
             Default: the network's own.
         in_chans: Channels of the images.
+        pretrained: Load timm's weights, from its cache or from where they are kept; the first
+            convolution and a ViT's positions are adapted to the images. Default: none.
 
     Raises:
-        ValueError: If there is no such backbone (the message names the nearest ones), or it cannot
-            be built for such images. `check_sizes` tells whether it takes them.
+        ValueError: If there is no such backbone (the message names the nearest ones), it cannot
+            be built for such images, or has no weights. `check_sizes` tells whether it takes them.
     """
-    if arch in SLIM:
+    if pretrained:
+        backbone = _build_pretrained(arch, small_stem, image_size, in_chans)
+    elif arch in SLIM:
         backbone = _build_slim(SLIM[arch], in_chans)
     elif name := torchvision_name(arch):
         backbone = _build_torchvision(name, image_size, in_chans)
@@ -68,46 +78,6 @@ def has_plain_stem(arch: str) -> bool:
     return arch in SLIM or re.fullmatch(plain, str(arch)) is not None
 
 
-def load_timm_weights(
-    backbone: nn.Module, arch: str, *, image_size: int | None = None, in_chans: int = 3
-) -> None:
-    """Load timm's pretrained weights into a backbone, from its cache or from where they are kept.
-
-    Args:
-        backbone: What `build_backbone` returned for the same values.
-        arch: Its name, with or without a tag.
-        image_size: See `build_backbone`; positions of a ViT are resampled.
-        in_chans: Channels of the images; the first convolution is adapted as timm does.
-
-    Raises:
-        ValueError: If timm has none, they cannot be had, or they do not fit.
-
-    Example:
-        >>> load_timm_weights(build_backbone("narrow"), "narrow")
-        Traceback (most recent call last):
-            ...
-        ValueError: --init timm needs an --arch with pretrained weights, got narrow; ...
-    """
-    import timm
-
-    if not (timm.is_model(arch) and timm.is_model_pretrained(arch)):
-        raise ValueError(
-            f"--init timm needs an --arch with pretrained weights, got {arch}; leave it out, or "
-            "name another one, such as resnet50"
-        )
-    try:
-        weights = _create_timm(arch, image_size, in_chans, pretrained=True)
-        backbone.load_state_dict(weights.state_dict())
-    except Exception as error:  # Each library on the way fails in its own way.
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--init timm cannot load the weights of {arch} ({reason:.300}); fetch them once where "
-            "there is a network, or leave out what does not fit them, such as --small-stem"
-        ) from error
-
-
 def torchvision_name(arch: str) -> str | None:
     """Return torchvision's name of a network; None for timm's and ours.
 
@@ -125,7 +95,35 @@ def torchvision_name(arch: str) -> str | None:
     return name if name in known and (name != arch or not timm.is_model(name)) else None
 
 
-def _build_timm(arch: str, image_size: int | None, in_chans: int) -> nn.Module:
+def _build_pretrained(
+    arch: str, small_stem: bool, image_size: int | None, in_chans: int
+) -> nn.Module:
+    """Build a network of timm with its weights."""
+    import timm
+
+    if not (timm.is_model(arch) and timm.is_model_pretrained(arch)):
+        raise ValueError(
+            f"--init timm needs an --arch with pretrained weights, got {arch}; leave it out, or "
+            "name another one, such as resnet50"
+        )
+    try:
+        if small_stem:
+            raise ValueError("its first convolution is another")  # noqa: TRY301
+        return _build_timm(arch, image_size, in_chans, pretrained=True)
+    except Exception as error:  # Each library on the way fails in its own way.
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"--init timm cannot load the weights of {arch} ({one_line(error):.300}); fetch them "
+            "once where there is a network, or leave out what does not fit them, such as "
+            "--small-stem"
+        ) from error
+
+
+def _build_timm(
+    arch: str, image_size: int | None, in_chans: int, *, pretrained: bool = False
+) -> nn.Module:
+    """Build a network of timm."""
     import timm
 
     known = timm.list_models()
@@ -133,7 +131,7 @@ def _build_timm(arch: str, image_size: int | None, in_chans: int) -> nn.Module:
         near = ", ".join(get_close_matches(str(arch), [*SLIM, *known], 3))
         raise ValueError(f"--arch {arch} is not a timm backbone; nearest names: {near or 'none'}")
     try:
-        backbone = _create_timm(arch, image_size, in_chans)
+        backbone = _create_timm(arch, image_size, in_chans, pretrained=pretrained)
     except _REFUSALS as error:
         raise ValueError(
             f"--arch {arch} cannot be built for {in_chans} channels ({error}); use another"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_runs import tiny_config
 from torch import Tensor
 
-from mixmask.backbones import build_backbone, check_sizes, load_timm_weights
+from mixmask.backbones import build_backbone, check_sizes
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.folder import save_checkpoint, write_config
 from mixmask.trainers.methods import build_encoder
@@ -118,24 +118,23 @@ def test_timms_weights_are_loaded_where_they_are_installed(
     arch: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = _cache_weights(arch, tmp_path, monkeypatch)
-    backbone = build_backbone(arch, image_size=size)
-    load_timm_weights(backbone, arch, image_size=size)
-    loaded = backbone.state_dict()
+    loaded = build_backbone(arch, image_size=size, pretrained=True).state_dict()
     same = [name for name in loaded if torch.equal(loaded[name], state[name])]
     assert set(loaded) - set(same) <= {"pos_embed"}  # Resampled to other sizes.
-    grey = build_backbone("resnet18", in_chans=1)
     if arch == "resnet18":
-        load_timm_weights(grey, arch, in_chans=1)
+        grey = build_backbone(arch, in_chans=1, pretrained=True)
         expected = state["conv1.weight"].sum(dim=1, keepdim=True)
         torch.testing.assert_close(grey.state_dict()["conv1.weight"], expected)
         with pytest.raises(ValueError, match=r"weights of resnet18 .*--small-stem"):
-            load_timm_weights(build_backbone(arch, small_stem=True), arch)
+            build_backbone(arch, small_stem=True, pretrained=True)
 
 
 def test_timms_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _cache_weights("resnet18", tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"weights of resnet34 .*fetch them once"):
-        load_timm_weights(build_backbone("resnet34"), "resnet34")
+        build_backbone("resnet34", pretrained=True)
+    with pytest.raises(ValueError, match="needs an --arch with pretrained weights, got narrow"):
+        build_backbone("narrow", pretrained=True)
     config = tiny_config("moco-v2", arch="resnet18", init="timm", image_size=32)
     encoder = build_encoder(config)
     again = build_encoder(config)

@@ -75,16 +75,11 @@ def export_backbone(loaded: Loaded, to: str, out: Path, *, force: bool = False) 
     else:
         contents = {out: _torch_save(state, _metadata(loaded))}
     # Weights and configurations are replaced together.
-    write_files(contents, force=force)
-    return Exported(tuple(contents), _notes(loaded, to))
-
-
-def write_files(contents: dict[Path, bytes], *, force: bool) -> None:
-    """Write files atomically, after a check that nothing is in the way of any of them."""
     check_files(*contents, force=force)
     with atomic_write(*contents) as temporary:
         for path, content in zip(temporary, contents.values(), strict=True):
             path.write_bytes(content)
+    return Exported(tuple(contents), _notes(loaded, to))
 
 
 def _check_backbone(loaded: Loaded, to: str) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixmask._checks import few
 from mixmask.checkpoints.resnets import infer_arch
 from mixmask.data.views import IMAGENET, Normalization
 from mixmask.runs.folder import is_run
@@ -55,6 +56,7 @@ class Layout(NamedTuple):
     small_stem_padding: int = 1  # Of the stem for small images, which no key tells.
     norm_eps: float | None = None  # Of its layer norms, where it is not timm's.
     followers: frozenset[str] = frozenset(_FOLLOWERS)  # The encoders that are not taken.
+    generic: bool = False  # Whether these are the names of a backbone alone, not of a format.
 
 
 def _is_solo_learn(file: Content) -> bool:
@@ -133,12 +135,7 @@ LAYOUTS = (
         norm_eps=1e-12,
     ),
     Layout("moco", lambda file: file.has("encoder_q.", "base_encoder.")),
-    Layout(
-        "solo-learn",
-        _is_solo_learn,
-        small_stem_normalization=_CIFAR,
-        small_stem_padding=2,
-    ),
+    Layout("solo-learn", _is_solo_learn, small_stem_normalization=_CIFAR, small_stem_padding=2),
     Layout(  # It exports the teacher of DINO, and of the methods built on it.
         "lightly-train",
         lambda file: "lightly_train" in file.entries,
@@ -149,8 +146,10 @@ LAYOUTS = (
     Layout("vissl", lambda file: file.has("_feature_blocks.")),
     Layout("swav", lambda file: file.has("projection_head.") and file.has("prototypes.")),
     Layout("mae", lambda file: file.has("decoder_embed.", "decoder_pred.")),
-    Layout("torchvision", lambda file: any("layer1.0." in name for name in file.names)),
-    Layout("timm", lambda _: True, normalization=None),
+    Layout(
+        "torchvision", lambda file: any("layer1.0." in name for name in file.names), generic=True
+    ),
+    Layout("timm", lambda _: True, normalization=None, generic=True),
 )
 
 
@@ -181,7 +180,7 @@ def find_nests(path: Path, content: object) -> list[Mapping[str, Tensor]]:
     kind = type(content).__name__
     held, fix = f"a {kind}", "pass a state dict, or a checkpoint that holds one"
     if isinstance(content, Mapping):
-        held = f"the keys {', '.join(map(repr, list(content)[:5]))}"
+        held = f"the keys {few(map(repr, content), 5)}"
     elif not isinstance(content, (Tensor, Sequence)):  # A stand-in for what was pickled.
         held += " as a whole"
         fix = 'torch.save(torch.load(PATH, weights_only=False).state_dict(), "weights.pth")'
@@ -213,11 +212,7 @@ def exported_metadata(content: object) -> dict[str, str]:
 
 
 def find_backbone(
-    path: Path,
-    content: object,
-    expected: Sequence[str],
-    *,
-    exported: bool = False,
+    path: Path, content: object, expected: Sequence[str], *, exported: bool = False
 ) -> Match:
     """Find the backbone in what a checkpoint held, a run's, an export's or another library's.
 
@@ -258,10 +253,10 @@ def _match(
     """Find the backbone in a mapping; None if there is none."""
     keys: dict[str, tuple[str, ...]] = {key: (key,) for key in weights}
     children: tuple[str, ...] = ()
-    own = places or _exact_places(keys, expected)  # By their own names: nothing is renamed.
-    if not own:
+    exact = places or _exact_places(keys, expected)
+    if not exact:  # Not under their own names, so perhaps under those that the layout gives.
         keys = _rename(layout, weights)
-    exact = own or _exact_places(keys, expected)
+        exact = _exact_places(keys, expected)
     places = exact or _similar_places(keys, expected)
     if not places:
         return None
@@ -277,7 +272,7 @@ def _match(
     }
     return Match(
         layout,
-        "state dict" if layout in LAYOUTS[-2:] and _unwrap(prefix) else layout.name,
+        "state dict" if layout.generic and _unwrap(prefix) else layout.name,
         state,
         keys,
         tuple(weights),

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mixmask._checks import few
 from mixmask.backbones import SLIM, TORCHVISION, build_backbone, torchvision_name
 from mixmask.checkpoints.layouts import Match, exported_metadata, find_backbone
 from mixmask.checkpoints.resnets import infer_arch, is_small_stem
@@ -329,9 +330,7 @@ def _fill(
         raise ValueError(
             f"{file} does not fit {arch}: "
             + ", ".join(
-                f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for what, names in misfits.items()
-                if names
+                f"{len(names)} {what} ({few(names)})" for what, names in misfits.items() if names
             )
             + f"; {_advice(misfits, infer_arch(match.state), arch, given)}"
         )

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -15,25 +15,21 @@ from mixmask._devices import choose_device
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
+from mixmask.detection.data import load_detection
+from mixmask.detection.model import load_source
+from mixmask.detection.train import train_detector
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder
 from mixmask.runs.folder import CONFIG, has_checkpoint
 from mixmask.runs.options import check_resume, flag
 from mixmask.runs.records import plural
 
-if TYPE_CHECKING:
-    from mixmask.detection.train import Row
-
 # What `pip install '.[detection]'` adds to the trainers' libraries.
 _LIBRARIES = ("pycocotools", "torchmetrics")
 
 
 def detect(
-    run: str | None,
-    out: Path | None,
-    resume: Path | None,
-    device: str | None = None,
-    **given: Any,
+    run: str | None, out: Path | None, resume: Path | None, device: str | None = None, **given: Any
 ) -> None:
     """Train a detector on a run's backbone, test it, and leave a folder of results."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
@@ -42,11 +38,6 @@ def detect(
             f"detection needs {', '.join(missing)}; run pip install '.[detection]' in the checkout "
             "of mixmask"
         )
-    # These need the libraries.
-    from mixmask.detection.data import load_detection
-    from mixmask.detection.model import load_source
-    from mixmask.detection.train import train_detector
-
     chosen = choose_device(device)
     if resume is not None:
         more = {"RUN": run, "--out": out}
@@ -79,36 +70,33 @@ def detect(
         f"{plural(config.epochs, 'epoch')}, {describe_device(chosen)}\nrun folder: {folder}"
     )
     start = time.perf_counter()
-    rows: list[Row] = []
+    said: list[int] = []
 
-    def note_row(row: Row) -> None:
-        rows.append(row)
-        _say_row(row)
+    def say_row(row: dict[str, Any]) -> None:
+        said.append(row["epoch"])
+        text = f"epoch {row['epoch']}: loss {row['loss']:.3f}"
+        if "ap" in row:
+            text += f", AP {row['ap']:.1%}, AP50 {row['ap50']:.1%}, AP75 {row['ap75']:.1%}"
+        with tqdm.external_write_mode():  # Otherwise it would end the progress bar's line.
+            say(text)
 
     with resumable("detect", folder):
         _, results = train_detector(
             config, data, backbone, folder,
-            source=origin, device=chosen, resume=resume is not None, on_row=note_row,
+            source=origin, device=chosen, resume=resume is not None, on_row=say_row,
         )  # fmt: skip
     for prefix, what in (("", "boxes"), ("mask_", "masks")):
-        if prefix + "ap" in results:
-            _say_table({**results}, prefix, what)
+        _say_table(results, prefix, what)
     done = f"done in {(time.perf_counter() - start) / 60:.1f} minutes"
-    if not rows:
+    if not said:
         again = f"start another run with --epochs above {config.epochs}"
         done = f"nothing was left to do; to train longer, {again}"
     say(f"\n{done}; see {folder / 'detections.png'}")
 
 
-def _say_row(row: Row) -> None:
-    text = f"epoch {row['epoch']}: loss {row['loss']:.3f}"
-    if "ap" in row:
-        text += f", AP {row['ap']:.1%}, AP50 {row['ap50']:.1%}, AP75 {row['ap75']:.1%}"
-    with tqdm.external_write_mode():  # Otherwise the text would end the progress bar's line.
-        say(text)
-
-
 def _say_table(results: dict[str, Any], prefix: str, what: str) -> None:
+    if f"{prefix}ap" not in results:
+        return
     say(f"\n{what:<22}{'AP':>8}{'AP50':>8}{'AP75':>8}")
     overall = {name: results[prefix + name] for name in ("ap", "ap50", "ap75")}
     for name, row in {"all classes": overall, **results[f"{prefix}per_class"]}.items():
@@ -125,8 +113,7 @@ def add_detect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=detect, run=None, out=None, resume=None)
     text = "run folder, checkpoint file, or the word random for an untrained backbone"
     add_shared(parser, "run", nargs="?", type=str, help=text)
-    # What depends on the run or the data is shown by no value.
-    fields = dataclasses.fields(DetectionConfig)
-    add_fields(parser, fields, defaults={"small_stem": ""})
+    # What depends on the run is shown by no value.
+    add_fields(parser, dataclasses.fields(DetectionConfig), defaults={"small_stem": ""})
     add_shared(parser, "--out", metavar="DIR", help="folder of results [runs/detect-DATA-RUN]")
     add_shared(parser, "--resume", "--device", "--threads")

@@ -12,7 +12,7 @@ from typing import Any
 from mixmask import evaluation
 from mixmask.cli._console import say
 from mixmask.cli.options import SOURCE, add_fields, add_shared, results_folder
-from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result, Task
+from mixmask.evaluation import KNN, FineTuning, Linear, LinearSGD, Protocol, Result
 from mixmask.evaluation.metrics import INTERVAL, Interval
 from mixmask.runs.files import check_files, make_folder
 from mixmask.runs.options import flag
@@ -44,20 +44,14 @@ def evaluate(
         f"{plural(len(task.classes), 'class')}, {task.device}"
     )
     if isinstance(protocol, FineTuning):
-        _say_subset(protocol, task)
+        index, subset = protocol.subset(task)
+        batch = min(protocol.batch_of(len(index)), len(index))
+        images = plural(len(index), "image")
+        say(f"fine-tuning on {images} ({subset}, seed {protocol.seed}), batches of {batch}")
     result = evaluation.evaluate(task, protocol, progress=True)
     written = result.write(folder, force=force)
     _say_result(result)
     say(f"see {written} and .png")
-
-
-def _say_subset(protocol: FineTuning, task: Task) -> None:
-    index, subset = protocol.subset(task)
-    count = len(index)
-    say(
-        f"fine-tuning on {plural(count, 'image')} ({subset}, seed {protocol.seed}), batches of "
-        f"{min(protocol.batch_of(count), count)}"
-    )
 
 
 def _say_result(result: Result) -> None:

@@ -36,9 +36,9 @@ def draw_map(
     out = out or (results_folder(runs[0]) if len(runs) == 1 else Path()) / "map.png"
     check_figure(out, force=force)
     task = evaluation.load_task(*runs, labelled=False, **source)
-    drawn = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
-    save_figure(drawn.figure, out)
-    say(f"{drawn.title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
+    figure, title = gallery.draw_map(task, projection=projection, classes=classes, seed=seed)
+    save_figure(figure, out)
+    say(f"{title}, by {gallery.PROJECTIONS[projection]}\ndrew {out}")
 
 
 def draw_neighbours(
@@ -54,18 +54,12 @@ def draw_neighbours(
     out = out or results_folder(run) / "neighbours.png"
     check_figure(out, force=force)
     task = evaluation.load_task(run, labelled=False, **source)
-    drawn = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
-    save_figure(drawn.figure, out)
-    say(f"{drawn.title}\ndrew {out}")
+    figure, title = gallery.draw_neighbours(task, queries=queries, k=k, seed=seed)
+    save_figure(figure, out)
+    say(f"{title}\ndrew {out}")
 
 
-def embed(
-    run: Path,
-    to: str,
-    out: Path | None = None,
-    force: bool = False,
-    **source: Any,
-) -> None:
+def embed(run: Path, to: str, out: Path | None = None, force: bool = False, **source: Any) -> None:
     """Write the features of all images, and beside them the name of each row's image."""
     out = out or results_folder(run) / f"features.{to}"
     if out.suffix != f".{to}":

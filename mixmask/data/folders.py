@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixmask._checks import few
 from mixmask.data.datasets import DatasetImages, describe_door, find_splits
 from mixmask.data.images import UnreadableError, image_suffixes, open_image
 
@@ -92,7 +93,7 @@ class Files:
             FileNotFoundError: If the whole folder is gone.
         """
         try:
-            with open_image(_read(self[number], self.archive)) as image:
+            with open_image(read_file(self[number], self.archive)) as image:
                 yield image
         except _UNREADABLE as error:
             if not (self.archive or self.root).exists():
@@ -152,8 +153,8 @@ class _Tree:
         empty = {printable(name) for name in self.folders if "/" not in name} - set(labels)
         if labels and empty:
             raise ValueError(
-                f"class folders without images in {self.path}: {_few(empty)}; fill or remove them, "
-                "or pass the folder that holds images alone"
+                f"class folders without images in {self.path}: {few(sorted(empty))}; fill or "
+                "remove them, or pass the folder that holds images alone"
             )
         return labels
 
@@ -185,15 +186,15 @@ def list_folder(path: Path) -> ListedData:
         tested = [name for names in tests for name in names]
         if tested and tops <= set(tested):
             raise ValueError(
-                f"{tree.path} holds {_few(tested)} and no training split; put one beside it, named "
-                f"train, or pass {tree.path / tested[0]} to train on that"
+                f"{tree.path} holds {few(sorted(tested))} and no training split; put one beside "
+                f"it, named train, or pass {tree.path / tested[0]} to train on that"
             )
         # A folder in a folder and nothing beside it: the content of an archive, or `all/`.
         if len(tops) > 1 or not tops <= tree.folders:
             break
         tree = tree.below(*tops)
     if trains and (beside := tops - {*trains, *tested}):
-        warnings.warn(f"not read, beside the splits of {path}: {_few(beside)}", stacklevel=2)
+        warnings.warn(f"not read, beside the splits of {path}: {few(sorted(beside))}", stacklevel=2)
     # Without a training split the whole folder is one.
     files, labels = _list_split(tree, trains)
     classes = tuple(sorted(set(labels)))
@@ -201,7 +202,7 @@ def list_folder(path: Path) -> ListedData:
         classes, labels = (), []
     if like := [name for name in classes if re.fullmatch(_LIKE_SPLITS, name, re.IGNORECASE)]:
         fix = "call them train and test (or val)"
-        warnings.warn(f"classes of {path} look like splits: {_few(like)}; {fix}", stacklevel=2)
+        warnings.warn(f"classes of {path} look like splits: {few(like)}; {fix}", stacklevel=2)
     if len(files) < 2:
         found = f"one image, {files.name(0)}" if len(files) else "no images"
         raise ValueError(f"{path} holds {found}; training needs at least a batch of two")
@@ -227,7 +228,7 @@ def _list_tree(path: Path) -> _Tree:
     """List what lies in a folder or an archive, and name what is not an image."""
     archive = path if path.is_file() else None
     tree, skipped = _Tree(path, archive, [], set()), Counter[str]()
-    for name, kind in _walk_archive(path) if archive else _walk(path):
+    for name, kind in _walk_archive(path) if archive else walk_folder(path):
         end = os.path.splitext(name)[1].lower()  # noqa: PTH122  # A million Paths take time.
         if kind == "folder":
             tree.folders.add(name)
@@ -246,7 +247,7 @@ def _list_tree(path: Path) -> _Tree:
     return tree
 
 
-def _walk(path: Path) -> Iterator[tuple[str, str]]:
+def walk_folder(path: Path) -> Iterator[tuple[str, str]]:
     """Yield names below a folder, and what they are; a link to a folder above ends there."""
     seen, waiting = set(), [""]
     while waiting:
@@ -303,7 +304,7 @@ def _open_archive(path: Path, *identity: int) -> ZipFile:
     return ZipFile(path)
 
 
-def _read(path: Path, archive: Path | None) -> bytes:
+def read_file(path: Path, archive: Path | None) -> bytes:
     """Read a file from a folder, or from an archive."""
     if archive is None:
         return path.read_bytes()
@@ -314,20 +315,17 @@ def _choose_test(
     tree: _Tree, tests: Sequence[Sequence[str]], classes: tuple[str, ...]
 ) -> Listed | None:
     """Return the first split with labels, or the first one if none has."""
-    unlabelled: list[Listed] = []
-    refused: ValueError | None = None
+    listed: list[Listed] = []
+    refusals: list[ValueError] = []
     for tops in tests:
         try:
-            listed = _list_test(tree, tops, classes)
-        except ValueError as error:
-            refused = refused or error
-            continue
-        if listed.labels is not None:
-            return listed
-        unlabelled.append(listed)
-    if refused:
-        raise refused
-    return unlabelled[0] if unlabelled else None
+            listed.append(_list_test(tree, tops, classes))
+        except ValueError as error:  # noqa: PERF203  # There are five at most.
+            refusals.append(error)
+    labelled = [each for each in listed if each.labels is not None]
+    if refusals and not labelled:
+        raise refusals[0]
+    return next(iter(labelled or listed), None)
 
 
 def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Listed:
@@ -339,8 +337,8 @@ def _list_test(tree: _Tree, tops: Sequence[str], classes: tuple[str, ...]) -> Li
         return Listed(files, None)
     if unknown := set(labels) - set(classes):
         raise ValueError(
-            f"{files.root} has classes missing from the training split: {_few(unknown)}; use the "
-            "same class folders in both"
+            f"{files.root} has classes missing from the training split: {few(sorted(unknown))}; "
+            "use the same class folders in both"
         )
     return Listed(files, _to_labels(labels, classes))
 
@@ -349,16 +347,13 @@ def _read_annotations(part: _Tree) -> list[str] | None:
     """Read Tiny ImageNet's table, if there is one: a file's name, its class, and numbers."""
     table = part.path / _ANNOTATIONS
     try:
-        rows = os.fsdecode(_read(table, part.archive)).splitlines()
+        rows = os.fsdecode(read_file(table, part.archive)).splitlines()
     except (FileNotFoundError, KeyError):
         return None
     labels = dict(row.split("\t")[:2] for row in rows if "\t" in row)
     found = [labels.get(name.rpartition("/")[2], "") for name in part.names]
     if missing := [name for name, label in zip(part.names, found, strict=True) if not label]:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ValueError(
-            f"{table} names no class for {missing[0]}{more}; unpack the data set again"
-        )
+        raise ValueError(f"{table} names no class for {few(missing, 1)}; unpack the data set again")
     return found
 
 
@@ -367,10 +362,3 @@ def _to_labels(names: Sequence[str], classes: tuple[str, ...]) -> Tensor | None:
         return None
     numbers = {name: number for number, name in enumerate(classes)}
     return torch.tensor([numbers[name] for name in names])
-
-
-def _few(names: Iterable[str]) -> str:
-    """Join the first three names."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(ordered[:3]) + more

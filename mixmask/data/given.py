@@ -46,10 +46,7 @@ def list_datasets(title: str, made: Any) -> ListedData:
 
 
 def _choose_test(title: str, tests: Mapping[str, MapDataset]) -> list[Listed]:
-    """Choose the first test split with labels, or else the first one; published ones hide theirs.
-
-    A split whose labels are all -1 is hidden and cannot be tested on.
-    """
+    """Choose the first test split with labels, or else the first; published ones hide theirs."""
     listed: dict[str, Listed] = {}
     for name, dataset in tests.items():
         source = DatasetImages.of(dataset)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mixmask._checks import one_line
 from mixmask.data.views import random_boxes
 
 # A view's image is decoded at this multiple of its size or more; closer to 1, views get sharper.
@@ -70,7 +71,7 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
             _check_bands(image)
             yield image
     except _DAMAGES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # Its text is the address of a buffer.
             reason = "not in a format that Pillow reads"
         if isinstance(error, Image.DecompressionBombError):

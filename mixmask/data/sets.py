@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_choice
-from mixmask.data.datasets import (
-    MapDataset,
-    call_function,
-    describe_door,
-    is_function,
-)
-from mixmask.data.folders import Files, ImageSource, Listed, ListedData, list_folder
+from mixmask.data.datasets import MapDataset, call_function, describe_door, is_function
+from mixmask.data.folders import Files, ImageSource, Listed, list_folder
 from mixmask.data.given import list_datasets
 from mixmask.data.images import UnreadableError, is_deep, read_deep
 from mixmask.data.named import NAMED, load_named
@@ -89,24 +84,6 @@ class Split:
         return self if known.all() else self.subset(known.nonzero()[:, 0])
 
 
-class Fingerprint(NamedTuple):
-    """What tells one data set from another: two that differ here are not the same.
-
-    Attributes:
-        train: Number of training images.
-        test: Number of test images.
-        classes: Names of the classes.
-        sum: Checksum of the files' names or, where they have none, of some images.
-        labels: Checksum of all labels.
-    """
-
-    train: int
-    test: int
-    classes: tuple[str, ...]
-    sum: str
-    labels: str
-
-
 @dataclass(frozen=True)
 class ImageData:
     """A training split and, where there is one, a test split."""
@@ -135,8 +112,13 @@ class ImageData:
         assert self.test is not None
         return self.train.drop_unlabelled(), self.test.drop_unlabelled()
 
-    def fingerprint(self) -> Fingerprint:
-        """Return what later tells whether a name still means the same data."""
+    def fingerprint(self) -> dict[str, object]:
+        """Return what tells data apart, as `config.json` has it.
+
+        These are the numbers of training and test images, the names of the classes, and two
+        checksums: "sum" is of the files' names or, where they have none, of some images, "labels"
+        of all labels.
+        """
         digest, labels = (hashlib.blake2b(digest_size=8) for _ in range(2))
         splits = [split for split in (self.train, self.test) if split]
         for split in splits:
@@ -151,7 +133,10 @@ class ImageData:
         train, test = (
             len(split.images) + len(split.lost) if split else 0 for split in (self.train, self.test)
         )
-        return Fingerprint(train, test, self.classes, digest.hexdigest(), labels.hexdigest())
+        return {
+            "train": train, "test": test, "classes": list(self.classes),
+            "sum": digest.hexdigest(), "labels": labels.hexdigest(),
+        }  # fmt: skip
 
 
 def hold_out(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
@@ -208,15 +193,13 @@ def _take(split: Split, chosen: Tensor) -> Split:
 
 
 class DataListing(NamedTuple):
-    """What is known of data before they are read: their name in messages and all splits.
+    """What is known of data before they are read; see `ListedData`."""
 
-    Attributes:
-        side: The median of the shorter sides of a few images, in pixels; infinity for none.
-    """
-
-    title: str
-    splits: ListedData
-    side: float
+    title: str  # Their name in messages.
+    train: Listed
+    test: Listed | None
+    classes: tuple[str, ...]
+    side: float  # Median of the shorter sides of a few images, in pixels; infinity for none.
 
 
 GivenData = str | Path | MapDataset | tuple[MapDataset, MapDataset] | Mapping[str, MapDataset]
@@ -242,7 +225,7 @@ def list_data(data: GivenData) -> DataListing:
         splits = list_datasets(title, call_function(str(data)))
     else:
         splits = list_folder(_check_path(title))
-    return DataListing(title, splits, _look(title, splits.train.files))
+    return DataListing(title, *splits, _look(title, splits.train.files))
 
 
 def load_data(
@@ -286,13 +269,14 @@ def load_data(
         _warn_small(name, named.train.images.shape[-1], image_size)
         return named
     listing = name if isinstance(name, DataListing) else list_data(name)
-    title, (train, test, classes), side = listing
+    title, train, test, classes, side = listing
     _warn_small(title, side, image_size)
     size = round(image_size * 8 / 7)  # As 256 to 224: crops of it lose little of the image.
     count = len(train.files) + (len(test.files) if test else 0)
     needed = count * train.files.channels * size * size * train.files.dtype.itemsize
-    read = _leave_split if _streams(stream, title, needed) else _read_split
-    return ImageData(read(train, size), read(test, size) if test else None, classes)
+    streams = _streams(stream, title, needed)
+    splits = [_take_split(listed, size, streams=streams) for listed in (train, test) if listed]
+    return ImageData(splits[0], splits[1] if test else None, classes)
 
 
 def _check_path(name: str) -> Path:
@@ -343,10 +327,7 @@ def _warn_small(title: str, side: float, image_size: int) -> None:
 
 
 def _look(title: str, source: ImageSource) -> float:
-    """Return the median of the shorter sides of a few images, in pixels; infinity for none.
-
-    Files of 16 bits that hold but 12, say, are refused: their 4,096 grey levels would become 16.
-    """
+    """Return the median of the shorter sides of a few images, in pixels; infinity for none."""
     sides: list[int] = []
     reached: list[float] = []
     for number in _spread(len(source)).tolist():
@@ -358,6 +339,7 @@ def _look(title: str, source: ImageSource) -> float:
             sides.append(min(image.size))
             if is_deep(image):
                 reached.append(read_deep(image).max().item())
+    # Of 12 bits in files of 16, say, the 4,096 grey levels would become 16.
     if reached and max(reached) < _DIM:
         raise ValueError(
             f"the greyscale images of {title} reach {max(reached):.2%} of their format's range, of "
@@ -372,13 +354,11 @@ def _spread(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, _LOOKED), dtype=torch.float64).long()
 
 
-def _leave_split(listed: Listed, size: int) -> Split:
-    return Split(StoredImages(listed.files, size), listed.labels)
-
-
-def _read_split(listed: Listed, size: int) -> Split:
-    """Read all images into memory, without those that cannot be read."""
+def _take_split(listed: Listed, size: int, *, streams: bool) -> Split:
+    """Leave images where they are, or read all that can be read into memory."""
     stored = StoredImages(listed.files, size)
+    if streams:
+        return Split(stored, listed.labels)
     names = Split(stored).files
     split = Split(stored[:], listed.labels, names)
     stored.warn_rest()

@@ -58,17 +58,18 @@ class StoredImages:
         numbers = torch.arange(len(self))[index]  # Of any shape; negative indices are resolved.
         flat = numbers.flatten().tolist()
         squares = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
+
+        def read(number: int) -> tuple[Tensor, dict[int, str]]:
+            return read_any(self.source, number, lambda image: take_square(image, self.size))
+
         # Threads, not processes: Pillow decodes without Python's lock.
         with ThreadPoolExecutor(min(16, available_cores())) as pool:
             for first in range(0, len(flat), _AHEAD):
-                read = pool.map(self._read, flat[first : first + _AHEAD])
-                for place, (square, unreadable) in enumerate(read, first):
+                squares_read = pool.map(read, flat[first : first + _AHEAD])
+                for place, (square, unreadable) in enumerate(squares_read, first):
                     squares[place] = square
                     self.note(unreadable)
         return squares.view(*numbers.shape, *squares.shape[1:])
-
-    def _read(self, number: int) -> tuple[Tensor, dict[int, str]]:
-        return read_any(self.source, number, lambda image: take_square(image, self.size))
 
     def subset(self, index: Tensor) -> StoredImages:
         """Return some of the images, by their indices (n,), still where they are."""
@@ -85,15 +86,12 @@ class StoredImages:
                 fate = "another stands in for it, or it is left out"
                 warnings.warn(f"{reason}; {fate}", stacklevel=2)
             elif str(count).strip("0") == "1":
-                self._warn_count()
+                self.warn_rest()
 
     def warn_rest(self) -> None:
         """Say how many files could not be read so far, if there was more than one."""
         if len(self.unreadable) > 1:
-            self._warn_count()
-
-    def _warn_count(self) -> None:
-        warnings.warn(f"{len(self.unreadable)} unreadable images so far", stacklevel=3)
+            warnings.warn(f"{len(self.unreadable)} unreadable images so far", stacklevel=2)
 
 
 Images = Tensor | StoredImages

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mixmask._checks import one_line
 from mixmask._seeds import fold_seed
 from mixmask.data.folders import ImageSource
 from mixmask.data.images import Picture, take_crops
@@ -155,7 +156,7 @@ def explain_dead_workers(*others: type[Exception]) -> Iterator[None]:
     except Exception as error:
         # Their variables hold the loader, and with it the workers.
         traceback.clear_frames(error.__traceback__)
-        text = " ".join(str(error).split())
+        text = one_line(error)
         torchs = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
         if not torchs and not isinstance(error, others):
             raise
@@ -181,7 +182,6 @@ class Stream(Iterator[Tensor]):
         workers: int,
         device: torch.device,
     ) -> None:
-        """Start nothing yet."""
         self.images, self.device, self.workers = images, device, workers
         self.loader: DataLoader[_Answer] = DataLoader(
             _Reader(images.source, size, min_scale),

@@ -44,7 +44,6 @@ class DetectionConfig:
     std: tuple[float, ...] = option((), f"{HELP['std']} [that of the checkpoint]")
 
     def __post_init__(self) -> None:
-        """Check all options."""
         check_options(self)
 
 
@@ -55,10 +54,7 @@ def load_config(folder: Path) -> tuple[DetectionConfig, str]:
     """
     try:
         content = read_config(folder)
-        source = content.get("source", "")
-        if not isinstance(source, str):
-            raise TypeError(f"'source' must be of type str, got {source!r}")  # noqa: TRY301
-        return restore_config(DetectionConfig, content), source
+        return restore_config(DetectionConfig, content), content.get("source", "")
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a detection run that can be resumed ({error}); pass the run folder "

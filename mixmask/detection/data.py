@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from mixmask.data.images import to_rgb
-from mixmask.detection.layouts import ListedSplit, TableRow, number, read_layout
+from mixmask.detection.layouts import ListedSplit, number, read_layout
 from mixmask.detection.segments import check_segmentation, draw_masks
 from mixmask.detection.tree import Tree
 
@@ -34,7 +34,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
     """
 
     tree: Tree
-    name: str  # The split's.
+    name: str
     files: tuple[str, ...]  # Paths of the N images within the tree.
     sizes: Tensor  # (N, 2) int64, width and height as annotated.
     starts: Tensor  # (N + 1,) int64, the place of each image's first object.
@@ -86,8 +86,7 @@ class DetectionSplit(Dataset[tuple[Tensor, Target]]):
         return slice(*self.starts[index : index + 2].tolist())
 
 
-@dataclass(frozen=True)
-class DetectionData:
+class DetectionData(NamedTuple):
     """A training and a test split with the same classes, whose labels start at 1."""
 
     train: DetectionSplit
@@ -115,7 +114,7 @@ def load_detection(path: Path, *, train: str = "", test: str = "") -> DetectionD
         ValueError: If lists, annotations or images are missing or broken, a class is unknown, or
             a split has no object.
     """
-    tree = Tree(path)
+    tree = Tree.of(path)
     layout, (first, second) = read_layout(tree, train, test)
     classes = tuple(first.names[key] for key in sorted(first.names))
     unknown = sorted(set(second.names.values()) - set(classes))
@@ -125,13 +124,11 @@ def load_detection(path: Path, *, train: str = "", test: str = "") -> DetectionD
             f"{', '.join(unknown)}; correct the names, or move such images"
         )
     # A crowd is a heap of objects in one box, so there is nothing to learn from it.
-    learnt = [row for row in first.annotations if not _is_crowd(row) or row.get("difficult")]
+    learnt = [
+        row for row in first.annotations if number(row.get("iscrowd")) != 1 or row.get("difficult")
+    ]
     training = _build_split(tree, first._replace(annotations=learnt), classes)
     return DetectionData(training, _build_split(tree, second, classes), classes, layout)
-
-
-def _is_crowd(row: TableRow) -> bool:
-    return number(row.get("iscrowd")) == 1
 
 
 def _build_split(tree: Tree, listed: ListedSplit, classes: Sequence[str]) -> DetectionSplit:
@@ -140,9 +137,9 @@ def _build_split(tree: Tree, listed: ListedSplit, classes: Sequence[str]) -> Det
     names = [listed.names[row["category_id"]] for row in listed.annotations]
     places = {row["id"]: i for i, row in enumerate(listed.images)}
     image = torch.tensor([places.get(row["image_id"], -1) for row in listed.annotations]).long()
-    rows = [_numbers(row.get("bbox")) for row in listed.annotations]
+    sides = [_four_numbers(row.get("bbox")) for row in listed.annotations]
     # Left, top, width, height -> left, top, right, bottom.
-    boxes = box_convert(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
+    boxes = box_convert(torch.tensor(sides, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
     # An object of no image, -1, has the last row's size, which is nobody's.
     limits = torch.cat([sizes, sizes.new_zeros(1, 2)])[image].repeat(1, 2)  # (A, 4)
     clipped = boxes.clamp(min=0).minimum(limits)
@@ -157,8 +154,7 @@ def _build_split(tree: Tree, listed: ListedSplit, classes: Sequence[str]) -> Det
     }
     kept = torch.ones(len(boxes), dtype=torch.bool)
     for problem, affected in problems.items():
-        found = (affected & kept).nonzero().flatten().tolist()
-        if found:
+        if found := (affected & kept).nonzero().flatten().tolist():
             place = f"the first: {names[found[0]]} in {[*files, 'no image'][image[found[0]]]}"
             text = f"{len(found)} objects of {listed.split} {problem} ({place})"
             warnings.warn(text, stacklevel=3)
@@ -180,12 +176,12 @@ def _build_split(tree: Tree, listed: ListedSplit, classes: Sequence[str]) -> Det
         starts=torch.searchsorted(image[left], torch.arange(len(files) + 1)),
         boxes=clipped[left].float(),
         labels=torch.tensor([classes.index(names[i]) + 1 for i in left.tolist()]),
-        iscrowd=torch.tensor([int(_is_crowd(row)) for row in annotations]),
+        iscrowd=torch.tensor([int(number(row.get("iscrowd")) == 1) for row in annotations]),
         segmentations=tuple(row.get("segmentation") or None for row in annotations),
     )
 
 
-def _numbers(bbox: object) -> list[float]:
+def _four_numbers(bbox: object) -> list[float]:
     """Return the four numbers of a box, NaN where there is no number."""
     sides = bbox if isinstance(bbox, list) and len(bbox) == 4 else [None] * 4
     return [number(side) for side in sides]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
@@ -15,13 +15,6 @@ from mixmask.detection.tree import Tree, explain
 TableRow = dict[str, Any]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-# Where the lists of splits are, and the names of the usual training and test split, best first.
-_LAYOUTS = {
-    "voc": ("ImageSets/Main", ".txt", (("trainval", "train"), ("test", "val"))),
-    "coco": ("annotations", ".json", (("train.*",), ("val.*", "test.*"))),
-}
-# What else COCO's annotations folder holds.
-_NO_INSTANCES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 # Rows refer to each other by a number, or by text as some writers have it.
 _KEY, _TEXT = ((int, float, str), "a number"), ((str,), "text")
 _COLUMNS: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
@@ -48,21 +41,14 @@ class ListedSplit(NamedTuple):
 
 def read_layout(tree: Tree, train: str, test: str) -> tuple[str, list[ListedSplit]]:
     """Read the training and the test split, "" for the usual ones, and name their layout."""
-    for layout, (folder, suffix, usual) in _LAYOUTS.items():
-        base, files = tree.find(folder, suffix)
-        if layout == "coco":  # Its lists have a prefix, which those that users write may lack.
-            files = {
-                name.removeprefix("instances_"): path
-                for name, path in files.items()
-                if not name.startswith(_NO_INSTANCES)
-            }
+    for layout, (read, folder, pattern, usual) in _LAYOUTS.items():
+        base, files = tree.find(folder, pattern)
         if files:
-            where = f"{base}{folder}/*{suffix} has {', '.join(files)}"
+            where = f"{base}{folder} has {', '.join(files)}"
             asked = zip(("train", "test"), (train, test), usual, strict=True)
             splits = [_choose_split(*one, list(files), where) for one in asked]
             if splits[0] == splits[1]:
                 raise ValueError(f"training and test split are both {splits[0]}; name others")
-            read = _read_voc if layout == "voc" else _read_coco
             return layout, [read(tree, base, split, files[split]) for split in splits]
     raise ValueError(
         f"{tree.root} holds neither ImageSets/Main (Pascal VOC) nor annotations (COCO) with lists "
@@ -79,7 +65,7 @@ def number(value: object) -> float:
 
 
 def _choose_split(
-    kind: str, asked: str, usual: Iterable[str], known: Sequence[str], where: str
+    kind: str, asked: str, usual: Sequence[str], known: Sequence[str], where: str
 ) -> str:
     if asked and asked not in known:
         raise ValueError(f"--{kind}-split {asked} does not exist; {where}")
@@ -103,14 +89,13 @@ def _read_coco(tree: Tree, base: str, split: str, file: str) -> ListedSplit:
 
 def _check_split(split: str, file: str, folders: tuple[str, ...], content: object) -> ListedSplit:
     """Check that the rows of all tables fit each other."""
-    tables = [_check_table(file, content, table) for table in _COLUMNS]
-    categories, images, annotations = tables
-    names = {row["id"]: row["name"] for row in categories}
-    twice = len(set(names.values())) < len(categories)
+    categories, images, annotations = (_check_table(file, content, table) for table in _COLUMNS)
+    names: dict[Any, str] = {row["id"]: row["name"] for row in categories}
+    kinds = {isinstance(key, str) for key in names}
     unknown = [row["category_id"] for row in annotations if row["category_id"] not in names]
     problems = {
-        "lists a category twice, or by text and number; correct it": twice
-        or len({isinstance(key, str) for key in names}) > 1,
+        "lists a category twice, or by text and number; correct it": len(kinds) > 1
+        or len(set(names.values())) < len(categories),
         "has a category whose name cannot be printed; rename it": not all(
             map(str.isprintable, names.values())
         ),
@@ -133,12 +118,12 @@ def _check_table(file: str, content: object, table: str) -> list[TableRow]:
             "images, annotations and categories"
         )
     for column, (kinds, expected) in _COLUMNS[table].items():
-        for row in rows:
-            if not isinstance(row.get(column), kinds):
-                raise ValueError(  # noqa: TRY004  It is the file's error, not the caller's.
-                    f"{file} has {column!r}: {repr(row.get(column))[:60]} where COCO's form has "
-                    f"{expected}; correct it"
-                )
+        wrong = next((row for row in rows if not isinstance(row.get(column), kinds)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{file} has {column!r}: {repr(wrong.get(column))[:60]} where COCO's form has "
+                f"{expected}; correct it"
+            )
     return rows
 
 
@@ -194,3 +179,16 @@ def _voc_object(item: ET.Element, path: str) -> TableRow:
     difficult = number(item.findtext("difficult")) == 1
     bbox = [left - 1, top - 1, *extent]
     return {"category_id": name, "bbox": bbox, "iscrowd": difficult, "difficult": difficult}
+
+
+# How a layout is read, the folder of its lists, their names, where the group is the split's, and
+# the usual training and test split, best first. Users' own lists may lack COCO's prefix.
+_LAYOUTS = {
+    "voc": (_read_voc, "ImageSets/Main", r"([^/]*)\.txt", (("trainval", "train"), ("test", "val"))),
+    "coco": (
+        _read_coco,
+        "annotations",
+        r"(?!captions_|image_info_|panoptic_|person_keypoints_|stuff_)(?:instances_)?([^/]*)\.json",
+        (("train.*",), ("val.*", "test.*")),
+    ),
+}

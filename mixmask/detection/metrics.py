@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,29 +14,10 @@ from mixmask.data.stream import CUT_OFF, explain_dead_workers, start_worker
 from mixmask.detection.data import DetectionSplit, Target
 from mixmask.figures.style import import_matplotlib
 
-# Average precision, 0 ... 1: "ap" over ten overlaps, "ap50" and "ap75" at one of 0.50 and of 0.75.
-Precision = dict[str, float]
-
-
-class Precisions(TypedDict, total=False):
-    """Average precision of boxes and, where there are masks, of masks.
-
-    `per_class` has None for a class without any object.
-    """
-
-    ap: float
-    ap50: float
-    ap75: float
-    per_class: dict[str, Precision | None]
-    mask_ap: float
-    mask_ap50: float
-    mask_ap75: float
-    mask_per_class: dict[str, Precision | None]
-
 
 def average_precision(
     pairs: Iterable[tuple[Target, Target]], classes: Sequence[str], *, masks: bool = False
-) -> Precisions:
+) -> dict[str, Any]:
     """Compute COCO's average precision of boxes and, if asked for, of masks.
 
     AP is the mean over overlaps of 0.50, 0.55, ... 0.95 and over the classes that occur in the
@@ -49,6 +30,10 @@ def average_precision(
             `masks` (n, H, W).
         classes: Names; label 1 is the first.
         masks: Whether to measure masks too.
+
+    Returns:
+        `ap`, `ap50`, `ap75`, each 0 ... 1, and `per_class`: the same three per class, None for a
+        class without any object; with masks, theirs under the same names behind `mask_`.
 
     Example:
         >>> box, one = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([1])
@@ -70,33 +55,32 @@ def average_precision(
         backend="pycocotools",
     )
     for prediction, target in pairs:
-        # Predicted masks are bool, annotated ones uint8.
-        bools = {"masks": target["masks"].bool()} if masks else {}
-        metric.update([prediction], [{**target, **bools}])
+        if masks:  # Predicted ones are bool, annotated ones uint8.
+            target = {**target, "masks": target["masks"].bool()}
+        metric.update([prediction], [target])
     result = metric.compute()
     labels = result["classes"].reshape(-1).tolist()
-    summary: dict[str, object] = {}
+    summary: dict[str, Any] = {}
     for kind in kinds:
         theirs, ours = f"{kind}_" if masks else "", "mask_" if kind == "segm" else ""
-        # (overlaps, recalls, classes, areas, most detections) -> (10, 101, classes): objects of
+        for name, their_name in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
+            summary[ours + name] = float(result[theirs + their_name])
+        # (overlaps, recalls, classes, areas, most detections) -> (classes, 10, 101): objects of
         # all areas, 100 detections.
-        curves = result[f"{theirs}precision"][:, :, :, 0, -1]
-        overall = _summarise(curves) or dict.fromkeys(("ap", "ap50", "ap75"), -1.0)
-        summary |= {ours + name: value for name, value in overall.items()}
+        curves = result[f"{theirs}precision"][:, :, :, 0, -1].permute(2, 0, 1).float()
+        of_labels = dict(zip(labels, curves, strict=True))
         summary[f"{ours}per_class"] = {
-            name: _summarise(curves[:, :, [labels.index(label)]]) if label in labels else None
-            for label, name in enumerate(classes, start=1)
+            name: _summarise(of_labels.get(label)) for label, name in enumerate(classes, start=1)
         }
-    return cast("Precisions", summary)
+    return summary
 
 
-def _summarise(curves: Tensor) -> Precision | None:
-    """Average the precision (10, 101, classes) over those classes that have objects (not -1)."""
-    curves = curves[:, :, (curves >= 0).flatten(0, 1).any(dim=0)]  # (10, 101, C) -> (10, 101, c)
-    if curves.numel() == 0:
+def _summarise(curves: Tensor | None) -> dict[str, float] | None:
+    """Average a class's precision (10, 101), which is -1 where it has no objects."""
+    if curves is None or curves.max() < 0:
         return None
     parts = {"ap": curves, "ap50": curves[0], "ap75": curves[5]}
-    return {name: float(part.float().mean()) for name, part in parts.items()}
+    return {name: float(part.mean()) for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -125,7 +109,7 @@ def evaluate_detector(
     *,
     batch_size: int = 8,
     workers: int = 0,
-) -> Precisions:
+) -> dict[str, Any]:
     """Test a detector on a split; see `average_precision`."""
 
     def pairs() -> Iterator[tuple[Target, Target]]:

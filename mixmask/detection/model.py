@@ -46,12 +46,12 @@ def load_source(
         of it.
     """
     arch, mean, std = config.arch, config.mean, config.std
-    source: Source = {}
+    details: Source = {}
     if run != "random":
         loaded = load_backbone(run, arch=arch or None, small_stem=small_stem, mean=mean, std=std)
-        run, taken, left = str(Path(run).resolve()), len(loaded.taken), len(loaded.left)
-        known = {"taken": taken, "left": left, "pretraining": loaded.config}
-        source = {"layout": loaded.layout, **known}
+        run = str(Path(run).resolve())
+        details = {"layout": loaded.layout, "taken": len(loaded.taken), "left": len(loaded.left)}
+        details["pretraining"] = loaded.config
     elif arch:
         torch.manual_seed(fold_seed(config.seed, "backbone"))
         backbone = build_backbone(arch, small_stem=config.small_stem)
@@ -61,26 +61,24 @@ def load_source(
         raise ValueError("a random backbone needs --arch, for instance resnet18 or narrow")
     names = ("arch", "small_stem", "mean", "std")
     options = {name: getattr(loaded, name) for name in names}
-    source = {"run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, **source}
+    source = {"run": run, "arch": loaded.arch, "small_stem": loaded.small_stem, **details}
     return loaded.backbone, dataclasses.replace(config, **options), source
 
 
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> nn.Module:
     """Build a detector around a backbone, whose modules it takes over.
 
-    C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage (stride
-    16 behind the usual stem, less behind those for small images), and the last stage is the head
-    of each region, followed by one more batch norm; masks share that head. FPN makes a pyramid of
-    the last four stages, as wide as the last one and at most 256, with a batch norm after each
-    of its convolutions. Anchors and the assignment of regions to levels are those published for
-    800 pixels, in proportion.
+    C4 is MoCo's protocol on Pascal VOC: proposals and regions come from the third stage, and the
+    last stage is the head of each region, followed by one more batch norm; masks share that head.
+    FPN makes a pyramid of the last four stages, as wide as the last one and at most 256, with a
+    batch norm after each of its convolutions. Anchors and the assignment of regions to levels are
+    those published for 800 pixels, in proportion.
 
     Batch norm "train" tunes scales, shifts and statistics of all layers, as MoCo does, because
-    features of self-supervised backbones have another scale than detectors are made for.
-    Its statistics cover positions as well as images, so that a batch of 4 images is enough even
-    at 160 pixels; that is why it is the default. "frozen" keeps the backbone's statistics,
-    scales and shifts and puts no norms into the new layers, as older recipes do: for batches of
-    1 or 2 images, and only for a trained backbone, since an untrained one has no statistics yet.
+    features of self-supervised backbones have another scale than detectors are made for. A batch
+    of 4 images is enough even at 160 pixels: positions count too. "frozen" keeps those of the
+    backbone and puts no norms into the new layers: for batches of 1 or 2 images, and only for a
+    trained backbone, since an untrained one has no statistics yet.
 
     Args:
         backbone: A timm model without a classifier; C4 needs a ResNet.
@@ -108,10 +106,9 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
     channels, strides = _measure_stages(backbone)
     c4, size = config.neck == "c4", config.size
     body, box_head, mask_head = (_c4_parts if c4 else _fpn_parts)(backbone, channels, config)
-    # Channels behind the heads of boxes and masks.
-    box_width, mask_width = (
-        (channels[-1],) * 2 if c4 else (4 * body.out_channels, body.out_channels)
-    )
+    # Channels behind the heads: boxes (n, C) and masks (n, C, h, w).
+    mask_width = channels[-1] if c4 else body.out_channels
+    box_width = mask_width if c4 else 4 * mask_width
     levels = strides[-2:-1] if c4 else strides
     # All of C4's boxes come from one stage, so it ranks more of them than a level of a pyramid.
     ranked = (6 if c4 else 1) * config.proposals
@@ -122,13 +119,15 @@ def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -
         "box_head": box_head,
         "box_predictor": FastRCNNPredictor(box_width, classes + 1),
     }
+    # A step draws one of eleven shorter sides; a test takes the last, which is the whole size.
+    shares = [config.min_scale + (1 - config.min_scale) * i / 10 for i in range(11)]
+    kind: type[nn.Module] = FasterRCNN
     if config.model == "mask-rcnn":
+        kind = MaskRCNN
         parts["mask_roi_pool"] = _pool(levels, size, 14)
         parts["mask_head"] = mask_head
         parts["mask_predictor"] = MaskRCNNPredictor(mask_width, min(256, mask_width), classes + 1)
-    # A step draws one of eleven shorter sides; a test takes the last, which is the whole size.
-    shares = [config.min_scale + (1 - config.min_scale) * i / 10 for i in range(11)]
-    detector: nn.Module = (MaskRCNN if config.model == "mask-rcnn" else FasterRCNN)(
+    detector: nn.Module = kind(
         min_size=tuple(round(size * share) for share in shares),
         max_size=round(size * _PUBLISHED_LONGEST / _PUBLISHED_SIZE),
         image_mean=list(config.mean or MEAN),
@@ -162,14 +161,13 @@ def train_mode(detector: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
-    """Measure the channels and strides of the last four stages on a blank image.
-
-    timm's own figures do not apply: a stem without pooling halves the strides.
-    """
+def _measure_stages(backbone: Any) -> tuple[list[int], list[int]]:
+    """Measure the channels and strides of the last four stages on a blank image."""
+    # timm's own figures do not apply: a stem without pooling halves the strides.
     side = 64
     try:
-        maps = _intermediates(backbone.eval(), torch.zeros(1, 3, side, side))
+        blank = torch.zeros(1, 3, side, side)
+        maps = backbone.eval().forward_intermediates(blank, indices=4, intermediates_only=True)
     except (AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"detection needs a backbone with four stages, such as a ResNet, got "
@@ -184,11 +182,6 @@ def _measure_stages(backbone: nn.Module) -> tuple[list[int], list[int]]:
     return [features.shape[1] for features in maps], strides
 
 
-def _intermediates(backbone: Any, images: Tensor) -> list[Tensor]:
-    maps: list[Tensor] = backbone.forward_intermediates(images, indices=4, intermediates_only=True)
-    return maps
-
-
 def _anchors(size: int, *, levels: int) -> AnchorGenerator:
     """Build anchors of all sizes on one level, or of one size on each level."""
     sides = [max(1, round(anchor * size / _PUBLISHED_SIZE)) for anchor in _ANCHORS]
@@ -197,14 +190,12 @@ def _anchors(size: int, *, levels: int) -> AnchorGenerator:
 
 
 def _pool(strides: list[int], size: int, output_size: int) -> MultiScaleRoIAlign:
-    """Build region pooling for levels of known strides.
-
-    torchvision would guess them from the sizes of the first batch, wrongly where padding is a
-    large part of a small image.
-    """
+    """Build region pooling for levels of known strides."""
     names = [str(i) for i in range(len(strides))]
     pool = MultiScaleRoIAlign(names, output_size, sampling_ratio=2)
-    pool.scales = [1 / stride for stride in strides]  # Where they are set, nothing is guessed.
+    # Where they are set, torchvision does not guess them from the first batch's sizes, wrongly
+    # where padding is a large part of a small image.
+    pool.scales = [1 / stride for stride in strides]
     levels = [int(math.log2(stride)) for stride in strides]
     # Regions of 224 pixels at a size of 800 belong to the third of four levels.
     canonical_size = max(1, round(224 * size / _PUBLISHED_SIZE))
@@ -246,22 +237,17 @@ def _c4_parts(backbone: Any, channels: list[int], config: DetectionConfig) -> _P
 class _Pyramid(nn.Module):
     """A feature pyramid over the last four stages, and a pooled fifth level for large anchors."""
 
-    def __init__(self, backbone: nn.Module, channels: list[int], width: int, *, norm: bool) -> None:
+    def __init__(self, backbone: Any, channels: list[int], width: int, *, norm: bool) -> None:
         super().__init__()
         self.body = backbone
-        self.fpn = FeaturePyramidNetwork(
-            channels,
-            width,
-            extra_blocks=LastLevelMaxPool(),
-            norm_layer=nn.BatchNorm2d if norm else None,
-        )
+        norms = nn.BatchNorm2d if norm else None
+        self.fpn = FeaturePyramidNetwork(channels, width, LastLevelMaxPool(), norms)
         self.out_channels = width
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = _intermediates(self.body, images)
-        levels: OrderedDict[str, Tensor] = self.fpn(
-            OrderedDict((str(i), features) for i, features in enumerate(maps))
-        )
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body.forward_intermediates(images, indices=4, intermediates_only=True)
+        # Four maps (N, C, H, W), (N, 2C, H/2, W/2), ... -> five of `width` channels.
+        levels: dict[str, Tensor] = self.fpn({str(i): features for i, features in enumerate(maps)})
         return levels
 
 

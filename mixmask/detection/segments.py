@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def check_segmentation(segmentation: object, height: int, width: int, file: str)
         valid = all(_is_polygon(polygon, max(height, width)) for polygon in segmentation)
     elif isinstance(segmentation, dict) and segmentation.get("size") == [height, width]:
         runs = _runs(segmentation.get("counts"))
-        valid = min(runs, default=0) >= 0 and sum(runs) == height * width
+        valid = min(runs, default=-1) >= 0 and sum(runs) == height * width
     if not valid:
         raise ValueError(
             f"{file} has a broken segmentation, {repr(segmentation)[:60]}; expected polygons of "
@@ -42,9 +43,9 @@ def draw_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
             runs = _runs(coco_mask.merge(polygons)["counts"].decode())
         else:
             runs = _runs(segmentation["counts"])
-        values = np.arange(len(runs), dtype=np.uint8) % 2  # Zeros first, then ones, ...
-        columns = np.repeat(values, runs).reshape(width, height)  # COCO goes down each column.
-        mask.copy_(torch.from_numpy(columns.T))  # (H, W)
+        # Zeros first, then ones, ... down each column; pycocotools' own decoding warns in NumPy 2.
+        values = np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs)  # (W * H,)
+        mask.copy_(torch.from_numpy(values.reshape(width, height).T))  # (H, W)
     return masks
 
 
@@ -57,25 +58,19 @@ def _is_polygon(polygon: object, side: int) -> bool:
 
 
 def _runs(counts: object) -> list[int]:
-    """Return run lengths, decoded if they are COCO's text; [-1] if they are neither.
-
-    Each character holds five bits of a number, low ones first, and one that says whether more
-    follow; from the fourth number on, the number is the difference from the one two before.
-    """
+    """Return run lengths, decoded if they are COCO's text; none if they are neither."""
     if isinstance(counts, list) and all(type(run) is int for run in counts):
         return counts
+    # Each character holds five bits of a number, low ones first, and one that says whether more
+    # follow: P to o. Twelve of them are the most that fit 64 bits.
+    if not isinstance(counts, str) or not re.fullmatch("([P-o]{0,11}[0-O])+", counts):
+        return []
     runs: list[int] = []
-    value = shift = 0
-    for character in counts.encode() if isinstance(counts, str) else b"":
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if shift > 60:
-            return [-1]
-        if bits & 0x20:
-            continue
-        if bits & 0x10:  # The sign.
-            value -= 1 << shift
+    for number in re.findall("[P-o]*[0-O]", counts):
+        bits = [ord(character) - 48 for character in number]
+        value = sum((bit & 0x1F) << 5 * place for place, bit in enumerate(bits))
+        if bits[-1] & 0x10:  # The sign.
+            value -= 1 << 5 * len(bits)
+        # From the fourth number on, it is the difference from the one two before.
         runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return runs if runs and not shift else [-1]
+    return runs

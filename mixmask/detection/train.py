@@ -10,72 +10,44 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mixmask._checks import few
 from mixmask._devices import choose_device
 from mixmask._seeds import fold_seed, step_generator
 from mixmask.data.stream import explain_dead_workers
 from mixmask.detection.config import DetectionConfig
 from mixmask.detection.data import DetectionData, Target
-from mixmask.detection.metrics import Precisions, evaluate_detector, predict, read_batches
+from mixmask.detection.metrics import evaluate_detector, predict, read_batches
 from mixmask.detection.model import Source, batch_norms, build_detector, train_mode
 from mixmask.figures.detection import figure_detections
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import hold_new_run
+from mixmask.runs.claim import claim_folder
 from mixmask.runs.files import write_json
 from mixmask.runs.folder import (
     RESULTS,
     adopt_checkpoint,
     is_unstarted,
-    load_checkpoint,
     save_checkpoint,
     write_config,
 )
-from mixmask.runs.misfits import (
-    describe_misfit,
-    describe_optimizer_misfit,
-    describe_progress,
-)
+from mixmask.runs.misfits import restore
 from mixmask.runs.schedules import step_decay
 
 # Seconds between two checkpoints within an epoch.
 _SAVE_EVERY = 300
 # Batches from which the statistics of batch norm are measured again before a test.
 _STATISTICS = 50
-# What a checkpoint holds beside the weights.
+# What a checkpoint holds of where a run stood.
 _PROGRESS = {"step": int, "rows": list, "sums": dict, "seconds": float, "source": dict}
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "pycocotools", "mixmask")
-
-
-class Row(Precisions, total=False):
-    """Measurements of an epoch: the mean loss and, in some epochs, the average precision.
-
-    The parts of the loss stand beside it under torchvision's names.
-    """
-
-    epoch: int
-    loss: float
-    lr: float
-    seconds: float
-    test_seconds: float
-
-
-class Results(Precisions):
-    """The content of `results.json`: the last test's figures with their circumstances."""
-
-    finished: bool
-    classes: list[str]
-    backbone: Source
-    config: dict[str, object]
-    data: dict[str, object]
-    hardware: dict[str, object]
-    versions: dict[str, str]
-    date: str
-    epochs: list[Row]
+# Measurements of an epoch: epoch, loss, its parts under torchvision's names, lr and seconds; where
+# there was a test, test_seconds and what `average_precision` returns.
+Row = dict[str, Any]
 
 
 class Run:
@@ -92,8 +64,7 @@ class Run:
     ) -> None:
         """Build a run at its first step; the seed alone decides the new layers' weights."""
         if config.model == "mask-rcnn":
-            train, test = data.train.with_masks(), data.test.with_masks()
-            data = dataclasses.replace(data, train=train, test=test)
+            data = data._replace(train=data.train.with_masks(), test=data.test.with_masks())
         self.config, self.data, self.out, self.source = config, data, out, source
         self.device = choose_device(device)
         torch.manual_seed(fold_seed(config.seed, "weights"))
@@ -133,16 +104,15 @@ class Run:
         rise = min(1.0, (self.step + 1) / (warmup + 1))
         return peak * rise * step_decay(self.step / total, (3 / 4, 11 / 12))
 
-    def results(self) -> Results:
-        """Return the content of `results.json`."""
+    def results(self) -> dict[str, Any]:
+        """Return the content of `results.json`: the last test with its circumstances."""
         tested = next((row for row in reversed(self.rows) if "ap" in row), Row())
-        names = Precisions.__annotations__
-        precisions = {name: value for name, value in tested.items() if name in names}
+        names = ("ap", "ap50", "ap75", "per_class")
         splits = {"train": self.data.train, "test": self.data.test}
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "finished": self.step == self.steps * self.config.epochs,
-            **cast("Precisions", precisions),
+            **{name: tested[name] for name in tested if name.removeprefix("mask_") in names},
             "classes": list(self.data.classes),
             "backbone": self.source,
             "config": dataclasses.asdict(self.config),
@@ -171,48 +141,26 @@ class Run:
             **{name: getattr(self, name) for name in _PROGRESS},
         }
         save_checkpoint(self.out, content)
-        write_json(self.out / RESULTS, {**self.results()})
+        write_json(self.out / RESULTS, self.results())
 
     def load(self) -> None:
-        """Restore the newest whole checkpoint; a warning names a damaged one.
-
-        A run that was killed before its first checkpoint stays at its first step.
-        """
-        if is_unstarted(self.out):
+        """Restore the newest whole checkpoint; a warning names a damaged one."""
+        if is_unstarted(self.out):  # Killed before its first checkpoint: it starts again.
             return
-
-        def find_misfit(content: dict[str, Any]) -> str:
-            parts = {"classes", "images", "model"}
-            if not (parts <= set(content) and isinstance(content["model"], dict)):
-                return "it is not a checkpoint of a detection run"
-            return (
-                describe_misfit(self.detector.state_dict(), content["model"])
-                or describe_progress(content, {"optimizer": dict, **_PROGRESS})
-                or describe_optimizer_misfit(self.optimizer, content["optimizer"])
-            )
-
-        file, content = load_checkpoint(self.out, find_misfit)
+        parts = {"model": self.detector, "optimizer": self.optimizer}
+        file, content = restore(self.out, parts, {"classes": list, "images": int, **_PROGRESS})
         classes, images = list(self.data.classes), len(self.data.train)
-        try:
-            if (content["classes"], content["images"]) != (classes, images):
-                raise ValueError(
-                    f"{self.out} was started on {content['images']} images of "
-                    f"{', '.join(content['classes'])}, but {self.config.data} has {images} of "
-                    f"{', '.join(classes)}; continue with the original data"
-                )
-            self.detector.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            for name in _PROGRESS:
-                setattr(self, name, content[name])
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
+        if (content["classes"], content["images"]) != (classes, images):
             raise ValueError(
-                f"{file} does not fit the run's config.json ({type(error).__name__}: {reason}); "
-                "train it again with a new --out"
-            ) from None
+                f"{self.out} was started on {content['images']} images of "
+                f"{few(content['classes'], 9)}, but {self.config.data} has {images} of "
+                f"{few(classes, 9)}; continue with the original data"
+            )
+        for name in _PROGRESS:
+            setattr(self, name, content[name])
         # What a kill while saving left out; there may be no step to save after.
         adopt_checkpoint(file)
-        write_json(self.out / RESULTS, {**self.results()})
+        write_json(self.out / RESULTS, self.results())
 
 
 def train_detector(
@@ -226,14 +174,12 @@ def train_detector(
     resume: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
-) -> tuple[nn.Module, Results]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train a detector, leaving its configuration, results, checkpoints and a figure in a folder.
 
-    SGD with momentum 0.9; the learning rate rises over the first steps and drops to a tenth after
-    3/4 and again after 11/12 of the run. Images are flipped at random and resized to a random
-    one of eleven sizes. Before each test the statistics of tuned batch norms are measured again.
-    Every step's randomness follows from (seed, step), so a run that was stopped and resumed ends
-    in the same weights as one that was not.
+    SGD with momentum 0.9; images are flipped at random and resized to a random one of eleven
+    sizes. Every step's randomness follows from (seed, step), so a run that was stopped and resumed
+    ends in the same weights as one that was not.
 
     Args:
         config: The run's options.
@@ -243,8 +189,7 @@ def train_detector(
             `previous.pt` and, at the end, `detections.png` with the first test images.
         source: What `results.json` says of the backbone.
         device: Where to compute. Default: a GPU where there is one.
-        resume: Continue from the newest whole checkpoint in `out`, or from the first step if the
-            run was killed before there was one.
+        resume: Continue from the newest whole checkpoint in `out`.
         progress: Show a progress bar.
         on_row: Called with what was measured after each epoch.
 
@@ -255,7 +200,7 @@ def train_detector(
     """
     run = Run(config, data, backbone, out, source or {}, device)
     # Of a worker's death torch tells wherever the process is, not in reading alone.
-    with hold_new_run(out), explain_dead_workers():
+    with claim_folder(out), explain_dead_workers():
         if resume:
             run.load()
         else:
@@ -273,7 +218,13 @@ def _train(run: Run, progress: bool, on_row: Callable[[Row], None] | None) -> No
             row = _train_epoch(run, epoch, bar)
             due = config.measure_every > 0 and epoch % config.measure_every == 0
             if due or epoch == config.epochs:
-                _test(run, row)
+                _measure_statistics(run)
+                start = time.perf_counter()
+                row |= evaluate_detector(
+                    run.detector, run.data.test, run.data.classes,
+                    batch_size=config.batch_size, workers=config.workers,
+                )  # fmt: skip
+                row["test_seconds"] = time.perf_counter() - start
             run.rows.append(row)
             run.save()
             if on_row:
@@ -300,15 +251,9 @@ def _train_epoch(run: Run, epoch: int, bar: tqdm[NoReturn]) -> Row:
             saved = run.seconds
             run.save()
     means = {name: total / run.steps for name, total in run.sums.items()}
-    row: Row = {
-        **cast("Row", means),
-        "epoch": epoch,
-        "loss": sum(means.values()),
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "seconds": run.seconds,
-    }
+    rate, seconds = run.optimizer.param_groups[0]["lr"], run.seconds
     run.sums, run.seconds = {}, 0.0
-    return row
+    return {**means, "epoch": epoch, "loss": sum(means.values()), "lr": rate, "seconds": seconds}
 
 
 def _train_step(run: Run, batch: list[tuple[Tensor, Target]]) -> dict[str, float]:
@@ -347,26 +292,11 @@ def _flip_half(
     return images, targets
 
 
-def _test(run: Run, row: Row) -> None:
-    """Add the average precision on the test split to a row."""
-    _measure_statistics(run)
-    start, config = time.perf_counter(), run.config
-    precisions = evaluate_detector(
-        run.detector, run.data.test, run.data.classes,
-        batch_size=config.batch_size, workers=config.workers,
-    )  # fmt: skip
-    row.update(cast("Row", precisions))
-    row["test_seconds"] = time.perf_counter() - start
-
-
 @torch.no_grad()
 def _measure_statistics(run: Run) -> None:
-    """Replace running means by means over training batches with the weights as they are now.
-
-    Running means lag behind the weights, which harms a detector more than a classifier (MoCo's
-    configuration asks for it as `PRECISE_BN`).
-    """
-    # Frozen ones keep those of pretraining.
+    """Replace running means by means over training batches with the weights as they are now."""
+    # Running means lag behind the weights, which harms a detector more than a classifier (MoCo's
+    # configuration has it as `PRECISE_BN`). Frozen ones keep those of pretraining.
     tuned = [norm for norm in batch_norms(run.detector) if norm.weight.requires_grad]
     if not tuned:
         return
@@ -387,10 +317,10 @@ def _draw(run: Run) -> None:
     """Draw the first four test images with their annotations and detections."""
     test, row = run.data.test, run.rows[-1]
     images, targets = zip(*(test[i] for i in range(min(4, len(test)))), strict=True)
-    predictions = predict(run.detector, images)
     title = (
         f"{short_path(run.out.resolve())}: AP {row['ap']:.1%}, AP50 {row['ap50']:.1%} on "
         f"{len(test):,} images of {test.name}, the first {len(images)} shown"
     )
+    predictions = predict(run.detector, images)
     figure = figure_detections(images, targets, predictions, run.data.classes, title=title)
     save_figure(figure, run.out / "detections.png")

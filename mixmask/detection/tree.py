@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from mixmask.data.folders import open_archive
+from mixmask.data.folders import open_archive, read_file, walk_folder
 from mixmask.data.images import open_image
 
 
@@ -24,31 +25,32 @@ def explain(problem: str) -> Iterator[None]:
         raise ValueError(f"{problem} ({type(error).__name__}: {error}); replace it") from None
 
 
+@dataclass(frozen=True)
 class Tree:
     """A read-only folder, or a zip file of one, which is read in place: nothing is extracted."""
 
-    def __init__(self, root: Path) -> None:
-        """List the members of a zip file; anything but a folder or a zip file is refused."""
-        self.root = root
-        self._members: frozenset[str] | None = None
+    root: Path
+    names: frozenset[str]  # Of all files, relative to the root.
+
+    @classmethod
+    def of(cls, root: Path) -> Tree:
+        """List the files; anything but a folder or a zip file is refused."""
         if root.is_file():
             with explain(f"{root} is not a whole zip file"):
-                self._members = frozenset(open_archive(root).namelist())
-        elif not root.is_dir():
+                return cls(root, frozenset(open_archive(root).namelist()))
+        if not root.is_dir():
             raise ValueError(f"--data must be a folder or a zip file, got {root}")
+        return cls(root, frozenset(name for name, kind in walk_folder(root) if kind == "file"))
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file; names that lead out of the tree are refused."""
-        inside = _inside(name)
-        return (self.root / inside).is_file() if self._members is None else inside in self._members
+        return _inside(name) in self.names
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes, or refuse one that is damaged, encrypted or of unknown codec."""
-        inside = _inside(name)
+        path = self.root / _inside(name)
         with explain(f"{name} in {self.root} cannot be read"):
-            if self._members is None:
-                return (self.root / inside).read_bytes()
-            return open_archive(self.root).read(inside)
+            return read_file(path, self.root if self.root.is_file() else None)
 
     @contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
@@ -57,20 +59,15 @@ class Tree:
         with explain(f"{name} is not a readable image"), open_image(content) as image:
             yield image
 
-    def find(self, folder: str, suffix: str) -> tuple[str, dict[str, str]]:
-        """Find the files with a suffix in a folder, at any depth.
+    def find(self, folder: str, pattern: str) -> tuple[str, dict[str, str]]:
+        """Find the files of a folder, at any depth, whose names match a pattern with one group.
 
         Returns:
             What holds the folder, "" or ending in "/", the outermost one; and the paths of the
-            files by their names without the suffix, sorted.
+            files by what the group matches, sorted.
         """
-        paths = self._members
-        if paths is None:  # A search of all depths would walk through every image folder.
-            globs = (self.root.glob(f"{top}{folder}/*{suffix}") for top in ("", "*/", "*/*/"))
-            files = (path for found in globs for path in found if path.is_file())
-            paths = frozenset(path.relative_to(self.root).as_posix() for path in files)
-        pattern = re.compile(rf"((?:.*/)?){re.escape(folder)}/([^/]*){re.escape(suffix)}")
-        matches = [match for path in sorted(paths) if (match := pattern.fullmatch(path))]
+        whole = re.compile(rf"((?:.*/)?){re.escape(folder)}/{pattern}")
+        matches = [match for path in sorted(self.names) if (match := whole.fullmatch(path))]
         parents = {match[1] for match in matches}
         base = min(parents, key=lambda parent: (parent.count("/"), parent), default="")
         return base, {match[2]: match[0] for match in matches if match[1] == base}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,6 @@ from mixmask.runs.schedules import cosine_decay, step_decay
 _BATCH, _LEAST_BATCH, _STEPS = 256, 16, 10
 # Smallest share of an image's area in a crop, as in torchvision's reference for ImageNet.
 _MIN_SCALE = 0.08
-
-
-def moco_decay(done: float) -> float:
-    """Fall to a tenth after 60 and after 80 of MoCo's 100 epochs."""
-    return step_decay(done, (0.6, 0.8))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,6 @@ class FineTuning(ProtocolOptions):
     name: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         if self.batch_size != 0:
             check_range("batch_size", self.batch_size, 2)
@@ -178,12 +173,7 @@ def classifier_scores(
     nn.init.zeros_(head.bias)
     head.to(next(backbone.parameters()).device)
     view = RandomView(
-        image_size,
-        min_scale=_MIN_SCALE,
-        jitter=0,
-        hue=0,
-        grey=0,
-        normalization=normalization,
+        image_size, min_scale=_MIN_SCALE, jitter=0, hue=0, grey=0, normalization=normalization
     )
     _train(backbone, head, images, labels, protocol, view, progress)
     x_test = extract_features(backbone, test, size=image_size, normalization=normalization)
@@ -203,7 +193,8 @@ def _train(
 ) -> None:
     """Train the head by cross-entropy, and the backbone with it to fine-tune."""
     rates: dict[nn.Module, float] = {head: protocol.lr}
-    size, decay = protocol.batch_size, moco_decay
+    size = protocol.batch_size
+    decay: Callable[[float], float] = step_decay
     if isinstance(protocol, FineTuning):
         rates = {head: protocol.head_lr, backbone: protocol.lr}
         size, decay = protocol.batch_of(len(images)), cosine_decay

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmask._checks import check_choice
+from mixmask._checks import check_choice, few
 from mixmask._seeds import check_seed
 from mixmask.evaluation.neighbours import nearest_neighbours
 from mixmask.evaluation.tasks import Task
@@ -30,20 +30,9 @@ _DIRECTIONS, _ROUNDS = 50, 8
 _NAMED_CLASSES = 20
 
 
-class Drawing(NamedTuple):
-    """A figure, and in one line what it shows."""
-
-    figure: Figure
-    title: str
-
-
 def draw_map(
-    task: Task,
-    *,
-    projection: str = "pca",
-    classes: Sequence[str] | None = None,
-    seed: int = 0,
-) -> Drawing:
+    task: Task, *, projection: str = "pca", classes: Sequence[str] | None = None, seed: int = 0
+) -> tuple[Figure, str]:
     """Draw the features of the test images in two dimensions, one panel per backbone.
 
     Args:
@@ -51,6 +40,9 @@ def draw_map(
         projection: "pca" or "tsne", see `project`.
         classes: Names of those to draw. Default: all.
         seed: Of t-SNE, and of which images are drawn where there are more than 5,000.
+
+    Returns:
+        The figure, and in one line what it shows.
 
     Raises:
         ValueError: If classes are named and there are no labels, or no such class.
@@ -68,10 +60,12 @@ def draw_map(
     images = f"{len(task.test.images):,} {split} images"
     title = f"{short_path(task.sources[0].data)}, {len(index):,} of {images}"
     labels = None if labels is None else labels[index]
-    return Drawing(figure_map(maps, labels, task.classes, title=title), title)
+    return figure_map(maps, labels, task.classes, title=title), title
 
 
-def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) -> Drawing:
+def draw_neighbours(
+    task: Task, *, queries: int = 8, k: int = 8, seed: int = 0
+) -> tuple[Figure, str]:
     """Draw test images, each with the training images that the first backbone finds nearest.
 
     Args:
@@ -79,6 +73,9 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
         queries: Number of test images to ask for, see `choose_queries`.
         k: Number of neighbours of each; an image is not its own neighbour.
         seed: Of which images are asked for.
+
+    Returns:
+        The figure, and in one line what it shows.
     """
     check_seed(seed)
     bank, shown = task.train.images, task.test.images
@@ -100,7 +97,7 @@ def draw_neighbours(task: Task, *, queries: int = 8, k: int = 8, seed: int = 0) 
         same = int((others == labels[:, None]).sum())
         title += f", {same} of {index.numel()} neighbours are of the query's class"
     figure = figure_neighbours(shown[chosen], bank[index], similarity, names=names, title=title)
-    return Drawing(figure, title)
+    return figure, title
 
 
 def _choose_classes(task: Task, names: Sequence[str] | None) -> Tensor:
@@ -113,9 +110,8 @@ def _choose_classes(task: Task, names: Sequence[str] | None) -> Tensor:
         raise ValueError(f"--classes needs labels, and {data} has none; leave it out")
     for name in names:
         if name not in task.classes:
-            known = ", ".join(task.classes[:_NAMED_CLASSES])
-            more = ", …" if len(task.classes) > _NAMED_CLASSES else ""
-            raise ValueError(f"--classes must be among {known}{more}; got {name}")
+            known = few(task.classes, _NAMED_CLASSES)
+            raise ValueError(f"--classes must be among {known}; got {name}")
     wanted = torch.tensor([task.classes.index(name) for name in names])
     return torch.isin(labels, wanted).nonzero()[:, 0]
 
@@ -140,15 +136,10 @@ def choose_queries(
     return order[torch.tensor(rounds).sort(stable=True).indices[:wanted]]
 
 
-class Projection(NamedTuple):
-    """A map of features: points (N, 2) float32 and what its two axes are."""
-
-    points: Tensor
-    axes: tuple[str, str]
-
-
 @torch.no_grad()
-def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projection:
+def project(
+    features: Tensor, *, method: str = "pca", seed: int = 0
+) -> tuple[Tensor, tuple[str, str]]:
     """Lay features out in two dimensions, by their directions alone, as neighbours are found.
 
     Args:
@@ -157,6 +148,9 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
             (scikit-learn's).
         seed: Of both.
 
+    Returns:
+        Points (N, 2) float32, and what their two axes are.
+
     Raises:
         ValueError: If there are fewer than 3 features, or scikit-learn is missing for t-SNE.
 
@@ -164,7 +158,7 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
         van der Maaten and Hinton, "Visualizing Data using t-SNE".
 
     Example:
-        >>> project(torch.randn(9, 4)).points.shape
+        >>> project(torch.randn(9, 4))[0].shape
         torch.Size([9, 2])
     """
     check_choice("method", method, tuple(PROJECTIONS))
@@ -183,15 +177,10 @@ def project(features: Tensor, *, method: str = "pca", seed: int = 0) -> Projecti
     directions = directions * directions.gather(0, largest).sign()  # (D, up to 50)
     points = x @ directions  # (N, up to 50)
     if method == "tsne":
-        return Projection(_tsne(points, seed), ("t-SNE, first axis", "t-SNE, second axis"))
+        return _tsne(points, seed), ("t-SNE, first axis", "t-SNE, second axis")
     first, second = (100 * deviations[:2].square() / x.square().sum().clamp_min(1e-12)).tolist()
-    return Projection(
-        points[:, :2].float(),
-        (
-            f"first component, {first:.0f} % of the variance",
-            f"second component, {second:.0f} % of the variance",
-        ),
-    )
+    axes = f"first component, {first:.0f} %", f"second component, {second:.0f} %"
+    return points[:, :2].float(), (f"{axes[0]} of the variance", f"{axes[1]} of the variance")
 
 
 def _tsne(points: Tensor, seed: int) -> Tensor:

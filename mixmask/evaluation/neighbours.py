@@ -183,11 +183,9 @@ def _unit(features: Tensor, split: str) -> Tensor:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest values of each row (m, n) and their columns, in no order.
-
-    The k largest lie in at most k groups of columns, those with the largest maxima. Maxima are
-    cheap and selection is not, so the groups are found first, in the same way.
-    """
+    """Return the k largest values of each row (m, n) and their columns, in no order."""
+    # They lie in at most k groups of columns, those with the largest maxima. Maxima are cheap and
+    # selection is not, so the groups are found first, in the same way.
     size = values.shape[1] // _GROUP
     if size < _GROUP * k:
         largest = values.topk(k, dim=1, sorted=False)

@@ -69,7 +69,6 @@ class ProtocolOptions:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Check the limits of the options."""
         check_options(self)
 
     @property
@@ -244,18 +243,9 @@ def _choose_size(loaded: Loaded, given: int | None) -> int:
 def _describe(run: Path | str, loaded: Loaded, data: str, image_size: int) -> BackboneSource:
     """Note which file was read and, of one of our runs, how far it had come."""
     assert loaded.file is not None
+    planned = None if loaded.step is None else loaded.config.get("epochs")
+    names = ("layout", "arch", "small_stem", "mean", "std", "sha256", "step", "epoch")
     return BackboneSource(
-        checkpoint=str(run),
-        layout=loaded.layout,
-        arch=loaded.arch,
-        small_stem=loaded.small_stem,
-        data=data,
-        image_size=image_size,
-        mean=loaded.mean,
-        std=loaded.std,
-        file=loaded.file.name,
-        sha256=loaded.sha256,
-        step=loaded.step,
-        epoch=loaded.epoch,
-        planned_epochs=None if loaded.step is None else loaded.config.get("epochs"),
-    )
+        checkpoint=str(run), data=data, image_size=image_size, file=loaded.file.name,
+        planned_epochs=planned, **{name: getattr(loaded, name) for name in names},
+    )  # fmt: skip

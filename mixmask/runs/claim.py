@@ -51,7 +51,7 @@ def _is_free(folder: Path) -> bool:
 
 
 @contextmanager
-def hold_new_run(folder: Path) -> Iterator[None]:
+def claim_folder(folder: Path) -> Iterator[None]:
     """Hold a run folder, and take back what a run writes that fails before its first checkpoint.
 
     So the same command can be repeated. After an interruption everything stays, for --resume.

@@ -64,15 +64,13 @@ def atomic_write(*paths: Path, needed: int = 0) -> Iterator[list[Path]]:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Tell whether a disk is full, or a quota or a limit is reached.
-
-    torch and safetensors raise errors of their own, in C++ and Rust, for what the system said.
-    """
+    """Tell whether a disk is full, or a quota or a limit is reached."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    told = ("No space left", "File too large", "quota exceeded", "unexpected pos")
+    # torch and safetensors raise errors of their own, in C++ and Rust, for what the system said.
+    texts = ("No space left", "File too large", "quota exceeded", "unexpected pos")
     before = error.__cause__ or error.__context__
-    return any(text in str(error) for text in told) or (before is not None and _is_full(before))
+    return any(text in str(error) for text in texts) or (before is not None and _is_full(before))
 
 
 def _describe_room(path: Path, begun: int, needed: int) -> str:
@@ -80,17 +78,14 @@ def _describe_room(path: Path, begun: int, needed: int) -> str:
     free = shutil.disk_usage(path.parent).free
     amount = _megabytes(needed) if needed else f"more than {_megabytes(begun)}"
     kept = [name for name in (LAST, PREVIOUS) if (path.parent / name).exists()]
+    # What a run writes while it trains, against what other commands write.
+    again = "resume" if path.suffix == ".pt" or path.name == METRICS else "try again"
     return (
         f"No space left for {path}: it takes {amount}, {_megabytes(free)} are free (a quota or "
         "a limit on the size of files counts too); "
         + (f"{path.parent / kept[0]} is kept: " if kept else "")
-        + ("free some space, then resume" if _is_runs(path) else "free some space, then try again")
+        + f"free some space, then {again}"
     )
-
-
-def _is_runs(path: Path) -> bool:
-    """Tell what a run writes while it trains from what other commands write."""
-    return path.suffix == ".pt" or path.name == METRICS
 
 
 def _megabytes(count: int) -> str:

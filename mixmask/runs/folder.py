@@ -41,7 +41,7 @@ FORMAT = 4
 _USED: dict[str, type] = {
     "format": int, "processes": int, "method": str, "mix": str, "data": str, "arch": str,
     "small_stem": bool, "image_size": int, "channels": int, "seed": int, "epochs": int,
-    "fingerprint": dict,
+    "fingerprint": dict, "source": str,
 }  # fmt: skip
 _LEAST = {"processes": 1, "image_size": 1, "channels": 1}
 
@@ -184,11 +184,7 @@ def save_checkpoint(
 
 
 def adopt_checkpoint(file: Path) -> bool:
-    """Name a checkpoint `last.pt` that a kill between the two renames of saving left unnamed.
-
-    Returns:
-        Whether the checkpoint is `last.pt` now, and not an older one.
-    """
+    """Name a checkpoint `last.pt` that a kill between two renames left unnamed; tell if it is."""
     if file.name == _UNFINISHED:
         file = file.replace(file.with_name(LAST))
     return file.name == LAST
@@ -226,10 +222,13 @@ def _kept(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbers, reverse=True)]
 
 
-def _older(folder: Path) -> list[Path]:
-    """List what there is to go on from where last and previous are damaged, the newest first."""
-    best = folder / BEST  # Of any epoch, so it comes last.
-    return [*_kept(folder), *([best] if best.exists() else [])]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List what there is to go on from, whole or damaged, the newest first."""
+    last, unfinished, previous = (folder / name for name in (LAST, _UNFINISHED, PREVIOUS))
+    left = [unfinished] if is_sealed(unfinished) else []  # By a kill between two renames.
+    # The best is of any epoch, so it comes last.
+    files = [last, *left, previous, *_kept(folder), folder / BEST]
+    return [file for file in files if file.exists()]
 
 
 def _count_bytes(content: object) -> int:
@@ -246,16 +245,12 @@ def _count_bytes(content: object) -> int:
 
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a checkpoint, whole or damaged."""
-    whole = any((folder / name).exists() for name in (LAST, PREVIOUS))
-    return whole or is_sealed(folder / _UNFINISHED) or bool(_older(folder))
+    return bool(list_checkpoints(folder))
 
 
 def is_unstarted(folder: Path) -> bool:
-    """Tell whether a run was stopped before its first checkpoint, so that it can start again.
-
-    A run that has results had a checkpoint, too: where that is gone, starting again would replace
-    them.
-    """
+    """Tell whether a run was stopped before its first checkpoint, so that it can start again."""
+    # A run that has results had a checkpoint, too: to start again would replace them.
     if not (folder / CONFIG).exists() or has_checkpoint(folder) or (folder / RESULTS).exists():
         return False
     # Before the first epoch there is at most the row of the untrained backbone.
@@ -297,9 +292,7 @@ def load_checkpoint(
         ValueError: If the folder holds no checkpoint that can be used.
     """
     problems = []
-    for file in (folder / LAST, folder / _UNFINISHED, folder / PREVIOUS, *_older(folder)):
-        if not file.exists() or (file.name == _UNFINISHED and not is_sealed(file)):
-            continue
+    for file in list_checkpoints(folder):
         try:
             content, _ = read_checkpoint(file)
         except (OSError, ValueError) as error:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmask._checks import few
 from mixmask.data.datasets import is_function
-from mixmask.data.sets import Fingerprint, ImageData, hold_out, load_data
+from mixmask.data.sets import ImageData, hold_out, load_data
 from mixmask.runs.records import plural
 
 
@@ -49,14 +50,8 @@ def load_images(
 
 
 def check_code(data: str, where: Path | str) -> None:
-    """Refuse data of a run's `config.json` that are code, which the user has not named.
-
-    A run folder may come from anywhere, and a function that it names would be called.
-
-    Args:
-        data: What it says.
-        where: The run folder.
-    """
+    """Refuse data of a run's `config.json` that are code, which the user has not named."""
+    # A run folder may come from anywhere, and a function that it names would be called.
     if is_function(data):
         raise ValueError(
             f"the data of {where} come from code, {data}, which is not run because a file names "
@@ -67,24 +62,17 @@ def check_code(data: str, where: Path | str) -> None:
 def check_same(
     images: ImageData, config: Mapping[str, Any], name: object, *, image_size: int, where: str
 ) -> None:
-    """Check that images are those that a run was started on.
-
-    Args:
-        images: What was loaded.
-        config: The content of the run's `config.json`. One that was started without `pretrain`
-            may have no fingerprint, so that nothing can be compared.
-        name: Where the images came from.
-        image_size: As for `load_images`.
-        where: The run's name in errors.
+    """Check that images, which came from `name`, are those of a run; see `load_images`.
 
     Raises:
-        ValueError: If they are others; see `load_images`.
+        ValueError: If they are others.
     """
+    # A run that was started without `pretrain` may have no fingerprint to compare.
     if (known := config.get("fingerprint")) is None:
         return
     found = images.fingerprint()
     if not images.train.files and image_size != config.get("image_size"):
-        known = known | {"sum": found.sum}  # Of images at another size.
+        known = known | {"sum": found["sum"]}  # Of images at another size.
     if differences := _compare(known, found):
         shown = name if isinstance(name, str) else "the data set"
         raise ValueError(
@@ -93,28 +81,19 @@ def check_same(
         )
 
 
-def _compare(known: Mapping[str, object], found: Fingerprint) -> list[str]:
+def _compare(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Say what two fingerprints differ in."""
-    different = []
-    for split, noun in (("train", "training image"), ("test", "test image")):
-        if known.get(split) != (count := getattr(found, split)):
-            different.append(f"{plural(count, noun)} instead of {known.get(split)}")
-    if known.get("classes") != list(found.classes):
-        before = _shorten(known.get("classes"))
-        different.append(f"classes {_shorten(found.classes)} instead of {before}")
-    if not different and known.get("sum") != found.sum:
-        different.append("as many, but of other names or content")
-    if not different and known.get("labels") != found.labels:
-        different.append("as many, but with other labels")
+    names = [name for name in found if found[name] != known.get(name)]
+    different = [
+        f"{plural(found[split], noun)} instead of {known.get(split)}"
+        for split, noun in (("train", "training image"), ("test", "test image"))
+        if split in names
+    ]
+    if "classes" in names:
+        before = known.get("classes")  # In a file that may have been edited.
+        shown = few(before) if isinstance(before, list) and before else "none"
+        different.append(f"classes {few(found['classes']) or 'none'} instead of {shown}")
+    if names and not different:
+        more = "of other names or content" if "sum" in names else "with other labels"
+        different.append(f"as many, but {more}")
     return different
-
-
-def _shorten(names: object) -> str:
-    if not isinstance(names, list | tuple) or not names:
-        return "none"
-    return ", ".join(map(str, names[:3])) + (f", ... ({len(names)})" if len(names) > 3 else "")
-
-
-def fingerprint_of(data: ImageData) -> dict[str, object]:
-    """Return what `config.json` says of a run's images."""
-    return {**data.fingerprint()._asdict(), "classes": list(data.classes)}

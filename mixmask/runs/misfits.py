@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixmask._checks import one_line
+from mixmask.runs.folder import CONFIG, load_checkpoint
+
 _NUMBER = int | float
+
+
+def restore(
+    folder: Path,
+    parts: Mapping[str, Any],  # What torch and accelerate have in common is no type.
+    progress: Mapping[str, type],
+    find_misfit: Callable[[dict[str, Any]], str] = lambda _: "",
+) -> tuple[Path, dict[str, Any]]:
+    """Restore a run's model and optimiser from its newest whole checkpoint that fits them.
+
+    Args:
+        folder: The run folder.
+        parts: "model", "optimizer", and whatever else has a state dict in the checkpoint.
+        progress: Names and types of what the caller takes from the content itself.
+        find_misfit: Says why the caller cannot use a content with all of these; "" if it can.
+
+    Returns:
+        The file and its content; a warning names newer files that were damaged.
+
+    Raises:
+        ValueError: If there is no checkpoint that can be used.
+    """
+    kinds = {"model": Mapping, "optimizer": Mapping, **progress}
+
+    def describe(content: dict[str, Any]) -> str:
+        return (
+            describe_progress(content, kinds)
+            or describe_misfit(parts["model"].state_dict(), content["model"])
+            or describe_optimizer_misfit(parts["optimizer"], content["optimizer"])
+            or find_misfit(content)
+        )
+
+    file, content = load_checkpoint(folder, describe)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} does not fit the run's {CONFIG} ({type(error).__name__}: {one_line(error)}); "
+            "restore the one it was trained with, or train it again with a new --out"
+        ) from None
+    return file, content
 
 
 def describe_misfit(own: Mapping[str, Tensor], found: Mapping[str, object]) -> str:

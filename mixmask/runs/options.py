@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mixmask._checks import check_choice, check_integer, ratio_bounds
+from mixmask._checks import check_choice, check_integer, few, ratio_bounds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,11 +27,13 @@ Value = TypeVar("Value")
 # What `config.json` says beside the options: its format, who wrote it, how many processes trained,
 # which data they saw, and where a detector's backbone came from.
 FACTS = ("format", "version", "processes", "fingerprint", "source")
+# Options that say how images are read, and when a run saves: no weights depend on them.
+STORAGE = ("stream", "workers", "save_every", "save_minutes", "keep")
 # What may differ between a checkpoint and `config.json`: where and how far a run goes on, and how
 # its images are shared between processes.
 _CHANGEABLE = (
-    "epochs", "data", "init", "stream", "workers", "batch_size", "accumulate", "save_every",
-    "save_minutes", "keep", "measure_every", "tracker", "processes",
+    *STORAGE, "epochs", "data", "init", "batch_size", "accumulate", "measure_every", "tracker",
+    "processes",
 )  # fmt: skip
 # What `--help` says of options that several configurations or commands have; texts that depend on
 # the command follow in brackets.
@@ -46,8 +48,11 @@ HELP = {
 }
 # The most that a tensor's side, and thus any whole number of an option, can be.
 LARGEST = 2**31 - 1
-# The numbers that a field of this type takes.
-_KINDS: dict[type, type] = {int: Integral, float: Real}
+# What a field of each type takes, and how messages call it.
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
+    str: (str, "text"), tuple: (tuple, "numbers"),
+}  # fmt: skip
 
 
 def option(
@@ -126,13 +131,7 @@ def check_options(config: DataclassInstance) -> None:
 
 
 def check_resume(folder: Path, given: Sequence[str], *, allowed: Sequence[str] = ()) -> None:
-    """Check that `--resume` names a folder, and nothing was given beside it but what may change.
-
-    Args:
-        folder: The run's.
-        given: Options that were given but are not allowed.
-        allowed: Those that are allowed.
-    """
+    """Check that `--resume` names a folder, and that nothing forbidden was given beside it."""
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "nothing is there"
         raise ValueError(
@@ -145,30 +144,15 @@ def check_resume(folder: Path, given: Sequence[str], *, allowed: Sequence[str] =
 
 def _check_type(name: str, value: object, kind: type) -> None:
     """Check that a value is of a kind, or a number that can stand for it."""
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, _KINDS.get(kind, kind)) or is_bool != (kind is bool):
-        raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}")
+    accepted, words = _KINDS[kind]
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{name} must be {words}, got {value!r}")
     for number in value if isinstance(value, tuple) else ():
         _check_type(name, number, float)
 
 
-def _describe(kind: type) -> str:
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "numbers",
-    }
-    return names.get(kind, kind.__name__)
-
-
 def restore_config(kind: type[Config], content: Options) -> Config:
-    """Build a configuration from the content of a `config.json`.
-
-    Args:
-        kind: Its dataclass.
-        content: What `read_config` returned.
+    """Build a configuration of some class from what `read_config` returned.
 
     Raises:
         TypeError: If an option has another type.
@@ -179,17 +163,12 @@ def restore_config(kind: type[Config], content: Options) -> Config:
     missing = [name for name in names if name not in content]
     for what, found in (("unknown", unknown), ("missing", missing)):
         if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(f"{what}: {', '.join(map(repr, found[:5]))}{more}")
+            raise ValueError(f"{what}: {few(map(repr, found), 5)}")
     return kind(**{name: content[name] for name in names})
 
 
 def describe_change(trained: object, written: Options) -> str:
     """Name the first option that `config.json` lacks or has changed since a checkpoint; or "".
-
-    Args:
-        trained: The options that the checkpoint noted.
-        written: What `read_config` returned.
 
     Example:
         >>> describe_change({"lr": 0.1, "epochs": 9}, {"lr": 0.5, "epochs": 5})
@@ -206,9 +185,8 @@ def describe_change(trained: object, written: Options) -> str:
         now = tuple(now) if isinstance(now, list) else now  # JSON knows no tuples.
         if name not in _CHANGEABLE and now != value:
             return f"{name} was {value!r}, is {now!r}"
-    if {"processes", "batch_size"} <= set(
-        trained
-    ):  # Among which a step's images may be shared otherwise.
+    # Among processes a step's images may be shared otherwise.
+    if {"processes", "batch_size"} <= set(trained):
         before, now = (one["batch_size"] * one["processes"] for one in (trained, written))
         if before != now:
             return f"images per step were {before}, are {now}"

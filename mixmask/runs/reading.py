@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mixmask._checks import few
 from mixmask.runs.files import check_readable
 
 # Objects that Lightning and others keep beside the weights. Reading one builds an empty stand-in
@@ -147,14 +148,10 @@ def _warn_of_no_sums(path: Path) -> None:
 
 
 def _check_archive(path: Path, end: bytes) -> None:
-    """Hold a zip archive's members to their checksums, which torch.load does not look at.
-
-    Args:
-        path: The file.
-        end: Its last bytes, with the archive's last record in them.
-    """
+    """Hold a zip archive's members to their checksums, which torch.load does not look at."""
     sealed = end[22:].startswith(_SEAL)
-    comment = end[end.rfind(_END) :][20:]  # Its length in two bytes, then its text.
+    # Behind the last record: the comment's length in two bytes, then its text.
+    comment = end[end.rfind(_END) :][20:]
     if not sealed and int.from_bytes(comment[:2], "little") != len(comment) - 2:
         raise DamagedError(f"{path} is damaged or cut short: its end is missing")
     if not sealed and len(comment) == _SEAL_SIZE + 2:
@@ -252,12 +249,11 @@ def _refuse_foreign(path: Path, names: list[str]) -> None:
     foreign = [name for name in names if name not in known and not name.startswith(_PARTS)]
     foreign.sort(key=lambda name: name.startswith("torch."))  # Others' say more.
     if foreign:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         is_model = any(name.startswith("torch.nn.modules.") for name in names)
         weights = ".state_dict()" if is_model else '["state_dict"]'
         raise ValueError(
             f"{path} holds more than weights, which could run code when it is read: "
-            f"{', '.join(foreign[:3])}{more}; if you trust it, keep its weights alone: "
+            f"{few(foreign)}; if you trust it, keep its weights alone: "
             f'torch.save(torch.load(PATH, weights_only=False){weights}, "weights.pth")'
         )
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmask.runs.folder import Row, read_config, read_rows
-from mixmask.runs.options import Options
+from mixmask.runs.options import STORAGE, Options
 
 # Options that change speed, memory or logging but no weights.
 _SETTING = (
-    "stream", "workers", "measure_every", "tracker", "compile", "compile_mode", "checkpointing",
-    "save_every", "save_minutes", "keep", "format", "version", "fingerprint",
+    *STORAGE, "measure_every", "tracker", "compile", "compile_mode", "checkpointing", "format",
+    "version", "fingerprint",
 )  # fmt: skip
 
 

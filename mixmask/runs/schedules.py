@@ -16,11 +16,11 @@ def cosine_decay(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def step_decay(done: float, milestones: Sequence[float]) -> float:
-    """Fall to a tenth at each milestone.
+def step_decay(done: float, milestones: Sequence[float] = (0.6, 0.8)) -> float:
+    """Fall to a tenth at each milestone; the default is MoCo's, of 100 epochs the 60th and 80th.
 
     Example:
-        >>> [round(step_decay(done, (0.6, 0.8)), 2) for done in (0.5, 0.6, 0.9)]
+        >>> [round(step_decay(done), 2) for done in (0.5, 0.6, 0.9)]
         [1.0, 0.1, 0.01]
     """
     return 0.1 ** sum(done >= milestone for milestone in milestones)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mixmask import masks
 from mixmask._blocks import LARGEST_GRID
 from mixmask._checks import Ratio
+from mixmask.data.named import NAMED
 from mixmask.runs.options import (
     HELP,
     Options,
@@ -37,8 +38,8 @@ class RunConfig:
 
     data: str = option(
         "clothing64",
-        "clothing64, cifar10, cifar100, stl10, a folder of images, a .zip file of such a folder, "
-        "or package.module:function",
+        f"{', '.join(NAMED)}, a folder of images, a .zip file of such a folder, or "
+        "package.module:function",
     )
     recipe: str = option(
         "", "named settings [those of --data; for your own images by number and size]"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
-from mixmask._checks import check_choice
+from mixmask._checks import check_choice, one_line
 from mixmask.runs.folder import CONFIG, read_config, read_options
 from mixmask.runs.images import check_code
 from mixmask.runs.options import FACTS, Options, flag, restore_config
@@ -67,8 +67,7 @@ def read_options_file(path: Path, given: Options | None = None) -> Options:
         if "format" in content and "data" not in (given or {}):
             check_code(str(content.get("data")), path)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--config {path} cannot be used ({reason})") from None
+        raise ValueError(f"--config {path} cannot be used ({one_line(error)})") from None
     return _leave_out(options, given or {}) if "format" in content else options
 
 

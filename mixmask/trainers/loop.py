@@ -21,7 +21,7 @@ from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
 from mixmask.mixing import MixedBatch
-from mixmask.runs.claim import hold_new_run
+from mixmask.runs.claim import claim_folder
 from mixmask.runs.files import LAST
 from mixmask.runs.folder import Row, has_checkpoint, write_rows
 from mixmask.runs.schedules import cosine_decay, step_decay
@@ -88,7 +88,7 @@ def train_method(
         ValueError: If the images are fewer than a batch, or there is nothing to resume.
         FloatingPointError, OSError, KeyboardInterrupt: See `mixmask.trainers.pretrain`.
     """
-    with hold_new_run(out):
+    with claim_folder(out):
         run = Run.open(config, Split(images), out, resume=out if resume else None)
         train(run, monitor=monitor, progress=progress)
     return run.model, run.rows
@@ -330,7 +330,7 @@ def learning_rate(config: RunConfig, done: float) -> float:
     if done < config.warmup:
         return config.lr * done / config.warmup
     if config.schedule == "step":
-        return config.lr * step_decay(done, (0.6, 0.8))
+        return config.lr * step_decay(done)
     done = (done - config.warmup) / (1 - config.warmup) if config.warmup < 1 else done
     return config.lr * cosine_decay(done)
 

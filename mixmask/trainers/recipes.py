@@ -75,7 +75,11 @@ def describe() -> str:
         settings = ", ".join(
             f"{key.replace('_', '-')} {preset[key]}" for key in _SHOWN if key in preset
         )
-        lines += [name, f"  settings: {settings or 'the defaults'}", f"  source: {_ORIGINS[name]}"]
+        lines += [
+            name,
+            f"  settings: {settings or 'the defaults'}",
+            f"  source: {_ORIGINS.get(name, 'none stated')}",
+        ]
         lines += [
             f"  published: {accuracy} % with --method {words} ({measure}; {source})"
             for (measure, source), accuracies in PUBLISHED.get(name, {}).items()
@@ -99,7 +103,7 @@ def suit_images(options: Options, listing: DataListing) -> Options:
     method, holdout = options.get("method", RunConfig.method), options.get("holdout", 0)
     if not (isinstance(method, str) and isinstance(holdout, (int, float)) and 0 <= holdout < 1):
         return options
-    count = int(len(listing.splits.train.files) * (1 - holdout))
+    count = int(len(listing.train.files) * (1 - holdout))
     by_side = (name for most, name in _BY_SIDE.items() if listing.side <= most)
     by_count = (name for most, name in _BY_COUNT.items() if count < most)
     recipe = next(by_side, next(by_count, "imagenet"))

@@ -25,23 +25,16 @@ from mixmask.data.stream import part_bytes
 from mixmask.data.views import RandomView
 from mixmask.runs.folder import (
     BEST,
-    CONFIG,
     Row,
     adopt_checkpoint,
     copy_checkpoint,
-    is_run,
     is_unstarted,
     keep_checkpoint,
-    load_checkpoint,
     save_checkpoint,
     write_config,
     write_rows,
 )
-from mixmask.runs.misfits import (
-    describe_misfit,
-    describe_optimizer_misfit,
-    describe_progress,
-)
+from mixmask.runs.misfits import restore
 from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 from mixmask.trainers.config import TIMM, RunConfig
@@ -84,10 +77,6 @@ def complete_config(config: RunConfig, train: Split) -> RunConfig:
         # A resumed run must find its images where they were, whatever memory is free by then.
         stream="never" if isinstance(train.images, Tensor) else "always",
     )
-
-
-# What a checkpoint says of where a run stood.
-_PROGRESS = {"model": Mapping, "optimizer": Mapping, "step": int, "rows": list, "meter": Mapping}
 
 
 @dataclass
@@ -218,31 +207,19 @@ class Run:
         """Restore the newest whole checkpoint, and return it; a warning names a damaged one."""
 
         def find_misfit(content: Options) -> str:
-            if not (is_run(content) and isinstance(content["model"], Mapping)):
-                return "it is not a checkpoint of a pretraining run"
+            if not Meter.takes(content["meter"]):
+                return "its means are no numbers"
             total = self.steps * self.config.epochs
-            return (
-                describe_misfit(self.model.state_dict(), content["model"])
-                or describe_progress(content, _PROGRESS)
-                or describe_optimizer_misfit(self.optimizer.optimizer, content["optimizer"])
-                or ("its means are no numbers" * (not Meter.takes(content["meter"])))
-                or f"step {content['step']} lies beyond its {total}" * (content["step"] > total)
-            )
+            step: int = content["step"]
+            return f"step {step} lies beyond its {total}" * (step > total)
 
-        file, content = load_checkpoint(folder, find_misfit)
-        try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(content["scaler"])
-            self.step, self.rows = content["step"], content["rows"]
-            self.meter = Meter(**content["meter"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{file} does not fit the run's {CONFIG} ({type(error).__name__}: {reason}); "
-                "restore the one it was trained with, or train it again with a new --out"
-            ) from None
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        progress = {"step": int, "rows": list, "meter": Mapping}
+        file, content = restore(folder, parts, progress, find_misfit)
+        self.step, self.rows = content["step"], content["rows"]
+        self.meter = Meter(**content["meter"])
         return file
 
 

@@ -19,13 +19,14 @@ from torch import nn
 
 from mixmask._signals import interruptible
 from mixmask._version import __version__
+from mixmask.data.named import NAMED
 from mixmask.data.sets import DataListing, ImageData, list_data
 from mixmask.figures.masks import figure_views
 from mixmask.figures.runs import figure_curves
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import hold_new_run, new_folder
+from mixmask.runs.claim import claim_folder, new_folder
 from mixmask.runs.folder import Row
-from mixmask.runs.images import check_code, fingerprint_of, load_images
+from mixmask.runs.images import check_code, load_images
 from mixmask.runs.options import Options, check_resume, flag, set_threads
 from mixmask.runs.records import plural
 from mixmask.trainers.config import PRESETS, RunConfig
@@ -93,8 +94,8 @@ class Opened:
 
     def draw_curves(self) -> None:
         """Draw the run's metrics, in one of the processes."""
-        if self.run.accelerator.is_main_process:
-            run, title = self.run, short_path(self.run.out.resolve())
+        run, title = self.run, short_path(self.run.out.resolve())
+        if run.accelerator.is_main_process:
             figure = figure_curves(run.rows, title=title, queue_steps=_count_queue_steps(run))
             save_figure(figure, run.out / "curves.png")
 
@@ -213,8 +214,9 @@ def open_run(
         def plan() -> _Plan:
             if source is None:
                 return _plan_new(options, config, target, data, choose=state.is_main_process)
-            given = [flag(name) for name in options if name not in CHANGEABLE]
-            check_resume(source, [*given, *(["--config"] if config else [])], allowed=_ALLOWED)
+            forbidden = [flag(name) for name in options if name not in CHANGEABLE]
+            forbidden += ["--config"] if config else []
+            check_resume(source, forbidden, allowed=_ALLOWED)
             return _plan_resumed(options, source, target, state.num_processes)
 
         # Every process plans for itself, so that all of them stop where one refuses.
@@ -224,14 +226,16 @@ def open_run(
             | {n: v for n, v in dataclasses.asdict(planned.config).items() if n not in _OWN}
         )
         folder = gather_objects(planned.folder)[0]  # One process chooses it for all.
-        given = planned.listing or data
-        images = call_together(lambda: _load_images(planned, given, str(source or folder)))
-        facts = {"fingerprint": fingerprint_of(images)}
-        agree({f"{name} of the data": value for name, value in facts["fingerprint"].items()})
+        where = str(source or folder)
+        images = call_together(lambda: _load_images(planned, planned.listing or data, where))
+        fingerprint = images.fingerprint()
+        agree({f"{name} of the data": value for name, value in fingerprint.items()})
         if state.is_main_process:
             _warn_queue(planned.config, len(images.train.images))
-        call_together(lambda: held.enter_context(hold_new_run(folder)))
-        run = Run.open(planned.config, images.train, folder, resume=source, facts=facts)
+        call_together(lambda: held.enter_context(claim_folder(folder)))
+        run = Run.open(
+            planned.config, images.train, folder, resume=source, facts={"fingerprint": fingerprint}
+        )
         notes = planned.notes
         if (before := planned.content.get("epochs", run.config.epochs)) != run.config.epochs:
             notes = (*notes, _describe_length(run, before))
@@ -247,7 +251,7 @@ def _plan_new(
     """Take options from a file and from the caller, who has the last word."""
     given = (read_options_file(Path(file), options) if file else {}) | options
     name, listing = given.get("data"), None
-    if name and isinstance(name, str) and "recipe" not in given and name not in PRESETS:
+    if name and isinstance(name, str) and "recipe" not in given and name not in (*PRESETS, *NAMED):
         listing = list_data(name if data_set is None else data_set)
         given = suit_images(given, listing)
     config = make_config(**given)

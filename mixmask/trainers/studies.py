@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmask._checks import Ratio
+from mixmask._checks import Ratio, one_line
 from mixmask.data.sets import ImageData
 from mixmask.figures.runs import figure_budgets, figure_factors
 from mixmask.figures.style import save_figure, short_path
-from mixmask.runs.claim import hold_new_run
+from mixmask.runs.claim import claim_folder
 from mixmask.runs.files import METRICS, write_text
 from mixmask.runs.folder import CONFIG, Row, has_checkpoint, read_config, read_rows
-from mixmask.runs.images import check_same, fingerprint_of
+from mixmask.runs.images import check_same
+from mixmask.runs.options import STORAGE
 from mixmask.runs.records import describe_option, describe_value, mean_sd, percent, plural
 from mixmask.trainers.config import PATTERNS, RunConfig
 from mixmask.trainers.files import load_config
@@ -39,7 +40,7 @@ MEASURES = ("knn", "linear")
 _CELL_PIXELS = 4
 _MOST_SEEDS = 10_000
 # Options that change no weights, and the channels, which are those of the data.
-_FREE = ("stream", "workers", "save_every", "save_minutes", "keep", "channels")
+_FREE = (*STORAGE, "channels")
 # The columns of a table's CSV file that say what a cell is.
 _COLUMNS = ("method", "mix", "grid_size", "pattern", "ratio", "switch", "epochs", "lr")
 # What a run that cannot go on raises; the other runs of a study can.
@@ -77,23 +78,19 @@ class StudyRun:
     def train(self, data: ImageData, monitor: Monitor) -> None:
         """Train to the end, from the checkpoint if there is one, and keep the rows or the error.
 
-        Args:
-            data: The study's images.
-            monitor: As for `train_method`; it measures "knn" and, at the end, "linear".
-
-        Raises:
-            KeyboardInterrupt: If the run was interrupted, once it is saved.
+        The monitor measures "knn" and, at the end, "linear". An interruption is raised once the
+        run is saved.
         """
         self.error = ""
         resume = self.folder if has_checkpoint(self.folder) else None
-        facts = {"fingerprint": fingerprint_of(data)}
+        facts = {"fingerprint": data.fingerprint()}
         try:
-            with hold_new_run(self.folder):
+            with claim_folder(self.folder):
                 run = Run.open(self.config, data.train, self.folder, resume=resume, facts=facts)
                 train(run, monitor=monitor, progress=False)
             self.rows = run.rows
         except _FAILURES as error:
-            self.error = " ".join(str(error).split()) or type(error).__name__
+            self.error = one_line(error) or type(error).__name__
 
 
 def mask_cells(
@@ -197,10 +194,9 @@ def plan_runs(cells: Sequence[Cell], seeds: int, out: Path) -> list[StudyRun]:
     Raises:
         ValueError: If a folder holds something else than the run planned for it.
     """
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}; the paper takes 3")
-    if seeds > _MOST_SEEDS:
-        raise ValueError(f"--seeds must be at most {_MOST_SEEDS:,}, got {seeds}; the paper takes 3")
+    if not 1 <= seeds <= _MOST_SEEDS:
+        bound = "at least 1" if seeds < 1 else f"at most {_MOST_SEEDS:,}"
+        raise ValueError(f"--seeds must be {bound}, got {seeds}; the paper takes 3")
     configs = {cell.name: cell.config for cell in cells}
     runs = [
         StudyRun(out / name / f"seed-{seed}", dataclasses.replace(config, seed=seed))
@@ -306,10 +302,7 @@ def collect(cells: Sequence[Cell], runs: Sequence[StudyRun]) -> list[Line]:
 def table_markdown(lines: Sequence[Line], *, title: str, test_images: int) -> str:
     """Write a study's table: means in percent, ± the standard deviation over seeds.
 
-    Args:
-        lines: The table's lines.
-        title: A line above it.
-        test_images: On which accuracies were measured; their error is stated below.
+    Below stands the error of an accuracy on so many test images.
     """
     text = [title, "", "| factor | value | seeds | kNN, % | linear, % |", "|---|---|---|---|---|"]
     previous = ""

@@ -14,7 +14,7 @@ from PIL import Image
 from mixmask.data.images import open_image
 from mixmask.data.sets import load_data
 from mixmask.data.views import RandomView
-from mixmask.runs.images import fingerprint_of, load_images
+from mixmask.runs.images import load_images
 
 
 def pairs(*labels: int, size: int = 9) -> list[tuple[torch.Tensor, int]]:
@@ -176,7 +176,7 @@ def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     "others", [TRAIN[:3], pairs(0, 1, 0, 1, size=7), pairs(0, 1, 0, 2), TRAIN[::-1]]
 )
 def test_a_function_that_returns_other_images_is_noticed(others: Any) -> None:
-    known = {"fingerprint": fingerprint_of(load_data(TRAIN, 8)), "image_size": 8}
+    known = {"fingerprint": load_data(TRAIN, 8).fingerprint(), "image_size": 8}
     load_images(known, 8, data=TRAIN)
     with pytest.raises(ValueError, match=r"4 training images instead of None"):
         load_images({"fingerprint": {}, "image_size": 8}, 8, data=TRAIN)
@@ -186,7 +186,7 @@ def test_a_function_that_returns_other_images_is_noticed(others: Any) -> None:
 
 
 def test_other_labels_of_the_same_images_are_noticed() -> None:
-    known = {"fingerprint": fingerprint_of(load_data(TRAIN, 8)), "image_size": 8}
+    known = {"fingerprint": load_data(TRAIN, 8).fingerprint(), "image_size": 8}
     relabelled = [(image, 1 - label) for image, label in TRAIN]
     for size in (8, 16):  # At another size, the images themselves are not compared.
         with pytest.raises(ValueError, match="started on: as many, but with other labels; pass"):

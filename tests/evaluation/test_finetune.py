@@ -21,9 +21,8 @@ from mixmask.evaluation import (
     listed_subset,
     measure_accuracy,
 )
-from mixmask.evaluation.classifier import moco_decay
 from mixmask.evaluation.features import resize
-from mixmask.runs.schedules import cosine_decay
+from mixmask.runs.schedules import cosine_decay, step_decay
 
 TUNING, PROBE = FineTuning(epochs=2, batch_size=8), LinearSGD(epochs=2, batch_size=8)
 
@@ -180,7 +179,7 @@ def test_diverging_training_says_so() -> None:
 def test_schedules_andresize() -> None:
     assert [cosine_decay(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
     shares = (0.0, 0.59, 0.6, 0.79, 0.8)
-    assert [moco_decay(share) for share in shares] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert [step_decay(share) for share in shares] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     images = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16).to(torch.uint8)
     assert torch.equal(resize(images, 14), images[..., 1:15, 1:15])
     assert torch.equal(resize(images, 16), images)

@@ -51,7 +51,7 @@ def test_maps_and_studies_name_the_end_of_a_path(tmp_path: Path) -> None:
     )
     source = BackboneSource(str(tmp_path / "runs" / "a"), "mixmask", "narrow", False, data, 8)
     task = Task((backbone,), (source,), Split(images), Split(images), ())
-    assert draw_map(task).figure.get_suptitle() == "sets/pets, 6 of 6 test images"
+    assert draw_map(task)[0].get_suptitle() == "sets/pets, 6 of 6 test images"
     cell = Cell("a", "grid size", "2", make_config(data=data))
     table = Report("masks", tmp_path, [cell], [], 6).write()
     assert "on sets/pets, resnet50 at" in table.splitlines()[0]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mixmask.runs import claim
-from mixmask.runs.claim import hold_new_run, new_folder
+from mixmask.runs.claim import claim_folder, new_folder
 
 HOLD = """
 import sys
 from pathlib import Path
-from mixmask.runs.claim import hold_new_run
-with hold_new_run(Path(sys.argv[1])):
+from mixmask.runs.claim import claim_folder
+with claim_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -51,7 +51,7 @@ def test_new_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def start(folder: Path, *names: str, error: type[BaseException] | None = None) -> None:
     """Write files into a run folder, and fail."""
-    with hold_new_run(folder):
+    with claim_folder(folder):
         for name in names:
             (folder / name).touch()
         if error:
@@ -65,7 +65,7 @@ def test_a_folder_that_was_moved_is_told_and_hides_no_other_error(
     told = "was moved or deleted during the run" if error is FileNotFoundError else "as it was"
 
     def move() -> None:
-        with hold_new_run(tmp_path / "run"):
+        with claim_folder(tmp_path / "run"):
             (tmp_path / "run").rename(tmp_path / "elsewhere")
             raise error("as it was")
 

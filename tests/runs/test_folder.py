@@ -62,25 +62,13 @@ def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> No
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new", "new"]
 
 
-def _link(path: Path) -> Path:
-    target = path.with_name("elsewhere")
-    target.write_text("precious")
-    path.symlink_to(target)
-    return target
-
-
-def _link_hard(path: Path) -> Path:
-    target = path.with_name("elsewhere")
-    target.write_text("precious")
-    path.hardlink_to(target)
-    return target
-
-
-@pytest.mark.parametrize("place", [_link, _link_hard])
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
 def test_what_lies_under_a_temporary_name_is_not_written_through(
-    place: Callable[[Path], Path], tmp_path: Path
+    link: Callable[[Path, Path], None], tmp_path: Path
 ) -> None:
-    target = place(tmp_path / "last.pt.tmp")
+    target = tmp_path / "elsewhere"
+    target.write_text("precious")
+    link(tmp_path / "last.pt.tmp", target)
     save_checkpoint(tmp_path, {"step": 1})
     assert target.read_text() == "precious"
     assert not (tmp_path / "last.pt").is_symlink()

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mixmask.backbones import build_backbone
 from mixmask.data import sets
 from mixmask.data.folders import ListedData, list_folder
+from mixmask.trainers.config import PRESETS
 from mixmask.trainers.methods import make_config
-from mixmask.trainers.recipes import suit_images
+from mixmask.trainers.recipes import describe, suit_images
 from mixmask.trainers.start import pretrain
 
 
@@ -171,3 +173,18 @@ def test_images_are_listed_once(
 def test_data_that_are_missing_are_refused_without_a_recipe(data: str) -> None:
     with pytest.raises(ValueError, match="--data"):
         pretrain(data=data)
+
+
+def test_a_data_set_by_name_and_a_recipe_are_one_row_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(PRESETS, "stl10")
+    pair = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2
+    monkeypatch.setattr(sets, "load_named", lambda *_: (pair, pair, ("cat", "dog")))
+    small: dict[str, Any] = {"arch": "narrow", "epochs": 1, "image_size": 16, "batch_size": 4}
+    run = pretrain(
+        data="stl10", queue_size=8, device="cpu", out=tmp_path / "run", progress=False, **small
+    )
+    assert (run.config.data, run.config.recipe) == ("stl10", "imagenet")
+    monkeypatch.setitem(PRESETS, "mine", {"epochs": 3})
+    assert "mine\n  settings: epochs 3\n  source: none stated" in describe()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mixmask._checks import check_choice
-from mixmask.backbones import build_backbone, has_plain_stem, load_timm_weights
+from mixmask.backbones import build_backbone, has_plain_stem
 from mixmask.checkpoints.load import load_backbone
 from mixmask.runs.misfits import describe_misfit
 from mixmask.runs.options import Options, flag
@@ -110,11 +110,9 @@ def build_encoder(config: RunConfig) -> nn.Module:
         small_stem=config.small_stem,
         image_size=config.image_size,
         in_chans=config.channels,
+        pretrained=config.init == TIMM,
     )
-    if config.init == TIMM:
-        size, channels = config.image_size, config.channels
-        load_timm_weights(backbone, config.arch, image_size=size, in_chans=channels)
-    elif config.init:
+    if config.init not in ("", TIMM):
         loaded = load_backbone(Path(config.init), arch=config.arch, small_stem=config.small_stem)
         state = loaded.backbone.state_dict()
         if misfit := describe_misfit(backbone.state_dict(), state):
