@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_generator, check_integer
-from mixmask._devices import HOST, is_transformed
+from mixmask._devices import HOST
 
 
 def check_seed(seed: int) -> None:
@@ -46,19 +46,4 @@ def draw_seed(generator: torch.Generator | None) -> Tensor:
     and which has the same values compiled and not.
     """
     check_generator(generator)
-    if is_transformed():
-        _check_randomness()
     return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=HOST)
-
-
-def _check_randomness() -> None:
-    """Require that a seed is one number, which it is not per sample of `torch.func.vmap`."""
-    # A draw of another generator's, so that nothing has moved when it is refused.
-    probe = torch.randint(1, (), generator=torch.Generator(HOST), device=HOST)
-    try:
-        probe.item()
-    except RuntimeError:
-        raise ValueError(
-            "draws under torch.func.vmap need randomness='same', got 'different'; or draw masks "
-            "before vmap, and map over them"
-        ) from None
