@@ -153,7 +153,6 @@ class BlockMaskGenerator:
     roll: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_block_options(self.grid_size, self.ratio, self.min_cells, self.min_aspect)
 
     def __call__(
@@ -182,7 +181,6 @@ class DiscreteMaskGenerator:
     ratio: Ratio = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_grid_size(self.grid_size)
         ratio_bounds(self.ratio)
 

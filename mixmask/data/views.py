@@ -190,7 +190,6 @@ class RandomView(nn.Module):
         crop: bool = True,
         normalization: Normalization = IMAGENET,
     ) -> None:
-        """Store the options."""
         super().__init__()
         self.size, self.min_scale, self.crop = size, min_scale, crop
         self.normalization = normalization

@@ -65,7 +65,6 @@ class _Crops(LikeIts):
     """A criterion over lists of crops."""
 
     def __init__(self, criterion: nn.Module, *, switch: bool = True) -> None:
-        """Store the criterion."""
         nn.Module.__init__(self)
         self.criterion = criterion
         self.switch = switch

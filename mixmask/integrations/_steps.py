@@ -103,7 +103,6 @@ class StandIn(Generic[T]):
     as_module: ClassVar[type]
 
     def __new__(cls, *args: object, **options: object) -> Any:
-        """Return a module for a module: models accept no other replacement."""
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
@@ -126,7 +125,6 @@ class StandIn(Generic[T]):
         return getattr(vars(self)[self.replaces], name)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the current step out of copies and pickles."""
         return {**vars(self), "_kept": []}
 
     def reset(self) -> None:

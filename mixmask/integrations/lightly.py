@@ -131,7 +131,6 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = ()
     ) -> None:
-        """Store the criterion."""
         losses.LambdaWeightedLoss.__init__(self, criterion, switch=switch, ignore=ignore)
         self._names = tuple(inspect.signature(criterion.forward).parameters)
 
@@ -227,7 +226,6 @@ class WrappedNTXent(WrappedCriterion):
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, save_bank: bool = True
     ) -> None:
-        """Store the criterion, and let its bank be saved."""
         WrappedCriterion.__init__(self, criterion, switch=switch)
         bank = self.memory_bank
         if save_bank and bank.size[0] > 0:

@@ -193,7 +193,6 @@ class _Mixture:
     spent: bool = False
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the current step out of copies and pickles of the model."""
         return {**vars(self), "views": [], "term": None, "first": None}
 
     def before(self, model: nn.Module, args: object, options: object) -> None:

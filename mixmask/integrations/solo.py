@@ -198,7 +198,6 @@ class _Mixed:
     log_dict: Callable[..., None]
 
     def __init__(self, cfg: Any) -> None:
-        """Check the block before anything is built."""
         options = _read_options(cfg)
         if options is not None and not self.recipe:
             reason = _LEFT_OUT.get(cfg.method, "it was not tested")

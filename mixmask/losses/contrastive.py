@@ -102,7 +102,6 @@ class InfoNCE:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_options(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -288,7 +287,6 @@ class NTXent:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
         check_reduction(self.reduction)
 

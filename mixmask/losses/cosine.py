@@ -51,7 +51,6 @@ class NegativeCosine:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_reduction(self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:

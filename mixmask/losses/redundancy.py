@@ -75,7 +75,6 @@ class BarlowTwins:
     sync_statistics: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_non_negative("redundancy_weight", self.redundancy_weight)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -245,7 +244,6 @@ class VICReg:
     gather_distributed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_weights(self.invariance_weight, self.variance_weight, self.covariance_weight)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
