@@ -103,6 +103,7 @@ class StandIn(Generic[T]):
     as_module: ClassVar[type]
 
     def __new__(cls, *args: object, **options: object) -> Any:
+        # A model's child must stay a module, and would be hidden in the place of its method.
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
@@ -125,6 +126,7 @@ class StandIn(Generic[T]):
         return getattr(vars(self)[self.replaces], name)
 
     def __getstate__(self) -> dict[str, object]:
+        # Copies and pickles leave the current step out.
         return {**vars(self), "_kept": []}
 
     def reset(self) -> None:
