@@ -23,16 +23,7 @@ _LIBRARY = torch.library.Library("mixmask", "FRAGMENT")
 
 
 def choose_device(name: torch.device | str | int | None) -> torch.device:
-    """Return a device that can compute; for None a GPU where there is one, or the CPU.
-
-    Raises:
-        TypeError: If it is not a device or the name or number of one.
-        ValueError: If there is no such device here, or it keeps no values, as "meta".
-
-    Example:
-        >>> choose_device("cpu")
-        device(type='cpu')
-    """
+    """Return a device that can compute; for None a GPU where there is one, or the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(name, bool) or not isinstance(name, (torch.device, str, int)):

@@ -30,20 +30,12 @@ def fold_seed(*parts: int | str) -> int:
 
 
 def step_generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator for one position within a run; see `fold_seed`.
-
-    Example:
-        >>> step_generator(0, 1).initial_seed() == fold_seed(0, 1)
-        True
-    """
+    """Return a CPU generator for one position within a run; see `fold_seed`."""
     return torch.Generator().manual_seed(fold_seed(*parts))
 
 
 def draw_seed(generator: torch.Generator | None) -> Tensor:
-    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size.
-
-    What is drawn is then a pure function of it, which the compiler need not know for a random one,
-    and which has the same values compiled and not.
-    """
+    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size."""
     check_generator(generator)
+    # What is drawn is then a pure function of it, with the same values compiled and not.
     return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=HOST)

@@ -34,17 +34,10 @@ def mix_log_sums(
 ) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row's logits, (N,), or the mean of all, ().
 
-    With `counts` (K,), how often each column stands in a second sum, it is the mixture of both:
-    weights[:, 0] of the first and weights[:, 1] of the second. Bands of rows are taken one after
-    the other, each with all of its logits, so that their gradient comes with the same pass.
-
-    Args:
-        rows: (N, C).
-        columns: (K, C).
-        scale: Factor of the products.
-        weights: (N, 1), or (N, 2) with `counts`; None for 1.
-        counts: (K,), integers in a floating dtype.
-        mean: Return the mean over rows; the columns' gradient then comes with the same pass, too.
+    With `counts` (K,), how often each column (K, C) stands in a second sum, it is the mixture of
+    both: weights[:, 0] of the first and weights[:, 1] of the second. Bands of rows (N, C) are taken
+    one after the other, each with all of its logits, so that their gradient comes with the same
+    pass; with `mean` that of the columns does, too.
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     if weights is None:
@@ -59,11 +52,7 @@ def mix_log_sums(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """One pass over the negatives (K, C) in chunks, with a running maximum.
-
-    The same pass gathers sum_k p_k n_k, the gradient up to a factor, which spares the backward
-    a second one.
-    """
+    """One pass over the negatives (K, C) in chunks, which also gathers the gradient of z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, negatives: Tensor, scale: float) -> Tensor:

@@ -21,16 +21,10 @@ def sum_pairs(
 ) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
 
-    Rows and columns have the length 1. Without `columns` the rows are their own, and each pair
-    is multiplied once for both of its sides.
-
-    Args:
-        rows: (M, C), in views of equal lengths.
-        scale: Factor of the products.
-        counts: (K,), how often each column stands in the second sum; None for no second sum.
-        columns: (K, C), in the same number of views.
-        own_offset: Where among a view's columns the first row of the view stands.
-        views: How many views there are among rows and columns.
+    Rows (M, C) and columns (K, C), unit rows of as many equal `views`; without `columns` the rows
+    are their own, and each pair is multiplied once for both of its sides. `counts` (K,) is how
+    often each column stands in a second sum. The first row of a view stands at `own_offset` among
+    the view's columns.
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     weights = None
@@ -66,8 +60,9 @@ class _PairSums(torch.autograd.Function):
         refuse_second_derivatives()
         rows, columns, weights, sums = ctx.saved_tensors
         others = None if columns is None else columns.to(ctx.work)
+        own_offset, views = ctx.place
         of_rows, of_columns = _grade_tiles(
-            rows.to(ctx.work), others, ctx.scale, weights, *ctx.place, grad / sums
+            rows.to(ctx.work), others, ctx.scale, weights, own_offset, views, grad / sums
         )
         column_grad = None if columns is None else of_columns.to(columns.dtype)
         return of_rows.to(rows.dtype), column_grad, None, None, None, None
@@ -140,16 +135,14 @@ def _grade_tiles(
 def _raise_tiles(
     rows: Tensor, columns: Tensor | None, scale: float, own_offset: int, views: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield tiles exp(scale * rows . columns), with zeros for a row and itself, and their places.
-
-    Without columns, only those on and above the diagonal.
-    """
+    """Yield the places of tiles, and the powers there, with zeros for a row and itself."""
     others = rows if columns is None else columns
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     # Square tiles of as many logits as are held at a time.
     step = max(1, int(count_elements(rows) ** 0.5))
     for start in range(0, rows.shape[0], step):
         here = slice(start, min(start + step, rows.shape[0]))
+        # Without columns the tiles below the diagonal are those above it.
         for other in range(start if columns is None else 0, others.shape[0], step):
             there = slice(other, min(other + step, others.shape[0]))
             powers = (rows[here] @ others[there].T).to(accumulator).mul_(scale).exp_()  # (m, k)
