@@ -3,19 +3,8 @@
     criterion = wrap(NTXentLoss(memory_bank_size=(4096, 128)))
     loss = criterion(query, key, query_mixed, mixed)
 
-Needs lightly 1.5.26 or newer, the extra `lightly`.
-
-Supported criteria and their mixed terms:
-
-| criterion | mixed term |
-| --- | --- |
-| `NTXentLoss`, `NegativeCosineSimilarity` | eq. 4, per image |
-| `VICRegLoss`, `TiCoLoss` | λ weights the invariance; the rest does not see targets: once, of z_m |
-| `LeJEPALoss` | the same, with the center of the global views as the target |
-| `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
-| `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
-
-The other criteria work as usual, and refuse mixed views with the reason.
+Needs lightly 1.5.26 or newer, the extra `lightly`. README.md in this folder lists the criteria with
+their mixed terms; those without one work as usual, and refuse mixed views with the reason.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _sum_tiles(
         return powers.sum(1, keepdim=True) if weights is None else powers @ weights[place]
 
     with without_autocast(rows):
-        for here, there, powers in _raise_tiles(rows, columns, scale, own_offset, views):
+        for here, there, powers in _exponentiate_tiles(rows, columns, scale, own_offset, views):
             sums[here] += weigh(powers, there)  # (m, k) -> (m, V)
             if columns is None and here != there:  # The same pairs, seen from their other side.
                 sums[there] += weigh(powers.T, here)  # (k, m) -> (k, V)
@@ -124,7 +124,7 @@ def _grade_tiles(
     if columns is None:  # (M, 2 V) each.
         left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
     with without_autocast(rows):
-        for here, there, powers in _raise_tiles(rows, columns, scale, own_offset, views):
+        for here, there, powers in _exponentiate_tiles(rows, columns, scale, own_offset, views):
             slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
             add_product(of_rows[here], slopes, others[there])  # (m, k) @ (k, C)
             if columns is not None or here != there:
@@ -132,7 +132,7 @@ def _grade_tiles(
     return of_rows, of_columns
 
 
-def _raise_tiles(
+def _exponentiate_tiles(
     rows: Tensor, columns: Tensor | None, scale: float, own_offset: int, views: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield the places of tiles, and the powers there, with zeros for a row and itself."""

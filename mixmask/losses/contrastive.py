@@ -58,6 +58,7 @@ def info_nce(
         ValueError: If shapes, devices or options do not fit, if the negatives carry a graph, or
             if the processes hold different numbers of rows.
         TypeError: If z is not floating, or if the negatives are not a tensor.
+        RuntimeError: In a backward pass with create_graph=True: there are no second derivatives.
 
     Source:
         van den Oord et al., "CPC", eq. 4; He et al., "MoCo", eq. 1.
@@ -261,6 +262,7 @@ def nt_xent(
         ValueError: If shapes, devices or options do not fit, or if the processes hold different
             numbers of rows.
         TypeError: If z is not floating.
+        RuntimeError: As for `info_nce`.
 
     Source:
         Chen et al., "SimCLR", eq. 1; Lee et al., "i-Mix".
