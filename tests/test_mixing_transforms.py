@@ -107,6 +107,14 @@ def test_masks_can_be_mapped_over() -> None:
     assert torch.equal(found.flatten(0, 1), torch.stack(expected))
 
 
+def test_draws_and_partners_that_differ_over_a_map_are_refused() -> None:
+    mixing, images, partners = _mixing("blocks"), _images(), torch.arange(N).roll(1).repeat(3, 1)
+    with pytest.raises(RuntimeError, match=r"vmap.*\.item\(\)"):
+        torch.func.vmap(mixing, randomness="different")(_images(3))
+    with pytest.raises(RuntimeError, match=r"vmap.*\.item\(\)"):
+        torch.func.vmap(lambda p: mix_batch(images, GIVEN, partner=p).images)(partners)
+
+
 @pytest.mark.parametrize("grid_size", [2, 3, 8, 16, 40])
 @pytest.mark.parametrize(
     "options",

@@ -180,7 +180,7 @@ def _pass_bands(
     rows: Tensor, columns: Tensor, scale: float, weights: Tensor, counts: Tensor | None,
     grad: Tensor | None, of_rows: bool, of_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the mixed sums (N,) and, if asked, the gradients of rows and columns."""
+    """Return the mixed sums (N,) and, if asked, rows' and columns' gradients by `grad` (N,)."""
     result, row_grad, column_grad = _fake_bands(
         rows, columns, scale, weights, counts, grad, of_rows, of_columns
     )
