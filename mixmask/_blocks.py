@@ -183,18 +183,10 @@ def lay_blocks(
 def _try_rectangles(
     sides: Tensor, places: Tensor, fits: Tensor, words: Tensor, missing: Tensor, ladders: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Choose the first acceptable rectangle of each mask.
+    """Return the cells of each mask's first acceptable rectangle (n, w), and how many are new (n,).
 
-    Args:
-        sides: (2, n, a) float, height and width, whole numbers.
-        places: (2, n, a) in [0, 1), from the first possible row and column to the last.
-        fits: (n, a) bool, rectangles that may be laid.
-        words: (n, w) cells that are laid.
-        missing: (n,) cells that are not.
-        ladders: (g + 1, w); see `_make_ladders`.
-
-    Returns:
-        (n, w) cells of the chosen rectangle, and (n,) how many of them are new; 0 without one.
+    Both are 0 without one. Of rectangles that fit (n, a), `sides` are height and width, `places`
+    from 0 at the first possible row and column to 1 at the last.
     """
     n, a = fits.shape
     g = len(ladders) - 1
@@ -245,15 +237,11 @@ def _count_bits(words: Tensor) -> Tensor:
 
 
 def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
-    """Grow masks outwards, cell by cell in random order, to their `wanted` (n,) cells.
-
-    A cell's turn is its city-block distance from the mask plus a random number below one: all
-    cells of the border come before any cell behind them, so each one joins what is there. An
-    empty mask grows from a random cell.
-    """
+    """Grow masks outwards, cell by cell in random order, to their `wanted` (n,) cells."""
     n, g, _ = masks.shape
     seeds = torch.zeros(n, g * g, dtype=torch.bool, device="cpu")  # (n, g * g)
     seeds[_arange(n), torch.randint(g * g, (n,), generator=generator, device="cpu")] = True
+    # An empty mask grows from a random cell.
     empty = ~masks.any(dim=2).any(dim=1)  # (n,)
     masks = masks | seeds.view(n, g, g) & empty[:, None, None]
     distance = torch.zeros(n, g, g, dtype=torch.float32, device="cpu")  # (n, g, g)
@@ -262,6 +250,8 @@ def _grow(masks: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
         distance += ~near
         near = _spread(near)
     distance += ~near
+    # City-block distances with a random number below one: all cells of the border come before any
+    # cell behind them, so that each one joins what is there.
     turns = distance.flatten(1) + _draw(n, g * g, generator=generator)  # (n, g * g)
     missing = wanted - masks.flatten(1).sum(dim=1)  # (n,)
     turns.masked_fill_(masks.flatten(1), torch.inf)
@@ -295,11 +285,7 @@ def _lay_one(
     *,
     ahead: int,
 ) -> int:
-    """Lay BEiT's rectangles until the mask has its `wanted` cells or stalls; as `lay_blocks` does.
-
-    The numbers of `ahead` rounds are drawn at once, so that only with 1 the generator has given
-    those alone that were used.
-    """
+    """Do what `lay_blocks` does for one mask, with the numbers of `ahead` rounds drawn at once."""
     log_aspect, columns = -math.log(min_aspect), _make_columns(g)
     draws, shared = _make_numbers(ahead * 4 * _ATTEMPTS)  # (rounds, 4, a), flat
     cells, missing, start = 0, wanted, len(draws)

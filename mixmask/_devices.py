@@ -23,16 +23,7 @@ _LIBRARY = torch.library.Library("mixmask", "FRAGMENT")
 
 
 def choose_device(name: torch.device | str | int | None) -> torch.device:
-    """Return a device that can compute; for None a GPU where there is one, or the CPU.
-
-    Raises:
-        TypeError: If it is not a device or the name or number of one.
-        ValueError: If there is no such device here, or it keeps no values, as "meta".
-
-    Example:
-        >>> choose_device("cpu")
-        device(type='cpu')
-    """
+    """Return a device that can compute; for None a GPU where there is one, or the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(name, bool) or not isinstance(name, (torch.device, str, int)):
@@ -50,7 +41,8 @@ def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     if device is None:
         return tensor
     device = torch.device(device) if isinstance(device, str) else device
-    if device.type == "cuda" and _is_large_and_pageable(tensor):
+    from_host = device.type == "cuda" and tensor.device.type == "cpu" and not is_compiling()
+    if from_host and tensor.nbytes > _STAGED and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     # The host would read a copy that has not arrived; a device's own queue keeps the order.
     return tensor.to(device, non_blocking=device.type != "cpu")
@@ -78,12 +70,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )  # fmt: skip
     out = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return out or any(text in str(error) for text in texts)
-
-
-def _is_large_and_pageable(tensor: Tensor) -> bool:
-    if tensor.device.type != "cpu" or is_compiling():
-        return False
-    return tensor.nbytes > _STAGED and not tensor.is_pinned()
 
 
 def as_operator(signature: str, fake: Callable[..., object]) -> Callable[[Function], Function]:

@@ -36,17 +36,9 @@ def rank() -> int:
 
 
 def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
-    """Stack the rows of all processes in the order of their ranks, with gradients.
+    """Stack the rows (N, ...) of all W processes by rank, (W * N, ...), with gradients.
 
-    Args:
-        rows: (N, ...), the same N on every process.
-        checked: Compare the sizes first, see `check_even`; False where they are known to be equal.
-
-    Returns:
-        (W * N, ...); the rows themselves where there is one process.
-
-    Raises:
-        ValueError: If another process holds more or fewer rows; on every process alike.
+    `checked` refuses another N of another process, see `check_even`.
     """
     if world_size() == 1:
         return rows
@@ -57,15 +49,9 @@ def gather_rows(rows: Tensor, *, checked: bool = True) -> Tensor:
 
 
 def exchange_rows(rows: Tensor) -> Tensor:
-    """Exchange rows so that every process holds an equal part of each one's.
+    """Exchange rows (N, ...) so that every process holds an equal part of each one's, by rank.
 
-    Where all rows would be gathered to keep a share of them, this receives the share alone.
-
-    Args:
-        rows: (N, ...), the same N on every process; no gradients pass.
-
-    Returns:
-        (N, ...), the parts in the order of the ranks. Exchanged again, they are the rows given.
+    Exchanged again, they are the rows given. No gradients pass.
     """
     world, own = world_size(), rank()
     share, rest = divmod(len(rows), world)
@@ -89,11 +75,9 @@ _compared: dict[Any, tuple[int, int]] = {}
 
 
 def check_even(n: int, device: torch.device, kind: object = None) -> None:
-    """Refuse a batch that is split unevenly: rows of other processes would be mistaken for ours.
+    """Refuse a batch that is split unevenly; every process must call this, on the group's device.
 
-    Every process must call this, on the device of the process group. On a CPU all of them raise.
-    On a GPU, reading the sizes would wait for it. A process therefore reads them only when its own
-    size differs from that of its last call for this kind; the one that changes raises.
+    On a CPU all of them raise, on a GPU those whose size has changed since their last call.
     """
     world = world_size()
     if world == 1 or torch.compiler.is_compiling():
@@ -101,6 +85,7 @@ def check_even(n: int, device: torch.device, kind: object = None) -> None:
     # Always exchanged, for a process cannot know whether another one is about to read.
     sizes = torch.empty(world, dtype=torch.int64, device=device)  # (W,)
     _all_gather(sizes, torch.full((1,), n, dtype=torch.int64, device=device))
+    # Reading would wait for a GPU, so there it is done only when the own size has changed.
     if device.type != "cpu" and _compared.get(kind) == (world, n):
         return
     counts = sizes.tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 
 from mixmask._checks import check_choice
 from mixmask._devices import as_operator, make_generator, move
@@ -63,11 +62,7 @@ def _check_partner(partner: Tensor, n: int) -> Tensor:
 # The result is used in the place of what was checked, or a compiler would drop the check.
 @as_operator("(Tensor partner, SymInt n) -> Tensor", lambda partner, _: torch.empty_like(partner))
 def _check_range(partner: Tensor, n: int) -> Tensor:
-    values = partner
-    # Under torch.func.vmap the host reads the indices of all batches at once, below the transform.
-    while functorch.is_functorch_wrapped_tensor(values):
-        values = functorch.get_unwrapped(values)  # (n,) -> (..., n)
-    low, high = int(values.min()), int(values.max())
+    low, high = int(partner.min()), int(partner.max())
     if low < 0 or high >= n:
         raise ValueError(
             f"partner must lie within 0 ... {n - 1}, got {low} ... {high}; "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixmask._checks import check_generator, check_integer
-from mixmask._devices import HOST, is_transformed
+from mixmask._devices import HOST
 
 
 def check_seed(seed: int) -> None:
@@ -30,35 +30,12 @@ def fold_seed(*parts: int | str) -> int:
 
 
 def step_generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator for one position within a run; see `fold_seed`.
-
-    Example:
-        >>> step_generator(0, 1).initial_seed() == fold_seed(0, 1)
-        True
-    """
+    """Return a CPU generator for one position within a run; see `fold_seed`."""
     return torch.Generator().manual_seed(fold_seed(*parts))
 
 
 def draw_seed(generator: torch.Generator | None) -> Tensor:
-    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size.
-
-    What is drawn is then a pure function of it, which the compiler need not know for a random one,
-    and which has the same values compiled and not.
-    """
+    """Draw the seed of one operator, (): one draw from the user's generator, of a fixed size."""
     check_generator(generator)
-    if is_transformed():
-        _check_randomness()
+    # What is drawn is then a pure function of it, with the same values compiled and not.
     return torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=HOST)
-
-
-def _check_randomness() -> None:
-    """Require that a seed is one number, which it is not per sample of `torch.func.vmap`."""
-    # A draw of another generator's, so that nothing has moved when it is refused.
-    probe = torch.randint(1, (), generator=torch.Generator(HOST), device=HOST)
-    try:
-        probe.item()
-    except RuntimeError:
-        raise ValueError(
-            "draws under torch.func.vmap need randomness='same', got 'different'; or draw masks "
-            "before vmap, and map over them"
-        ) from None

@@ -25,11 +25,7 @@ def at_first_signal(
 ) -> Iterator[None]:
     """Call a function at the first SIGINT, SIGTERM or SIGHUP; a second one acts as before.
 
-    Those that the process ignores stay ignored.
-
-    Args:
-        call: Takes the signal's number and a frame.
-        only_free: Leave alone the signals that are handled already.
+    Those that the process ignores stay ignored, and with `only_free` those that are handled.
     """
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     if threading.current_thread() is not threading.main_thread():  # No other may set handlers.

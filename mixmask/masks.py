@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,19 +107,10 @@ def discrete_masks(
 ) -> Tensor:
     """Draw masks of independent cells, with exactly the requested number of kept cells.
 
-    Args:
-        n: Number of masks.
-        grid_size: Cells along a side, at least 2.
-        ratio: Share of cells that are True, or a range; see `block_masks`.
-        device: Where to put the masks. Default: the CPU.
-        generator: A CPU generator. Default: torch's global one.
+    Arguments and errors are those of `block_masks`.
 
     Returns:
         (n, grid_size, grid_size) bool.
-
-    Raises:
-        ValueError: If a size or ratio is out of range, or the generator is not a CPU one.
-        TypeError: If an argument has the wrong type.
 
     Source:
         MixMask, section 3.1 (the discrete, or random, pattern).
@@ -134,8 +125,26 @@ def discrete_masks(
     return move(draw_cells(draw_seed(generator), n, grid_size, low, high), device)
 
 
+class _Generator:
+    """A mask generator whose fields are the options of the function that it draws by."""
+
+    _draw: ClassVar[Callable[..., Tensor]]
+
+    def __call__(
+        self,
+        n: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
+        count = 1 if n is None else n
+        masks = self._draw(count, **vars(self), device=device, generator=generator)  # (n, g, g)
+        return masks[0] if n is None else masks
+
+
 @dataclass(frozen=True)
-class BlockMaskGenerator:
+class BlockMaskGenerator(_Generator):
     """Block masks with their options stored; see `block_masks` for what they mean.
 
     Example:
@@ -151,26 +160,14 @@ class BlockMaskGenerator:
     min_aspect: float = 0.3
     exact: bool = True
     roll: bool = False
+    _draw = staticmethod(block_masks)
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_block_options(self.grid_size, self.ratio, self.min_cells, self.min_aspect)
-
-    def __call__(
-        self,
-        n: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        count = 1 if n is None else n
-        masks = block_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
-        return masks[0] if n is None else masks
 
 
 @dataclass(frozen=True)
-class DiscreteMaskGenerator:
+class DiscreteMaskGenerator(_Generator):
     """Discrete masks with their options stored; see `discrete_masks`.
 
     Example:
@@ -180,23 +177,11 @@ class DiscreteMaskGenerator:
 
     grid_size: int
     ratio: Ratio = 0.5
+    _draw = staticmethod(discrete_masks)
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_grid_size(self.grid_size)
         ratio_bounds(self.ratio)
-
-    def __call__(
-        self,
-        n: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw (n, g, g) masks, or one (g, g) mask for `n=None`."""
-        count = 1 if n is None else n
-        masks = discrete_masks(count, **vars(self), device=device, generator=generator)  # (n, g, g)
-        return masks[0] if n is None else masks
 
 
 # By the names that `MixMask` and `--pattern` take; each is made of a grid size and a ratio.

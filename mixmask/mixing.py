@@ -43,11 +43,9 @@ class MixedBatch:
     mask: Tensor | None = None
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.partner)
 
     def __repr__(self) -> str:
-        """Show shapes, the dtype of the images and λ in one line."""
         images = f"{tuple(self.images.shape)} {self.images.dtype}".replace("torch.", "")
         if self.images.device.type != "cpu":
             images += f" {self.images.device}"
@@ -299,7 +297,6 @@ class MixMask(nn.Module):
         partner: str = "reverse",
         roll: bool = False,
     ) -> None:
-        """Check and store the options."""
         super().__init__()
         check_choice("pattern", pattern, tuple(PATTERNS))
         check_choice("partner", partner, ("reverse", "random"))

@@ -190,7 +190,6 @@ class RandomView(nn.Module):
         crop: bool = True,
         normalization: Normalization = IMAGENET,
     ) -> None:
-        """Store the options."""
         super().__init__()
         self.size, self.min_scale, self.crop = size, min_scale, crop
         self.normalization = normalization
@@ -275,14 +274,13 @@ class RandomView(nn.Module):
 
     def _jitter(self, x: Tensor, drawn: ViewParameters) -> Tensor:
         factors = move(drawn.factors, x.device)[:, :, None, None, None]  # (4, N, 1, 1, 1)
+        adjust = adjust_brightness, adjust_contrast, adjust_saturation, shift_hue
+        # Saturation and hue have a meaning in RGB alone.
+        jitter, rgb = self.jitter > 0, x.shape[1] == 3
+        applied = jitter, jitter, jitter and rgb, self.hue > 0 and rgb
         for number in drawn.order:
-            factor = factors[number]  # (N, 1, 1, 1)
-            if number >= _SATURATION and x.shape[1] != 3:
-                continue
-            if number == _HUE:
-                x = shift_hue(x, factor) if self.hue > 0 else x
-            elif self.jitter > 0:
-                x = _ADJUST[number](x, factor)
+            if applied[number]:
+                x = adjust[number](x, factors[number])  # (N, C, S, S), factors (N, 1, 1, 1)
         return x
 
     def _blur(self, x: Tensor, drawn: ViewParameters) -> Tensor:
@@ -392,7 +390,3 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     k = (sixths + 6 * turns + offsets).remainder_(6)  # (N, 3, H, W)
     away = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - away.mul_(chroma)
-
-
-_SATURATION, _HUE = 2, 3  # Their numbers in the order that is drawn.
-_ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation)

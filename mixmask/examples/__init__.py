@@ -10,5 +10,4 @@ itself on the embedded photographs, on a CPU or a GPU::
     torchrun --nproc-per-node 2 -m mixmask.examples.ddp
 
 `parts` holds what your own code has already: encoder, momentum update, queue and pairs of views.
-The loss rises at first, while real keys replace the queue's random ones.
 """

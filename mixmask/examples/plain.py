@@ -2,8 +2,7 @@
 
 Each step replaces the queue by a new tensor, as in many loops. The criterion therefore takes a
 function, which returns the current queue. `InfoNCE(queue)` above the loop would keep the first
-queue forever; inside the loop, as in the other examples, `InfoNCE(queue)` is also correct. The
-loss rises at first, while real keys replace the queue's random ones.
+queue forever; inside the loop, as in the other examples, `InfoNCE(queue)` is also correct.
 """
 
 from __future__ import annotations

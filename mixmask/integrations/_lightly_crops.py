@@ -65,7 +65,6 @@ class _Crops(LikeIts):
     """A criterion over lists of crops."""
 
     def __init__(self, criterion: nn.Module, *, switch: bool = True) -> None:
-        """Store the criterion."""
         nn.Module.__init__(self)
         self.criterion = criterion
         self.switch = switch
@@ -108,24 +107,8 @@ class WrappedSwaV(_Crops):
         mixed: Records | None = None,
         view: int | Sequence[int] = 0,
     ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms.
-
-        Args:
-            high_resolution_outputs: (N, K) prototype scores, one tensor per large crop.
-            low_resolution_outputs: (N, K) prototype scores, one tensor per small crop.
-            queue_outputs: (Q, K) scores of queued features, one tensor per large crop.
-            z_mixed: (N, K) prototype scores of a mixed crop, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-            view: Which crop was mixed, counting the large ones first; a list for lists. Its
-                targets are those of the other large crops.
-
-        Returns:
-            The criterion's loss, (1,) as lightly has it.
-
-        Raises:
-            ValueError: If sizes do not fit, or if a gathered batch is split unevenly.
-        """
-        large = high_resolution_outputs
+        """Return the criterion's loss plus the mixed terms, (1,); see `lightly.wrap`."""
+        large = high_resolution_outputs  # (N, K) scores of each crop, (Q, K) of the queue
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(large) + len(low_resolution_outputs))
         # Sinkhorn-Knopp scales by N times the processes, and so would be wrong for uneven batches.
@@ -162,23 +145,7 @@ class WrappedDINO(_Crops):
         mixed: Records | None = None,
         view: int | Sequence[int] = 0,
     ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms; the center moves once, by clean crops.
-
-        Args:
-            teacher_out: (N, K) logits of the teacher, one tensor per large crop.
-            student_out: (N, K) logits of the student, one tensor per crop, the large ones first.
-            teacher_temp: As in lightly.
-            epoch: As in lightly.
-            z_mixed: (N, K) logits of the student for a mixed crop, or a list of them.
-            mixed: As for `WrappedSwaV`.
-            view: As for `WrappedSwaV`.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: If sizes do not fit; before the center moves.
-        """
+        """Return the criterion's loss plus the mixed terms, (); see `lightly.wrap`."""
         pairs = as_pairs(z_mixed, mixed)
         views = _views(view, len(pairs), len(student_out))
         # First, for the criterion moves its center; clean and mixed terms meet the same one.
@@ -213,20 +180,7 @@ class WrappedLeJEPA(_Crops):
         z_mixed: Embeddings | None = None,
         mixed: Records | None = None,
     ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms.
-
-        Args:
-            local_proj: (V, N, C) projections of the local views.
-            global_proj: (W, N, C) projections of the global views.
-            z_mixed: (N, C) projections of a mixed view, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: If sizes do not fit.
-        """
+        """Return the criterion's loss plus the mixed terms, (); see `lightly.wrap`."""
         pairs = as_pairs(z_mixed, mixed)
         loss: Tensor = self.criterion(local_proj=local_proj, global_proj=global_proj)
         if not pairs:

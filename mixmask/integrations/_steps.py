@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask._checks import check_integer
-from mixmask.losses import Criterion, lambda_weighted_loss, negative_cosine
+from mixmask.losses import Criterion, lambda_weighted_loss
 from mixmask.losses._criteria import check_kind, is_own
 from mixmask.losses._rows import mix_losses
 from mixmask.losses._state import Loan, lend_state, list_codes
@@ -36,15 +36,10 @@ _SHARED_STATE = (
 
 @dataclass(frozen=True)
 class SplitCriterion:
-    """A criterion of which λ weights the distance; the rest sees no target and counts once.
+    """A criterion of which λ weights the distance; the rest sees no target and counts once."""
 
-    Attributes:
-        distance: (z, target) -> (N,).
-        rest: z -> ().
-    """
-
-    distance: Callable[[Tensor, Tensor], Tensor]
-    rest: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]  # (z, target) -> (N,)
+    rest: Callable[[Tensor], Tensor]  # z -> ()
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
         """Return the loss of one view towards its targets."""
@@ -62,11 +57,6 @@ def weigh_squares(weight: float, rest: Callable[[Tensor], Tensor]) -> SplitCrite
     return SplitCriterion(
         lambda z, target: weight * (z - target).square().flatten(1).mean(dim=1), rest
     )
-
-
-def measure_byol(z: Tensor, target: Tensor) -> Tensor:
-    """Return BYOL's squared distance of unit rows (its eq. 2) per image, (N,)."""
-    return 2 + 2 * negative_cosine(z, target, reduction="none")
 
 
 def check_mixing(mixing: object) -> None:
@@ -103,7 +93,7 @@ class StandIn(Generic[T]):
     as_module: ClassVar[type]
 
     def __new__(cls, *args: object, **options: object) -> Any:
-        """Return a module for a module: models accept no other replacement."""
+        # A model's child must stay a module, and would be hidden in the place of its method.
         replaced = args[0] if args else options.get(cls.replaces)
         other = isinstance(replaced, nn.Module) and "as_module" in vars(cls)
         return super().__new__(cls.as_module if other else cls)
@@ -126,7 +116,7 @@ class StandIn(Generic[T]):
         return getattr(vars(self)[self.replaces], name)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the current step out of copies and pickles."""
+        # Copies and pickles leave the current step out.
         return {**vars(self), "_kept": []}
 
     def reset(self) -> None:

@@ -70,7 +70,6 @@ class RandomMixMask(MixAugmentationBaseV2):
         same_on_batch: bool = False, p: float = 1.0, keepdim: bool = False,
         data_keys: Sequence[str | int | DataKey] | None = None,
     ) -> None:  # fmt: skip
-        """Check and store the options."""
         options = MixMask(
             grid_size, ratio, pattern, per_sample=per_sample, partner=partner, roll=roll
         )

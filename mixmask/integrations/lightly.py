@@ -3,19 +3,8 @@
     criterion = wrap(NTXentLoss(memory_bank_size=(4096, 128)))
     loss = criterion(query, key, query_mixed, mixed)
 
-Needs lightly 1.5.26 or newer, the extra `lightly`.
-
-Supported criteria and their mixed terms:
-
-| criterion | mixed term |
-| --- | --- |
-| `NTXentLoss`, `NegativeCosineSimilarity` | eq. 4, per image |
-| `VICRegLoss`, `TiCoLoss` | λ weights the invariance; the rest does not see targets: once, of z_m |
-| `LeJEPALoss` | the same, with the center of the global views as the target |
-| `SwaVLoss`, `DINOLoss` | one soft target, λ t_i + (1 - λ) t_π(i) |
-| `BarlowTwinsLoss`, `DCLLoss`, `MMCRLoss` and other (z, target) | eq. 4, one λ per batch |
-
-The other criteria work as usual, and refuse mixed views with the reason.
+Needs lightly 1.5.26 or newer, the extra `lightly`. README.md in this folder lists the criteria with
+their mixed terms; those without one work as usual, and refuse mixed views with the reason.
 """
 
 from __future__ import annotations
@@ -81,10 +70,18 @@ def wrap(
     """Wrap a criterion of lightly, so that it takes mixed views beside its own arguments.
 
     The result behaves like the criterion: it takes the same arguments, its attributes can be read
-    and set, and isinstance sees the same class. `z_mixed` and `mixed` come by name, or after the
-    criterion's own arguments (not for `SwaVLoss`, `DINOLoss` and `LeJEPALoss`); without them the
-    call is lightly's. Banks, queues, centers and covariances are updated once per step, by the
-    clean call.
+    and set, and isinstance sees the same class. Banks, queues, centers and covariances are updated
+    once per step, by the clean call. A call also takes, by name, or after the criterion's own
+    arguments (not for `SwaVLoss`, `DINOLoss` and `LeJEPALoss`),
+
+    - `z_mixed`: what the criterion compares, (N, ...), of a mixed view; or a list of them;
+    - `mixed`: what was mixed, or a list in the same order;
+    - `view` (`SwaVLoss`, `DINOLoss`): which crop was mixed, counting the large ones first; a list
+      for lists. Its targets are those of the other large crops. Default: 0.
+
+    It returns the criterion's loss, in lightly's shape, plus the mixed terms. Before any state
+    moves, it raises a ValueError if sizes do not fit or a gathered batch is split unevenly over the
+    processes, and a TypeError if the criterion does not take mixed views.
 
     Args:
         criterion: A module of `lightly.loss`. Any other module (z, target), and a subclass with
@@ -133,7 +130,6 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, ignore: Sequence[str] = ()
     ) -> None:
-        """Store the criterion."""
         losses.LambdaWeightedLoss.__init__(self, criterion, switch=switch, ignore=ignore)
         self._names = tuple(inspect.signature(criterion.forward).parameters)
 
@@ -144,25 +140,7 @@ class WrappedCriterion(LikeIts, losses.LambdaWeightedLoss):
         mixed: Records | None = None,
         **options: object,
     ) -> Tensor:
-        """Return the criterion's loss plus the mixed terms.
-
-        Args:
-            arguments: The criterion's own, then possibly `z_mixed` and `mixed`. The first two
-                are z (N, ...), the online branch's embeddings of the clean images, and their
-                targets (N, ...).
-            z_mixed: (N, ...) embeddings of the mixed images, or a list of them.
-            mixed: What was mixed, or a list in the same order.
-            options: The criterion's own arguments by name.
-
-        Returns:
-            () scalar.
-
-        Raises:
-            ValueError: If sizes do not fit, if a gathered batch is split unevenly over the
-                processes, or if the criterion keeps state of an unknown kind; before any state
-                moves.
-            TypeError: If the criterion does not take two batches of embeddings.
-        """
+        """Return the criterion's loss plus the mixed terms, (); see `wrap` for the arguments."""
         # Mixed views come after the criterion's own arguments, which may be fewer than it takes.
         own = len(self._names)
         if arguments and _are_records(arguments[-1]):
@@ -229,7 +207,6 @@ class WrappedNTXent(WrappedCriterion):
     def __init__(
         self, criterion: nn.Module, *, switch: bool = True, save_bank: bool = True
     ) -> None:
-        """Store the criterion, and let its bank be saved."""
         WrappedCriterion.__init__(self, criterion, switch=switch)
         bank = self.memory_bank
         if save_bank and bank.size[0] > 0:

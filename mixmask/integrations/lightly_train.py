@@ -10,9 +10,8 @@ The methods `simclr` and `dino` are supported; others are refused with the reaso
 starts. With several devices, every process runs the script and therefore this call.
 
 lightly-train has no public interface for this, so untested versions are refused. `patch` replaces
-the look-up of methods by name (`_methods.method_helpers.get_method_cls`); a run gets subclasses
-that use `training_step_impl`, `TrainingStepResult`, `criterion`, `embedding_model`, `flatten`,
-`projection_head` and `_forward_student`. Their own classes are not changed.
+the look-up of methods by name, and a run gets subclasses; their own classes are not changed.
+README.md in this folder names the private parts that are used.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class _Mixture:
     spent: bool = False
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the current step out of copies and pickles of the model."""
+        # Copies and pickles of the model leave the current step out.
         return {**vars(self), "views": [], "term": None, "first": None}
 
     def before(self, model: nn.Module, args: object, options: object) -> None:

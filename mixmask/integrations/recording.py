@@ -95,7 +95,6 @@ class RecordingCriterion(StandIn[Call]):
         mixed_criterion: Criterion | None = None,
         switch: bool = True,
     ) -> None:
-        """Refuse other callables than losses of embeddings now rather than at the first step."""
         check_recordable(criterion, mixed_criterion)
         super().__init__(criterion, calls)
         # Not by assignment, as the criterion.
@@ -231,7 +230,6 @@ class RecordingView(StandIn[Tensor]):
     augment: Any
 
     def __init__(self, augment: Callable[[Tensor], Tensor], *, calls: int = 1) -> None:
-        """Store the augmentation."""
         if not callable(augment):
             raise TypeError(
                 f"augment must be callable with images, got {type(augment).__name__}; pass for "

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from mixmask import losses
 from mixmask._distributed import world_size
-from mixmask.integrations._steps import View, measure_byol, mix_views
+from mixmask.integrations._steps import View, mix_views
+from mixmask.losses.cosine import squared_distance
 from mixmask.mixing import MixMask
 
 _MODULE = "mixmask.integrations.solo"
@@ -198,7 +199,6 @@ class _Mixed:
     log_dict: Callable[..., None]
 
     def __init__(self, cfg: Any) -> None:
-        """Check the block before anything is built."""
         options = _read_options(cfg)
         if options is not None and not self.recipe:
             reason = _LEFT_OUT.get(cfg.method, "it was not tested")
@@ -353,7 +353,7 @@ RECIPES = {
     "byol": Recipe(
         "p",
         _momentum,
-        lambda *_: measure_byol,
+        lambda *_: squared_distance,
         weight=lambda model, crops: model.num_large_crops * (crops - 1.0),
     ),
     # The center that the clean crops met: their update binds a new tensor.

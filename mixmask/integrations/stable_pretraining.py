@@ -27,10 +27,10 @@ from mixmask.integrations._steps import (
     Mixing,
     View,
     check_mixing,
-    measure_byol,
     mix_views,
     weigh_squares,
 )
+from mixmask.losses.cosine import squared_distance
 
 try:
     import stable_pretraining as theirs
@@ -223,7 +223,7 @@ class _Step:
 # A loss of another class under one of their names is taken as it is.
 _CRITERIA: dict[type, Callable[[Any], losses.Criterion]] = {
     NTXEntLoss: lambda own: losses.NTXent(own.temperature, gather_distributed=True),
-    BYOLLoss: lambda _: measure_byol,
+    BYOLLoss: lambda _: squared_distance,
     VICRegLoss: lambda own: weigh_squares(own.sim_coeff, own.vcreg_loss),
 }
 _METHODS = (methods.BarlowTwins, methods.BYOL, methods.SimCLR, methods.VICReg)

@@ -64,7 +64,7 @@ class MatchingCriterion(Protocol):
         """Return the whole mixed term, (); `z` and `other` are of the images and partners."""
 
 
-def shares(criterion: object) -> TypeGuard[SharingCriterion]:
+def gives_both_terms(criterion: object) -> TypeGuard[SharingCriterion]:
     """Tell whether `weighted` gives both terms, and gives those of the criterion's own call."""
     return {"other", "lam"} <= _list_parameters(criterion, "weighted")
 

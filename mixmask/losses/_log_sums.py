@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, is_transformed, without_autocast
-from mixmask.losses._pair_sums import add_product, choose_dtype, count_elements, follow
+from mixmask._devices import as_operator, without_autocast
+from mixmask.losses._pair_sums import (
+    add_product,
+    choose_dtype,
+    count_elements,
+    refuse_second_derivatives,
+)
 from mixmask.losses._rows import upcast
 
 # Bands are larger, for each of them adds to the gradient of all columns.
@@ -18,51 +23,36 @@ _FEWEST_ROWS = 32
 
 
 def sum_negatives(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
-    """Return log sum_k exp(scale * z . n_k), (N,), without ever holding N x K.
-
-    Second derivatives hold it, once: see `_LogSumExp.backward`.
-    """
-    if is_transformed():
-        return _sum_plainly(z, negatives, scale)
+    """Return log sum_k exp(scale * z . n_k), (N,), without ever holding N x K."""
     sums: Tensor = _LogSumExp.apply(z, negatives, scale)  # (N,)
     return sums
 
 
 def mix_log_sums(
-    rows: Tensor, columns: Tensor, scale: float, shares: Tensor | None = None,
+    rows: Tensor, columns: Tensor, scale: float, weights: Tensor | None = None,
     counts: Tensor | None = None, *, mean: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row's logits, (N,), or the mean of all, ().
 
-    With `counts` (K,), how often each column stands in a second sum, it is the mixture of both:
-    shares[:, 0] of the first and shares[:, 1] of the second. Bands of rows are taken one after
-    the other, each with all of its logits, so that their gradient comes with the same pass.
-
-    Args:
-        rows: (N, C).
-        columns: (K, C).
-        scale: Factor of the products.
-        shares: (N, 1), or (N, 2) with `counts`; None for 1.
-        counts: (K,), integers in a floating dtype.
-        mean: Return the mean over rows; the columns' gradient then comes with the same pass, too.
+    With `counts` (K,), how often each column (K, C) stands in a second sum, it is the mixture of
+    both: weights[:, 0] of the first and weights[:, 1] of the second. Bands of rows (N, C) are taken
+    one after the other, each with all of its logits, so that their gradient comes with the same
+    pass; with `mean` that of the columns does, too.
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
-    if shares is None:
-        shares = torch.ones(rows.shape[0], 1, dtype=accumulator, device=rows.device)
-    shares = shares.to(accumulator)
-    if is_transformed() or shares.requires_grad:
-        mixed = _mix_plainly(rows, columns, scale, shares, counts)  # (N,)
+    if weights is None:
+        weights = torch.ones(rows.shape[0], 1, dtype=accumulator, device=rows.device)
+    weights = weights.to(accumulator)
+    # The passes in bands have no gradient for a λ that is itself trained.
+    if weights.requires_grad:
+        mixed = _reference_mix(rows, columns, scale, weights, counts)  # (N,)
         return mixed.mean() if mean else mixed
-    result: Tensor = _MixedLogSums.apply(rows, columns, scale, shares, counts, mean)  # (N,) or ()
+    result: Tensor = _MixedLogSums.apply(rows, columns, scale, weights, counts, mean)  # (N,) or ()
     return result
 
 
 class _LogSumExp(torch.autograd.Function):
-    """One pass over the negatives (K, C) in chunks, with a running maximum.
-
-    The same pass gathers sum_k p_k n_k, the gradient up to a factor, which spares the backward
-    a second one.
-    """
+    """One pass over the negatives (K, C) in chunks, which also gathers the gradient of z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, negatives: Tensor, scale: float) -> Tensor:
@@ -73,27 +63,13 @@ class _LogSumExp(torch.autograd.Function):
         # saved tensor; the first derivative in z does not read the queue again.
         ctx.save_for_backward(mean, z, result, *([negatives] if ctx.needs_input_grad[1] else []))
         ctx.scale, ctx.work = scale, work
-        if not torch.compiler.is_compiling():
-            ctx.negatives, ctx.version = negatives, _read_version(negatives)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of z and, by recomputing chunks, of the negatives if asked.
-
-        Raises:
-            RuntimeError: If second derivatives are asked for after the negatives were written to.
-        """
+        """Return the gradients of z and, by recomputing chunks, of the negatives if asked."""
+        refuse_second_derivatives()
         mean, z, result, *rest = ctx.saved_tensors
-        # With create_graph=True, the gradient is itself a function of z.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if _read_version(ctx.negatives) != ctx.version:
-                raise RuntimeError(
-                    "second derivatives need the negatives of the forward pass, which have been "
-                    "changed since; enqueue after the backward pass"
-                )
-            sums = _sum_plainly(z, ctx.negatives, ctx.scale)
-            return *follow(sums, (z, ctx.negatives), grad, ctx.needs_input_grad[:2]), None
         of_z = (mean * grad[:, None]).to(z.dtype) if ctx.needs_input_grad[0] else None  # (N, C)
         if not rest:
             return of_z, None, None
@@ -149,36 +125,31 @@ class _MixedLogSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: float, shares: Tensor,
+        ctx: Any, rows: Tensor, columns: Tensor, scale: float, weights: Tensor,
         counts: Tensor | None, mean: bool,
     ) -> Tensor:  # fmt: skip
         """Return (N,) in at least float32, or ()."""
         work = choose_dtype(rows, columns)
         of_rows, of_columns = ctx.needs_input_grad[:2]
-        # A row's share of the mean is known before the backward, any other weight is not.
-        weight = torch.ones_like(shares[:, 0]) if mean else None  # (N,)
+        # A row's part in the mean is known before the backward, any other gradient is not.
+        grad = torch.ones_like(weights[:, 0]) if mean else None  # (N,)
         result, row_grad, column_grad = _pass_bands(
-            rows.to(work), columns.to(work), scale, shares, counts, weight,
+            rows.to(work), columns.to(work), scale, weights, counts, grad,
             of_rows, of_columns and mean,
         )  # fmt: skip
-        ctx.save_for_backward(rows, columns, shares, counts, row_grad, column_grad)
+        ctx.save_for_backward(rows, columns, weights, counts, row_grad, column_grad)
         ctx.scale, ctx.mean, ctx.work = scale, mean, work
         return result.mean() if mean else result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of rows and columns."""
-        rows, columns, shares, counts, row_grad, column_grad = ctx.saved_tensors
+        refuse_second_derivatives()
+        rows, columns, weights, counts, row_grad, column_grad = ctx.saved_tensors
         of_rows, of_columns = ctx.needs_input_grad[:2]
-        nothing = (None,) * 4
-        # With create_graph=True, the gradient is itself a function of the rows.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            mixed = _mix_plainly(rows, columns, ctx.scale, shares, counts)
-            mixed = mixed.mean() if ctx.mean else mixed
-            return *follow(mixed, (rows, columns), grad, (of_rows, of_columns)), *nothing
         if of_columns and not ctx.mean:
             _, _, column_grad = _pass_bands(
-                rows.to(ctx.work), columns.to(ctx.work), ctx.scale, shares, counts, grad,
+                rows.to(ctx.work), columns.to(ctx.work), ctx.scale, weights, counts, grad,
                 False, True,
             )  # fmt: skip
         elif of_columns:
@@ -187,13 +158,13 @@ class _MixedLogSums(torch.autograd.Function):
         return (
             (row_grad * factor).to(rows.dtype) if of_rows else None,
             column_grad.to(columns.dtype) if of_columns else None,
-            *nothing,
-        )
+            None, None, None, None,
+        )  # fmt: skip
 
 
 def _fake_bands(
-    rows: Tensor, columns: Tensor, _scale: float, _shares: Tensor, _counts: Tensor | None,
-    _weight: Tensor | None, of_rows: bool, of_columns: bool,
+    rows: Tensor, columns: Tensor, _scale: float, _weights: Tensor, _counts: Tensor | None,
+    _grad: Tensor | None, of_rows: bool, of_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = rows[:, 0], rows if of_rows else rows[:0], columns if of_columns else columns[:0]
     first, second, third = (upcast(one.new_empty(one.shape)) for one in made)
@@ -201,20 +172,17 @@ def _fake_bands(
 
 
 @as_operator(
-    "(Tensor rows, Tensor columns, float scale, Tensor shares, Tensor? counts, Tensor? weight, "
+    "(Tensor rows, Tensor columns, float scale, Tensor weights, Tensor? counts, Tensor? grad, "
     "bool of_rows, bool of_columns) -> (Tensor, Tensor, Tensor)",
     _fake_bands,
 )
 def _pass_bands(
-    rows: Tensor, columns: Tensor, scale: float, shares: Tensor, counts: Tensor | None,
-    weight: Tensor | None, of_rows: bool, of_columns: bool,
+    rows: Tensor, columns: Tensor, scale: float, weights: Tensor, counts: Tensor | None,
+    grad: Tensor | None, of_rows: bool, of_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the mixed sums (N,) and, if asked, the gradients of rows and columns.
-
-    They are weighed by `weight` (N,), or not at all.
-    """
+    """Return the mixed sums (N,) and, if asked, rows' and columns' gradients by `grad` (N,)."""
     result, row_grad, column_grad = _fake_bands(
-        rows, columns, scale, shares, counts, weight, of_rows, of_columns
+        rows, columns, scale, weights, counts, grad, of_rows, of_columns
     )
     column_grad.zero_()
     work, bias = rows.dtype, None if counts is None else counts.log()  # (K,)
@@ -224,14 +192,15 @@ def _pass_bands(
             band = slice(start, start + step)
             logits = (rows[band] @ columns.T).to(result.dtype).mul_(scale)  # (n, K)
             second = None if bias is None else logits + bias
-            sums, total = _raise(logits)  # (n,), (n, 1)
-            result[band] = shares[band, 0] * sums
-            share = None if weight is None else weight[band, None]  # (n, 1)
-            slopes = logits.mul_(_scale_slopes(shares[band, :1], total, scale, share))
+            sums, total = _exponentiate_(logits)  # (n,), (n, 1)
+            result[band] = weights[band, 0] * sums
+            asked = 1 if grad is None else grad[band, None]  # (n, 1)
+            # What the powers of a row are multiplied by to be the slopes of its logits.
+            slopes = logits.mul_(scale * weights[band, :1] / total * asked)  # (n, K)
             if second is not None:
-                sums, total = _raise(second)
-                result[band] += shares[band, 1] * sums
-                slopes += second.mul_(_scale_slopes(shares[band, 1:], total, scale, share))
+                sums, total = _exponentiate_(second)
+                result[band] += weights[band, 1] * sums
+                slopes += second.mul_(scale * weights[band, 1:] / total * asked)
             slopes = slopes.to(work)  # (n, K)
             if of_rows:
                 row_grad[band] = slopes @ columns  # (n, C)
@@ -240,38 +209,22 @@ def _pass_bands(
     return result, row_grad, column_grad
 
 
-def _raise(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits (n, K) by their powers; return their log-sum-exp (n,) and sum (n, 1)."""
     largest = logits.amax(dim=1, keepdim=True)  # (n, 1)
     total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
     return (largest + total.log()).squeeze(1), total
 
 
-def _scale_slopes(share: Tensor, total: Tensor, scale: float, weight: Tensor | None) -> Tensor:
-    """Return what the powers of a row are multiplied by to be the slopes of its logits, (n, 1)."""
-    slope = scale * share / total
-    return slope if weight is None else slope * weight
-
-
-def _sum_plainly(z: Tensor, negatives: Tensor, scale: float) -> Tensor:
-    """Return what `sum_negatives` does by operations that autograd follows, (N, K) and all."""
-    return (scale * upcast(z) @ upcast(negatives).T).logsumexp(dim=1)  # (N, K) -> (N,)
-
-
-def _mix_plainly(
-    rows: Tensor, columns: Tensor, scale: float, shares: Tensor, counts: Tensor | None
+def _reference_mix(
+    rows: Tensor, columns: Tensor, scale: float, weights: Tensor, counts: Tensor | None
 ) -> Tensor:
     """Return what `mix_log_sums` does by operations that autograd follows, (N, K) and all."""
     logits = upcast(rows @ columns.to(rows.dtype).T) * scale  # (N, K)
-    mixed = shares[:, 0] * logits.logsumexp(dim=1)  # (N,)
+    mixed = weights[:, 0] * logits.logsumexp(dim=1)  # (N,)
     if counts is None:
         return mixed
-    return mixed + shares[:, 1] * (logits + counts.log()).logsumexp(dim=1)
-
-
-def _read_version(tensor: Tensor) -> int | None:
-    # Inference tensors count no versions, and may not be written to outside of inference mode.
-    return None if tensor.is_inference() else tensor._version
+    return mixed + weights[:, 1] * (logits + counts.log()).logsumexp(dim=1)
 
 
 def _split(negatives: Tensor, rows: int) -> tuple[Tensor, ...]:

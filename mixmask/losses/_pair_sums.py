@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmask._devices import as_operator, is_transformed, without_autocast
+from mixmask._devices import as_operator, without_autocast
 from mixmask.losses._rows import upcast
 
 # Logits held at a time: on a CPU what fits its cache, on a device what keeps it busy.
@@ -17,20 +17,14 @@ _CHUNK_ELEMENTS = {"cpu": 2**18, "device": 2**23}
 
 def sum_pairs(
     rows: Tensor, scale: float, counts: Tensor | None = None, columns: Tensor | None = None,
-    first: int = 0, blocks: int = 1,
+    own_offset: int = 0, views: int = 1,
 ) -> Tensor:  # fmt: skip
     """Return the log-sum-exp of each row with all columns but itself, (M, 1) or (M, 2).
 
-    Rows and columns have the length 1. Without `columns` the rows are their own, and each pair
-    is multiplied once for both of its sides.
-
-    Args:
-        rows: (M, C), in `blocks` of equal lengths.
-        scale: Factor of the products.
-        counts: (K,), how often each column stands in the second sum; None for no second sum.
-        columns: (K, C), in the same number of blocks.
-        first: Where in its block of columns the first row of a block stands.
-        blocks: How many views there are among rows and columns.
+    Rows (M, C) and columns (K, C), unit rows of as many equal `views`; without `columns` the rows
+    are their own, and each pair is multiplied once for both of its sides. `counts` (K,) is how
+    often each column stands in a second sum. The first row of a view stands at `own_offset` among
+    the view's columns.
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     weights = None
@@ -38,9 +32,9 @@ def sum_pairs(
         weights = torch.stack([torch.ones_like(counts), counts], dim=1).to(accumulator)  # (K, 2)
     # Without a maximum to subtract, powers must fit the dtype, and so must their sums.
     bound = 64 if accumulator == torch.float32 else 600
-    if is_transformed() or abs(scale) > bound:
-        return _sum_pairs_plainly(rows, columns, scale, weights, first, blocks)
-    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, first, blocks)  # (M, V)
+    if abs(scale) > bound:
+        return _reference_sums(rows, columns, scale, weights, own_offset, views)
+    sums: Tensor = _PairSums.apply(rows, columns, scale, weights, own_offset, views)  # (M, V)
     return sums
 
 
@@ -50,33 +44,28 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-        first: int, blocks: int,
+        own_offset: int, views: int,
     ) -> Tensor:  # fmt: skip
         """Return (M, V) in at least float32."""
         ctx.work = choose_dtype(rows, rows)
         others = None if columns is None else columns.to(ctx.work)
-        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, first, blocks)  # (M, V)
+        sums = _sum_tiles(rows.to(ctx.work), others, scale, weights, own_offset, views)  # (M, V)
         ctx.save_for_backward(rows, columns, weights, sums)
-        ctx.scale, ctx.place = scale, (first, blocks)
+        ctx.scale, ctx.place = scale, (own_offset, views)
         return sums.log()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of rows and columns."""
+        refuse_second_derivatives()
         rows, columns, weights, sums = ctx.saved_tensors
-        nothing = (None,) * 4
-        # With create_graph=True, the gradient is itself a function of the rows.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            value = _sum_pairs_plainly(rows, columns, ctx.scale, weights, *ctx.place)
-            return *follow(value, (rows, columns), grad, ctx.needs_input_grad[:2]), *nothing
-        first, blocks = ctx.place
         others = None if columns is None else columns.to(ctx.work)
+        own_offset, views = ctx.place
         of_rows, of_columns = _grade_tiles(
-            rows.to(ctx.work), others, ctx.scale, weights, first, blocks, grad / sums
+            rows.to(ctx.work), others, ctx.scale, weights, own_offset, views, grad / sums
         )
-        if columns is not None:
-            return of_rows.to(rows.dtype), of_columns.to(columns.dtype), *nothing
-        return of_rows.to(rows.dtype), None, *nothing
+        column_grad = None if columns is None else of_columns.to(columns.dtype)
+        return of_rows.to(rows.dtype), column_grad, None, None, None, None
 
 
 def _fake_sums(
@@ -87,13 +76,13 @@ def _fake_sums(
 
 
 @as_operator(
-    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt first, int blocks) "
+    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt own_offset, int views) "
     "-> Tensor",
     _fake_sums,
 )
 def _sum_tiles(
     rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-    first: int, blocks: int,
+    own_offset: int, views: int,
 ) -> Tensor:  # fmt: skip
     """Return the weighted sums of powers, (M, V)."""
     sums = _fake_sums(rows, columns, scale, weights).zero_()  # (M, V)
@@ -102,7 +91,7 @@ def _sum_tiles(
         return powers.sum(1, keepdim=True) if weights is None else powers @ weights[place]
 
     with without_autocast(rows):
-        for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
+        for here, there, powers in _exponentiate_tiles(rows, columns, scale, own_offset, views):
             sums[here] += weigh(powers, there)  # (m, k) -> (m, V)
             if columns is None and here != there:  # The same pairs, seen from their other side.
                 sums[there] += weigh(powers.T, here)  # (k, m) -> (k, V)
@@ -115,13 +104,13 @@ def _fake_slopes(rows: Tensor, columns: Tensor | None, *_: object) -> tuple[Tens
 
 
 @as_operator(
-    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt first, int blocks, "
+    "(Tensor rows, Tensor? columns, float scale, Tensor? weights, SymInt own_offset, int views, "
     "Tensor grad) -> (Tensor, Tensor)",
     _fake_slopes,
 )
 def _grade_tiles(
     rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-    first: int, blocks: int, grad: Tensor,
+    own_offset: int, views: int, grad: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of rows and columns, given those of the sums of powers (M, V)."""
     of_rows, of_columns = (one.zero_() for one in _fake_slopes(rows, columns))
@@ -135,7 +124,7 @@ def _grade_tiles(
     if columns is None:  # (M, 2 V) each.
         left, right = torch.cat([grad, weights], dim=1), torch.cat([weights, grad], dim=1)
     with without_autocast(rows):
-        for here, there, powers in _raise_tiles(rows, columns, scale, first, blocks):
+        for here, there, powers in _exponentiate_tiles(rows, columns, scale, own_offset, views):
             slopes = powers.mul_(left[here] @ right[there].T).to(rows.dtype)  # (m, k)
             add_product(of_rows[here], slopes, others[there])  # (m, k) @ (k, C)
             if columns is not None or here != there:
@@ -143,24 +132,22 @@ def _grade_tiles(
     return of_rows, of_columns
 
 
-def _raise_tiles(
-    rows: Tensor, columns: Tensor | None, scale: float, first: int, blocks: int
+def _exponentiate_tiles(
+    rows: Tensor, columns: Tensor | None, scale: float, own_offset: int, views: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield tiles exp(scale * rows . columns), with zeros for a row and itself, and their places.
-
-    Without columns, only those on and above the diagonal.
-    """
+    """Yield the places of tiles, and the powers there, with zeros for a row and itself."""
     others = rows if columns is None else columns
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     # Square tiles of as many logits as are held at a time.
     step = max(1, int(count_elements(rows) ** 0.5))
     for start in range(0, rows.shape[0], step):
         here = slice(start, min(start + step, rows.shape[0]))
+        # Without columns the tiles below the diagonal are those above it.
         for other in range(start if columns is None else 0, others.shape[0], step):
             there = slice(other, min(other + step, others.shape[0]))
             powers = (rows[here] @ others[there].T).to(accumulator).mul_(scale).exp_()  # (m, k)
-            for low, high, own in _find_own(rows.shape[0], others.shape[0], first, blocks):
-                # Rows of a block that lie in this tile, and where the first of them meets itself.
+            for low, high, own in _own_columns(rows.shape[0], others.shape[0], own_offset, views):
+                # Rows of a view that lie in this tile, and where the first of them meets itself.
                 top, bottom = max(low, here.start), min(high, here.stop)
                 offset = own + top - low - other
                 if top < bottom and top - bottom < offset < there.stop - other:
@@ -168,23 +155,25 @@ def _raise_tiles(
             yield here, there, powers
 
 
-def _find_own(rows: int, columns: int, first: int, blocks: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where a block of rows begins and ends, and the column that is its first row itself."""
-    n, k = rows // blocks, columns // blocks
-    for block in range(blocks):
-        yield block * n, (block + 1) * n, block * k + first
+def _own_columns(
+    rows: int, columns: int, own_offset: int, views: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield where the rows of a view begin and end, and the column that is its first row itself."""
+    n, k = rows // views, columns // views
+    for view in range(views):
+        yield view * n, (view + 1) * n, view * k + own_offset
 
 
-def _sum_pairs_plainly(
+def _reference_sums(
     rows: Tensor, columns: Tensor | None, scale: float, weights: Tensor | None,
-    first: int, blocks: int,
+    own_offset: int, views: int,
 ) -> Tensor:  # fmt: skip
     """Return what `sum_pairs` does by operations that autograd follows, (M, K) and all."""
     others = rows if columns is None else columns
     logits = upcast(rows @ others.T) * scale  # (M, K)
     own = [
         torch.arange(column, column + high - low, device=rows.device)
-        for low, high, column in _find_own(rows.shape[0], others.shape[0], first, blocks)
+        for low, high, column in _own_columns(rows.shape[0], others.shape[0], own_offset, views)
     ]
     logits = logits.scatter(1, torch.cat(own)[:, None], -torch.inf)  # (M, K), index (M, 1)
     if weights is None:
@@ -193,13 +182,13 @@ def _sum_pairs_plainly(
     return torch.stack([(logits + one).logsumexp(dim=1) for one in bias.unbind(1)], dim=1)
 
 
-def follow(
-    value: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs that are wanted, in a way that autograd can follow."""
-    asked = [one for one, needed in zip(inputs, wanted, strict=True) if one is not None and needed]
-    found = iter(torch.autograd.grad(value, asked, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted)
+def refuse_second_derivatives() -> None:
+    # With create_graph=True, gradients that autograd cannot follow would count as constants.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a sum over negatives has no second derivatives, got create_graph=True; leave it out, "
+            "or take the cross-entropy of all logits"
+        )
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -13,7 +13,7 @@ import copyreg
 import dis
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from operator import is_
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -52,11 +52,11 @@ def lend_state(
     loan.check_trained()
 
 
-class Loan:
+class Loan(AbstractContextManager["Loan"]):
     """A walk through what a criterion holds; leaving it undoes every change.
 
-    Tensors and containers are replaced by copies. Objects, modules and functions stay themselves,
-    for others may hold them too: what they hold is swapped.
+    Tensors and containers are replaced by copies. Objects, modules and functions, which others may
+    hold too, stay themselves: what they hold is swapped.
     """
 
     def __init__(self, ignore: Collection[str] = (), cautious: bool = False) -> None:
@@ -73,9 +73,6 @@ class Loan:
         # Of a class, only the methods that some code names are looked at.
         self.classes: set[type] = set()
         self.names = {"__call__", "forward"}
-
-    def __enter__(self) -> Loan:
-        return self
 
     def __exit__(self, *_: object) -> None:
         # The last first: a global that two functions name was swapped twice.
@@ -212,10 +209,8 @@ class Loan:
 
 
 def _list_parts(owner: object) -> Iterator[tuple[Store, dict[str, object]]]:
-    """Yield what an object holds: a module's registries, attributes, slots, what code closes over.
-
-    Past __setattr__, which a module, a proxy or a frozen object may have of its own.
-    """
+    """Yield what an object holds: registries, attributes, slots, and what code closes over."""
+    # Past __setattr__, which a module, a proxy or a frozen object may have of its own.
     for space in _list_spaces(owner):
         yield space.update, {key: space[key] for key in space if key not in _MODULE_INTERNALS}
     if _is_stateless(owner):

@@ -68,7 +68,6 @@ class SwAV:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
         check_reduction(self.reduction)
 
@@ -200,7 +199,6 @@ class DINO:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_dino(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:

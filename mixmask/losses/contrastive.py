@@ -58,6 +58,7 @@ def info_nce(
         ValueError: If shapes, devices or options do not fit, if the negatives carry a graph, or
             if the processes hold different numbers of rows.
         TypeError: If z is not floating, or if the negatives are not a tensor.
+        RuntimeError: In a backward pass with create_graph=True: there are no second derivatives.
 
     Source:
         van den Oord et al., "CPC", eq. 4; He et al., "MoCo", eq. 1.
@@ -102,7 +103,6 @@ class InfoNCE:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_options(**vars(self))
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _contrast_in_batch(
     target = target.to(z.dtype)
     columns = gather_rows(target) if gather else target  # (W * N, C)
     positive = _similarity(z, target, temperature)  # (N,)
-    shares = counts = None
+    weights = counts = None
     if mixing is not None:
         partner, lam = mixing
         other = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
@@ -212,10 +212,10 @@ def _contrast_in_batch(
         # each, so both terms have the same log-sum-exp, and λ weighs the positives alone.
         counts = _count_partners(partner, columns, gather)
         if counts is not None:
-            shares = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)  # (N, 2)
+            weights = torch.stack([lam, 1 - lam], dim=-1).expand(z.shape[0], 2)  # (N, 2)
     # Of a mean the gradient of the columns comes with the same pass, so it is asked for here.
     mean = reduction == "mean"
-    sums = mix_log_sums(z, columns, 1 / temperature, shares, counts, mean=mean)
+    sums = mix_log_sums(z, columns, 1 / temperature, weights, counts, mean=mean)
     return sums - (positive.mean() if mean else positive)
 
 
@@ -262,6 +262,7 @@ def nt_xent(
         ValueError: If shapes, devices or options do not fit, or if the processes hold different
             numbers of rows.
         TypeError: If z is not floating.
+        RuntimeError: As for `info_nce`.
 
     Source:
         Chen et al., "SimCLR", eq. 1; Lee et al., "i-Mix".
@@ -288,7 +289,6 @@ class NTXent:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_positive("temperature", self.temperature)
         check_reduction(self.reduction)
 
@@ -326,10 +326,10 @@ def _contrast_views(
 ) -> Tensor:  # fmt: skip
     """Contrast unit rows of each view with all others of both, (N,) or ()."""
     n, scale = z.shape[0], 1 / temperature
-    rows, columns, first = torch.cat([z, target]), None, 0  # (2 N, C)
+    rows, columns, own_offset = torch.cat([z, target]), None, 0  # (2 N, C)
     if gather and world_size() > 1:
         views = gather_rows(z), gather_rows(target, checked=False)  # (W * N, C) each
-        columns, first = torch.cat(views), rank() * n  # (2 W N, C)
+        columns, own_offset = torch.cat(views), rank() * n  # (2 W N, C)
     counts = weights = None
     if mixing is not None:
         half = rows[:n] if columns is None else columns.chunk(2)[0]  # (N, C) or (W * N, C)
@@ -338,7 +338,7 @@ def _contrast_views(
         if counts is not None:
             weights = torch.cat([torch.ones_like(counts), counts])  # (2 W N,)
     # A row is no negative of itself.
-    sums = sum_pairs(rows, scale, weights, columns, first, blocks=2)  # (2 N, 1 or 2)
+    sums = sum_pairs(rows, scale, weights, columns, own_offset, views=2)  # (2 N, 1 or 2)
     there, back = sums[:n], sums[n:]  # (N, 1 or 2) each
     # Halved, so that a batch's mean is SimCLR's over its 2N rows.
     loss = (there[:, 0] + back[:, 0]) / 2 - _similarity(z, target, temperature)  # (N,)
@@ -348,9 +348,9 @@ def _contrast_views(
         there, back = there[:, -1], back[:, -1]  # (N,)
         if counts is not None:
             # Where two images share a partner, its row meets copies of itself.
-            copies = (counts[first : first + n] - 1).clamp(min=0).log()  # (N,)
+            copies = (counts[own_offset : own_offset + n] - 1).clamp(min=0).log()  # (N,)
             itself = _similarity(target, target, temperature)  # (N,)
-            # No logaddexp, whose second derivatives are NaN where one of both is nothing.
+            # log(exp(back) + copies * exp(itself)), also for none: no copies are -inf here.
             back = back - F.logsigmoid(back - itself - copies)
         positive = _similarity(z, target.index_select(0, partner), temperature)  # (N,)
         others = (there + back.index_select(0, partner)) / 2 - positive  # (N,)

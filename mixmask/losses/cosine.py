@@ -43,6 +43,11 @@ def negative_cosine(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Te
     return reduce(-(_normalize(z) * _normalize(target.detach())).sum(dim=1), reduction)
 
 
+def squared_distance(z: Tensor, target: Tensor) -> Tensor:
+    """Return BYOL's squared distance of unit rows (its eq. 2) per image, (N,)."""
+    return 2 + 2 * negative_cosine(z, target, reduction="none")
+
+
 @dataclass(frozen=True)
 class NegativeCosine:
     """`negative_cosine` with its options stored; mixed terms share one normalisation of z."""
@@ -51,7 +56,6 @@ class NegativeCosine:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_reduction(self.reduction)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from mixmask.losses._criteria import (
     Criterion,
     check_criterion,
     check_kind,
+    gives_both_terms,
     is_library,
     matches,
-    shares,
     takes_partners,
 )
 from mixmask.losses._inputs import (
@@ -103,7 +103,7 @@ def _weigh(
     # permute the targets is the same for a shared mask, and right for one λ per sample too.
     partner = move(mixed.partner, target.device)
     other = target.index_select(0, partner) if switch else None  # (N, ...)
-    if shares(criterion):
+    if gives_both_terms(criterion):
         known: dict[str, Tensor] = {"partner": partner} if takes_partners(criterion) else {}
         return check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n).mean()
     # Eq. 4, term by term.
@@ -165,7 +165,6 @@ class LambdaWeightedLoss(nn.Module):
         ignore: Sequence[str] = (),
         directions: str = "sum",
     ) -> None:
-        """Store the criterion; if it is a module, its buffers are part of this one's state."""
         super().__init__()
         check_kind(criterion)
         if isinstance(ignore, str):
@@ -208,7 +207,7 @@ class LambdaWeightedLoss(nn.Module):
             check_sizes(n, z=one, target=its_target)
         mixed_terms = self._mixed_terms(pairs, [t for _, t in clean], [one for one, _ in clean])
         # Last, because it moves the state.
-        first, *others = [self._weigh_clean(one, t, len(clean)) for one, t in clean]
+        first, *others = [self._clean_term(one, t, len(clean)) for one, t in clean]
         return sum([*others, *mixed_terms], first)
 
     def mixed_loss(
@@ -277,9 +276,9 @@ class LambdaWeightedLoss(nn.Module):
                     "once"
                 )
         targets = match_directions([t for _, t in clean], len(records))
-        return self._terms(encode, clean, list(zip(records, targets, strict=True)))
+        return self._yield_terms(encode, clean, list(zip(records, targets, strict=True)))
 
-    def _terms(
+    def _yield_terms(
         self,
         encode: Callable[[Tensor], Tensor],
         clean: list[tuple[Tensor, Tensor]],
@@ -291,9 +290,9 @@ class LambdaWeightedLoss(nn.Module):
         for images, target in clean:
             z = encode(images)
             check_sizes(len(images), z=z)
-            yield self._weigh_clean(z, target, len(clean))
+            yield self._clean_term(z, target, len(clean))
 
-    def _weigh_clean(self, z: Tensor, target: Tensor, directions: int) -> Tensor:
+    def _clean_term(self, z: Tensor, target: Tensor, directions: int) -> Tensor:
         """Return the original term of one direction, which moves the state."""
         check_criterion(self.criterion, z, target)
         loss = check_loss(self.criterion(z, target), z.shape[0]).mean()
@@ -315,14 +314,19 @@ class LambdaWeightedLoss(nn.Module):
         """Return the term of one mixed view; the state stays as it is."""
         # Dynamo can follow state in buffers and numbers of modules, and nothing else.
         if torch.compiler.is_compiling() and not (is_library(self.criterion) or is_traceable(self)):
-            return self._lend_state_beyond_buffers(z_mixed, target, mixed, z)
+            return self._untraced_term(z_mixed, target, mixed, z)
+        return self._lent_term(z_mixed, target, mixed, z)
+
+    def _lent_term(
+        self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
+    ) -> Tensor:
         criterion, switch = self.criterion, self.switch
         check_sizes(mixed.partner.shape[0], z_mixed=z_mixed, target=target)
         check_criterion(criterion, z_mixed, target)
         if matches(criterion):
-            return self._match(z_mixed, target, mixed, z)
+            return self._matched_term(z_mixed, target, mixed, z)
         # One call gives both terms, so one copy serves them.
-        if shares(criterion):
+        if gives_both_terms(criterion):
             with self._lend() as lent:
                 return _weigh(lent, z_mixed, target, mixed, switch=switch)
 
@@ -333,18 +337,16 @@ class LambdaWeightedLoss(nn.Module):
 
         return _weigh(criterion_on_copies, z_mixed, target, mixed, switch=switch)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # It imports the compiler where it is needed, not with the package.
-    def _lend_state_beyond_buffers(self, *inputs: Any) -> Tensor:
-        return self._mixed_term(*inputs)
-
+    # The private decorator imports the compiler where it is needed, not with the package.
+    _untraced_term = torch._disable_dynamo(_lent_term)  # type: ignore[attr-defined]
     # What Dynamo says where it must not break the graph.
-    vars(_lend_state_beyond_buffers).update(
+    vars(_untraced_term).update(
         _torchdynamo_disable=True,
         _torchdynamo_disable_msg="a criterion whose state is not in buffers takes a graph break; "
         "keep its state in buffers, or compile without fullgraph=True",
     )
 
-    def _match(
+    def _matched_term(
         self, z_mixed: Tensor, target: Tensor, mixed: MixedBatch, z: Tensor | None
     ) -> Tensor:
         if z is None:

@@ -75,7 +75,6 @@ class BarlowTwins:
     sync_statistics: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         check_non_negative("redundancy_weight", self.redundancy_weight)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:
@@ -168,20 +167,15 @@ def _measure_redundancy(
 
 
 def _is_wide(rows: Tensor) -> bool:
-    """Tell whether products of images, (N, N), are far smaller than those of features, (C, C).
-
-    Their rank of at most N keeps the diagonal of (C, C) from being more than a part of it: a
-    difference of both keeps its digits.
-    """
+    """Tell whether products of images, (N, N), are far smaller than those of features, (C, C)."""
+    # Of rank N at most, (C, C) is then more than its diagonal: a difference of both keeps digits.
     # One graph serves batches of all sizes, so there it is always (C, C).
     return not torch.compiler.is_compiling() and rows.shape[0] * 2 <= rows.shape[1]
 
 
 def _sum_squares(rows: Tensor, columns: Tensor) -> Tensor:
-    r"""Return the sum of the squares of rows^T columns / N, ().
-
-    $\|A^T B\|^2 = \langle A A^T, B B^T \rangle$: of two products (N, N), and none (C, C).
-    """
+    """Return the sum of the squares of rows^T columns / N, ()."""
+    # |A^T B|^2 = <A A^T, B B^T>: of two products (N, N), and none (C, C).
     own = _multiply_features(rows.T, rows.T)  # (N, N)
     others = own if columns is rows else _multiply_features(columns.T, columns.T)
     return (own * others).sum() / rows.shape[0] ** 2
@@ -245,7 +239,6 @@ class VICReg:
     gather_distributed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad options now rather than at the first step."""
         _check_weights(self.invariance_weight, self.variance_weight, self.covariance_weight)
 
     def __call__(self, z: Tensor, target: Tensor) -> Tensor:

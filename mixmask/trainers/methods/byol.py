@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from mixmask.losses import negative_cosine
+from mixmask.losses.cosine import squared_distance
 from mixmask.runs.options import Options, option, share
 from mixmask.runs.schedules import cosine_decay
 from mixmask.trainers.config import IMAGENET_PARTS, SMALL_IMAGES, LargeBatchConfig, default, presets
@@ -46,11 +46,6 @@ def rising_momentum(start: float, done: float) -> float:
         (0.99, 1.0)
     """
     return 1 - (1 - start) * cosine_decay(done)
-
-
-def squared_distance(p: Tensor, target: Tensor) -> Tensor:
-    """Return BYOL's loss of each prediction, (N,): 2 - 2 cos (eq. 2)."""
-    return 2 + 2 * negative_cosine(p, target, reduction="none")
 
 
 class BYOL(Method):
