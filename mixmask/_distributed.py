@@ -71,7 +71,7 @@ def average(value: Tensor) -> Tensor:
 
 
 # Rows at the last comparison, by what was compared.
-_compared: dict[Any, tuple[int, int]] = {}
+_compared: dict[object, tuple[int, int]] = {}
 
 
 def check_even(n: int, device: torch.device, kind: object = None) -> None:

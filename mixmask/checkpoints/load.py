@@ -20,6 +20,7 @@ from mixmask.checkpoints.resnets import infer_arch, is_small_stem
 from mixmask.data.views import IMAGENET, MEAN, STD, Normalization, fit_channels
 from mixmask.runs.folder import CONFIG, describe_difference, is_run, load_checkpoint, read_options
 from mixmask.runs.misfits import describe_progress
+from mixmask.runs.options import Options
 from mixmask.runs.reading import read_checkpoint
 from mixmask.runs.records import plural
 
@@ -61,7 +62,7 @@ class Loaded:
     layout: str
     taken: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Options = field(default_factory=dict)
     file: Path | None = None
     sha256: str = ""
     step: int | None = None
@@ -163,7 +164,7 @@ def load_backbone(
     )  # fmt: skip
 
 
-def _read(path: Path) -> tuple[Path, Any, dict[str, Any]]:
+def _read(path: Path) -> tuple[Path, Any, Options]:
     """Read a checkpoint, and what a run's configuration or an export notes of its backbone."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; pass a run folder or a checkpoint file")
@@ -190,7 +191,7 @@ def _find_misfit(content: Mapping[str, object]) -> str:
 
 
 def _find(
-    file: Path, content: object, noted: dict[str, Any], arch: str | None
+    file: Path, content: object, noted: Options, arch: str | None
 ) -> tuple[str | None, Match]:
     """Find the backbone, as timm's or else torchvision's of the architecture's name."""
     ours = is_run(content)
@@ -262,7 +263,7 @@ def choose_normalization(
 
 
 def _normalization(
-    content: object, noted: Mapping[str, Any], match: Match, arch: str, *, small: bool
+    content: object, noted: Options, match: Match, arch: str, *, small: bool
 ) -> Normalization:
     """Return the mean and deviation that are noted, else the format's or the architecture's."""
     trained = content.get("lightly_train") if isinstance(content, Mapping) else None
@@ -284,7 +285,7 @@ def _numbers(noted: str | Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, noted.split(",") if isinstance(noted, str) else noted))
 
 
-def _read_options(folder: Path) -> dict[str, Any]:
+def _read_options(folder: Path) -> Options:
     if not (folder / CONFIG).exists():  # A checkpoint that was copied out of its folder.
         return {}
     try:

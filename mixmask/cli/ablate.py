@@ -6,7 +6,6 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from mixmask.cli._console import say
 from mixmask.cli.options import RatioAction, add_shared
@@ -33,9 +32,8 @@ _OWN = {
 }
 
 
-# Any: the options of both studies, which the cells' configurations check.
 def run_study(
-    study: str, out: Path | None, seeds: int, device: str | None = None, **given: Any
+    study: str, out: Path | None, seeds: int, device: str | None = None, **given: object
 ) -> None:
     """Run a study cell by cell, writing its table and figure after each."""
     cells = _cells(study, given)

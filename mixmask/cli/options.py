@@ -50,7 +50,7 @@ SOURCE = (
 )  # fmt: skip
 
 
-def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: object) -> None:
     """Add options that several commands share.
 
     Args:

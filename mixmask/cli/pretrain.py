@@ -24,13 +24,12 @@ from mixmask.trainers.start import Opened, open_run
 _MUCH_WAITING = 0.1
 
 
-# Any: the options of all methods, which the configuration checks.
 def train_backbone(
     out: Path | None,
     resume: Path | None,
     config: Path | None = None,
     device: str | None = None,
-    **given: Any,
+    **given: object,
 ) -> None:
     """Train a backbone, measuring it before and after, and leave a run folder."""
     began = time.perf_counter()

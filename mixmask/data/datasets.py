@@ -243,7 +243,7 @@ class DatasetImages:
         Raises:
             ValueError: If they are not integers.
         """
-        found: Any = getattr(self.dataset, "targets", None)
+        found = getattr(self.dataset, "targets", None)
         for key in getattr(self.dataset, "column_names", None) or ():
             if key in _LABEL_KEYS:
                 found = self.dataset[key]
@@ -260,7 +260,7 @@ class DatasetImages:
 
     def classes(self, count: int) -> tuple[str, ...]:
         """Return the names of the classes, or their numbers where they have none."""
-        named: Any = getattr(self.dataset, "classes", None)
+        named = getattr(self.dataset, "classes", None)
         features = getattr(self.dataset, "features", None) or {}
         for key in _LABEL_KEYS:  # Hugging Face's ClassLabel.
             named = named or getattr(features.get(key), "names", None)

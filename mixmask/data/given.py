@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from mixmask.data.datasets import DatasetImages, MapDataset, take_splits
 from mixmask.data.folders import Listed, ListedData
@@ -13,7 +12,7 @@ from mixmask.data.folders import Listed, ListedData
 _MOST_CLASSES = 100_000
 
 
-def list_datasets(title: str, made: Any) -> ListedData:
+def list_datasets(title: str, made: object) -> ListedData:
     """Take the labels of data sets of one's own, and see that both splits fit together."""
     train, tests = take_splits(made)
     if len(train) < 2 or not all(map(len, tests.values())):

@@ -14,7 +14,7 @@ __all__ = ["NAMED", "clothing64", "decode_jpegs", "load_named"]
 
 # torchvision's class, and what selects its training and its test split. STL-10: pretraining on
 # its 105,000 training and unlabelled images, as its authors mean it.
-_TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+_TORCHVISION: dict[str, tuple[str, tuple[dict[str, object], dict[str, object]]]] = {
     "cifar10": ("CIFAR10", ({"train": True}, {"train": False})),
     "cifar100": ("CIFAR100", ({"train": True}, {"train": False})),
     "stl10": ("STL10", ({"split": "train+unlabeled"}, {"split": "test"})),

@@ -66,7 +66,7 @@ class Loan(AbstractContextManager["Loan"]):
         # Copies of two views of one memory are views of one memory, too.
         self.storages: dict[int, Any] = {}
         # What puts the originals back, and which names an object had when it was met.
-        self.parts: list[tuple[Store, dict[str, Any]]] = []
+        self.parts: list[tuple[Store, dict[str, object]]] = []
         self.spaces: list[tuple[dict[str, object], str, Collection[str]]] = []
         self.trained: list[tuple[str, Tensor, int, Tensor, Tensor | None]] = []
         self.package = ""
@@ -250,7 +250,7 @@ def list_codes(code: CodeType) -> Iterator[CodeType]:
         yield from list_codes(part) if isinstance(part, CodeType) else ()
 
 
-def _name_home(thing: Any) -> str:
+def _name_home(thing: object) -> str:
     """Name the module where a function, a class or the class of an object is defined."""
     named = thing if isinstance(thing, (FunctionType, type)) else type(thing)
     return f"{named.__module__}."

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -135,7 +135,7 @@ def read_rows(folder: Path) -> list[Row]:
             ) from None
 
 
-def _read_row(where: str, texts: Mapping[str, Any]) -> Row:
+def _read_row(where: str, texts: Mapping[str, str]) -> Row:
     """Return the numbers of a line of `metrics.csv`."""
     row: Row = {}
     for name, text in texts.items():
@@ -275,8 +275,8 @@ def describe_difference(file: Path, content: Mapping[str, object]) -> str:
 
 
 def load_checkpoint(
-    folder: Path, find_misfit: Callable[[dict[str, Any]], str] = lambda _: ""
-) -> tuple[Path, dict[str, Any]]:
+    folder: Path, find_misfit: Callable[[Options], str] = lambda _: ""
+) -> tuple[Path, Options]:
     """Read the newest whole checkpoint on the CPU; a warning names it where it is not the last.
 
     Nothing in the file is executed; see `read_checkpoint`.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixmask._checks import few
 from mixmask.data.datasets import is_function
 from mixmask.data.sets import ImageData, hold_out, load_data
+from mixmask.runs.options import Options
 from mixmask.runs.records import plural
 
 
 def load_images(
-    config: Mapping[str, Any],
+    config: Options,
     image_size: int,
     *,
     data: Any = None,
@@ -60,7 +60,7 @@ def check_code(data: str, where: Path | str) -> None:
 
 
 def check_same(
-    images: ImageData, config: Mapping[str, Any], name: object, *, image_size: int, where: str
+    images: ImageData, config: Options, name: object, *, image_size: int, where: str
 ) -> None:
     """Check that images, which came from `name`, are those of a run; see `load_images`.
 
@@ -81,7 +81,7 @@ def check_same(
         )
 
 
-def _compare(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _compare(known: Options, found: Options) -> list[str]:
     """Say what two fingerprints differ in."""
     names = [name for name in found if found[name] != known.get(name)]
     different = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixmask._checks import one_line
 from mixmask.runs.folder import CONFIG, load_checkpoint
+from mixmask.runs.options import Options
 
 _NUMBER = int | float
 
@@ -20,8 +21,8 @@ def restore(
     folder: Path,
     parts: Mapping[str, Any],  # What torch and accelerate have in common is no type.
     progress: Mapping[str, type],
-    find_misfit: Callable[[dict[str, Any]], str] = lambda _: "",
-) -> tuple[Path, dict[str, Any]]:
+    find_misfit: Callable[[Options], str] = lambda _: "",
+) -> tuple[Path, Options]:
     """Restore a run's model and optimiser from its newest whole checkpoint that fits them.
 
     Args:
@@ -38,7 +39,7 @@ def restore(
     """
     kinds = {"model": Mapping, "optimizer": Mapping, **progress}
 
-    def describe(content: dict[str, Any]) -> str:
+    def describe(content: Options) -> str:
         return (
             describe_progress(content, kinds)
             or describe_misfit(parts["model"].state_dict(), content["model"])

@@ -120,7 +120,7 @@ def pretrain(
     threads: int | None = None,
     monitor: MonitorBuilder | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: object,
 ) -> Pretrained:
     """Train a backbone from Python or a notebook, as `mixmask pretrain` does.
 

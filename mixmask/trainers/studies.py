@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixmask._checks import Ratio, one_line
 from mixmask.data.sets import ImageData
@@ -94,7 +94,7 @@ class StudyRun:
 
 
 def mask_cells(
-    *, grid_sizes: Sequence[int] = (), ratios: Sequence[Ratio] = RATIOS, **given: Any
+    *, grid_sizes: Sequence[int] = (), ratios: Sequence[Ratio] = RATIOS, **given: object
 ) -> list[Cell]:
     """Lay out the paper's table 1: each factor varied, the others at the recipe's values.
 
@@ -149,7 +149,7 @@ def budget_cells(
     methods: Sequence[str] = BUDGET_METHODS,
     budgets: Sequence[int] = (),
     baseline_lr: float | None = None,
-    **given: Any,
+    **given: object,
 ) -> list[Cell]:
     """Lay out the paper's figure 5: each method at several budgets, without and with MixMask.
 
