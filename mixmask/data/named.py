@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from zipfile import ZipFile
 
 import torch
@@ -65,10 +66,16 @@ def load_named(name: str, root: Path | None) -> tuple[Arrays, Arrays, tuple[str,
     # torchvision downloads only what is not there yet.
     dataset, selections = _TORCHVISION[name]
     folder = root or Path.home() / ".cache" / "mixmask"
-    train, test = (
-        getattr(torchvision.datasets, dataset)(folder, download=True, **selection)
-        for selection in selections
-    )
+    try:
+        train, test = (
+            getattr(torchvision.datasets, dataset)(folder, download=True, **selection)
+            for selection in selections
+        )
+    except URLError as error:
+        raise OSError(
+            f"--data {name} could not be downloaded ({error.reason}); put the files that "
+            f"torchvision has of {dataset} into {folder}, or go online once"
+        ) from error
     return _take_arrays(train), _take_arrays(test), tuple(train.classes)
 
 

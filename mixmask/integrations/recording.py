@@ -134,6 +134,12 @@ class RecordingCriterion(StandIn[Call]):
                 "wrap the function that takes embeddings, not the cross-entropy of its logits"
             )
         again = more and self.mixed_criterion is None
+        trained = [name for name, value in more.items() if _is_trained(value, z)] if again else []
+        if trained:
+            raise TypeError(
+                f"the criterion must take two embeddings, got others as {', '.join(trained)}; "
+                "record the function of one pair that it calls, or pass one as mixed_criterion"
+            )
         used = partial(self._mixed_or_own, **more) if again else self._mixed_or_own
         self._keep((Snapshot(used, self._ignored), z, target))
 
@@ -196,6 +202,11 @@ class RecordingCriterion(StandIn[Call]):
             # Only its first call compares trained parameters, for which a device is waited for.
             whole._tried = tried
             return whole.mixed_loss(z_mixed, target, mixed, z=z)
+
+
+def _is_trained(value: object, z: Tensor) -> bool:
+    """Tell whether an argument is a batch of embeddings with a gradient, as z."""
+    return isinstance(value, Tensor) and value.requires_grad and value.shape == z.shape
 
 
 class _RecordingModule(RecordingCriterion, StandInModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from mixmask._checks import check_tensor
@@ -134,6 +135,17 @@ def check_loss(loss: Tensor, n: int, lam: Tensor | None = None) -> Tensor:
     if lam is not None and lam.ndim == 1 and loss.ndim == 0:
         raise ValueError(
             "one λ per sample needs a criterion that returns (N,), got a scalar; "
-            "build it with reduction='none', or use one mask for the whole batch"
+            "build it with reduction='none', if it has that, or use one mask for the whole batch"
+        )
+    return loss
+
+
+def check_gradient(loss: Tensor, z_mixed: Tensor) -> Tensor:
+    """Return a mixed term if it can train what embedded the mixed view."""
+    if z_mixed.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            "the mixed term has no gradient, though z_mixed requires one: the criterion detaches "
+            "its first argument, or compares others; pass a function (z, target) of the embeddings "
+            "that are trained"
         )
     return loss

@@ -29,9 +29,12 @@ def check_rows(
     check_tensor(first, z)
     check_tensor(second, target)
     if z.ndim != 2 or z.shape != target.shape:
+        fix = "flatten features to one row per image"
+        if z.ndim == target.ndim == 2 and len(z) == len(target):
+            fix = "pass both from the same layer, embeddings and not logits"
         raise ValueError(
             f"{first} and {second} must both be (N, C), got {tuple(z.shape)} and "
-            f"{tuple(target.shape)}; flatten features to one row per image"
+            f"{tuple(target.shape)}; {fix}"
         )
     _check_filled(first, z, "embeddings")
     if z.shape[0] < at_least:

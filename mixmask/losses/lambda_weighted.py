@@ -27,6 +27,7 @@ from mixmask.losses._inputs import (
     as_list,
     as_pairs,
     as_records,
+    check_gradient,
     check_loss,
     check_mixed,
     check_sizes,
@@ -68,7 +69,8 @@ def lambda_weighted_loss(
 
     Raises:
         ValueError: If sizes do not fit, if the criterion returns neither () nor (N,), or () where
-            each sample has its own λ, or if a classifier's loss is given embeddings.
+            each sample has its own λ, if its result has no gradient though z_mixed requires one, or
+            if a classifier's loss is given embeddings.
         TypeError: If an argument or the criterion's result is not a tensor, or if the criterion
             is a similarity or a whole model.
 
@@ -105,12 +107,13 @@ def _weigh(
     other = target.index_select(0, partner) if switch else None  # (N, ...)
     if gives_both_terms(criterion):
         known: dict[str, Tensor] = {"partner": partner} if takes_partners(criterion) else {}
-        return check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n).mean()
+        loss = check_loss(criterion.weighted(z_mixed, target, other, lam, **known), n)
+        return check_gradient(loss.mean(), z_mixed)
     # Eq. 4, term by term.
-    own = check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
-    if other is None:
-        return (lam * own).mean()
-    return (lam * own + (1 - lam) * check_loss(criterion(z_mixed, other), n, lam)).mean()
+    loss = lam * check_loss(criterion(z_mixed, target), n, lam)  # () or (N,)
+    if other is not None:
+        loss = loss + (1 - lam) * check_loss(criterion(z_mixed, other), n, lam)
+    return check_gradient(loss.mean(), z_mixed)
 
 
 class LambdaWeightedLoss(nn.Module):
@@ -360,7 +363,8 @@ class LambdaWeightedLoss(nn.Module):
         lam = move(mixed.lam, z_mixed.device)  # () or (N,)
         with self._lend() as lent:
             # And not len(z), which would fix the batch's size in an exported graph.
-            return check_loss(lent.matched(z_mixed, target, z, other, lam), z.shape[0]).mean()
+            loss = check_loss(lent.matched(z_mixed, target, z, other, lam), z.shape[0])
+            return check_gradient(loss.mean(), z_mixed)
 
     def _lend(self) -> AbstractContextManager[Any]:
         """Lend the criterion's state; trained parameters are kept safe at the first call alone."""

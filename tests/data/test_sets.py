@@ -6,6 +6,7 @@ import pickle
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny_runs import tiny_images
 
 from mixmask.data import sets as data_module
 from mixmask.data.images import open_image, take_square
+from mixmask.data.named import load_named
 from mixmask.data.sets import STREAM, StoredImages, hold_out, load_data
 
 
@@ -334,3 +336,15 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
 def test_small_views_of_data_sets_are_warned_about() -> None:
     with pytest.warns(UserWarning, match="images of the data set are about 8 px, and views of 32"):
         load_data([torch.zeros(3, 8, 8)] * 2, 32)
+
+
+def test_a_download_without_a_network_says_where_files_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100.download", fail)
+    message = rf"--data cifar100 could not be .*\(Name or .* CIFAR100 into {tmp_path}"
+    with pytest.raises(OSError, match=message):
+        load_named("cifar100", tmp_path)

@@ -158,3 +158,20 @@ def test_what_does_not_belong_together_is_refused(
         criterion(torch.randn(N, C, requires_grad=True), torch.randn(N, C))
     with pytest.raises(ValueError, match=text):
         criterion.mixed_loss(z, [mixed] * 2 if isinstance(records, list) else mixed, call=call)
+
+
+def test_a_loss_of_four_embeddings_is_no_criterion() -> None:
+    """Its first argument may be the detached one, and the trained ones come later."""
+
+    def simsiam(z_1: Tensor, z_2: Tensor, p_1: Tensor, p_2: Tensor) -> Tensor:
+        distance = losses.NegativeCosine()
+        return (distance(p_1, z_2.detach()) + distance(p_2, z_1.detach())) / 2
+
+    criterion: Any = RecordingCriterion(simsiam)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"two embeddings, got others as p_1, p_2; .* one pair"):
+        criterion(*(torch.randn(N, C, requires_grad=True) for _ in range(4)))
+    criterion = RecordingCriterion(lambda z, target: (z.detach() * target).sum())
+    criterion(torch.randn(N, C, requires_grad=True), torch.randn(N, C))
+    mixed = draw(0, torch.randn(N, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match="the mixed term has no gradient"):
+        criterion.mixed_loss(torch.randn(N, C, requires_grad=True), mixed)

@@ -20,7 +20,7 @@ LAM = torch.ones(())
     "z, target, error, text",
     [
         (ROWS, ROWS[:3], ValueError, r"both be \(N, C\), got \(4, 8\) and \(3, 8\); flatten"),
-        (ROWS, ROWS[:, :5], ValueError, r"got \(4, 8\) and \(4, 5\); flatten"),
+        (ROWS, ROWS[:, :5], ValueError, r"got \(4, 8\) and \(4, 5\); pass both"),
         (ROWS[0], ROWS[0], ValueError, r"got \(8,\) and \(8,\); flatten"),
         (ROWS[:0], ROWS[:0], ValueError, r"z must not be empty, got \(0, 8\)"),
         (ROWS.long(), ROWS, TypeError, "z must be floating, got torch.int64"),

@@ -199,7 +199,7 @@ LAM = torch.ones(())
         (
             lambda: negative_cosine(ROWS, ROWS[:, :5]),
             ValueError,
-            r"got \(4, 8\) and \(4, 5\); flatten",
+            r"got \(4, 8\) and \(4, 5\); pass both",
         ),
         (lambda: negative_cosine(ROWS[0], ROWS[0]), ValueError, r"got \(8,\) and \(8,\); flatten"),
         (

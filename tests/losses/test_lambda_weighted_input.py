@@ -115,3 +115,34 @@ def test_what_does_not_belong_together_is_refused_before_the_state_moves(
     with pytest.raises(error, match=text):
         whole(*arguments)
     assert torch.equal(whole.state_dict()["criterion.keys"], before)
+
+
+@pytest.mark.parametrize("lend", [True, False])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda z, target: squares(z.detach(), target),
+        lambda _, target: (target**2).mean(),
+        lambda z, target: squares(z.detach(), target).mean(),
+    ],
+)
+def test_a_term_that_trains_nothing_is_refused(criterion: Any, lend: bool) -> None:
+    z = ROWS.clone().requires_grad_()
+    whole = LambdaWeightedLoss(criterion)
+
+    def term(z: Tensor) -> Tensor:
+        if lend:
+            return whole.mixed_loss(z, ROWS, SHARED)
+        return lambda_weighted_loss(criterion, z, ROWS, SHARED)
+
+    with pytest.raises(ValueError, match=r"mixed term has no gradient, though .* pass a function"):
+        term(z)
+    with torch.no_grad():
+        assert term(z).isfinite()
+    assert term(ROWS).isfinite()  # Nothing here asks for a gradient.
+
+
+def test_rows_of_different_layers_are_told_from_unflattened_ones() -> None:
+    for z, fix in ((ROWS[:, :3], "from the same layer"), (ROWS[..., None], "one row per image")):
+        with pytest.raises(ValueError, match=fix):
+            InfoNCE()(z, ROWS)

@@ -309,7 +309,7 @@ LAM = torch.ones(())
             ValueError,
             r"both be \(N, C\), got \(4, 8\) and \(3, 8\); flatten",
         ),
-        (lambda: nt_xent(ROWS, ROWS[:, :5]), ValueError, r"got \(4, 8\) and \(4, 5\); flatten"),
+        (lambda: nt_xent(ROWS, ROWS[:, :5]), ValueError, r"got \(4, 8\) and \(4, 5\); pass both"),
         (lambda: nt_xent(ROWS[0], ROWS[0]), ValueError, r"got \(8,\) and \(8,\); flatten"),
         (lambda: nt_xent(ROWS[:0], ROWS[:0]), ValueError, r"z must not be empty, got \(0, 8\)"),
         (lambda: nt_xent(ROWS.long(), ROWS.long()), TypeError, "z must be floating, got torch.int"),

@@ -175,7 +175,7 @@ LAM = torch.tensor(0.5)
     "z, target, error, text",
     [
         (ROWS, ROWS[:3], ValueError, r"both be \(N, C\), got \(4, 8\) and \(3, 8\); flatten"),
-        (ROWS, ROWS[:, :5], ValueError, r"got \(4, 8\) and \(4, 5\); flatten"),
+        (ROWS, ROWS[:, :5], ValueError, r"got \(4, 8\) and \(4, 5\); pass both"),
         (ROWS[0], ROWS[0], ValueError, r"got \(8,\) and \(8,\); flatten"),
         (ROWS[:0], ROWS[:0], ValueError, r"z must not be empty, got \(0, 8\)"),
         (ROWS[:1], ROWS[:1], ValueError, "needs at least 2 images, got 1; use drop_last=True"),
