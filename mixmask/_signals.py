@@ -48,3 +48,22 @@ def at_first_signal(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def without_worker_errors() -> Iterator[None]:
+    """Keep torch from raising in whatever runs when a loader's worker dies; readers notice it.
+
+    An earlier loader of the process, the caller's own for instance, may have set torch's handler.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Not on Windows.
+    handler = None if number is None else signal.getsignal(number)
+    main = threading.current_thread() is threading.main_thread()
+    if number is None or not main or not getattr(handler, "__module__", "").startswith("torch."):
+        yield
+        return
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing import active_children
@@ -20,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import assert_same, interrupt_at, on_disk, read_rows, run, tiny_images
+from torch.utils.data._utils import signal_handling
 
 from mixmask.data import stream
 from mixmask.data.images import UnreadableError, open_image, take_crops
@@ -225,11 +227,15 @@ def test_worker_that_dies_stops_the_run_with_its_steps_saved(
 ) -> None:
     config = configured(epochs=40, measure_every=0, workers=1)
     after_step, steps = MoCo.after_step, [0]
+    # As the first loader in a program's main thread does; it raises in the middle of a step.
+    signal_handling._set_SIGCHLD_handler()
+    before = signal.getsignal(signal.SIGCHLD)
 
     def killing(self: MoCo, done: float) -> None:
         steps[0] += 1
         for worker in active_children():
             worker.kill()
+            time.sleep(0.1)  # The signal arrives here.
         after_step(self, done)
 
     monkeypatch.setattr(MoCo, "after_step", killing)
@@ -237,6 +243,7 @@ def test_worker_that_dies_stops_the_run_with_its_steps_saved(
         run(config, images, tmp_path / "run")
     kept = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert kept["step"] == steps[0] < 120
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 # Runs
