@@ -7,7 +7,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mixmask._checks import one_line
 from mixmask._seeds import fold_seed
+from mixmask._signals import without_worker_errors
 from mixmask.data.folders import ImageSource
 from mixmask.data.images import Picture, take_crops
 from mixmask.data.stored import Images, StoredImages, read_any
@@ -195,6 +196,7 @@ class Stream(Iterator[Tensor]):
         )
         self.ready: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | BaseException]
         self.ready, self.room, self.closed = SimpleQueue(), Semaphore(), Event()
+        self.quiet = ExitStack()
         self.thread = Thread(target=self._read_ahead, name="read ahead", daemon=True)
 
     def __next__(self) -> Tensor:
@@ -208,6 +210,8 @@ class Stream(Iterator[Tensor]):
             raise StopIteration
         if self.thread.ident is None:
             atexit.register(self.close)  # Workers do not end by themselves.
+            if self.workers:  # The thread notices one that dies.
+                self.quiet.enter_context(without_worker_errors())
             self.thread.start()
         item = self.ready.get()
         if isinstance(item, BaseException):
@@ -230,6 +234,7 @@ class Stream(Iterator[Tensor]):
         self.room.release()
         if self.thread.ident is not None:
             self.thread.join()
+        self.quiet.close()
         self.images.warn_rest()
 
     def _read_ahead(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mixmask._seeds import fold_seed, step_generator
-from mixmask._signals import at_first_signal, without_worker_errors
+from mixmask._signals import at_first_signal
 from mixmask.data.resources import memory_gib
 from mixmask.data.sets import Images, Split
 from mixmask.data.stream import Batches, Draw, read_batches
@@ -96,7 +96,7 @@ def train_method(
 
 def train(run: Run, *, monitor: Monitor | None = None, progress: bool = True) -> None:
     """Train a run from where it stands to its last epoch; see `train_method`."""
-    with report_lost_processes(run.out), without_worker_errors():
+    with report_lost_processes(run.out):
         _train(run, monitor=monitor, progress=progress)
 
 
