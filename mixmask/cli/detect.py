@@ -15,9 +15,6 @@ from mixmask._devices import choose_device
 from mixmask.cli._console import describe_device, resumable, say
 from mixmask.cli.options import add_fields, add_shared
 from mixmask.detection.config import DetectionConfig, load_config
-from mixmask.detection.data import load_detection
-from mixmask.detection.model import load_source
-from mixmask.detection.train import train_detector
 from mixmask.figures.style import short_path
 from mixmask.runs.claim import new_folder
 from mixmask.runs.folder import CONFIG, has_checkpoint
@@ -38,6 +35,11 @@ def detect(
             f"detection needs {', '.join(missing)}; run pip install '.[detection]' in the checkout "
             "of mixmask"
         )
+    # Not for --help: they import torchvision's detectors.
+    from mixmask.detection.data import load_detection
+    from mixmask.detection.model import load_source
+    from mixmask.detection.train import train_detector
+
     chosen = choose_device(device)
     if resume is not None:
         more = {"RUN": run, "--out": out}
