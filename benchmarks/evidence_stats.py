@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from evidence_cells import Cell, Part, Plan, Record, is_done
 
+from mixmask.trainers.config import RunConfig
+
 MEASURES = ("knn", "linear")
 # Quantile 0.975 of Student's t by degrees of freedom, from 1; the last one serves for more.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Options of the mixed views, which a baseline has none of.
-_MIXING = {
-    "mix", "pattern", "grid_size", "per_sample", "switch", "mix_every", "mixed_size",
-    "replace_clean",
-}  # fmt: skip
+# Options of the mixed views, which a baseline has none of: a group of the configuration.
+_OPTIONS = list(RunConfig.__dataclass_fields__)
+_MIXING = _OPTIONS[_OPTIONS.index("mix") : _OPTIONS.index("method")]
 # Budgets of passes that differ by less are equal.
 _EQUAL = 0.02
 
