@@ -14,30 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from plain_images import constants, first_pixels, labels_of
 
 from mixmask.data.datasets import call_function, describe_door, take_splits
-from mixmask.data.sets import Split, load_data
+from mixmask.data.sets import load_data
 
 ROOT = Path(__file__).parents[2]
-
-
-def constants(values: list[int], channels: int = 3, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Return images (N, C, 12, 16) of one value each."""
-    tensor = torch.tensor(values).view(-1, 1, 1, 1).expand(-1, channels, 12, 16)
-    return tensor.to(dtype) if dtype == torch.uint8 else tensor / 255
-
-
-def first_pixels(images: Any) -> Tensor:
-    whole = images[:]
-    assert isinstance(whole, Tensor)
-    return whole[:, 0, 0, 0]
-
-
-def labels_of(split: Split | None) -> list[int]:
-    assert split is not None
-    assert split.labels is not None
-    return split.labels.tolist()
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_images import constants, first_pixels, labels_of
 from tiny_runs import run, tiny_config
-from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
 from mixmask.checkpoints.load import load_backbone
 from mixmask.data.datasets import DatasetImages
-from mixmask.data.sets import Split, StoredImages, load_data
+from mixmask.data.sets import StoredImages, load_data
 from mixmask.data.stream import Draw, read_batches
 from mixmask.data.views import RandomView
 from mixmask.evaluation.features import extract_features
@@ -30,18 +30,6 @@ from mixmask.trainers.loop import first_views
 from mixmask.trainers.run import Run
 
 ROOT = Path(__file__).parents[2]
-
-
-def constants(values: list[int], channels: int = 3, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Return images (N, C, 12, 16) of one value each."""
-    tensor = torch.tensor(values).view(-1, 1, 1, 1).expand(-1, channels, 12, 16)
-    return tensor.to(dtype) if dtype == torch.uint8 else tensor / 255
-
-
-def first_pixels(images: Any) -> Tensor:
-    whole = images[:]
-    assert isinstance(whole, Tensor)
-    return whole[:, 0, 0, 0]
 
 
 FORMS: dict[str, tuple[Callable[[int], Any], int, torch.dtype]] = {
@@ -117,12 +105,6 @@ class Columns:
         self.read += 1
         image = Image.new("RGB", (16, 12), (self.values[index],) * 3)
         return {"img": image, "fine_label": self.labels[index]}
-
-
-def labels_of(split: Split | None) -> list[int]:
-    assert split is not None
-    assert split.labels is not None
-    return split.labels.tolist()
 
 
 def test_labels_of_tuples_tensors_columns_and_targets() -> None:
