@@ -87,7 +87,7 @@ def page(plan: Plan, results: Mapping[str, Record], options: argparse.Namespace)
         done = sum(len(row.records) + row.failed for row in rows)
         text += [f"## {number}. {part.name.capitalize()}", "", part.about, ""]
         if done < len(names):
-            text += [f"**{len(names) - done} of {len(names)} runs are missing.**", ""]
+            text += [f"**Missing: {len(names) - done} of {len(names)} runs.**", ""]
         for plot in part.plots:
             path = options.results / f"{part.name}-{plot}.png"
             if path.exists():

@@ -62,7 +62,7 @@ def test_page_has_means_differences_and_what_is_missing(
     two = "| none, clothing64 | 2 | 0.01 | **2 of 3**, fewer than 3 | 30.5 ± 0.5 (1 failed) |"
     assert two in text
     assert "| mixmask, clothing64 | 2 | 0.01 | **0 of 3**, fewer than 3 | missing |" in text
-    assert "**3 of 12 runs are missing.**" in text
+    assert "**Missing: 3 of 12 runs.**" in text
     for cell in plan.parts[1].cells[:2]:
         assert f"`python benchmarks/evidence.py --cell {cell.name}`" in text
     plots = {p.name for p in results.glob("*.png")}
