@@ -230,13 +230,13 @@ def test_runner_can_be_paused_and_stopped_and_goes_on(
         assert f"running: {name}, epoch " in status.status(plan, plan, options.results, state)
         evidence.set_pause(state, True)
         assert capsys.readouterr().out == "paused\n"
-        assert job.status() == psutil.STATUS_STOPPED
+        wait_for(lambda: job.status() == psutil.STATUS_STOPPED)  # Once the job is scheduled.
         assert f"paused: {name}, epoch " in status.status(plan, plan, options.results, state)
         with pytest.raises(ValueError, match="another runner works in"):
             evidence.work_through(plan, plan, options)
         evidence.set_pause(state, False)
         assert capsys.readouterr().out == "resumed\n"
-        assert job.status() != psutil.STATUS_STOPPED
+        wait_for(lambda: job.status() != psutil.STATUS_STOPPED)
         runner.send_signal(signal.SIGTERM)
         out, _ = runner.communicate(timeout=120)
     finally:
