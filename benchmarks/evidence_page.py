@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,13 +66,14 @@ def _options() -> argparse.Namespace:
 
 
 def draw(plan: Plan, results: Mapping[str, Record], folder: Path) -> list[Path]:
-    """Draw what there are results for, and remove the plots that there are none for."""
+    """Draw the parts with results of their own, and remove the plots of the others."""
     known = baselines(plan, results)
-    drawn = [
-        path
-        for part in plan.parts
-        for path in draw_part(part, rows_of(part, results), known, folder)
-    ]
+    drawn, seen = [], set[str]()
+    for part in plan.parts:
+        own = {cell.name for cell in part.cells} - seen
+        seen |= own
+        if own & results.keys():
+            drawn += draw_part(part, rows_of(part, results), known, folder)
     for path in set(folder.glob("*.png")) - set(drawn):
         path.unlink()
     return drawn
@@ -102,7 +104,7 @@ def _legend(results: Mapping[str, Record]) -> list[str]:
     records = list(results.values())
     if not records:
         return ["There is no result yet."]
-    machines = sorted({record["hardware"]["cpu"] for record in records})
+    machines = sorted({_cpu(record) for record in records})
     hours = sum(record["busy_seconds"] for record in records) / 3600
     text = (
         f"{len(records)} runs, {hours:.1f} hours of one process on {' and '.join(machines)}, "
@@ -111,9 +113,13 @@ def _legend(results: Mapping[str, Record]) -> list[str]:
         "brackets. Equal compute is an equal number of forward-backward passes of the encoder, of "
         "which a forward pass alone is a third. A single run's accuracy has a standard error of "
         f"{_test_error(records):.1f} points from the choice of test images alone. The paper's "
-        "figures are of a ResNet-18 after 1000 epochs on all 50,000 images."
+        "figures, and those of Un-Mix, are of a ResNet-18 after 1000 epochs on all 50,000 images."
     )
     return [text]
+
+
+def _cpu(record: Record) -> str:
+    return re.sub(r"\((R|TM)\)| Processor", "", record["hardware"]["cpu"])
 
 
 def _test_error(records: Sequence[Record]) -> float:
@@ -158,7 +164,7 @@ def _table(part: Part, rows: Sequence[Row], known: Sequence[Row], measure: str) 
         "at equal compute",
     ]  # fmt: skip
     papers = bool(part.paper) and measure == "knn"
-    head += ["paper, kNN"] * papers
+    head += ["published, kNN"] * papers
     text = _line(head) + _line(["---"] * len(head))
     for row in rows:
         cells = [
@@ -219,8 +225,8 @@ def _commands(part: Part, results: Mapping[str, Record]) -> list[str]:
     if not done:
         return []
     made = [
-        f"- `{record['command']}` ({record['busy_seconds'] / 60:.0f} min, commit "
-        f"{record['commit']})"
+        f"- `{record['command']}` ({record['busy_seconds'] / 60:.0f} min on {_cpu(record)}, "
+        f"commit {record['commit']})"
         for record in done
     ]
     return ["<details><summary>Commands</summary>", "", *made, "", "</details>", ""]

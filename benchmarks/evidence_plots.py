@@ -21,6 +21,7 @@ from evidence_stats import (
 )
 
 _PLAIN, _MIXED, _OTHER = "#555555", "#1f6f8b", "#c2452d"
+_SHADES = {"knn": "#6a4c93", "linear": "#d97706"}
 _NAMES = {"knn": "kNN accuracy, %", "linear": "linear probe, %"}
 _PASSES = "forward-backward passes per image"
 _FEW = 3
@@ -113,7 +114,7 @@ def _budgets(rows: Sequence[Row], known: Sequence[Row]) -> Any:
                 budgets |= set(x)
             _log_axis(panel, list(budgets), axis)
         line[0].set_ylabel(_NAMES[measure])
-    _legend(figure, panels.flat[0])
+    _legend(figure, panels.flat[0], band=True)
     return figure
 
 
@@ -141,7 +142,7 @@ def _curves(rows: Sequence[Row], known: Sequence[Row]) -> Any:
     for panel, axis in zip(panels.flat, ("epochs", _PASSES), strict=True):
         panel.set_xlabel(axis)
     panels.flat[0].set_ylabel(_NAMES["knn"])
-    _legend(figure, panels.flat[0])
+    _legend(figure, panels.flat[0], band=True)
     return figure
 
 
@@ -164,24 +165,39 @@ def _differences(rows: Sequence[Row], known: Sequence[Row]) -> Any:
     shown = [row for row in rows if row.cell.name in compared]
     if not shown:
         return None
-    figure, panels = _panels(len(sides), 1, sharey=True, height=1.6 + 0.5 * len(shown))
+    height = 1.6 + 0.5 * len(shown)
+    figure, panels = _panels(len(sides), 1, sharex=True, sharey=True, height=height)
+    few = False
     for panel, (kind, pairs) in zip(panels.flat, sides.items(), strict=True):
-        panel.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
-        for row, baseline in pairs:
-            for shift, measure, color in ((-0.14, "knn", _MIXED), (0.14, "linear", _OTHER)):
-                gain = difference(row, baseline, measure)
-                if gain is not None:
-                    _dot(panel, gain, shown.index(row) + shift, color)
+        few |= _dots(panel, pairs, shown)
         panel.set_title(f"at equal {kind}")
         panel.set_xlabel("difference to no mixing, points")
     names = [f"{label(row.cell)}, {row.cell.epochs} epochs" for row in shown]
     panels.flat[0].set_yticks(range(len(shown)), names)
     panels.flat[0].set_ylim(len(shown) - 0.5, -0.5)
-    for measure, color in (("kNN", _MIXED), ("linear probe", _OTHER)):
-        panels.flat[0].plot([], [], "o-", color=color, label=f"{measure}, 95 % interval")
-    panels.flat[0].plot([], [], "o", color="#999999", mfc="white", label="fewer than 3 seeds")
+    for measure, color in _SHADES.items():
+        name = _NAMES[measure].removesuffix(", %").removesuffix(" accuracy")
+        panels.flat[0].plot([], [], "o-", color=color, label=f"{name}, 95 % interval")
+    if few:
+        panels.flat[0].plot([], [], "o", color="#999999", mfc="white", label="fewer than 3 seeds")
     _legend(figure, panels.flat[0])
     return figure
+
+
+def _dots(panel: Any, pairs: Sequence[tuple[Row, Row]], shown: Sequence[Row]) -> bool:
+    """Draw the differences of pairs, each on its row's line; say whether any has few seeds."""
+    panel.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
+    few = False
+    for row, baseline in pairs:
+        for shift, measure in zip((-0.14, 0.14), MEASURES, strict=True):
+            gain = difference(row, baseline, measure)
+            if gain is not None:
+                _dot(panel, gain, shown.index(row) + shift, _SHADES[measure])
+                few |= gain.n < _FEW
+    for row in shown:
+        if not any(row is own for own, _ in pairs):
+            panel.text(0, shown.index(row), " not run", color=_PLAIN, va="center")
+    return few
 
 
 def _dot(panel: Any, found: Estimate, place: float, color: str) -> None:
@@ -212,7 +228,12 @@ def _band(
 
 
 def _panels(
-    columns: int, lines: int, *, sharey: Literal["row"] | bool, height: float | None = None
+    columns: int,
+    lines: int,
+    *,
+    sharex: bool = False,
+    sharey: Literal["row"] | bool,
+    height: float | None = None,
 ) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
@@ -220,14 +241,17 @@ def _panels(
         lines,
         columns,
         figsize=(max(6.0, 4.6 * columns), height or 3.6 * lines + 0.6),
+        sharex=sharex,
         sharey=sharey,
         squeeze=False,
         layout="constrained",
     )
 
 
-def _legend(figure: Any, panel: Any) -> None:
+def _legend(figure: Any, panel: Any, *, band: bool = False) -> None:
     """Put one legend above all panels, where it covers nothing."""
+    if band:
+        panel.fill_between([], [], color=_PLAIN, alpha=0.2, label="band: one standard error")
     handles, names = panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
 
@@ -241,7 +265,7 @@ def _log_axis(panel: Any, values: Sequence[float], name: str) -> None:
     panel.set_xscale("log")
     panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlabel(name)
+    panel.set_xlabel(f"{name} (log scale)")
 
 
 def _rate(cell: Cell) -> float:

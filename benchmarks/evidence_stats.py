@@ -136,11 +136,13 @@ def at_equal_epochs(row: Row, known: Sequence[Row]) -> Row | None:
 
 
 def at_equal_compute(row: Row, known: Sequence[Row]) -> Row | None:
-    """Return the baseline that made as many passes, if there is one."""
-    if row.compute is None:
+    """Return the baseline that made as many passes, or will have: each epoch makes as many."""
+    alike = _alike(row, known)
+    per_epoch = next((r.compute / r.cell.epochs for r in alike if r.compute), None)
+    if row.compute is None or per_epoch is None:
         return None
-    for other in _alike(row, known):
-        if other.compute and abs(other.compute / row.compute - 1) < _EQUAL:
+    for other in alike:
+        if abs(per_epoch * other.cell.epochs / row.compute - 1) < _EQUAL:
             return other
     return None
 
