@@ -1,5 +1,6 @@
 """The page of the evidence, and the data that its cells read."""
 
+import argparse
 import dataclasses
 import importlib
 import io
@@ -80,6 +81,30 @@ def test_page_has_means_differences_and_what_is_missing(
         with pytest.raises(SystemExit) as ended:
             page.main()
         assert ended.value.code == code
+
+
+def test_a_baseline_that_is_planned_is_missing_and_a_part_without_own_results_is_not_drawn(
+    cells: Any, tmp_path: Path
+) -> None:
+    page = importlib.import_module("evidence_page")
+    budgets = BUDGETS | {"lr": [0.01]}
+    again = budgets | {"name": "again", "epochs": [1, 2, 3], "plots": ["differences"]}
+    plan = cells.load_plan(str(write_plan(tmp_path / "p.json", budgets, again)))
+    results = {
+        cell.name: record_of(cells, cell, 0.3, 2.0 if cell.mixes else 1.0)
+        for cell in plan.parts[0].cells
+        if cell.epochs == 1
+    }
+    options = argparse.Namespace(results=tmp_path, page=tmp_path / "E.md")
+    assert {path.name for path in page.draw(plan, results, tmp_path)} == {
+        "budgets-budgets.png", "budgets-curves.png", "budgets-differences.png",
+    }  # fmt: skip
+    text = page.page(plan, results, options)
+    row = "| mixmask, clothing64 | 1 | 0.01 | 3 | 30.0 ± 0.0 | +0.0 [+0.0, +0.0] | {} |"
+    assert row.format("missing") in text
+    # Nobody has planned 2 epochs without mixing here.
+    short = cells.load_plan(str(write_plan(tmp_path / "s.json", budgets | {"epochs": [1]})))
+    assert row.format("–") in page.page(short, results, options)
 
 
 def test_the_page_of_the_repository_shows_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
