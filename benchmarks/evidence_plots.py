@@ -22,7 +22,8 @@ from evidence_stats import (
 
 _PLAIN, _MIXED, _OTHER = "#555555", "#1f6f8b", "#c2452d"
 _SHADES = {"knn": "#6a4c93", "linear": "#d97706"}
-_NAMES = {"knn": "kNN accuracy, %", "linear": "linear probe, %"}
+_NAMES = {"knn": "kNN", "linear": "linear probe"}
+_LABELS = {"knn": "kNN accuracy, %", "linear": "linear probe, %"}
 _PASSES = "forward-backward passes per image"
 _FEW = 3
 
@@ -83,13 +84,12 @@ def _rates(rows: Sequence[Row], known: Sequence[Row]) -> Any:
             side = sorted((r for r in own if r.cell.mixes == mixes), key=lambda r: _rate(r.cell))
             for measure, style in zip(MEASURES, ("o-", "s--"), strict=True):
                 means = [statistics.fmean(row.accuracies(measure).values()) for row in side]
-                name = f"{side[0].cell.arm}, {_NAMES[measure].removesuffix(' accuracy, %')}"
                 panel.plot(
                     [_rate(row.cell) for row in side],
                     means,
                     style,
                     color=_color(side[0].cell),
-                    label=name.removesuffix(", %"),
+                    label=f"{side[0].cell.arm}, {_NAMES[measure]}",
                 )
         _log_axis(panel, [_rate(row.cell) for row in own], "learning rate")
         panel.set_title(method)
@@ -113,7 +113,7 @@ def _budgets(rows: Sequence[Row], known: Sequence[Row]) -> Any:
                 _band(panel, x, [row.mean(measure) for row in own], _color(own[0].cell), arm, "o-")
                 budgets |= set(x)
             _log_axis(panel, list(budgets), axis)
-        line[0].set_ylabel(_NAMES[measure])
+        line[0].set_ylabel(_LABELS[measure])
     _legend(figure, panels.flat[0], band=True)
     return figure
 
@@ -135,13 +135,12 @@ def _curves(rows: Sequence[Row], known: Sequence[Row]) -> Any:
         n = len(row.records)
         name = f"{label(row.cell)}, {row.cell.epochs} epochs, {n} seed{'s' * (n != 1)}"
         style = "-" if row in shown else "--"
-        passes = (row.compute or 0) / row.cell.epochs
-        for panel, scale in zip(panels.flat, (1, passes), strict=True):
+        for panel, scale in zip(panels.flat, (1, row.passes or 0), strict=True):
             points = [mean_error(at) for at in values]
             _band(panel, [scale * e for e in epochs], points, _color(row.cell), name, style)
     for panel, axis in zip(panels.flat, ("epochs", _PASSES), strict=True):
         panel.set_xlabel(axis)
-    panels.flat[0].set_ylabel(_NAMES["knn"])
+    panels.flat[0].set_ylabel(_LABELS["knn"])
     _legend(figure, panels.flat[0], band=True)
     return figure
 
@@ -176,8 +175,8 @@ def _differences(rows: Sequence[Row], known: Sequence[Row]) -> Any:
     panels.flat[0].set_yticks(range(len(shown)), names)
     panels.flat[0].set_ylim(len(shown) - 0.5, -0.5)
     for measure, color in _SHADES.items():
-        name = _NAMES[measure].removesuffix(", %").removesuffix(" accuracy")
-        panels.flat[0].plot([], [], "o-", color=color, label=f"{name}, 95 % interval")
+        name = f"{_NAMES[measure]}, 95 % interval"
+        panels.flat[0].plot([], [], "o-", color=color, label=name)
     if few:
         panels.flat[0].plot([], [], "o", color="#999999", mfc="white", label="fewer than 3 seeds")
     _legend(figure, panels.flat[0])

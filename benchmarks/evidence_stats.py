@@ -57,11 +57,16 @@ class Row:
         return self.cells[0]
 
     @property
+    def passes(self) -> float | None:
+        """Forward-backward passes per image in an epoch; None before there is a result."""
+        for record in self.records.values():
+            return float(record["passes_per_image"])
+        return None
+
+    @property
     def compute(self) -> float | None:
         """Forward-backward passes per image over the whole run; None before there is a result."""
-        for record in self.records.values():
-            return float(record["passes_per_image"]) * self.cell.epochs
-        return None
+        return self.passes and self.passes * self.cell.epochs
 
     def accuracies(self, measure: str) -> dict[int, float]:
         """Return the final accuracies in percent, by seed."""
@@ -138,11 +143,11 @@ def at_equal_epochs(row: Row, known: Sequence[Row]) -> Row | None:
 def at_equal_compute(row: Row, known: Sequence[Row]) -> Row | None:
     """Return the baseline that made as many passes, or will have: each epoch makes as many."""
     alike = _alike(row, known)
-    per_epoch = next((r.compute / r.cell.epochs for r in alike if r.compute), None)
-    if row.compute is None or per_epoch is None:
+    passes = next((other.passes for other in alike if other.passes), None)
+    if row.compute is None or passes is None:
         return None
     for other in alike:
-        if abs(per_epoch * other.cell.epochs / row.compute - 1) < _EQUAL:
+        if abs(passes * other.cell.epochs / row.compute - 1) < _EQUAL:
             return other
     return None
 
